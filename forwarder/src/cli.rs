@@ -1,0 +1,314 @@
+//! The command line: flags and environment, over the config file, over defaults; what is printed, and the exit codes.
+
+use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+use tunnel_shared::id::TunnelId;
+
+use crate::{
+    Observer,
+    event::Event,
+    settings::{DEFAULT_TARGET, Endpoint, File, FileTunnel, HostHeader, MAX_CONCURRENT, REQUEST_TIMEOUT, Secret, Settings, Target},
+    tunnel::Failure,
+};
+
+const AFTER_HELP: &str = "\
+The public URL is printed on stdout, one line for each tunnel; everything else goes to stderr.
+Flags win over environment variables, and those over the config file.
+
+Exit codes: 0 stopped on request, 1 failed, 2 wrong usage or config, 3 token refused, 4 tunnel id taken,
+5 replaced by another agent of the same owner.";
+
+/// Gives a local service a public URL.
+#[derive(Debug, Parser)]
+#[command(name = "ttf", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = false)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Open one tunnel to an HTTP service
+    Http {
+        /// A port (3000), host:port, or http(s)://host:port
+        target: Option<Target>,
+    },
+    /// Open tunnels of the config file
+    Start {
+        /// All of them
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+        /// These
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Options {
+    /// The service's WebSocket address: wss://..., or ws://127.0.0.1:8080/_ws for one on this machine
+    #[arg(short, long, global = true, env = "TTF_ENDPOINT", value_name = "URL")]
+    endpoint: Option<Endpoint>,
+    /// The agent's token; better in the environment than on the command line
+    #[arg(long, global = true, env = "TTF_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    token: Option<String>,
+    /// The tunnel id to ask for; random if none is given
+    #[arg(short = 's', long, global = true, env = "TTF_TUNNEL_ID", visible_alias = "subdomain", value_name = "ID")]
+    tunnel_id: Option<TunnelId>,
+    /// The local service, if no command names it [default: 127.0.0.1:3000]
+    #[arg(short = 'p', long, global = true, env = "TTF_TARGET", visible_alias = "port", value_name = "TARGET")]
+    target: Option<Target>,
+    /// The Host the local service sees: rewrite (its own), preserve (the visitor's), or a host [default: rewrite]
+    #[arg(long, global = true, env = "TTF_HOST_HEADER", value_name = "HOST")]
+    host_header: Option<HostHeader>,
+    /// How long the local service may take to start its response [default: 5m]
+    #[arg(long, global = true, env = "TTF_REQUEST_TIMEOUT", value_parser = humantime::parse_duration, value_name = "TIME")]
+    request_timeout: Option<Duration>,
+    /// How many requests are passed on at once [default: 256]
+    #[arg(long, global = true, env = "TTF_MAX_CONCURRENT", value_name = "N")]
+    max_concurrent: Option<usize>,
+    /// A config file in TOML
+    #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// What is logged on stderr: error, warn, info, debug, or a tracing filter [default: warn]
+    #[arg(long, global = true, env = "TTF_LOG_LEVEL", value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+/// A command line or file that cannot be carried out; the text says what to do.
+#[derive(Debug, PartialEq)]
+pub struct Usage(String);
+
+impl Cli {
+    /// The tunnels to open, and the log's filter.
+    ///
+    /// # Errors
+    /// When something is missing or contradicts.
+    pub fn settings(self) -> Result<(Vec<Settings>, String), Usage> {
+        let file = match &self.options.config {
+            Some(path) => File::read(path).map_err(|error| Usage(error.to_string()))?,
+            None => File::default(),
+        };
+        let log_level = self.options.log_level.clone().or(file.log_level.clone()).unwrap_or_else(|| "warn".to_owned());
+        let single = |target: Option<Target>| {
+            let tunnel = FileTunnel { target: file.target.clone(), tunnel_id: file.tunnel_id.clone(), ..FileTunnel::default() };
+            self.options.settings("http", target, &tunnel, &file).map(|settings| vec![settings])
+        };
+        let tunnels = match &self.command {
+            Some(Command::Http { target }) => single(target.clone())?,
+            Some(Command::Start { all, names }) => self.options.start(*all, names, &file)?,
+            None if !file.tunnels.is_empty() => {
+                return Err(Usage("the config file has [tunnels]: open them with `ttf start --all` or `ttf start NAME`".to_owned()));
+            }
+            None => single(None)?,
+        };
+        Ok((tunnels, log_level))
+    }
+}
+
+impl Options {
+    fn start(&self, all: bool, names: &[String], file: &File) -> Result<Vec<Settings>, Usage> {
+        let known = || file.tunnels.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        if file.tunnels.is_empty() {
+            return Err(Usage("`ttf start` needs a config file with [tunnels.NAME]: pass it with --config".to_owned()));
+        }
+        if !all && names.is_empty() {
+            return Err(Usage(format!("name the tunnels to start, or pass --all; the config file has: {}", known())));
+        }
+        let chosen: Vec<&String> = if all { file.tunnels.keys().collect() } else { names.iter().collect() };
+        if chosen.len() > 1 && (self.tunnel_id.is_some() || self.target.is_some()) {
+            return Err(Usage("--tunnel-id and --target are for one tunnel: put them into the config file".to_owned()));
+        }
+        chosen
+            .into_iter()
+            .map(|name| {
+                let tunnel = file.tunnels.get(name).ok_or_else(|| Usage(format!("there is no tunnel {name} in the config file; it has: {}", known())))?;
+                self.settings(name, None, tunnel, file)
+            })
+            .collect()
+    }
+
+    fn settings(&self, name: &str, target: Option<Target>, tunnel: &FileTunnel, file: &File) -> Result<Settings, Usage> {
+        let endpoint = self.endpoint.clone().or(file.endpoint.clone()).ok_or_else(|| {
+            Usage("no endpoint: pass --endpoint, set TTF_ENDPOINT, or put `endpoint` into the config file (ws://127.0.0.1:8080/_ws is tunnel-local's)".to_owned())
+        })?;
+        let max_concurrent = self.max_concurrent.or(tunnel.max_concurrent).or(file.max_concurrent).unwrap_or(MAX_CONCURRENT);
+        if max_concurrent == 0 {
+            return Err(Usage("max_concurrent must be at least 1".to_owned()));
+        }
+        Ok(Settings {
+            name: name.to_owned(),
+            endpoint,
+            token: self.token.clone().map(Secret::from).or(file.token.clone()),
+            tunnel_id: self.tunnel_id.clone().or(tunnel.tunnel_id.clone()),
+            target: target
+                .or(self.target.clone())
+                .or(tunnel.target.clone())
+                .or(file.target.clone())
+                .unwrap_or_else(|| DEFAULT_TARGET.parse().expect("the default is a target")),
+            host_header: self.host_header.clone().or(tunnel.host_header.clone()).or(file.host_header.clone()).unwrap_or_default(),
+            request_timeout: self.request_timeout.or(tunnel.request_timeout).or(file.request_timeout).unwrap_or(REQUEST_TIMEOUT),
+            max_concurrent,
+        })
+    }
+}
+
+/// The executable's whole life.
+pub async fn main() -> ExitCode {
+    let (tunnels, log_level) = match Cli::parse().settings() {
+        Ok(settings) => settings,
+        Err(Usage(text)) => return fail(2, &text),
+    };
+    let filter = match EnvFilter::try_new(&log_level) {
+        Ok(filter) => filter,
+        Err(error) => return fail(2, &format!("log_level {log_level}: {error}")),
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let stop = CancellationToken::new();
+    let name_tunnels = tunnels.len() > 1;
+    let observer: Observer = Arc::new(move |name, event| show(name_tunnels.then_some(name), &event));
+    let mut run = std::pin::pin!(crate::run(tunnels, observer, stop.clone()));
+    let outcome = tokio::select! {
+        outcome = &mut run => outcome,
+        () = interrupted() => {
+            stop.cancel();
+            tokio::select! {
+                outcome = &mut run => outcome,
+                // A second signal ends at once.
+                () = interrupted() => return ExitCode::FAILURE,
+            }
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => fail(code(&failure), &failure.to_string()),
+    }
+}
+
+fn code(failure: &Failure) -> u8 {
+    match failure {
+        Failure::Invalid(_) => 2,
+        Failure::Unauthorized => 3,
+        Failure::NameTaken(_) => 4,
+        Failure::Replaced(_) => 5,
+    }
+}
+
+fn fail(code: u8, text: &str) -> ExitCode {
+    say(&format!("error: {text}"));
+    ExitCode::from(code)
+}
+
+/// Waits for Ctrl-C or a request to terminate.
+async fn interrupted() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}
+
+fn show(name: Option<&str>, event: &Event) {
+    let name = name.map(|name| format!("[{name}] ")).unwrap_or_default();
+    match event {
+        Event::Connecting { endpoint } => say(&format!("{name}connecting to {endpoint}")),
+        Event::Online { public_url, target } => {
+            let mut stdout = std::io::stdout().lock();
+            // Nobody reading stdout is no reason to close the tunnel.
+            let _ = writeln!(stdout, "{public_url}").and_then(|()| stdout.flush());
+            say(&format!("{name}online: {public_url} -> {target}"));
+        }
+        Event::Reconnecting { reason, pause, attempt } => {
+            say(&format!("{name}offline: {reason}; reconnecting in {:.1} s (attempt {attempt})", pause.as_secs_f64()));
+        }
+        Event::Request { method, uri, outcome, bytes, took } => {
+            let outcome = match outcome {
+                Ok(status) => status.as_u16().to_string(),
+                Err(reason) => format!("failed: {reason}"),
+            };
+            say(&format!("{name}{method} {uri} {outcome} {} {} ms", size(*bytes), took.as_millis()));
+        }
+        Event::Draining { in_flight: 0 } => say(&format!("{name}stopping")),
+        Event::Draining { in_flight } => say(&format!("{name}stopping once {in_flight} requests have finished; again to stop now")),
+    }
+}
+
+/// Writes a line to stderr, without what could steer a terminal.
+fn say(line: &str) {
+    let clean: String = line.chars().map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect();
+    let _ = writeln!(std::io::stderr(), "{clean}");
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rounded figure for people")]
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        1024..1_048_576 => format!("{:.1} kB", bytes as f64 / 1024.0),
+        _ => format!("{:.1} MB", bytes as f64 / 1_048_576.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Vec<Settings>, Usage> {
+        let cli = Cli::try_parse_from([&["ttf"], arguments].concat()).expect("a command line");
+        cli.settings().map(|(tunnels, _)| tunnels)
+    }
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), text).expect("written");
+        file
+    }
+
+    #[test]
+    fn the_bare_command_tunnels_port_3000() {
+        let tunnels = parse(&["--endpoint", "ws://127.0.0.1:1/_ws", "--tunnel-id", "my-app"]).expect("settings");
+        assert_eq!(tunnels[0].target.to_string(), "http://127.0.0.1:3000");
+        assert_eq!(tunnels[0].tunnel_id.as_ref().map(TunnelId::as_str), Some("my-app"));
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let file = file("endpoint = 'wss://file.example.com'\ntarget = 1\ntunnel_id = 'from-file'\n");
+        let path = file.path().to_str().expect("a path");
+        let from_file = parse(&["--config", path]).expect("settings");
+        assert_eq!(from_file[0].target.to_string(), "http://127.0.0.1:1");
+        let from_flags = parse(&["http", "2", "--config", path, "-e", "wss://flag.example.com"]).expect("settings");
+        assert_eq!(from_flags[0].endpoint.to_string(), "wss://flag.example.com/");
+        assert_eq!(from_flags[0].target.to_string(), "http://127.0.0.1:2");
+        assert_eq!(from_flags[0].tunnel_id.as_ref().map(TunnelId::as_str), Some("from-file"));
+    }
+
+    #[test]
+    fn start_opens_the_tunnels_it_is_told_to() {
+        let file = file("endpoint = 'wss://x.example.com'\n[tunnels.api]\ntarget = 1\n[tunnels.web]\ntarget = 2\n");
+        let path = file.path().to_str().expect("a path");
+        let names = |arguments: &[&str]| parse(arguments).map(|tunnels| tunnels.into_iter().map(|tunnel| tunnel.name).collect::<Vec<_>>());
+        assert_eq!(names(&["start", "--all", "--config", path]), Ok(vec!["api".to_owned(), "web".to_owned()]));
+        assert_eq!(names(&["start", "web", "--config", path]), Ok(vec!["web".to_owned()]));
+        for wrong in [&["start", "--config", path][..], &["start", "nope", "--config", path], &["--config", path], &["start", "--all", "-s", "one", "--config", path]] {
+            assert!(names(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_endpoint_is_named() {
+        let Err(Usage(text)) = parse(&["http", "3000"]) else { panic!("settings without endpoint") };
+        assert!(text.contains("--endpoint") && text.contains("TTF_ENDPOINT"), "{text}");
+    }
+}

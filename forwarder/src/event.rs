@@ -1,0 +1,49 @@
+//! What happens to a tunnel, for whoever watches.
+
+use std::time::Duration;
+
+use http::{Method, StatusCode};
+
+/// Something a user may want to know.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A connection to the service is being opened.
+    Connecting {
+        /// Where to.
+        endpoint: String,
+    },
+    /// The tunnel is open.
+    Online {
+        /// Where visitors reach it.
+        public_url: String,
+        /// What they reach.
+        target: String,
+    },
+    /// The connection is lost, or could not be made.
+    Reconnecting {
+        /// Why.
+        reason: String,
+        /// When the next try comes.
+        pause: Duration,
+        /// Which try that is since the tunnel was last open for a while.
+        attempt: u32,
+    },
+    /// A request was answered, or not.
+    Request {
+        /// The method.
+        method: Method,
+        /// Path and query.
+        uri: String,
+        /// The local service's status, or why there is none.
+        outcome: Result<StatusCode, String>,
+        /// Bytes of the response's body.
+        bytes: u64,
+        /// From the request's arrival to the last byte of the response.
+        took: Duration,
+    },
+    /// No new requests are taken; those in flight may finish.
+    Draining {
+        /// How many there are.
+        in_flight: usize,
+    },
+}

@@ -1,0 +1,43 @@
+//! The agent: keeps a tunnel open and passes its visitors' requests to a local service.
+//!
+//! [`settings`] says what to do, [`tunnel`] keeps one tunnel open over as many connections as it takes, [`session`] is one
+//! connection, [`exchange`] one request with its response, [`origin`] the local service. [`event`] is what a user learns of it.
+
+pub mod backoff;
+pub mod cli;
+pub mod event;
+pub mod exchange;
+pub mod origin;
+pub mod rewrite;
+pub mod session;
+pub mod settings;
+pub mod tunnel;
+
+use std::sync::Arc;
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::{event::Event, settings::Settings, tunnel::Failure};
+
+/// Is told what happens, by the name of the tunnel it happens to. Must not block.
+pub type Observer = Arc<dyn Fn(&str, Event) + Send + Sync>;
+
+/// Keeps all `tunnels` open until `stop` is cancelled, and then lets the requests in flight finish.
+///
+/// # Errors
+/// As soon as one tunnel cannot be kept open by trying again; the others are closed then.
+pub async fn run(tunnels: Vec<Settings>, observer: Observer, stop: CancellationToken) -> Result<(), Failure> {
+    let stop = stop.child_token();
+    let mut running: JoinSet<Result<(), Failure>> =
+        tunnels.into_iter().map(|settings| tunnel::run(settings, observer.clone(), stop.clone())).collect();
+    let mut outcome = Ok(());
+    while let Some(ended) = running.join_next().await {
+        let ended = ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        if ended.is_err() && outcome.is_ok() {
+            outcome = ended;
+            stop.cancel();
+        }
+    }
+    outcome
+}

@@ -1,0 +1,335 @@
+//! What an agent is told to do: checked values, and the file they may come from.
+
+use std::{collections::BTreeMap, fmt, path::Path, str::FromStr, time::Duration};
+
+use http::{
+    HeaderValue,
+    uri::{Authority, Scheme, Uri},
+};
+use serde::{Deserialize, Deserializer, de::Error};
+use tunnel_shared::id::TunnelId;
+
+/// How long the local service may take to start its response.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+/// How many requests are passed to the local service at once.
+pub const MAX_CONCURRENT: usize = 256;
+/// Where the local service is if nobody says so.
+pub const DEFAULT_TARGET: &str = "127.0.0.1:3000";
+
+/// What one tunnel needs to be opened.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The tunnel's name in what the user sees; nothing to do with its address.
+    pub name: String,
+    /// The service's WebSocket address.
+    pub endpoint: Endpoint,
+    /// What the agent authenticates with.
+    pub token: Option<Secret>,
+    /// The tunnel id to ask for; the service picks one if there is none.
+    pub tunnel_id: Option<TunnelId>,
+    /// The local service.
+    pub target: Target,
+    /// Which `Host` the local service sees.
+    pub host_header: HostHeader,
+    /// See [`REQUEST_TIMEOUT`].
+    pub request_timeout: Duration,
+    /// See [`MAX_CONCURRENT`].
+    pub max_concurrent: usize,
+}
+
+/// A text that is not what it should be.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Invalid {
+    /// Not a WebSocket address.
+    #[error("an endpoint is a ws:// or wss:// address such as wss://id.execute-api.eu-west-1.amazonaws.com/dev")]
+    Endpoint,
+    /// A token would travel unencrypted.
+    #[error("ws:// is for services on this machine; use wss:// to reach another")]
+    PlainEndpoint,
+    /// Not a local service.
+    #[error("a target is a port (3000), host:port, or http(s)://host:port")]
+    Target,
+    /// Not a value of a Host header.
+    #[error("a host header is rewrite, preserve, or the host to send")]
+    HostHeader,
+}
+
+/// The service's WebSocket address. Unencrypted only on loopback, because a token travels to it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Endpoint(Uri);
+
+impl Endpoint {
+    /// The address with a query that asks for a tunnel by name.
+    pub fn asking_for(&self, tunnel_id: Option<&TunnelId>) -> String {
+        let separator = if self.0.query().is_some() { '&' } else { '?' };
+        match tunnel_id {
+            Some(id) => format!("{}{separator}tunnel_id={id}", self.0),
+            None => self.0.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for Endpoint {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        let uri: Uri = text.parse().map_err(|_| Invalid::Endpoint)?;
+        let host = uri.host().ok_or(Invalid::Endpoint)?;
+        let is_loopback = host == "localhost" || host == "[::1]" || host.starts_with("127.") || host.ends_with(".localhost");
+        match uri.scheme_str() {
+            Some("wss") => Ok(Self(uri)),
+            Some("ws") if is_loopback => Ok(Self(uri)),
+            Some("ws") => Err(Invalid::PlainEndpoint),
+            _ => Err(Invalid::Endpoint),
+        }
+    }
+}
+
+/// The local service: a scheme and an authority. Requests decide the path, and nothing else.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Target {
+    /// `http` or `https`.
+    pub scheme: Scheme,
+    /// Host and port.
+    pub authority: Authority,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}", self.scheme, self.authority)
+    }
+}
+
+impl FromStr for Target {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        if let Ok(port) = text.parse::<u16>() {
+            return format!("http://127.0.0.1:{port}").parse();
+        }
+        let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+        let parts = with_scheme.parse::<Uri>().map_err(|_| Invalid::Target)?.into_parts();
+        let has_path = parts.path_and_query.is_some_and(|path| path != "/");
+        match (parts.scheme, parts.authority) {
+            (Some(scheme), Some(authority)) if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_path && !authority.as_str().contains('@') => {
+                Ok(Self { scheme, authority })
+            }
+            _ => Err(Invalid::Target),
+        }
+    }
+}
+
+/// Which `Host` the local service sees.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum HostHeader {
+    /// The target's own. Development servers refuse others.
+    #[default]
+    Rewrite,
+    /// The one the visitor used.
+    Preserve,
+    /// This one.
+    Fixed(HeaderValue),
+}
+
+impl FromStr for HostHeader {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        match text {
+            "rewrite" => Ok(Self::Rewrite),
+            "preserve" => Ok(Self::Preserve),
+            host => {
+                host.parse::<Authority>().map_err(|_| Invalid::HostHeader)?;
+                host.parse().map(Self::Fixed).map_err(|_| Invalid::HostHeader)
+            }
+        }
+    }
+}
+
+/// A secret that no log or message can show.
+#[derive(Clone, Deserialize)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The secret itself.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(secret: String) -> Self {
+        Self(secret)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+/// A configuration file, in TOML. docs/agent.md lists the keys.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    /// See [`Settings::endpoint`].
+    #[serde(default, deserialize_with = "parsed")]
+    pub endpoint: Option<Endpoint>,
+    /// See [`Settings::token`].
+    pub token: Option<Secret>,
+    /// A tracing filter for the log on stderr.
+    pub log_level: Option<String>,
+    /// For the single tunnel of a file without `[tunnels]`, and default for the others.
+    #[serde(default, deserialize_with = "parsed")]
+    pub target: Option<Target>,
+    /// For the single tunnel of a file without `[tunnels]`.
+    #[serde(default, deserialize_with = "parsed")]
+    pub tunnel_id: Option<TunnelId>,
+    /// Default for all tunnels.
+    #[serde(default, deserialize_with = "parsed")]
+    pub host_header: Option<HostHeader>,
+    /// Default for all tunnels.
+    #[serde(default, deserialize_with = "duration")]
+    pub request_timeout: Option<Duration>,
+    /// Default for all tunnels.
+    pub max_concurrent: Option<usize>,
+    /// Tunnels by name, for `ttf start`.
+    #[serde(default)]
+    pub tunnels: BTreeMap<String, FileTunnel>,
+}
+
+/// A `[tunnels.NAME]` of a [`File`].
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileTunnel {
+    /// See [`Settings::target`].
+    #[serde(default, deserialize_with = "parsed")]
+    pub target: Option<Target>,
+    /// See [`Settings::tunnel_id`].
+    #[serde(default, deserialize_with = "parsed")]
+    pub tunnel_id: Option<TunnelId>,
+    /// See [`Settings::host_header`].
+    #[serde(default, deserialize_with = "parsed")]
+    pub host_header: Option<HostHeader>,
+    /// See [`Settings::request_timeout`].
+    #[serde(default, deserialize_with = "duration")]
+    pub request_timeout: Option<Duration>,
+    /// See [`Settings::max_concurrent`].
+    pub max_concurrent: Option<usize>,
+}
+
+/// A configuration file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not TOML, or has keys or values it may not have.
+    #[error("{path}: {source}")]
+    Invalid {
+        /// The file.
+        path: String,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+}
+
+impl File {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// When it cannot be read or has a fault: the text names line and key.
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        let text = std::fs::read_to_string(path).map_err(|source| FileError::Unreadable { path: path.display().to_string(), source })?;
+        toml::from_str(&text).map_err(|source| FileError::Invalid { path: path.display().to_string(), source: Box::new(source) })
+    }
+}
+
+fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    /// Takes a number where a text is meant, as in `target = 3000`.
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Word {
+        Text(String),
+        Number(u16),
+    }
+    let text = match Word::deserialize(deserializer)? {
+        Word::Text(text) => text,
+        Word::Number(number) => number.to_string(),
+    };
+    text.parse().map(Some).map_err(D::Error::custom)
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    humantime::parse_duration(&text).map(Some).map_err(D::Error::custom)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_are_written_as_users_write_them() {
+        for (text, target) in [
+            ("3000", "http://127.0.0.1:3000"),
+            ("localhost:8080", "http://localhost:8080"),
+            ("http://[::1]:80", "http://[::1]:80"),
+            ("https://localhost:8443/", "https://localhost:8443"),
+        ] {
+            assert_eq!(text.parse::<Target>().map(|target| target.to_string()), Ok(target.to_owned()), "{text}");
+        }
+        for text in ["", "70000000", "http://", "ftp://x", "http://x/path", "http://user@x"] {
+            assert_eq!(text.parse::<Target>(), Err(Invalid::Target), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_token_never_goes_over_plain_text_to_another_machine() {
+        for text in ["wss://x.example.com/dev", "ws://127.0.0.1:8080/_ws", "ws://localhost:1"] {
+            assert!(text.parse::<Endpoint>().is_ok(), "{text}");
+        }
+        assert_eq!("ws://10.0.0.1/".parse::<Endpoint>(), Err(Invalid::PlainEndpoint));
+        for text in ["https://x", "x", ""] {
+            assert_eq!(text.parse::<Endpoint>(), Err(Invalid::Endpoint), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_secret_is_never_printed() {
+        assert_eq!(format!("{:?}", Secret::from("hunter2".to_owned())), "Secret");
+    }
+
+    #[test]
+    fn a_file_is_read_and_its_faults_are_named_with_their_line() {
+        let file: File = toml::from_str(
+            "endpoint = 'wss://x.example.com/dev'\ntoken = 't'\nrequest_timeout = '30s'\n[tunnels.web]\ntarget = 3000\ntunnel_id = 'my-app'\nhost_header = 'preserve'\n",
+        )
+        .expect("a good file");
+        let web = &file.tunnels["web"];
+        assert_eq!(file.request_timeout, Some(Duration::from_secs(30)));
+        assert_eq!(web.target, Some("127.0.0.1:3000".parse().expect("a target")));
+        assert_eq!(web.host_header, Some(HostHeader::Preserve));
+
+        for (text, line, key) in [
+            ("endpoint = 'wss://x'\nendpiont = 1\n", "line 2", "endpiont"),
+            ("[tunnels.web]\nport = 1\n", "line 2", "port"),
+            ("\n\ntunnel_id = 'NO'\n", "line 3", "tunnel id"),
+        ] {
+            let fault = toml::from_str::<File>(text).expect_err("a bad file").to_string();
+            assert!(fault.contains(line) && fault.contains(key), "{fault}");
+        }
+    }
+}

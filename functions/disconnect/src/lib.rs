@@ -1,0 +1,61 @@
+//! The `$disconnect` route: forget the connection, and mark its tunnel offline if no other connection has taken it over.
+//!
+//! API Gateway calls this as a best effort only. A tunnel whose $disconnect was lost is marked offline by the first message
+//! that cannot be delivered to it.
+
+use aws_config::SdkConfig;
+use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
+use tracing::info;
+use tunnel_shared::cloud::{
+    RouteResponse,
+    connections::Connections,
+    event::{WrongEvent, connection_of},
+    now,
+    settings::{Faults, Variables},
+    store::StoreError,
+    tunnels::Tunnels,
+};
+
+/// The function: its settings and clients, made once per execution environment.
+#[derive(Clone, Debug)]
+pub struct Disconnect {
+    tunnels: Tunnels,
+    connections: Connections,
+}
+
+/// Why there is no answer: the fault is ours.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The event is of another kind.
+    #[error(transparent)]
+    Event(#[from] WrongEvent),
+    /// The tables do not answer.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Disconnect {
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// All variables that are missing or faulty.
+    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, Faults> {
+        let tunnels = variables.required("TUNNELS_TABLE");
+        let connections = variables.required("CONNECTIONS_TABLE");
+        variables.finish(|| Some(Self { tunnels: Tunnels::new(sdk, tunnels?), connections: Connections::new(sdk, connections?) }))
+    }
+
+    /// Handles an event.
+    ///
+    /// # Errors
+    /// When the event is of another kind or the tables do not answer.
+    pub async fn handle(&self, event: ApiGatewayWebsocketProxyRequest) -> Result<RouteResponse, Error> {
+        let context = event.request_context;
+        let id = connection_of("DISCONNECT", context.event_type.as_deref(), context.connection_id.as_deref())?;
+        if let Some(connection) = self.connections.remove(&id).await? {
+            let went_offline = self.tunnels.go_offline(&connection.tunnel_id, &id, now()).await?;
+            info!(connection = %id, tunnel = %connection.tunnel_id, code = context.disconnect_status_code, went_offline, "disconnected");
+        }
+        Ok(RouteResponse::ok())
+    }
+}

@@ -1,0 +1,13 @@
+//! The executable behind the visitor fronts: starts the Lambda runtime around [`tunnel_forward`].
+
+use lambda_http::request::LambdaRequest;
+use lambda_runtime::{Error, LambdaEvent, service_fn};
+use tunnel_forward::Forward;
+use tunnel_shared::cloud::{sdk, settings::Variables, telemetry};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Error> {
+    telemetry::init();
+    let function = &Forward::load(Variables::of_process(), &sdk::from_environment().await)?;
+    lambda_runtime::run(service_fn(async |event: LambdaEvent<LambdaRequest>| function.handle(event.payload).await.map_err(Error::from))).await
+}

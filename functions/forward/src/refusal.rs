@@ -1,0 +1,138 @@
+//! What a visitor sees when there is no response of the local service to show.
+
+use std::time::Duration;
+
+use http::{HeaderValue, Response, StatusCode, header};
+use tunnel_shared::{
+    cloud::{store::StoreError, websocket::PostError},
+    headers::TUNNEL_ERROR,
+    protocol::AgentErrorCode,
+};
+
+use crate::answer::{self, AnswerBody};
+
+/// When an offline tunnel may be back: agents reconnect within seconds.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// Why a visit has no response of the local service. Each has a stable code, in the `X-Tunnel-Error` header and in the body.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The address names no tunnel that exists.
+    #[error("There is no tunnel at this address. Check the address, or start the agent with this tunnel id.")]
+    NoSuchTunnel,
+    /// The tunnel exists, but no agent is connected.
+    #[error("The tunnel exists, but its agent is not connected now. It may be back in a moment.")]
+    Offline,
+    /// The agent's connection ended before its reply did.
+    #[error("The agent's connection ended before it answered. The local service may have seen the request.")]
+    AgentLost,
+    /// The agent takes no more requests.
+    #[error("The agent has as many requests as it can take. Try again in a moment.")]
+    AgentBusy,
+    /// The agent could not reach the local service, or it broke off.
+    #[error("The agent is connected, but the local service did not answer: {0}")]
+    LocalUnreachable(String),
+    /// The local service, or the way to it, took too long.
+    #[error("The local service did not answer in time.")]
+    LocalTimeout,
+    /// What the agent replied is no response.
+    #[error("The agent's reply is no valid HTTP response: {0}")]
+    InvalidReply(String),
+    /// A body is over a limit.
+    #[error("{0}")]
+    TooLarge(String),
+    /// The visitor's request is malformed or broke off.
+    #[error("The request is not valid: {0}")]
+    BadRequest(String),
+    /// A fault of ours; the cause is for the log.
+    #[error("The tunnel service failed. Its log tells why.")]
+    Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Refusal {
+    /// The status the visitor gets.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::NoSuchTunnel => StatusCode::NOT_FOUND,
+            Self::Offline | Self::AgentBusy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::AgentLost | Self::LocalUnreachable(_) | Self::InvalidReply(_) => StatusCode::BAD_GATEWAY,
+            Self::LocalTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// The stable code.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NoSuchTunnel => "tunnel_not_found",
+            Self::Offline => "tunnel_offline",
+            Self::AgentLost => "agent_lost",
+            Self::AgentBusy => "agent_busy",
+            Self::LocalUnreachable(_) => "local_unreachable",
+            Self::LocalTimeout => "local_timeout",
+            Self::InvalidReply(_) => "invalid_reply",
+            Self::TooLarge(_) => "too_large",
+            Self::BadRequest(_) => "bad_request",
+            Self::Internal(_) => "internal_error",
+        }
+    }
+
+    /// What the agent's error means to the visitor.
+    pub fn of_agent(code: AgentErrorCode, message: String) -> Self {
+        match code {
+            AgentErrorCode::InvalidRequest => Self::BadRequest(message),
+            AgentErrorCode::Timeout => Self::LocalTimeout,
+            AgentErrorCode::LocalServiceUnavailable => Self::LocalUnreachable(message),
+            AgentErrorCode::ResponseTooLarge => Self::TooLarge(message),
+            AgentErrorCode::Busy => Self::AgentBusy,
+            AgentErrorCode::InternalError => Self::InvalidReply(message),
+        }
+    }
+
+    /// The answer: a page for browsers, JSON for everybody else.
+    pub fn into_response(self, wants_html: bool) -> Response<AnswerBody> {
+        let (status, code, sentence) = (self.status(), self.code(), self.to_string());
+        let (content_type, body) = if wants_html {
+            ("text/html; charset=utf-8", page(status, code, &sentence))
+        } else {
+            ("application/json", serde_json::json!({ "error": code, "message": sentence }).to_string() + "\n")
+        };
+        let mut response = Response::new(answer::whole(body));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(TUNNEL_ERROR, HeaderValue::from_static(code));
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, RETRY_AFTER.as_secs().into());
+        }
+        response
+    }
+}
+
+fn page(status: StatusCode, code: &str, sentence: &str) -> String {
+    let escaped = sentence.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    format!(
+        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\n\
+         <title>{status}</title>\n<style>body{{font:1rem/1.5 system-ui;margin:15vh auto;max-width:34rem;padding:0 1rem}}</style>\n\
+         <h1>{status}</h1>\n<p>{escaped}</p>\n<p><code>{code}</code></p>\n</html>\n"
+    )
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        Self::Internal(Box::new(error))
+    }
+}
+
+impl From<PostError> for Refusal {
+    fn from(error: PostError) -> Self {
+        match error {
+            PostError::Gone => Self::Offline,
+            PostError::Busy => Self::AgentBusy,
+            PostError::TooLarge(_) | PostError::Failed { .. } => Self::Internal(Box::new(error)),
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! The command line of `tunnel-local`.
+
+use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, ValueEnum};
+use tracing_subscriber::EnvFilter;
+use tunnel_shared::{
+    cloud::auth::Auth,
+    routing::{PublicUrl, Routing},
+};
+
+use crate::{Options, Stack, quotas::Quotas};
+
+/// Runs the whole tunnel on this machine: visitors and agents connect to one address.
+#[derive(Debug, Parser)]
+#[command(name = "tunnel-local", version)]
+struct Cli {
+    /// Where visitors and agents connect; port 0 picks a free one
+    #[arg(long, env = "TUNNEL_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    listen: SocketAddr,
+    /// Where visitors reach it, if not under that address
+    #[arg(long, env = "TUNNEL_PUBLIC_URL", value_name = "URL")]
+    public_url: Option<PublicUrl>,
+    /// Keep names and tokens in this directory instead of forgetting them
+    #[arg(long, env = "TUNNEL_DATA", value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// How agents prove who they are [default: open on loopback, token elsewhere]
+    #[arg(long, env = "TUNNEL_AUTH")]
+    auth: Option<AuthWord>,
+    /// How visitors name a tunnel
+    #[arg(long, env = "TUNNEL_ROUTING", value_enum, default_value = "path")]
+    routing: RoutingWord,
+    /// What is logged on stderr: error, warn, info, debug, or a tracing filter
+    #[arg(long, env = "TUNNEL_LOG_LEVEL", default_value = "warn", value_name = "LEVEL")]
+    log_level: String,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum AuthWord {
+    /// Everybody may connect; on loopback only
+    Open,
+    /// With a token; the first one is made and printed on the first start
+    Token,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum RoutingWord {
+    /// By the first path segment
+    Path,
+    /// By host name, below that of the public URL
+    Subdomain,
+}
+
+impl Cli {
+    fn options(&self) -> Options {
+        let auth = match self.auth {
+            Some(AuthWord::Open) => Auth::Open,
+            Some(AuthWord::Token) => Auth::Token,
+            None if self.listen.ip().is_loopback() => Auth::Open,
+            None => Auth::Token,
+        };
+        let routing = match self.routing {
+            RoutingWord::Path => Routing::Path,
+            RoutingWord::Subdomain => Routing::Subdomain,
+        };
+        Options { listen: self.listen, public_url: self.public_url.clone(), data: self.data.clone(), auth, routing, quotas: Quotas::default() }
+    }
+}
+
+/// The executable's whole life.
+pub async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = match EnvFilter::try_new(&cli.log_level) {
+        Ok(filter) => filter,
+        Err(error) => return fail(2, &format!("log level {}: {error}", cli.log_level)),
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let stack = match Stack::start(cli.options()).await {
+        Ok(stack) => stack,
+        Err(error) => return fail(1, &format!("{error:#}")),
+    };
+    say(&format!("ready: visitors at {}, agents at {}", stack.public_url, stack.endpoint));
+    let token = stack.first_token.as_ref().map(|token| format!("TTF_TOKEN={token} ")).unwrap_or_default();
+    if stack.first_token.is_some() {
+        say("a first agent token was made; it is shown this once:");
+    }
+    say(&format!("open a tunnel with: {token}ttf http 3000 --endpoint {}", stack.endpoint));
+    interrupted().await;
+    say("stopping");
+    tokio::select! {
+        () = stack.stop() => ExitCode::SUCCESS,
+        // A second signal ends at once.
+        () = interrupted() => ExitCode::FAILURE,
+    }
+}
+
+fn fail(code: u8, text: &str) -> ExitCode {
+    say(&format!("error: {text}"));
+    ExitCode::from(code)
+}
+
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Waits for Ctrl-C or a request to terminate.
+async fn interrupted() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}

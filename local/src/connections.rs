@@ -1,0 +1,132 @@
+//! @connections: how the functions reach agents, on a loopback port of its own.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::{Path, State},
+    http::{HeaderName, HeaderValue, StatusCode},
+    response::{IntoResponse, Response},
+    routing::post,
+};
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tunnel_shared::id::ConnectionId;
+
+use crate::quotas::Quotas;
+
+/// The stage in the address of the management endpoint.
+pub const STAGE: &str = "local";
+
+/// What is done to an agent's connection.
+#[derive(Debug)]
+pub enum Command {
+    /// Send a text message.
+    Send(String),
+    /// Close with this code.
+    Close(u16, &'static str),
+}
+
+/// The open connections.
+#[derive(Clone, Debug, Default)]
+pub struct Connections(Arc<Mutex<HashMap<ConnectionId, mpsc::Sender<Command>>>>);
+
+impl Connections {
+    /// Adds a connection whose upgrade has finished.
+    pub fn insert(&self, id: ConnectionId, commands: mpsc::Sender<Command>) {
+        self.lock().insert(id, commands);
+    }
+
+    /// Removes a connection that has ended.
+    pub fn remove(&self, id: &ConnectionId) {
+        self.lock().remove(id);
+    }
+
+    /// Closes all connections with 1001, "going away".
+    pub fn close_all(&self) {
+        for commands in self.lock().values() {
+            // A full queue belongs to an agent that does not read; its connection ends with the process.
+            let _ = commands.try_send(Command::Close(1001, "going away"));
+        }
+    }
+
+    fn command(&self, id: &str, command: Command) -> Result<(), Refusal> {
+        let id: ConnectionId = id.parse().map_err(|_| Refusal::Invalid)?;
+        let commands = self.lock().get(&id).cloned().ok_or(Refusal::Gone)?;
+        commands.try_send(command).map_err(|error| match error {
+            TrySendError::Full(_) => Refusal::LimitExceeded,
+            TrySendError::Closed(_) => Refusal::Gone,
+        })
+    }
+
+    /// Held between awaits only.
+    fn lock(&self) -> MutexGuard<'_, HashMap<ConnectionId, mpsc::Sender<Command>>> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// What @connections answers when it does not do as told; the names are those of the API's exceptions.
+enum Refusal {
+    Gone,
+    LimitExceeded,
+    TooLarge,
+    Forbidden,
+    Invalid,
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let (status, name) = match self {
+            Self::Gone => (StatusCode::GONE, "GoneException"),
+            Self::LimitExceeded => (StatusCode::TOO_MANY_REQUESTS, "LimitExceededException"),
+            Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "PayloadTooLargeException"),
+            Self::Forbidden => (StatusCode::FORBIDDEN, "ForbiddenException"),
+            Self::Invalid => (StatusCode::BAD_REQUEST, "BadRequestException"),
+        };
+        let headers = [(HeaderName::from_static("x-amzn-errortype"), HeaderValue::from_static(name))];
+        (status, headers, format!("{{\"message\":\"{name}\"}}")).into_response()
+    }
+}
+
+#[derive(Clone)]
+struct Api {
+    connections: Connections,
+    quotas: Quotas,
+    /// Only this process knows it, so that nobody else on the machine can speak to agents.
+    access_key: Arc<str>,
+}
+
+/// The API's routes: POST and DELETE on a connection, for callers that sign with `access_key`.
+pub fn router(connections: Connections, quotas: Quotas, access_key: &str) -> Router {
+    let limit = axum::extract::DefaultBodyLimit::max(2 * quotas.message);
+    Router::new()
+        .route(&format!("/{STAGE}/@connections/{{id}}"), post(send).delete(close))
+        .layer(limit)
+        .with_state(Api { connections, quotas, access_key: access_key.into() })
+}
+
+impl Api {
+    fn authorize(&self, headers: &axum::http::HeaderMap) -> Result<(), Refusal> {
+        let signed = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let by_us = signed.is_some_and(|value| value.contains(&format!("Credential={}/", self.access_key)));
+        if by_us { Ok(()) } else { Err(Refusal::Forbidden) }
+    }
+}
+
+async fn send(State(api): State<Api>, Path(id): Path<String>, headers: axum::http::HeaderMap, body: Bytes) -> Result<(), Refusal> {
+    api.authorize(&headers)?;
+    if body.len() > api.quotas.message {
+        return Err(Refusal::TooLarge);
+    }
+    // Frames to agents are text: what is not UTF-8 is replaced.
+    api.connections.command(&id, Command::Send(String::from_utf8_lossy(&body).into_owned()))
+}
+
+async fn close(State(api): State<Api>, Path(id): Path<String>, headers: axum::http::HeaderMap) -> Result<StatusCode, Refusal> {
+    api.authorize(&headers)?;
+    api.connections.command(&id, Command::Close(1000, "Connection Closed Normally"))?;
+    Ok(StatusCode::NO_CONTENT)
+}

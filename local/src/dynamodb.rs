@@ -1,0 +1,151 @@
+//! The embedded DynamoDB engine, with the tables that template.yaml describes.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Context, anyhow};
+use aws_sdk_dynamodb::{
+    Client,
+    types::{AttributeDefinition, BillingMode, KeySchemaElement, TimeToLiveSpecification},
+};
+use dynoxide::Database;
+use serde_yaml_ng::Value;
+use tokio::{net::TcpListener, time::interval};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, warn};
+
+/// The template that deploys the same tables to AWS.
+const TEMPLATE: &str = include_str!("../../template.yaml");
+/// How often expired items are removed. The engine never does it by itself.
+const SWEEP: Duration = Duration::from_secs(10);
+/// The file in a data directory.
+const FILE: &str = "tunnel.db";
+
+/// Serves the engine on a loopback port until `stop` is cancelled, and returns its address. Without `data` it forgets all then.
+///
+/// # Errors
+/// When the data cannot be opened, or no port is free.
+pub async fn start(data: Option<&Path>, tasks: &TaskTracker, stop: &CancellationToken) -> anyhow::Result<String> {
+    let database = match data {
+        None => Database::memory()?,
+        Some(directory) => {
+            std::fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+            let file = directory.join(FILE);
+            let path = file.to_str().ok_or_else(|| anyhow!("{} is not UTF-8", file.display()))?;
+            Database::new(path).with_context(|| format!("cannot open {path}"))?
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
+    let address = format!("http://{}", listener.local_addr()?);
+    let stopped = stop.clone();
+    let served = database.clone();
+    tasks.spawn(async move {
+        if let Err(error) = dynoxide::server::serve_with_shutdown(listener, served, stopped.cancelled_owned()).await {
+            warn!(error, "DynamoDB ended");
+        }
+    });
+    tasks.spawn(sweep(database, stop.clone()));
+    Ok(address)
+}
+
+async fn sweep(database: Database, stop: CancellationToken) {
+    let mut due = interval(SWEEP);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = due.tick() => {}
+        }
+        let database = database.clone();
+        match tokio::task::spawn_blocking(move || database.sweep_ttl()).await {
+            Ok(Ok(removed)) => debug!(removed, "expired items removed"),
+            Ok(Err(error)) => warn!(%error, "expired items could not be removed"),
+            Err(error) => warn!(%error, "expired items could not be removed"),
+        }
+    }
+}
+
+/// A table of the template.
+#[derive(Debug, Eq, PartialEq)]
+struct Table {
+    logical_id: String,
+    keys: Vec<(String, String)>,
+    attributes: Vec<(String, String)>,
+    ttl: Option<String>,
+}
+
+/// Creates the tables that do not exist yet. Each is named by its logical id in the template.
+///
+/// # Errors
+/// When the engine refuses one.
+pub async fn create_tables(client: &Client) -> anyhow::Result<()> {
+    let existing = client.list_tables().send().await.context("DynamoDB does not answer")?;
+    for table in tables(TEMPLATE)? {
+        if existing.table_names().contains(&table.logical_id) {
+            continue;
+        }
+        let keys = table.keys.iter().map(|(name, kind)| KeySchemaElement::builder().attribute_name(name).key_type(kind.as_str().into()).build());
+        let attributes =
+            table.attributes.iter().map(|(name, kind)| AttributeDefinition::builder().attribute_name(name).attribute_type(kind.as_str().into()).build());
+        client
+            .create_table()
+            .table_name(&table.logical_id)
+            .billing_mode(BillingMode::PayPerRequest)
+            .set_key_schema(Some(keys.collect::<Result<_, _>>()?))
+            .set_attribute_definitions(Some(attributes.collect::<Result<_, _>>()?))
+            .send()
+            .await
+            .with_context(|| format!("cannot create {}", table.logical_id))?;
+        if let Some(attribute) = table.ttl {
+            let specification = TimeToLiveSpecification::builder().attribute_name(attribute).enabled(true).build()?;
+            client.update_time_to_live().table_name(&table.logical_id).time_to_live_specification(specification).send().await?;
+        }
+    }
+    Ok(())
+}
+
+fn tables(template: &str) -> anyhow::Result<Vec<Table>> {
+    let template: Value = serde_yaml_ng::from_str(template)?;
+    let resources = template.get("Resources").and_then(Value::as_mapping).ok_or_else(|| anyhow!("the template has no Resources"))?;
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+    let pairs = |list: Option<&Value>, first: &str, second: &str| -> Option<Vec<(String, String)>> {
+        list?.as_sequence()?.iter().map(|entry| Some((text(entry.get(first))?, text(entry.get(second))?))).collect()
+    };
+    resources
+        .iter()
+        .filter(|(_, resource)| resource.get("Type").and_then(Value::as_str) == Some("AWS::DynamoDB::Table"))
+        .map(|(id, resource)| {
+            let properties = resource.get("Properties");
+            let property = |name: &str| properties.and_then(|properties| properties.get(name));
+            let table = || {
+                Some(Table {
+                    logical_id: text(Some(id))?,
+                    keys: pairs(property("KeySchema"), "AttributeName", "KeyType")?,
+                    attributes: pairs(property("AttributeDefinitions"), "AttributeName", "AttributeType")?,
+                    ttl: property("TimeToLiveSpecification").and_then(|ttl| text(ttl.get("AttributeName"))),
+                })
+            };
+            table().ok_or_else(|| anyhow!("a table of the template is not spelled out: {id:?}"))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_template_describes_the_tables_that_the_functions_use() {
+        let tables = tables(TEMPLATE).expect("a template");
+        let keys: Vec<(&str, Vec<&str>)> =
+            tables.iter().map(|table| (table.logical_id.as_str(), table.keys.iter().map(|(name, _)| name.as_str()).collect())).collect();
+        assert_eq!(
+            keys,
+            [
+                ("TunnelsTable", vec!["tunnelId"]),
+                ("ConnectionsTable", vec!["connectionId"]),
+                ("PendingRequestsTable", vec!["requestKey", "part"]),
+                ("TokensTable", vec!["tokenHash"]),
+            ]
+        );
+        assert!(tables.iter().all(|table| table.ttl.as_deref() == Some("ttl")), "{tables:?}");
+    }
+}

@@ -1,0 +1,16 @@
+//! The whole tunnel in one process: the four functions behind a real HTTP and WebSocket front, with an embedded DynamoDB engine.
+//!
+//! [`visitors`] is the HTTP front, [`agents`] the WebSocket API with its quotas, [`connections`] its @connections side,
+//! [`dynamodb`] the engine with the tables of template.yaml. [`stack`] puts them together. The functions are the very ones that
+//! run in Lambda, with real SDK clients that call this process on loopback.
+
+pub mod agents;
+pub mod cli;
+pub mod connections;
+pub mod dynamodb;
+pub mod event;
+pub mod quotas;
+pub mod stack;
+pub mod visitors;
+
+pub use stack::{Options, Stack};

@@ -1,0 +1,35 @@
+//! What the WebSocket front allows: by default just what API Gateway allows, so that what works here works there.
+
+use std::time::Duration;
+
+use tunnel_shared::limits;
+
+/// The limits of an agent's connection.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Quotas {
+    /// Longest frame from an agent, in bytes; over it the connection is closed with 1009.
+    pub frame: usize,
+    /// Longest message either way, in bytes; over it 1009 to the agent, 413 to PostToConnection.
+    pub message: usize,
+    /// Longest time without a message either way; then 1001.
+    pub idle: Duration,
+    /// Longest life; then 1001.
+    pub life: Duration,
+    /// Messages that wait for a slow agent; over it PostToConnection is answered 429. API Gateway does not tell its number.
+    pub queue: usize,
+    /// Messages of one connection that are handled at once; an agent that sends more waits.
+    pub handled_at_once: usize,
+}
+
+impl Default for Quotas {
+    fn default() -> Self {
+        Self {
+            frame: limits::WEBSOCKET_FRAME,
+            message: limits::WEBSOCKET_MESSAGE,
+            idle: limits::WEBSOCKET_IDLE,
+            life: limits::WEBSOCKET_LIFE,
+            queue: 128,
+            handled_at_once: 64,
+        }
+    }
+}

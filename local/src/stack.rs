@@ -1,0 +1,255 @@
+//! The parts put together, started and stopped.
+
+use std::{convert::Infallible, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use aws_sdk_dynamodb::Client;
+use http::{Request, Response};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, warn};
+use tunnel_connect::Connect;
+use tunnel_default::DefaultRoute;
+use tunnel_disconnect::Disconnect;
+use tunnel_forward::{Forward, answer::AnswerBody};
+use tunnel_shared::{
+    cloud::{
+        auth::{self, Auth},
+        now, sdk,
+        settings::Variables,
+        tokens::Tokens,
+    },
+    limits::HEADER_FIELDS,
+    routing::{PublicUrl, Routing},
+};
+
+use crate::{agents, agents::WebSocketFront, connections, connections::Connections, dynamodb, quotas::Quotas, visitors};
+
+/// Most open connections of visitors and agents together; more wait to be accepted.
+const OPEN_CONNECTIONS: usize = 4096;
+/// Longest request line plus headers, in bytes. API Gateway takes 10,240.
+const HEAD: usize = 64 * 1024;
+/// How long a visitor may take to send its request's head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long accepting rests after it failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long requests in flight may take to finish once the process is told to stop.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where visitors and agents connect; port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// Where visitors reach `listen`, if not under its own address.
+    pub public_url: Option<PublicUrl>,
+    /// Where data is kept; none forgets all.
+    pub data: Option<PathBuf>,
+    /// How agents prove who they are.
+    pub auth: Auth,
+    /// How visitors name a tunnel.
+    pub routing: Routing,
+    /// What agents' connections may do.
+    pub quotas: Quotas,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            public_url: None,
+            data: None,
+            auth: Auth::Open,
+            routing: Routing::Path,
+            quotas: Quotas::default(),
+        }
+    }
+}
+
+/// A running stack.
+#[derive(Debug)]
+pub struct Stack {
+    /// Where visitors reach it.
+    pub public_url: PublicUrl,
+    /// Where agents connect.
+    pub endpoint: String,
+    /// The agent token that was made because there was none; it is not stored and cannot be shown again.
+    pub first_token: Option<String>,
+    connections: Connections,
+    forward: Forward,
+    visitors: Subsystem,
+    agents: Subsystem,
+    services: Subsystem,
+}
+
+/// Tasks that are stopped together.
+#[derive(Clone, Debug, Default)]
+struct Subsystem {
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Subsystem {
+    /// Asks the tasks to end and waits for them. Those that do not in time end with the process.
+    async fn stop(&self, name: &str) {
+        self.stop.cancel();
+        self.tasks.close();
+        if timeout(GRACE, self.tasks.wait()).await.is_err() {
+            warn!(name, left = self.tasks.len(), "not stopped in time");
+        }
+    }
+}
+
+impl Stack {
+    /// Starts everything, and returns when requests can come.
+    ///
+    /// # Errors
+    /// When an address is taken, data cannot be opened, or the options would let strangers in.
+    pub async fn start(options: Options) -> anyhow::Result<Self> {
+        if options.auth == Auth::Open && !options.listen.ip().is_loopback() {
+            bail!("{} is not a loopback address: agents must authenticate there, so start with --auth token", options.listen);
+        }
+        let listener = TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
+        let address = listener.local_addr()?;
+        let public_url = match options.public_url {
+            Some(url) => url,
+            None if address.ip().is_unspecified() => bail!("{address} is no address visitors could use: say theirs with --public-url"),
+            None => format!("http://{address}").parse()?,
+        };
+        let (visitors, agents, services) = (Subsystem::default(), Subsystem::default(), Subsystem::default());
+        let dynamodb = dynamodb::start(options.data.as_deref(), &services.tasks, &services.stop).await?;
+        let access_key = auth::generate_token();
+        let sdk = sdk::for_loopback(&dynamodb, &access_key);
+        dynamodb::create_tables(&Client::new(&sdk)).await?;
+
+        let connections = Connections::default();
+        let management = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for @connections")?;
+        let websocket_api = format!("ws://{}/{}", management.local_addr()?, connections::STAGE);
+        let api = connections::router(connections.clone(), options.quotas, &access_key);
+        let stopped = services.stop.clone();
+        services.tasks.spawn(async move {
+            if let Err(error) = axum::serve(management, api).with_graceful_shutdown(stopped.cancelled_owned()).await {
+                warn!(%error, "@connections ended");
+            }
+        });
+
+        let variables = || {
+            Variables::new(|name| {
+                Some(match name {
+                    "TUNNELS_TABLE" => "TunnelsTable".to_owned(),
+                    "CONNECTIONS_TABLE" => "ConnectionsTable".to_owned(),
+                    "PENDING_REQUESTS_TABLE" => "PendingRequestsTable".to_owned(),
+                    "TOKENS_TABLE" => "TokensTable".to_owned(),
+                    "WEBSOCKET_API_ENDPOINT" => websocket_api.clone(),
+                    "PUBLIC_URL" => public_url.to_string(),
+                    "ROUTING" => if options.routing == Routing::Path { "path" } else { "subdomain" }.to_owned(),
+                    "AUTH" => if options.auth == Auth::Open { "open" } else { "token" }.to_owned(),
+                    _ => return None,
+                })
+            })
+        };
+        let forward = Forward::load(variables(), &sdk)?;
+        let websocket = WebSocketFront {
+            connect: Connect::load(variables(), &sdk)?,
+            default: DefaultRoute::load(variables(), &sdk)?,
+            disconnect: Disconnect::load(variables(), &sdk)?,
+            connections: connections.clone(),
+            quotas: options.quotas,
+            tasks: agents.tasks.clone(),
+        };
+        let first_token = first_token(options.auth, &Tokens::new(&sdk, "TokensTable".to_owned())).await?;
+        let front = Front { forward: forward.clone(), websocket, scheme: public_url.scheme().to_owned() };
+        visitors.tasks.spawn(listen(listener, front, visitors.clone()));
+        let endpoint = format!("{}{}", websocket_scheme(&public_url), agents::PATH);
+        Ok(Self { public_url, endpoint, first_token, connections, forward, visitors, agents, services })
+    }
+
+    /// Stops: takes nothing new, lets requests in flight finish for a while, and tells agents to come back later.
+    pub async fn stop(self) {
+        self.visitors.stop("visitors").await;
+        self.forward.finish().await;
+        self.connections.close_all();
+        self.agents.stop("agents").await;
+        self.services.stop("services").await;
+    }
+}
+
+fn websocket_scheme(public_url: &PublicUrl) -> String {
+    let url = public_url.to_string();
+    url.strip_prefix("http").map_or(url.clone(), |rest| format!("ws{rest}"))
+}
+
+/// Where agents need tokens and none exists, makes the first.
+async fn first_token(auth: Auth, tokens: &Tokens) -> anyhow::Result<Option<String>> {
+    if auth == Auth::Open || tokens.any().await? {
+        return Ok(None);
+    }
+    let token = auth::generate_token();
+    tokens.put(&auth::hash_token(&token), "first", now()).await?;
+    Ok(Some(token))
+}
+
+/// What every connection is served with.
+#[derive(Clone)]
+struct Front {
+    forward: Forward,
+    websocket: WebSocketFront,
+    scheme: String,
+}
+
+impl Front {
+    async fn serve(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<AnswerBody> {
+        if request.uri().path() == agents::PATH {
+            self.websocket.accept(request, peer).await
+        } else {
+            visitors::serve(&self.forward, request, peer, &self.scheme).await
+        }
+    }
+}
+
+async fn listen(listener: TcpListener, front: Front, visitors: Subsystem) {
+    let open = Arc::new(Semaphore::new(OPEN_CONNECTIONS));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD).max_headers(HEADER_FIELDS);
+    loop {
+        let Ok(place) = open.clone().acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            () = visitors.stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of file descriptors, most likely: connections that end will free some.
+                warn!(%error, "cannot accept");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Without it a connection only has more latency.
+        let _ = stream.set_nodelay(true);
+        let front = front.clone();
+        let service = service_fn(move |request| {
+            let front = front.clone();
+            async move { Ok::<_, Infallible>(front.serve(request, peer).await) }
+        });
+        let connection = http.serve_connection(TokioIo::new(stream), service).with_upgrades();
+        let stop = visitors.stop.clone();
+        visitors.tasks.spawn(async move {
+            let mut connection = std::pin::pin!(connection);
+            let outcome = tokio::select! {
+                outcome = connection.as_mut() => outcome,
+                () = stop.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = outcome {
+                debug!(%peer, error = &error as &dyn std::error::Error, "connection ended");
+            }
+            drop(place);
+        });
+    }
+}

@@ -1,0 +1,53 @@
+//! The HTTP front: visitors' requests as they come, straight to `forward`.
+//!
+//! What an event would carry is handed over as it is, because an event cannot carry a stream and payload 2.0 joins repeated
+//! fields. From there on the way is that of a function URL.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, StatusCode, Uri, header, uri::Scheme};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use tunnel_forward::{
+    Forward,
+    answer::{self, AnswerBody},
+    refusal::Refusal,
+    visit::{Front, Visit},
+};
+use tunnel_shared::routing::encode_path;
+
+/// Serves a visitor's request.
+pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: SocketAddr, scheme: &str) -> Response<AnswerBody> {
+    let (head, body) = request.into_parts();
+    let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
+    let visit = Visit {
+        front: Front::Streaming,
+        method: head.method,
+        scheme: scheme.to_owned(),
+        host,
+        path: encode_path(head.uri.path()),
+        query: head.uri.query().map(str::to_owned),
+        headers: head.headers,
+        source_ip: peer.ip().to_string(),
+        body: body.map_err(Into::into).boxed_unsync(),
+    };
+    if is_absolute(&head.uri) {
+        let refusal = Refusal::BadRequest("its target is a whole address, as for a proxy".to_owned());
+        return refusal.into_response(visit.wants_html());
+    }
+    forward.serve(visit).await
+}
+
+/// Whether a request's target is in absolute-form or authority-form, which only proxies take.
+fn is_absolute(uri: &Uri) -> bool {
+    uri.scheme() == Some(&Scheme::HTTP) || uri.scheme() == Some(&Scheme::HTTPS) || uri.authority().is_some()
+}
+
+/// A short answer of the front's own.
+pub fn say(status: StatusCode, text: &'static str) -> Response<AnswerBody> {
+    let mut response = Response::new(answer::whole(Bytes::from_static(text.as_bytes())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}

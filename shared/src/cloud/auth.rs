@@ -1,0 +1,87 @@
+//! Who an agent is.
+//!
+//! An owner is a text: `token:` and the SHA-256 of the agent's token, or `open` where everybody may connect.
+
+use std::{fmt::Write, str::FromStr};
+
+use rand::RngExt;
+use sha2::{Digest, Sha256};
+
+/// The owner of everything where agents do not authenticate.
+pub const ANYBODY: &str = "open";
+
+/// How agents prove who they are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Auth {
+    /// With a bearer token whose hash the tokens table knows.
+    Token,
+    /// Not at all. For one user on a loopback address.
+    Open,
+}
+
+/// A setting that names no way to authenticate.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("must be token or open")]
+pub struct InvalidAuth;
+
+impl FromStr for Auth {
+    type Err = InvalidAuth;
+
+    fn from_str(word: &str) -> Result<Self, InvalidAuth> {
+        match word {
+            "token" => Ok(Self::Token),
+            "open" => Ok(Self::Open),
+            _ => Err(InvalidAuth),
+        }
+    }
+}
+
+/// Generates a token: 256 random bits behind a prefix by which leaked ones can be searched for.
+pub fn generate_token() -> String {
+    let bytes: [u8; 32] = rand::rng().random();
+    format!("ttf_{}", hex(&bytes))
+}
+
+/// What is stored of a token. Tokens are long and random, so that a plain hash cannot be searched backwards.
+pub fn hash_token(token: &str) -> String {
+    hex(&Sha256::digest(token.as_bytes()))
+}
+
+/// The owner that the token of this hash stands for.
+pub fn owner_of(token_hash: &str) -> String {
+    format!("token:{token_hash}")
+}
+
+/// The token of an `Authorization` header: RFC 6750, 2.1.
+pub fn bearer_token(authorization: &str) -> Option<&str> {
+    let (scheme, token) = authorization.split_once(' ')?;
+    let token = token.trim();
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("writing to a String cannot fail");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_stored_as_its_sha_256() {
+        assert_eq!(hash_token("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_ne!(generate_token(), generate_token());
+    }
+
+    #[test]
+    fn only_bearer_tokens_are_read() {
+        assert_eq!(bearer_token("Bearer abc"), Some("abc"));
+        assert_eq!(bearer_token("bearer  abc "), Some("abc"));
+        for other in ["", "abc", "Bearer", "Bearer ", "Basic abc"] {
+            assert_eq!(bearer_token(other), None, "{other}");
+        }
+    }
+}

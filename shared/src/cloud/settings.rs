@@ -1,0 +1,72 @@
+//! The functions' settings: environment variables, read once at start, with every fault reported and not just the first.
+
+use std::{cell::RefCell, fmt, str::FromStr};
+
+/// Reads variables and remembers what was wrong with them.
+///
+/// ```
+/// # use tunnel_shared::cloud::settings::Variables;
+/// let variables = Variables::new(|name| (name == "PORT").then(|| "x".to_owned()));
+/// let port: Option<u16> = variables.required("PORT");
+/// let name: Option<String> = variables.required("NAME");
+/// let faults = variables.finish(|| Some((port?, name?))).expect_err("neither is right");
+/// assert_eq!(faults.to_string(), "PORT: invalid digit found in string; NAME: is not set");
+/// ```
+pub struct Variables<'a> {
+    read: Box<dyn Fn(&str) -> Option<String> + 'a>,
+    faults: RefCell<Vec<String>>,
+}
+
+/// Everything that is wrong with the settings.
+#[derive(Debug, thiserror::Error)]
+pub struct Faults(Vec<String>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("; "))
+    }
+}
+
+impl<'a> Variables<'a> {
+    /// Reads variables with `read`.
+    pub fn new(read: impl Fn(&str) -> Option<String> + 'a) -> Self {
+        Self { read: Box::new(read), faults: RefCell::default() }
+    }
+
+    /// Reads the process's environment.
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment of a function")]
+    pub fn of_process() -> Self {
+        Self::new(|name| std::env::var(name).ok())
+    }
+
+    /// A variable that must be set. `None` means that a fault was noted.
+    pub fn required<T: FromStr<Err: fmt::Display>>(&self, name: &str) -> Option<T> {
+        match (self.read)(name).filter(|text| !text.is_empty()) {
+            Some(text) => self.parse(name, &text),
+            None => {
+                self.faults.borrow_mut().push(format!("{name}: is not set"));
+                None
+            }
+        }
+    }
+
+    /// A variable that is `default` when it is not set. `None` means that a fault was noted.
+    pub fn optional<T: FromStr<Err: fmt::Display>>(&self, name: &str, default: T) -> Option<T> {
+        match (self.read)(name).filter(|text| !text.is_empty()) {
+            Some(text) => self.parse(name, &text),
+            None => Some(default),
+        }
+    }
+
+    /// Builds the settings from what was read.
+    ///
+    /// # Errors
+    /// When any variable was faulty: all faults.
+    pub fn finish<T>(self, build: impl FnOnce() -> Option<T>) -> Result<T, Faults> {
+        build().ok_or_else(|| Faults(self.faults.into_inner()))
+    }
+
+    fn parse<T: FromStr<Err: fmt::Display>>(&self, name: &str, text: &str) -> Option<T> {
+        text.parse().map_err(|fault| self.faults.borrow_mut().push(format!("{name}: {fault}"))).ok()
+    }
+}

@@ -1,0 +1,161 @@
+//! The tunnels table: who owns a name, and which connection serves it now.
+
+use std::time::Duration;
+
+use aws_config::SdkConfig;
+use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
+
+use super::store::{Item, StoreError, Table, is_live, number, read_number, read_text, text};
+use crate::{
+    id::{ConnectionId, TunnelId},
+    protocol::Feature,
+};
+
+/// How long a name that nobody uses stays its owner's.
+pub const UNUSED: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// A tunnel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tunnel {
+    /// Whose it is; see [`super::auth`].
+    pub owner: String,
+    /// The connection that serves it; none while it is offline.
+    pub online: Option<Online>,
+    /// When it last went online or offline, in seconds since 1970.
+    pub since: u64,
+}
+
+/// The connection that serves a tunnel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Online {
+    /// The connection.
+    pub connection_id: ConnectionId,
+    /// What its agent announced.
+    pub features: Vec<Feature>,
+}
+
+/// The table.
+#[derive(Clone, Debug)]
+pub struct Tunnels(Table);
+
+impl Tunnels {
+    /// The table of this name.
+    pub fn new(sdk: &SdkConfig, name: String) -> Self {
+        Self(Table::new(sdk, name))
+    }
+
+    /// Looks a tunnel up, with all writes that were answered before.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn get(&self, id: &TunnelId, now: Duration) -> Result<Option<Tunnel>, StoreError> {
+        let table = &self.0;
+        let output = table
+            .client
+            .get_item()
+            .table_name(&table.name)
+            .key("tunnelId", text(id.as_str()))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(table.failed("GetItem"))?;
+        Ok(output.item.filter(|item| is_live(item, now)).and_then(|item| tunnel(&item)))
+    }
+
+    /// Makes the name `owner`'s if it is nobody's, and tells whether it is `owner`'s now.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn claim(&self, id: &TunnelId, owner: &str, now: Duration) -> Result<bool, StoreError> {
+        let table = &self.0;
+        let outcome = table
+            .client
+            .update_item()
+            .table_name(&table.name)
+            .key("tunnelId", text(id.as_str()))
+            .update_expression("SET #owner = :owner, #ttl = :ttl")
+            .condition_expression("attribute_not_exists(tunnelId) OR #owner = :owner OR #ttl <= :now")
+            .expression_attribute_names("#owner", "owner")
+            .expression_attribute_names("#ttl", "ttl")
+            .expression_attribute_values(":owner", text(owner))
+            .expression_attribute_values(":ttl", number((now + UNUSED).as_secs()))
+            .expression_attribute_values(":now", number(now.as_secs()))
+            .send()
+            .await;
+        Ok(table.conditional(outcome)?.is_some())
+    }
+
+    /// Lets `online` serve the tunnel, and returns the connection that served it until then. `None` when the tunnel is no
+    /// longer `owner`'s.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn go_online(&self, id: &TunnelId, owner: &str, online: &Online, now: Duration) -> Result<Option<Option<Online>>, StoreError> {
+        let table = &self.0;
+        let outcome = table
+            .client
+            .update_item()
+            .table_name(&table.name)
+            .key("tunnelId", text(id.as_str()))
+            .update_expression("SET connectionId = :connection, features = :features, since = :now, #ttl = :ttl")
+            .condition_expression("#owner = :owner")
+            .expression_attribute_names("#owner", "owner")
+            .expression_attribute_names("#ttl", "ttl")
+            .expression_attribute_values(":owner", text(owner))
+            .expression_attribute_values(":connection", text(online.connection_id.as_str()))
+            .expression_attribute_values(":features", AttributeValue::S(features_to_text(&online.features)))
+            .expression_attribute_values(":now", number(now.as_secs()))
+            .expression_attribute_values(":ttl", number((now + UNUSED).as_secs()))
+            .return_values(ReturnValue::UpdatedOld)
+            .send()
+            .await;
+        let Some(output) = table.conditional(outcome)? else { return Ok(None) };
+        let before = output.attributes.as_ref().and_then(online_of);
+        Ok(Some(before.filter(|before| before.connection_id != online.connection_id)))
+    }
+
+    /// Marks the tunnel offline if `connection` serves it, and tells whether it did.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn go_offline(&self, id: &TunnelId, connection: &ConnectionId, now: Duration) -> Result<bool, StoreError> {
+        let table = &self.0;
+        let outcome = table
+            .client
+            .update_item()
+            .table_name(&table.name)
+            .key("tunnelId", text(id.as_str()))
+            .update_expression("REMOVE connectionId SET since = :now, #ttl = :ttl")
+            .condition_expression("connectionId = :connection")
+            .expression_attribute_names("#ttl", "ttl")
+            .expression_attribute_values(":connection", text(connection.as_str()))
+            .expression_attribute_values(":now", number(now.as_secs()))
+            .expression_attribute_values(":ttl", number((now + UNUSED).as_secs()))
+            .send()
+            .await;
+        Ok(table.conditional(outcome)?.is_some())
+    }
+}
+
+fn tunnel(item: &Item) -> Option<Tunnel> {
+    Some(Tunnel {
+        owner: read_text(item, "owner")?.to_owned(),
+        online: online_of(item),
+        since: read_number(item, "since").unwrap_or_default(),
+    })
+}
+
+fn online_of(item: &Item) -> Option<Online> {
+    Some(Online {
+        connection_id: read_text(item, "connectionId")?.parse().ok()?,
+        features: read_text(item, "features").map(features_of_text).unwrap_or_default(),
+    })
+}
+
+fn features_to_text(features: &[Feature]) -> String {
+    serde_json::to_string(features).expect("a list of words has a JSON text")
+}
+
+fn features_of_text(text: &str) -> Vec<Feature> {
+    serde_json::from_str(text).unwrap_or_default()
+}

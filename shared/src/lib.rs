@@ -1,0 +1,15 @@
+//! What the agent and the functions agree on: the wire protocol, identifiers, limits, routing and HTTP header rules.
+//!
+//! Without features this crate knows neither AWS nor an async runtime, so that the agent stays small. The `cloud` feature
+//! adds what the Lambda functions share: settings, the DynamoDB tables, @connections, replies and telemetry. It is the only
+//! place in the workspace that names an AWS client.
+
+pub mod headers;
+pub mod id;
+pub mod limits;
+pub mod parts;
+pub mod protocol;
+pub mod routing;
+
+#[cfg(feature = "cloud")]
+pub mod cloud;

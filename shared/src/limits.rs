@@ -1,0 +1,62 @@
+//! Quotas of the platforms the tunnel runs on, and the sizes derived from them.
+//!
+//! Sources: "Quotas for configuring and running a WebSocket API" and "Quotas for HTTP APIs" in the API Gateway developer guide,
+//! "Lambda quotas" and "Response streaming" in the Lambda developer guide. None of these can be raised.
+
+use std::time::Duration;
+
+/// Longest WebSocket frame API Gateway takes, in bytes; a longer one closes the connection with code 1009.
+pub const WEBSOCKET_FRAME: usize = 32 * 1024;
+
+/// Longest WebSocket message API Gateway takes in either direction, in bytes. A longer one from the client closes the
+/// connection with code 1009; a longer PostToConnection is answered 413.
+pub const WEBSOCKET_MESSAGE: usize = 128 * 1024;
+
+/// How long a WebSocket connection may carry no message before API Gateway closes it.
+pub const WEBSOCKET_IDLE: Duration = Duration::from_secs(10 * 60);
+
+/// How long a WebSocket connection may live before API Gateway closes it.
+pub const WEBSOCKET_LIFE: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// Longest a WebSocket route's integration may take.
+pub const WEBSOCKET_INTEGRATION: Duration = Duration::from_secs(29);
+
+/// Longest an HTTP API's integration may take; the visitor then gets 503 while the function runs on.
+pub const HTTP_API_INTEGRATION: Duration = Duration::from_secs(30);
+
+/// Longest request body an HTTP API takes, in bytes.
+pub const HTTP_API_BODY: usize = 10 * 1024 * 1024;
+
+/// Longest request line plus headers an HTTP API takes, in bytes.
+pub const HTTP_API_HEAD: usize = 10_240;
+
+/// Longest payload of a synchronous invocation, event or answer, in bytes of JSON: 6 MB and a little, the figure that
+/// Lambda's own error message names.
+pub const LAMBDA_PAYLOAD: usize = 6_291_556;
+
+/// Longest streamed answer of a function, in bytes.
+pub const LAMBDA_STREAM: usize = 200 * 1024 * 1024;
+
+/// Longest a Lambda function runs.
+pub const LAMBDA_RUN: Duration = Duration::from_secs(900);
+
+/// Room in a [`WEBSOCKET_MESSAGE`] for a part's JSON around the encoded body: type, request id, number, flags and quotes.
+pub const PART_ENVELOPE: usize = 512;
+
+/// Most body bytes a part carries, so that its base64 and envelope fit a [`WEBSOCKET_MESSAGE`].
+pub const PART_BODY: usize = (WEBSOCKET_MESSAGE - PART_ENVELOPE) / 4 * 3;
+
+/// Most header fields the tunnel takes in one request or response.
+pub const HEADER_FIELDS: usize = 256;
+
+/// Most parts of one body a receiver holds while an earlier one is missing. It bounds what a disordered or hostile sender can
+/// make the receiver keep: `PARTS_AHEAD` times [`PART_BODY`].
+pub const PARTS_AHEAD: usize = 64;
+
+/// Longest deadline the service gives to a request it hands an agent, unless a front allows less.
+pub const REQUEST_DEADLINE: Duration = Duration::from_secs(15 * 60);
+
+const _: () = assert!(PART_BODY.div_ceil(3) * 4 + PART_ENVELOPE <= WEBSOCKET_MESSAGE);
+const _: () = assert!(WEBSOCKET_FRAME <= WEBSOCKET_MESSAGE);
+const _: () = assert!(WEBSOCKET_IDLE.as_secs() < WEBSOCKET_LIFE.as_secs());
+const _: () = assert!(REQUEST_DEADLINE.as_secs() <= LAMBDA_RUN.as_secs());
