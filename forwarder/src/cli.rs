@@ -127,7 +127,10 @@ impl Options {
         chosen
             .into_iter()
             .map(|name| {
-                let tunnel = file.tunnels.get(name).ok_or_else(|| Usage(format!("there is no tunnel {name} in the config file; it has: {}", known())))?;
+                let tunnel = file
+                    .tunnels
+                    .get(name)
+                    .ok_or_else(|| Usage(format!("there is no tunnel {name} in the config file; it has: {}", known())))?;
                 self.settings(name, None, tunnel, file)
             })
             .collect()
@@ -301,7 +304,12 @@ mod tests {
         let names = |arguments: &[&str]| parse(arguments).map(|tunnels| tunnels.into_iter().map(|tunnel| tunnel.name).collect::<Vec<_>>());
         assert_eq!(names(&["start", "--all", "--config", path]), Ok(vec!["api".to_owned(), "web".to_owned()]));
         assert_eq!(names(&["start", "web", "--config", path]), Ok(vec!["web".to_owned()]));
-        for wrong in [&["start", "--config", path][..], &["start", "nope", "--config", path], &["--config", path], &["start", "--all", "-s", "one", "--config", path]] {
+        for wrong in [
+            &["start", "--config", path][..],
+            &["start", "nope", "--config", path],
+            &["--config", path],
+            &["start", "--all", "-s", "one", "--config", path],
+        ] {
             assert!(names(wrong).is_err(), "{wrong:?}");
         }
     }

@@ -58,14 +58,22 @@ pub async fn run(context: Context, message: HttpRequest, more: Option<BodyParts>
         Ok(status) => Ok(status),
         Err(failed) => {
             let text = failed.message.to_owned();
-            reply.send(FromAgent::Error(AgentError { request_id: Some(reply.request_id.clone()), code: failed.code, message: text.clone() })).await;
+            reply
+                .send(FromAgent::Error(AgentError { request_id: Some(reply.request_id.clone()), code: failed.code, message: text.clone() }))
+                .await;
             Err(text)
         }
     };
     Event::Request { method, uri, outcome, bytes: reply.bytes, took: started.elapsed() }
 }
 
-async fn attempt(context: &Context, message: HttpRequest, more: Option<BodyParts>, reply: &mut Reply, started: Instant) -> Result<StatusCode, Failed> {
+async fn attempt(
+    context: &Context,
+    message: HttpRequest,
+    more: Option<BodyParts>,
+    reply: &mut Reply,
+    started: Instant,
+) -> Result<StatusCode, Failed> {
     let timeout = match message.deadline_ms {
         0 => context.timeout,
         deadline => context.timeout.min(Duration::from_millis(deadline)),
@@ -110,8 +118,14 @@ impl Reply {
 
     async fn respond(&mut self, response: Response<Incoming>, is_head: bool, processing_time_ms: u64, parts: bool) -> Result<(), Failed> {
         let (head, body) = response.into_parts();
-        let mut message =
-            HttpResponse { request_id: self.request_id.clone(), status_code: head.status.as_u16(), headers: head.headers, body: Body::default(), processing_time_ms, more: false };
+        let mut message = HttpResponse {
+            request_id: self.request_id.clone(),
+            status_code: head.status.as_u16(),
+            headers: head.headers,
+            body: Body::default(),
+            processing_time_ms,
+            more: false,
+        };
         let room = room_beside_head(&message)?;
         if is_head {
             self.send(FromAgent::HttpResponse(message)).await;
@@ -126,7 +140,10 @@ impl Reply {
             (chunk, !gathering.is_at_end().await?)
         };
         if more && !parts {
-            return Err(Failed { code: AgentErrorCode::ResponseTooLarge, message: "The response is longer than this service's version can carry." });
+            return Err(Failed {
+                code: AgentErrorCode::ResponseTooLarge,
+                message: "The response is longer than this service's version can carry.",
+            });
         }
         self.bytes += chunk.len() as u64;
         (message.body, message.more) = (Body(chunk), more);
@@ -167,7 +184,10 @@ impl Gathering {
                 // Trailers are dropped: API Gateway has no way to pass them on.
                 Some(Ok(frame)) => self.left = frame.into_data().unwrap_or_default(),
                 Some(Err(_)) => {
-                    return Err(Failed { code: AgentErrorCode::LocalServiceUnavailable, message: "it broke off in the middle of its response" });
+                    return Err(Failed {
+                        code: AgentErrorCode::LocalServiceUnavailable,
+                        message: "it broke off in the middle of its response",
+                    });
                 }
             }
         }

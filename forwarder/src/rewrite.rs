@@ -80,7 +80,10 @@ impl PublicAddress {
                         return Some(format!(" {name}={path}").into_bytes());
                     }
                 }
-                if at > 0 && name.eq_ignore_ascii_case("domain") && value.trim_start_matches('.').eq_ignore_ascii_case(target.authority.host()) {
+                if at > 0
+                    && name.eq_ignore_ascii_case("domain")
+                    && value.trim_start_matches('.').eq_ignore_ascii_case(target.authority.host())
+                {
                     changed = true;
                     return None;
                 }

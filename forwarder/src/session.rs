@@ -125,11 +125,8 @@ enum OpenError {
 }
 
 async fn open(settings: &Settings, tunnel_id: Option<&TunnelId>) -> Result<(Socket, ConnectionEstablished), OpenError> {
-    let mut request = settings
-        .endpoint
-        .asking_for(tunnel_id)
-        .into_client_request()
-        .map_err(|error| OpenError::Failed(error.to_string()))?;
+    let mut request =
+        settings.endpoint.asking_for(tunnel_id).into_client_request().map_err(|error| OpenError::Failed(error.to_string()))?;
     if let Some(token) = &settings.token {
         let mut value = HeaderValue::from_str(&format!("Bearer {}", token.reveal()))
             .map_err(|_| OpenError::Refused(Refused::Invalid("the token has characters that no token has".to_owned())))?;
@@ -347,7 +344,7 @@ impl<'a> Session<'a> {
             let _ = body.to_origin.try_send(Err(BodyCut));
             is_over = true;
         }
-        while let Some(part) = body.parts.next() {
+        while let Some(part) = body.parts.take_next() {
             let is_taken = body.to_origin.try_send(Ok(part.body.0)).is_ok();
             is_over |= !part.more || !is_taken;
         }
@@ -403,4 +400,3 @@ async fn write_text(sink: &mut SplitSink<Socket, Message>, text: String) -> Resu
     }
     sink.flush().await
 }
-

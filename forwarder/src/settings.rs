@@ -117,7 +117,9 @@ impl FromStr for Target {
         let parts = with_scheme.parse::<Uri>().map_err(|_| Invalid::Target)?.into_parts();
         let has_path = parts.path_and_query.is_some_and(|path| path != "/");
         match (parts.scheme, parts.authority) {
-            (Some(scheme), Some(authority)) if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_path && !authority.as_str().contains('@') => {
+            (Some(scheme), Some(authority))
+                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_path && !authority.as_str().contains('@') =>
+            {
                 Ok(Self { scheme, authority })
             }
             _ => Err(Invalid::Target),

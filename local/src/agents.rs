@@ -201,7 +201,12 @@ impl WebSocketFront {
 /// The answer to a handshake's key; none when the request is no WebSocket handshake (RFC 6455, 4.2.1).
 fn accept_key(headers: &HeaderMap) -> Option<HeaderValue> {
     let has = |name, word: &str| {
-        headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok()).flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(word))
+        headers
+            .get_all(name)
+            .iter()
+            .filter_map(|value: &HeaderValue| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .any(|part| part.trim().eq_ignore_ascii_case(word))
     };
     let is_handshake = has(header::UPGRADE, "websocket") && has(header::CONNECTION, "upgrade") && has(header::SEC_WEBSOCKET_VERSION, "13");
     let key = headers.get(header::SEC_WEBSOCKET_KEY).filter(|_| is_handshake)?;

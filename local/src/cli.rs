@@ -63,7 +63,14 @@ impl Cli {
             RoutingWord::Path => Routing::Path,
             RoutingWord::Subdomain => Routing::Subdomain,
         };
-        Options { listen: self.listen, public_url: self.public_url.clone(), data: self.data.clone(), auth, routing, quotas: Quotas::default() }
+        Options {
+            listen: self.listen,
+            public_url: self.public_url.clone(),
+            data: self.data.clone(),
+            auth,
+            routing,
+            quotas: Quotas::default(),
+        }
     }
 }
 

@@ -102,10 +102,11 @@ struct Api {
 /// The API's routes: POST and DELETE on a connection, for callers that sign with `access_key`.
 pub fn router(connections: Connections, quotas: Quotas, access_key: &str) -> Router {
     let limit = axum::extract::DefaultBodyLimit::max(2 * quotas.message);
-    Router::new()
-        .route(&format!("/{STAGE}/@connections/{{id}}"), post(send).delete(close))
-        .layer(limit)
-        .with_state(Api { connections, quotas, access_key: access_key.into() })
+    Router::new().route(&format!("/{STAGE}/@connections/{{id}}"), post(send).delete(close)).layer(limit).with_state(Api {
+        connections,
+        quotas,
+        access_key: access_key.into(),
+    })
 }
 
 impl Api {

@@ -113,12 +113,14 @@ pub mod json {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<HeaderMap, A::Error> {
                 let mut headers = HeaderMap::new();
                 while let Some((name, values)) = map.next_entry::<String, Vec<String>>()? {
-                    let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| A::Error::custom("a header name that HTTP does not allow"))?;
+                    let name =
+                        HeaderName::from_bytes(name.as_bytes()).map_err(|_| A::Error::custom("a header name that HTTP does not allow"))?;
                     for value in values {
                         if headers.len() == HEADER_FIELDS {
                             return Err(A::Error::custom(format_args!("more than {HEADER_FIELDS} header fields")));
                         }
-                        let value = text_to_value(&value).ok_or_else(|| A::Error::custom(format_args!("a value of {name} that HTTP does not allow")))?;
+                        let value = text_to_value(&value)
+                            .ok_or_else(|| A::Error::custom(format_args!("a value of {name} that HTTP does not allow")))?;
                         headers.append(name.clone(), value);
                     }
                 }
@@ -137,19 +139,29 @@ mod tests {
     use super::*;
 
     fn map(fields: &[(&str, &str)]) -> HeaderMap {
-        fields.iter().map(|(name, value)| (name.parse::<HeaderName>().expect("a name"), HeaderValue::from_str(value).expect("a value"))).collect()
+        fields
+            .iter()
+            .map(|(name, value)| (name.parse::<HeaderName>().expect("a name"), HeaderValue::from_str(value).expect("a value")))
+            .collect()
     }
 
     #[test]
     fn hop_by_hop_fields_and_those_connection_names_are_removed() {
-        let mut headers = map(&[("connection", "close, X-Hop"), ("x-hop", "1"), ("te", "trailers"), ("transfer-encoding", "chunked"), ("x-end", "2")]);
+        let mut headers =
+            map(&[("connection", "close, X-Hop"), ("x-hop", "1"), ("te", "trailers"), ("transfer-encoding", "chunked"), ("x-end", "2")]);
         remove_hop_by_hop(&mut headers);
         assert_eq!(headers, map(&[("x-end", "2")]));
     }
 
     #[test]
     fn what_a_visitor_claims_about_its_origin_is_removed() {
-        let mut headers = map(&[("x-forwarded-for", "1.2.3.4"), ("X-Forwarded-Anything", "x"), ("forwarded", "for=1.2.3.4"), ("x-real-ip", "1.2.3.4"), ("via", "1.1 p")]);
+        let mut headers = map(&[
+            ("x-forwarded-for", "1.2.3.4"),
+            ("X-Forwarded-Anything", "x"),
+            ("forwarded", "for=1.2.3.4"),
+            ("x-real-ip", "1.2.3.4"),
+            ("via", "1.1 p"),
+        ]);
         remove_forwarding(&mut headers);
         assert_eq!(headers, map(&[("via", "1.1 p")]));
     }

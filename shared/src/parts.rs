@@ -80,7 +80,7 @@ impl<T> Reorder<T> {
     }
 
     /// Takes the next part in order out, if it is there.
-    pub fn next(&mut self) -> Option<T> {
+    pub fn take_next(&mut self) -> Option<T> {
         let item = self.early.remove(&self.expected)?;
         self.expected += 1;
         Some(item)
@@ -99,7 +99,12 @@ mod tests {
 
     #[test]
     fn a_full_part_fits_a_message_with_the_longest_ids() {
-        let part = BodyPart { request_id: "r".repeat(64).parse().expect("an id"), part: u32::MAX, body: Body(vec![0; PART_BODY].into()), more: false };
+        let part = BodyPart {
+            request_id: "r".repeat(64).parse().expect("an id"),
+            part: u32::MAX,
+            body: Body(vec![0; PART_BODY].into()),
+            more: false,
+        };
         assert!(encode(&FromAgent::BodyPart(part.clone())).len() <= WEBSOCKET_MESSAGE);
         assert!(encode(&ToAgent::BodyPart(part)).len() <= WEBSOCKET_MESSAGE);
         assert!(RequestId::generate().as_str().len() <= 64);
@@ -137,7 +142,7 @@ mod tests {
             let (mut reorder, mut received) = (Reorder::starting_at(1), Vec::new());
             for (part, bytes) in sent {
                 reorder.insert(part, bytes).expect("within the window");
-                while let Some(bytes) = reorder.next() {
+                while let Some(bytes) = reorder.take_next() {
                     received.extend(bytes);
                 }
             }

@@ -85,7 +85,9 @@ impl FromStr for PublicUrl {
         let parts = uri.into_parts();
         let has_query = parts.path_and_query.is_some_and(|path| path.query().is_some());
         match (parts.scheme, parts.authority) {
-            (Some(scheme), Some(authority)) if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_query && !authority.as_str().contains('@') => {
+            (Some(scheme), Some(authority))
+                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_query && !authority.as_str().contains('@') =>
+            {
                 Ok(Self { scheme, authority, path })
             }
             _ => Err(Invalid::PublicUrl),

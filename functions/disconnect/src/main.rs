@@ -9,5 +9,8 @@ use tunnel_shared::cloud::{sdk, settings::Variables, telemetry};
 async fn main() -> Result<(), Error> {
     telemetry::init();
     let function = &Disconnect::load(Variables::of_process(), &sdk::from_environment().await)?;
-    lambda_runtime::run(service_fn(async |event: LambdaEvent<ApiGatewayWebsocketProxyRequest>| function.handle(event.payload).await.map_err(Error::from))).await
+    lambda_runtime::run(service_fn(async |event: LambdaEvent<ApiGatewayWebsocketProxyRequest>| {
+        function.handle(event.payload).await.map_err(Error::from)
+    }))
+    .await
 }

@@ -84,7 +84,9 @@ pub async fn buffer(response: Response<AnswerBody>, payload: Payload, is_head: b
 }
 
 fn too_large() -> Refusal {
-    Refusal::TooLarge(format!("The response is over the {LAMBDA_PAYLOAD} bytes that Lambda takes in one piece. Fetch it through the deployment's streaming URL."))
+    Refusal::TooLarge(format!(
+        "The response is over the {LAMBDA_PAYLOAD} bytes that Lambda takes in one piece. Fetch it through the deployment's streaming URL."
+    ))
 }
 
 fn json_length(answer: &Answer) -> usize {

@@ -38,7 +38,13 @@ const ENVELOPE_SLACK: usize = 64;
 ///
 /// # Errors
 /// Everything that leaves the visitor without a response.
-pub(crate) async fn run(function: &Arc<Parts>, visit: Visit, tunnel: TunnelId, prefix: &str, path: &str) -> Result<Response<AnswerBody>, Refusal> {
+pub(crate) async fn run(
+    function: &Arc<Parts>,
+    visit: Visit,
+    tunnel: TunnelId,
+    prefix: &str,
+    path: &str,
+) -> Result<Response<AnswerBody>, Refusal> {
     let started = Instant::now();
     let head_deadline = started + visit.front.patience();
     let online = find(function, &tunnel).await?;
@@ -51,7 +57,18 @@ pub(crate) async fn run(function: &Arc<Parts>, visit: Visit, tunnel: TunnelId, p
     let deadline = matches!(front, Front::HttpApi(_)).then_some(head_deadline);
     let connection = online.connection_id.clone();
     let replies = PendingReply::new(function.mailbox.clone(), function.connections.clone(), connection, request.clone(), deadline);
-    let mut exchange = Exchange { function: function.clone(), tunnel, online, request, replies, upload: None, started, status: None, bytes: 0, is_over: false };
+    let mut exchange = Exchange {
+        function: function.clone(),
+        tunnel,
+        online,
+        request,
+        replies,
+        upload: None,
+        started,
+        status: None,
+        bytes: 0,
+        is_over: false,
+    };
     if let Some(rest) = rest {
         exchange.upload = Some(exchange.upload(rest));
     }
@@ -98,7 +115,8 @@ async fn first_message(visit: Visit, prefix: &str, path: &str, online: &Online) 
         reply_to: None,
     };
     let envelope = protocol::encode(&ToAgent::HttpRequest(message.clone())).len() + ENVELOPE_SLACK;
-    let room = parts::room_beside(envelope).ok_or_else(|| Refusal::TooLarge("The request's header is longer than a tunnel can carry.".to_owned()))?;
+    let room = parts::room_beside(envelope)
+        .ok_or_else(|| Refusal::TooLarge("The request's header is longer than a tunnel can carry.".to_owned()))?;
     let mut rest = Rest { body: visit.body, read: Bytes::new() };
     message.body = Body(rest.take(room).await?);
     message.more = !rest.is_empty().await?;
@@ -187,7 +205,10 @@ impl Exchange {
                 for part in 1.. {
                     let body = Body(rest.take(PART_BODY).await?);
                     let more = !rest.is_empty().await?;
-                    function.agents.post(&connection, &ToAgent::BodyPart(BodyPart { request_id: request_id.clone(), part, body, more })).await?;
+                    function
+                        .agents
+                        .post(&connection, &ToAgent::BodyPart(BodyPart { request_id: request_id.clone(), part, body, more }))
+                        .await?;
                     if !more {
                         break;
                     }
@@ -204,13 +225,18 @@ impl Exchange {
 
     /// The next part of the reply, unless the upload fails first.
     async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, Refusal> {
-        let outcome = match &mut self.upload {
-            Some(upload) => tokio::select! {
+        let outcome = loop {
+            let Some(upload) = &mut self.upload else { break self.replies.next(until).await };
+            tokio::select! {
                 biased;
-                part = self.replies.next(until) => part,
-                Ok(refusal) = &mut upload.failed => Err(refusal),
-            },
-            None => self.replies.next(until).await,
+                part = self.replies.next(until) => break part,
+                failed = &mut upload.failed => {
+                    self.upload = None;
+                    if let Ok(refusal) = failed {
+                        break Err(refusal);
+                    }
+                }
+            }
         };
         if matches!(outcome, Err(Refusal::AgentLost | Refusal::Offline | Refusal::LocalUnreachable(_))) {
             self.is_over = true;
@@ -286,7 +312,8 @@ fn response_fields(mut fields: HeaderMap) -> HeaderMap {
     headers::remove_hop_by_hop(&mut fields);
     fields.remove(TUNNEL_ERROR);
     let mut lengths = fields.get_all(header::CONTENT_LENGTH).iter();
-    let is_one_number = lengths.next().is_some_and(|length| length.to_str().is_ok_and(|length| length.parse::<u64>().is_ok())) && lengths.next().is_none();
+    let is_one_number =
+        lengths.next().is_some_and(|length| length.to_str().is_ok_and(|length| length.parse::<u64>().is_ok())) && lengths.next().is_none();
     if !is_one_number {
         fields.remove(header::CONTENT_LENGTH);
     }

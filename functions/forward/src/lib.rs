@@ -108,8 +108,12 @@ impl Forward {
                     let code = refusal.code();
                     let milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
                     match &refusal {
-                        Refusal::Internal(cause) => error!(tunnel = %id, milliseconds, error = &**cause as &dyn std::error::Error, "request failed"),
-                        _ => info!(tunnel = %id, milliseconds, code, "request refused"),
+                        Refusal::Internal(cause) => {
+                            error!(tunnel = %id, milliseconds, error = &**cause as &dyn std::error::Error, "request failed");
+                        }
+                        _ => {
+                            info!(tunnel = %id, milliseconds, code, "request refused");
+                        }
                     }
                     refusal.into_response(wants_html)
                 }

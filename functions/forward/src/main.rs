@@ -9,5 +9,6 @@ use tunnel_shared::cloud::{sdk, settings::Variables, telemetry};
 async fn main() -> Result<(), Error> {
     telemetry::init();
     let function = &Forward::load(Variables::of_process(), &sdk::from_environment().await)?;
-    lambda_runtime::run(service_fn(async |event: LambdaEvent<LambdaRequest>| function.handle(event.payload).await.map_err(Error::from))).await
+    lambda_runtime::run(service_fn(async |event: LambdaEvent<LambdaRequest>| function.handle(event.payload).await.map_err(Error::from)))
+        .await
 }

@@ -51,7 +51,7 @@ impl PendingReply {
         let waiting_since = Instant::now();
         let limit = self.deadline.into_iter().chain(until).min();
         loop {
-            if let Some(part) = self.arrived.next() {
+            if let Some(part) = self.arrived.take_next() {
                 return Ok(part);
             }
             if let Some(ReplyPart::Failed { code, message }) = self.failure.take() {

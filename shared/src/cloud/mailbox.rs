@@ -74,8 +74,13 @@ pub struct Reply {
 
 impl From<HttpResponse> for Reply {
     fn from(response: HttpResponse) -> Self {
-        let head = ReplyHead { status_code: response.status_code, headers: response.headers, processing_time_ms: response.processing_time_ms };
-        Self { request_id: response.request_id, part: 0, content: ReplyPart::Head(head, Chunk { bytes: response.body.0, more: response.more }) }
+        let head =
+            ReplyHead { status_code: response.status_code, headers: response.headers, processing_time_ms: response.processing_time_ms };
+        Self {
+            request_id: response.request_id,
+            part: 0,
+            content: ReplyPart::Head(head, Chunk { bytes: response.body.0, more: response.more }),
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::{cell::RefCell, fmt, str::FromStr};
 
+type Read<'a> = dyn Fn(&str) -> Option<String> + 'a;
+
 /// Reads variables and remembers what was wrong with them.
 ///
 /// ```
@@ -13,7 +15,7 @@ use std::{cell::RefCell, fmt, str::FromStr};
 /// assert_eq!(faults.to_string(), "PORT: invalid digit found in string; NAME: is not set");
 /// ```
 pub struct Variables<'a> {
-    read: Box<dyn Fn(&str) -> Option<String> + 'a>,
+    read: Box<Read<'a>>,
     faults: RefCell<Vec<String>>,
 }
 

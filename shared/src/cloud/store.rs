@@ -41,16 +41,14 @@ impl Table {
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
         let table = self.name.clone();
-        move |error| StoreError {
-            operation,
-            table,
-            code: error.code().unwrap_or("no answer").to_owned(),
-            source: Box::new(error),
-        }
+        move |error| StoreError { operation, table, code: error.code().unwrap_or("no answer").to_owned(), source: Box::new(error) }
     }
 
     /// The outcome of a conditional update: `None` when the condition did not hold.
-    pub(crate) fn conditional(&self, outcome: Result<UpdateItemOutput, SdkError<UpdateItemError>>) -> Result<Option<UpdateItemOutput>, StoreError> {
+    pub(crate) fn conditional(
+        &self,
+        outcome: Result<UpdateItemOutput, SdkError<UpdateItemError>>,
+    ) -> Result<Option<UpdateItemOutput>, StoreError> {
         match outcome {
             Ok(output) => Ok(Some(output)),
             Err(error) if error.as_service_error().is_some_and(UpdateItemError::is_conditional_check_failed_exception) => Ok(None),

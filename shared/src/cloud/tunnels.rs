@@ -90,7 +90,13 @@ impl Tunnels {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn go_online(&self, id: &TunnelId, owner: &str, online: &Online, now: Duration) -> Result<Option<Option<Online>>, StoreError> {
+    pub async fn go_online(
+        &self,
+        id: &TunnelId,
+        owner: &str,
+        online: &Online,
+        now: Duration,
+    ) -> Result<Option<Option<Online>>, StoreError> {
         let table = &self.0;
         let outcome = table
             .client

@@ -20,7 +20,9 @@ pub struct ManagementEndpoint(String);
 
 /// A text that is not the address of a WebSocket API.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("must be the WebSocket API's address with its stage, such as wss://id.execute-api.eu-west-1.amazonaws.com/dev (ws:// and http:// only on loopback)")]
+#[error(
+    "must be the WebSocket API's address with its stage, such as wss://id.execute-api.eu-west-1.amazonaws.com/dev (ws:// and http:// only on loopback)"
+)]
 pub struct InvalidEndpoint;
 
 impl FromStr for ManagementEndpoint {

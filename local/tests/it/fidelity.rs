@@ -1,0 +1,210 @@
+//! Every byte arrives as sent.
+
+use http::{Method, Request, StatusCode};
+use tunnel_shared::limits::PART_BODY;
+
+use crate::harness::{Agent, Origin, agent, get, post, raw, reply, reply_with, settings, stack, visit};
+
+#[tokio::test]
+async fn every_method_arrives_and_is_answered() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let agent = agent(&stack, &origin).await;
+
+    for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "BREW"] {
+        let got = visit(Request::builder().method(method).uri(format!("{}/m", agent.url)).body(method.into()).expect("a request")).await;
+        assert_eq!((got.status, got.body), (StatusCode::OK, method.into()), "{method}");
+        assert_eq!(origin.last().method.as_str(), method);
+    }
+}
+
+#[tokio::test]
+async fn paths_and_queries_arrive_as_sent() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let agent = agent(&stack, &origin).await;
+
+    for path in [
+        "/",
+        "/a%2Fb%3Fc%23d%25e%20f",
+        "//double//slashes/",
+        "/caf%C3%A9;v=1,2@:!$&'()*+=~",
+        "/x?a=1&a=2&b&c=&=d&a=%26%3D+%2B",
+        "/x?",
+        "/x??a=/?b",
+        "/{x}|?q=[1]|{2}",
+    ] {
+        let got = get(&format!("{}{path}", agent.url)).await;
+        assert_eq!(got.status, StatusCode::OK, "{path}");
+        assert_eq!(origin.last().uri.to_string(), path);
+    }
+}
+
+#[tokio::test]
+async fn repeated_and_binary_request_fields_arrive_as_sent() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let agent = agent(&stack, &origin).await;
+
+    let mut request = Request::get(format!("{}/", agent.url)).header("x-two", "1").header("x-two", "2, 3").header("x-empty", "");
+    request = request.header("x-latin-1", http::HeaderValue::from_bytes(b"caf\xe9").expect("a value"));
+    request = request.header("cookie", "a=1; b=2").header("authorization", "Basic eDp5");
+    visit(request.body("".into()).expect("a request")).await;
+
+    let seen = origin.last();
+    assert_eq!(seen.headers.get_all("x-two").iter().collect::<Vec<_>>(), ["1", "2, 3"]);
+    assert_eq!(seen.header("x-empty"), Some(""));
+    assert_eq!(seen.headers["x-latin-1"].as_bytes(), b"caf\xe9");
+    assert_eq!((seen.header("cookie"), seen.header("authorization")), (Some("a=1; b=2"), Some("Basic eDp5")));
+}
+
+#[tokio::test]
+async fn repeated_and_binary_response_fields_arrive_as_sent() {
+    let stack = stack().await;
+    let fields: &[(&str, &[u8])] = &[
+        ("set-cookie", b"a=1; Expires=Wed, 21 Oct 2026 07:28:00 GMT"),
+        ("set-cookie", b"b=2; HttpOnly"),
+        ("x-two", b"1"),
+        ("x-two", b"2"),
+        ("x-latin-1", b"caf\xe9"),
+    ];
+    let origin = Origin::answering(move |_| Some(reply_with(StatusCode::IM_A_TEAPOT, fields, "short"))).await;
+    let agent = agent(&stack, &origin).await;
+
+    let got = get(&agent.url).await;
+
+    assert_eq!(got.status, StatusCode::IM_A_TEAPOT);
+    assert_eq!(got.all("set-cookie"), [&b"a=1; Expires=Wed, 21 Oct 2026 07:28:00 GMT"[..], b"b=2; HttpOnly"]);
+    assert_eq!(got.all("x-two"), [&b"1"[..], b"2"]);
+    assert_eq!(got.all("x-latin-1"), [&b"caf\xe9"[..]]);
+}
+
+#[tokio::test]
+async fn bodies_of_every_size_arrive_both_ways() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let agent = agent(&stack, &origin).await;
+
+    for size in [0, 1, 1024, 33 * 1024, PART_BODY - 1, PART_BODY, PART_BODY + 1, 100 * 1024, 2 * PART_BODY, 1024 * 1024, 4 * 1024 * 1024] {
+        let body: Vec<u8> = (0..size).map(|at| u8::try_from((at * 31 + at / 251) % 256).expect("a byte")).collect();
+        let got = post(&format!("{}/echo", agent.url), body.clone()).await;
+        assert_eq!(got.status, StatusCode::OK, "{size}");
+        assert!(origin.last().body == body, "a request of {size} bytes was changed");
+        assert!(got.body == body, "a response of {size} bytes was changed");
+    }
+}
+
+#[tokio::test]
+async fn encoded_bodies_are_not_decoded() {
+    let stack = stack().await;
+    let gzip: &[u8] = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xcb\x48\x04\x00\xac\x2a\x93\xd8\x02\x00\x00\x00";
+    let origin = Origin::answering(move |_| Some(reply_with(StatusCode::OK, &[("content-encoding", b"gzip")], gzip))).await;
+    let agent = agent(&stack, &origin).await;
+
+    let got = get(&agent.url).await;
+
+    assert_eq!((got.header("content-encoding"), &got.body[..]), (Some("gzip"), gzip));
+}
+
+#[tokio::test]
+async fn redirects_are_passed_on_and_point_where_the_visitor_can_go() {
+    let stack = stack().await;
+    let origin = Origin::answering(|seen| {
+        let location = seen.uri.query().expect("a location").as_bytes();
+        Some(reply_with(StatusCode::FOUND, &[("location", location), ("set-cookie", b"s=1; Path=/")], ""))
+    })
+    .await;
+    let agent = agent(&stack, &origin).await;
+
+    let local = format!("http://{}/x?y", origin.address);
+    for (location, expected) in [
+        ("/login", "/my-app/login".to_owned()),
+        (local.as_str(), format!("{}/x?y", agent.url)),
+        ("https://example.com/a", "https://example.com/a".to_owned()),
+        ("relative", "relative".to_owned()),
+    ] {
+        let got = get(&format!("{}/?{location}", agent.url)).await;
+        assert_eq!((got.status, got.header("location")), (StatusCode::FOUND, Some(expected.as_str())));
+        assert_eq!(got.header("set-cookie"), Some("s=1; Path=/my-app"));
+    }
+    assert_eq!(origin.count(), 4, "the agent followed a redirect");
+}
+
+#[tokio::test]
+async fn the_local_service_learns_where_a_request_comes_from_and_nothing_a_visitor_made_up() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let agent = agent(&stack, &origin).await;
+
+    let request = Request::get(format!("{}/", agent.url))
+        .header("host", "public.example.com")
+        .header("x-forwarded-for", "6.6.6.6")
+        .header("x-forwarded-user", "root")
+        .header("forwarded", "for=6.6.6.6")
+        .header("x-real-ip", "6.6.6.6")
+        .header("connection", "x-hop")
+        .header("x-hop", "1");
+    visit(request.body("".into()).expect("a request")).await;
+
+    let seen = origin.last();
+    assert_eq!(seen.header("host"), Some(origin.address.to_string().as_str()));
+    assert_eq!(seen.header("x-forwarded-for"), Some("127.0.0.1"));
+    assert_eq!(seen.header("x-forwarded-host"), Some("public.example.com"));
+    assert_eq!(seen.header("x-forwarded-proto"), Some("http"));
+    assert_eq!(seen.header("x-forwarded-prefix"), Some("/my-app"));
+    for name in ["x-forwarded-user", "forwarded", "x-real-ip", "x-hop"] {
+        assert_eq!(seen.header(name), None, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn the_visitors_host_is_kept_where_that_is_set() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let mut settings = settings(&stack, origin.address);
+    settings.host_header = forwarder::settings::HostHeader::Preserve;
+    let agent = Agent::online(settings).await;
+
+    visit(Request::get(&agent.url).header("host", "public.example.com").body("".into()).expect("a request")).await;
+
+    assert_eq!(origin.last().header("host"), Some("public.example.com"));
+}
+
+#[tokio::test]
+async fn head_has_the_length_and_no_body_and_neither_has_no_content() {
+    let stack = stack().await;
+    let origin = Origin::answering(|seen| {
+        Some(match (&seen.method, seen.uri.path()) {
+            (&Method::HEAD, _) => reply_with(StatusCode::OK, &[("content-length", b"12345")], ""),
+            (_, "/304") => reply_with(StatusCode::NOT_MODIFIED, &[("etag", b"\"x\"")], ""),
+            _ => reply(StatusCode::NO_CONTENT, ""),
+        })
+    })
+    .await;
+    let agent = agent(&stack, &origin).await;
+
+    let head = visit(Request::head(&agent.url).body("".into()).expect("a request")).await;
+    assert_eq!((head.header("content-length"), head.body.len()), (Some("12345"), 0));
+    assert_eq!(get(&format!("{}/204", agent.url)).await.status, StatusCode::NO_CONTENT);
+    let not_modified = get(&format!("{}/304", agent.url)).await;
+    assert_eq!((not_modified.status, not_modified.header("etag")), (StatusCode::NOT_MODIFIED, Some("\"x\"")));
+}
+
+#[tokio::test]
+async fn the_local_service_cannot_speak_for_the_tunnel() {
+    let stack = stack().await;
+    let origin =
+        Origin::answering(|_| Some(reply_with(StatusCode::OK, &[("x-tunnel-error", b"tunnel_offline"), ("keep-alive", b"timeout=1")], "")))
+            .await;
+    let agent = agent(&stack, &origin).await;
+
+    let got = get(&agent.url).await;
+
+    assert_eq!((got.error(), got.header("keep-alive")), (None, None));
+}
+
+#[tokio::test]
+async fn targets_that_only_a_proxy_takes_are_refused() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let agent = agent(&stack, &origin).await;
+
+    let absolute = raw(&stack, format!("GET {}/x HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", agent.url).as_bytes()).await;
+    assert!(absolute.starts_with("HTTP/1.1 400"), "{absolute}");
+    let nonsense = raw(&stack, b"GET /my-app/ NOTHTTP/1.1\r\n\r\n").await;
+    assert!(nonsense.starts_with("HTTP/1.1 400"), "{nonsense}");
+    assert_eq!(origin.count(), 0);
+}

@@ -1,0 +1,352 @@
+//! What the stories are told with: a local service that records, a stack, an agent, a visitor.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use forwarder::{event::Event, settings::Settings, tunnel::Failure};
+use futures_util::{SinkExt, StreamExt};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
+use http_body_util::{BodyExt, Full, combinators::BoxBody};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use local::{Options, Stack};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream,
+    tungstenite::{self, Message, client::IntoClientRequest},
+};
+use tokio_util::sync::CancellationToken;
+
+/// Longer than anything takes here; only a test that is about to fail waits for it.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits for what must come.
+pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+}
+
+/// A stack on free ports that forgets all.
+pub(crate) async fn stack() -> Stack {
+    stack_with(Options::default()).await
+}
+
+/// A stack on a free port, otherwise with these options.
+pub(crate) async fn stack_with(options: Options) -> Stack {
+    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+    Stack::start(Options { listen, ..options }).await.expect("a stack")
+}
+
+pub(crate) type Answer = Response<BoxBody<Bytes, std::io::Error>>;
+type Answering = dyn Fn(&Seen) -> Option<Answer> + Send + Sync;
+
+/// What a local service saw.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) method: Method,
+    pub(crate) uri: Uri,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+impl Seen {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+}
+
+/// A local service that records what it sees.
+pub(crate) struct Origin {
+    pub(crate) address: SocketAddr,
+    seen: Arc<Mutex<VecDeque<Seen>>>,
+    _serving: JoinSet<()>,
+}
+
+impl Origin {
+    /// Answers with what `answering` returns; breaks the connection off where it returns nothing.
+    pub(crate) async fn answering(answering: impl Fn(&Seen) -> Option<Answer> + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let seen = Arc::new(Mutex::new(VecDeque::new()));
+        let (answering, record): (Arc<Answering>, _) = (Arc::new(answering), seen.clone());
+        let mut serving = JoinSet::new();
+        serving.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                let (answering, record) = (answering.clone(), record.clone());
+                connections.spawn(async move {
+                    let service = service_fn(move |request| serve(request, answering.clone(), record.clone()));
+                    // A connection that breaks off is what some stories are about.
+                    let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+                });
+            }
+        });
+        Self { address, seen, _serving: serving }
+    }
+
+    /// Echoes each request's body.
+    pub(crate) async fn echo() -> Self {
+        Self::answering(|seen| Some(reply(StatusCode::OK, seen.body.clone()))).await
+    }
+
+    /// The last request it saw.
+    pub(crate) fn last(&self) -> Seen {
+        self.seen.lock().expect("not poisoned").back().cloned().expect("a request")
+    }
+
+    /// How many requests it saw.
+    pub(crate) fn count(&self) -> usize {
+        self.seen.lock().expect("not poisoned").len()
+    }
+}
+
+async fn serve(
+    request: Request<Incoming>,
+    answering: Arc<Answering>,
+    record: Arc<Mutex<VecDeque<Seen>>>,
+) -> Result<Answer, std::io::Error> {
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
+    let seen = Seen { method: head.method, uri: head.uri, headers: head.headers, body };
+    record.lock().expect("not poisoned").push_back(seen.clone());
+    answering(&seen).ok_or_else(|| std::io::Error::other("breaks off"))
+}
+
+/// An answer with this body.
+pub(crate) fn reply(status: StatusCode, body: impl Into<Bytes>) -> Answer {
+    let mut response = Response::new(Full::new(body.into()).map_err(|never: Infallible| match never {}).boxed());
+    *response.status_mut() = status;
+    response
+}
+
+/// An answer with these header fields.
+pub(crate) fn reply_with(status: StatusCode, fields: &[(&'static str, &[u8])], body: impl Into<Bytes>) -> Answer {
+    let mut response = reply(status, body);
+    for (name, value) in fields {
+        response.headers_mut().append(*name, HeaderValue::from_bytes(value).expect("a value"));
+    }
+    response
+}
+
+/// An agent in this process.
+pub(crate) struct Agent {
+    /// Where visitors reach the tunnel.
+    pub(crate) url: String,
+    events: mpsc::UnboundedReceiver<Event>,
+    stop: CancellationToken,
+    running: JoinSet<Result<(), Failure>>,
+}
+
+/// The settings of an agent that opens the tunnel `my-app` on `stack` for `target`.
+pub(crate) fn settings(stack: &Stack, target: SocketAddr) -> Settings {
+    Settings {
+        name: "test".to_owned(),
+        endpoint: stack.endpoint.parse().expect("an endpoint"),
+        token: None,
+        tunnel_id: Some("my-app".parse().expect("an id")),
+        target: target.to_string().parse().expect("a target"),
+        host_header: forwarder::settings::HostHeader::Rewrite,
+        request_timeout: PATIENCE,
+        max_concurrent: forwarder::settings::MAX_CONCURRENT,
+    }
+}
+
+impl Agent {
+    /// Starts an agent that does not have to come online.
+    pub(crate) fn start(settings: Settings) -> Self {
+        let (send, events) = mpsc::unbounded_channel();
+        let stop = CancellationToken::new();
+        let mut running = JoinSet::new();
+        let observer: forwarder::Observer = Arc::new(move |_, event| {
+            let _ = send.send(event);
+        });
+        running.spawn(forwarder::run(vec![settings], observer, stop.clone()));
+        Self { url: String::new(), events, stop, running }
+    }
+
+    /// Starts an agent and waits until its tunnel is open.
+    pub(crate) async fn online(settings: Settings) -> Self {
+        let mut agent = Self::start(settings);
+        agent.url = agent.until_online().await;
+        agent
+    }
+
+    /// Waits until the tunnel is open, again, and returns its address.
+    pub(crate) async fn until_online(&mut self) -> String {
+        self.until("the tunnel to open", |event| match event {
+            Event::Online { public_url, .. } => Some(public_url),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Waits for an event that `is_wanted`.
+    pub(crate) async fn until<T>(&mut self, what: &str, is_wanted: impl Fn(Event) -> Option<T>) -> T {
+        within(what, async {
+            loop {
+                let event = self.events.recv().await.expect("the agent to run");
+                if let Some(wanted) = is_wanted(event) {
+                    return wanted;
+                }
+            }
+        })
+        .await
+    }
+
+    /// Asks the agent to stop.
+    pub(crate) fn stop_soon(&self) {
+        self.stop.cancel();
+    }
+
+    /// Asks the agent to stop and returns how it ended.
+    pub(crate) async fn stop(mut self) -> Result<(), Failure> {
+        self.stop_soon();
+        self.ended().await
+    }
+
+    /// Waits until the agent ends by itself.
+    pub(crate) async fn ended(&mut self) -> Result<(), Failure> {
+        within("the agent to end", self.running.join_next()).await.expect("one task").expect("no panic")
+    }
+}
+
+/// Opens the tunnel `my-app` for a local service.
+pub(crate) async fn agent(stack: &Stack, origin: &Origin) -> Agent {
+    Agent::online(settings(stack, origin.address)).await
+}
+
+/// What a visitor got.
+#[derive(Debug)]
+pub(crate) struct Got {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+impl Got {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+
+    /// The code of an answer of the tunnel's own.
+    pub(crate) fn error(&self) -> Option<&str> {
+        self.header("x-tunnel-error")
+    }
+
+    pub(crate) fn all(&self, name: &str) -> Vec<&[u8]> {
+        self.headers.get_all(name).iter().map(HeaderValue::as_bytes).collect()
+    }
+}
+
+/// Visits an address with GET.
+pub(crate) async fn get(url: &str) -> Got {
+    visit(Request::get(url).body(Bytes::new()).expect("a request")).await
+}
+
+/// Visits an address with POST.
+pub(crate) async fn post(url: &str, body: impl Into<Bytes>) -> Got {
+    visit(Request::post(url).body(body.into()).expect("a request")).await
+}
+
+/// Makes one request over a connection of its own. Redirects are not followed.
+pub(crate) async fn visit(request: Request<Bytes>) -> Got {
+    within("an answer", try_visit(request)).await.expect("an answer")
+}
+
+/// Like [`visit`], for stories in which the connection breaks off.
+pub(crate) async fn try_visit(request: Request<Bytes>) -> Result<Got, hyper::Error> {
+    let (mut head, body) = request.into_parts();
+    let authority = head.uri.authority().expect("an address").clone();
+    head.uri = Uri::from(head.uri.into_parts().path_and_query.expect("a path"));
+    head.headers.entry("host").or_insert_with(|| HeaderValue::from_str(authority.as_str()).expect("a host"));
+    let stream = TcpStream::connect(authority.as_str()).await.expect("a connection");
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let mut driving = JoinSet::new();
+    driving.spawn(connection);
+    let (head, body) = sender.send_request(Request::from_parts(head, Full::new(body))).await?.into_parts();
+    Ok(Got { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
+}
+
+/// Sends bytes as they are to the stack's front and returns all that comes back until it closes.
+pub(crate) async fn raw(stack: &Stack, request: &[u8]) -> String {
+    let authority = stack.public_url.to_string().split_off("http://".len());
+    let mut stream = TcpStream::connect(authority).await.expect("a connection");
+    stream.write_all(request).await.expect("sent");
+    let mut answer = Vec::new();
+    within("the connection to close", stream.read_to_end(&mut answer)).await.expect("read");
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// An agent that says what the story wants it to say.
+pub(crate) struct ScriptedAgent(WebSocketStream<MaybeTlsStream<TcpStream>>);
+
+impl ScriptedAgent {
+    /// Connects without a word.
+    pub(crate) async fn connect(stack: &Stack, query: &str) -> Self {
+        Self::try_connect(stack, query, None).await.expect("a connection")
+    }
+
+    /// Tries to connect.
+    pub(crate) async fn try_connect(stack: &Stack, query: &str, token: Option<&str>) -> Result<Self, tungstenite::Error> {
+        let mut request = format!("{}{query}", stack.endpoint).into_client_request()?;
+        if let Some(token) = token {
+            request.headers_mut().insert("authorization", HeaderValue::from_str(&format!("Bearer {token}")).expect("a value"));
+        }
+        tokio_tungstenite::connect_async(request).await.map(|(socket, _)| Self(socket))
+    }
+
+    pub(crate) async fn send(&mut self, message: impl Into<Message>) {
+        self.0.send(message.into()).await.expect("sent");
+    }
+
+    pub(crate) async fn say(&mut self, json: &serde_json::Value) {
+        self.send(Message::text(json.to_string())).await;
+    }
+
+    /// The next message of the service.
+    pub(crate) async fn hear(&mut self) -> serde_json::Value {
+        match self.hear_anything().await {
+            Some(Message::Text(text)) => serde_json::from_str(&text).expect("JSON"),
+            other => panic!("heard {other:?}"),
+        }
+    }
+
+    /// The close code with which the service ends the connection.
+    pub(crate) async fn close_code(&mut self) -> u16 {
+        loop {
+            match self.hear_anything().await {
+                Some(Message::Close(frame)) => return frame.map_or(1005, |frame| frame.code.into()),
+                Some(_) => {}
+                None => panic!("ended without a close frame"),
+            }
+        }
+    }
+
+    async fn hear_anything(&mut self) -> Option<Message> {
+        loop {
+            match within("a message", self.0.next()).await {
+                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                Some(Ok(message)) => return Some(message),
+                Some(Err(error)) => panic!("the connection broke: {error}"),
+                None => return None,
+            }
+        }
+    }
+
+    /// Becomes ready with these words and returns what the service answers.
+    pub(crate) async fn ready(&mut self, ready: &serde_json::Value) -> serde_json::Value {
+        self.say(ready).await;
+        self.hear().await
+    }
+}

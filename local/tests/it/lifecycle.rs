@@ -1,0 +1,206 @@
+//! Coming, going, losing and taking over.
+
+use std::net::SocketAddr;
+
+use forwarder::{event::Event, settings::Secret, tunnel::Failure};
+use http::StatusCode;
+use local::{Options, Stack};
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio_tungstenite::tungstenite;
+use tunnel_shared::cloud::auth::Auth;
+
+use crate::harness::{Agent, Origin, ScriptedAgent, agent, get, reply, settings, stack, stack_with, within};
+
+#[expect(clippy::needless_pass_by_value, reason = "what Agent::until takes")]
+fn offline(event: Event) -> Option<()> {
+    matches!(event, Event::Reconnecting { .. }).then_some(())
+}
+
+#[tokio::test]
+async fn visitors_of_an_unknown_tunnel_get_404_and_of_an_offline_one_503() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+
+    let unknown = get(&format!("{}/my-app/", stack.public_url)).await;
+    assert_eq!((unknown.status, unknown.error()), (StatusCode::NOT_FOUND, Some("tunnel_not_found")));
+
+    let agent = agent(&stack, &origin).await;
+    let url = agent.url.clone();
+    assert_eq!(get(&url).await.status, StatusCode::OK);
+    agent.stop().await.expect("stopped as asked");
+    // The tunnel goes offline when $disconnect has been handled, or at the first request that finds its agent gone.
+    let offline = get(&url).await;
+    assert_eq!((offline.status, offline.error()), (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline")));
+    assert!(offline.header("retry-after").is_some());
+}
+
+#[tokio::test]
+async fn browsers_get_a_page_and_others_json() {
+    let stack = stack().await;
+    let url = format!("{}/my-app/", stack.public_url);
+    let page = crate::harness::visit(http::Request::get(&url).header("accept", "text/html,*/*").body("".into()).expect("a request")).await;
+    assert_eq!(page.header("content-type"), Some("text/html; charset=utf-8"));
+    assert!(page.body.starts_with(b"<!doctype html>"));
+    let json: serde_json::Value = serde_json::from_slice(&get(&url).await.body).expect("JSON");
+    assert_eq!(json["error"], "tunnel_not_found");
+}
+
+#[tokio::test]
+async fn a_local_service_that_is_down_breaks_off_or_talks_nonsense_is_a_502() {
+    let stack = stack().await;
+    let free = TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr().expect("an address");
+    let agent = Agent::online(settings(&stack, free)).await;
+    let got = get(&agent.url).await;
+    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("local_unreachable")));
+    agent.stop().await.expect("stopped as asked");
+
+    let origin = Origin::answering(|_| None).await;
+    let agent = Agent::online(settings(&stack, origin.address)).await;
+    let got = get(&agent.url).await;
+    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("local_unreachable")));
+    assert_eq!(origin.count(), 1, "the request was sent again");
+}
+
+#[tokio::test]
+async fn a_request_the_local_service_never_answers_is_a_504() {
+    let stack = stack().await;
+    let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let mut settings = settings(&stack, silent.local_addr().expect("an address"));
+    settings.request_timeout = std::time::Duration::from_millis(100);
+    let agent = Agent::online(settings).await;
+
+    let got = get(&agent.url).await;
+
+    assert_eq!((got.status, got.error()), (StatusCode::GATEWAY_TIMEOUT, Some("local_timeout")));
+}
+
+#[tokio::test]
+async fn a_visitor_learns_at_once_that_the_agent_died() {
+    let stack = stack().await;
+    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=mortal").await;
+    agent.ready(&json!({ "type": "ready" })).await;
+
+    let url = format!("{}/mortal/", stack.public_url);
+    let (got, ()) = tokio::join!(get(&url), async {
+        agent.hear().await;
+        drop(agent);
+    });
+
+    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("agent_lost")));
+}
+
+#[tokio::test]
+async fn requests_in_flight_finish_when_the_agent_is_told_to_stop() {
+    let stack = stack().await;
+    let (hold, held) = std::sync::mpsc::channel::<()>();
+    let held = std::sync::Mutex::new(held);
+    let (told, mut asked) = tokio::sync::mpsc::unbounded_channel();
+    let origin = Origin::answering(move |_| {
+        told.send(()).expect("the test waits");
+        tokio::task::block_in_place(|| held.lock().expect("not poisoned").recv()).expect("let go");
+        Some(reply(StatusCode::OK, "late"))
+    });
+    // The local service blocks its thread on purpose, so it has a runtime of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    let origin = runtime.spawn(origin).await.expect("an origin");
+    let mut agent = agent(&stack, &origin).await;
+
+    let url = agent.url.clone();
+    let (got, stopped) = tokio::join!(get(&url), async {
+        within("the request", asked.recv()).await;
+        agent.stop_soon();
+        agent.until("draining", |event| matches!(event, Event::Draining { in_flight: 1 }).then_some(())).await;
+        hold.send(()).expect("the local service waits");
+        agent.ended().await
+    });
+
+    assert_eq!((&got.body[..], stopped), (&b"late"[..], Ok(())));
+    runtime.shutdown_background();
+}
+
+#[tokio::test]
+async fn a_tunnel_comes_back_on_the_same_address_after_the_stack_restarts() {
+    let data = tempfile::tempdir().expect("a directory");
+    let origin = Origin::echo().await;
+    let options =
+        |port: u16| Options { listen: SocketAddr::from(([127, 0, 0, 1], port)), data: Some(data.path().to_owned()), ..Options::default() };
+    let stack = Stack::start(options(0)).await.expect("a stack");
+    let port = stack.public_url.to_string().rsplit(':').next().expect("a port").parse().expect("a number");
+    let mut settings = settings(&stack, origin.address);
+    settings.tunnel_id = None;
+    let mut agent = Agent::online(settings).await;
+
+    stack.stop().await;
+    agent.until("the agent to notice", offline).await;
+    let stack = Stack::start(options(port)).await.expect("the same stack again");
+    let url = agent.until_online().await;
+
+    assert_eq!(url, agent.url);
+    assert_eq!(get(&url).await.status, StatusCode::OK);
+    drop(stack);
+}
+
+#[tokio::test]
+async fn the_newest_connection_of_an_owner_takes_the_tunnel_over() {
+    let stack = stack().await;
+    let (first, second) = (Origin::echo().await, Origin::echo().await);
+    let mut old = agent(&stack, &first).await;
+
+    let new = agent(&stack, &second).await;
+
+    assert!(matches!(old.ended().await, Err(Failure::Replaced(_))));
+    assert_eq!(get(&new.url).await.status, StatusCode::OK);
+    assert_eq!((first.count(), second.count()), (0, 1));
+}
+
+#[tokio::test]
+async fn a_connection_that_ends_takes_only_its_own_tunnel_offline() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let mut old = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+    old.ready(&json!({ "type": "ready" })).await;
+
+    let agent = agent(&stack, &origin).await;
+    assert_eq!(old.close_code().await, 1000, "an agent that does not know of being replaced is closed");
+    drop(old);
+
+    assert_eq!(get(&agent.url).await.status, StatusCode::OK);
+}
+
+async fn with_tokens() -> (Stack, String) {
+    let mut stack = stack_with(Options { auth: Auth::Token, ..Options::default() }).await;
+    let token = stack.first_token.take().expect("a first token");
+    (stack, token)
+}
+
+#[tokio::test]
+async fn an_agent_without_a_good_token_is_refused_and_does_not_try_again() {
+    let (stack, token) = with_tokens().await;
+    let origin = Origin::echo().await;
+    for token in [None, Some("wrong".to_owned()), Some(token.to_uppercase())] {
+        let mut settings = settings(&stack, origin.address);
+        settings.token = token.map(Secret::from);
+        assert_eq!(Agent::start(settings).ended().await, Err(Failure::Unauthorized));
+    }
+    let mut settings = settings(&stack, origin.address);
+    settings.token = Some(Secret::from(token));
+    assert_eq!(get(&Agent::online(settings).await.url).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_name_that_is_no_name_is_refused() {
+    let stack = stack().await;
+    for name in ["No", "_ws", "a/b", ""] {
+        let Err(tungstenite::Error::Http(response)) = ScriptedAgent::try_connect(&stack, &format!("?tunnel_id={name}"), None).await else {
+            panic!("{name} was let in")
+        };
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn strangers_are_not_let_in_without_tokens() {
+    let error = Stack::start(Options { listen: SocketAddr::from(([0, 0, 0, 0], 0)), auth: Auth::Open, ..Options::default() })
+        .await
+        .expect_err("a refusal");
+    assert!(error.to_string().contains("--auth token"), "{error}");
+}

@@ -1,0 +1,12 @@
+//! The end-to-end suite: visitor, stack, agent and a recording local service, all on real sockets.
+
+#![allow(clippy::panic, reason = "a story that goes wrong ends here")]
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "so does this")]
+
+mod fidelity;
+mod harness;
+mod lifecycle;
+mod load;
+mod protocol;
+mod quotas;
+mod template;
