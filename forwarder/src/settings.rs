@@ -110,7 +110,8 @@ impl FromStr for Target {
     type Err = Invalid;
 
     fn from_str(text: &str) -> Result<Self, Invalid> {
-        if let Ok(port) = text.parse::<u16>() {
+        if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            let port: u16 = text.parse().map_err(|_| Invalid::Target)?;
             return format!("http://127.0.0.1:{port}").parse();
         }
         let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };

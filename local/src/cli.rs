@@ -9,7 +9,7 @@ use tunnel_shared::{
     routing::{PublicUrl, Routing},
 };
 
-use crate::{Options, Stack, quotas::Quotas};
+use crate::{Options, Stack, quotas::Quotas, samples};
 
 /// Runs the whole tunnel on this machine: visitors and agents connect to one address.
 #[derive(Debug, Parser)]
@@ -30,6 +30,9 @@ struct Cli {
     /// How visitors name a tunnel
     #[arg(long, env = "TUNNEL_ROUTING", value_enum, default_value = "path")]
     routing: RoutingWord,
+    /// Be the other side of the events in events/ instead: for `sam local invoke`
+    #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
+    samples: bool,
     /// What is logged on stderr: error, warn, info, debug, or a tracing filter
     #[arg(long, env = "TUNNEL_LOG_LEVEL", default_value = "warn", value_name = "LEVEL")]
     log_level: String,
@@ -82,6 +85,12 @@ pub async fn main() -> ExitCode {
         Err(error) => return fail(2, &format!("log level {}: {error}", cli.log_level)),
     };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    if cli.samples {
+        return match samples::run(interrupted()).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(1, &format!("{error:#}")),
+        };
+    }
     let stack = match Stack::start(cli.options()).await {
         Ok(stack) => stack,
         Err(error) => return fail(1, &format!("{error:#}")),
@@ -101,12 +110,14 @@ pub async fn main() -> ExitCode {
     }
 }
 
-fn fail(code: u8, text: &str) -> ExitCode {
+pub(crate) fn fail(code: u8, text: &str) -> ExitCode {
     say(&format!("error: {text}"));
     ExitCode::from(code)
 }
 
-fn say(line: &str) {
+/// Writes a line to stderr.
+pub(crate) fn say(line: &str) {
+    // Without stderr there is nobody to tell.
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 

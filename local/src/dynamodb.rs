@@ -20,22 +20,40 @@ const SWEEP: Duration = Duration::from_secs(10);
 /// The file in a data directory.
 const FILE: &str = "tunnel.db";
 
-/// Serves the engine on a loopback port until `stop` is cancelled, and returns its address. Without `data` it forgets all then.
+/// The name of the table with the tunnels, as in the template.
+pub const TUNNELS: &str = "TunnelsTable";
+/// The name of the table with the connections.
+pub const CONNECTIONS: &str = "ConnectionsTable";
+/// The name of the table with the replies.
+pub const PENDING_REQUESTS: &str = "PendingRequestsTable";
+/// The name of the table with the tokens.
+pub const TOKENS: &str = "TokensTable";
+
+/// The table whose name the functions ask for with this variable.
+pub fn table_of_variable(variable: &str) -> Option<&'static str> {
+    match variable {
+        "TUNNELS_TABLE" => Some(TUNNELS),
+        "CONNECTIONS_TABLE" => Some(CONNECTIONS),
+        "PENDING_REQUESTS_TABLE" => Some(PENDING_REQUESTS),
+        "TOKENS_TABLE" => Some(TOKENS),
+        _ => None,
+    }
+}
+
+/// Opens the engine's data; without a directory it forgets all at the end.
 ///
 /// # Errors
-/// When the data cannot be opened, or no port is free.
-pub async fn start(data: Option<&Path>, tasks: &TaskTracker, stop: &CancellationToken) -> anyhow::Result<String> {
-    let database = match data {
-        None => Database::memory()?,
-        Some(directory) => {
-            std::fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
-            let file = directory.join(FILE);
-            let path = file.to_str().ok_or_else(|| anyhow!("{} is not UTF-8", file.display()))?;
-            Database::new(path).with_context(|| format!("cannot open {path}"))?
-        }
-    };
-    let listener = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
-    let address = format!("http://{}", listener.local_addr()?);
+/// When the directory cannot be used.
+pub fn open(data: Option<&Path>) -> anyhow::Result<Database> {
+    let Some(directory) = data else { return Ok(Database::memory()?) };
+    std::fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let file = directory.join(FILE);
+    let path = file.to_str().ok_or_else(|| anyhow!("{} is not UTF-8", file.display()))?;
+    Database::new(path).with_context(|| format!("cannot open {path}"))
+}
+
+/// Serves the engine on a listener until `stop` is cancelled.
+pub fn serve(database: Database, listener: TcpListener, tasks: &TaskTracker, stop: &CancellationToken) {
     let stopped = stop.clone();
     let served = database.clone();
     tasks.spawn(async move {
@@ -44,7 +62,6 @@ pub async fn start(data: Option<&Path>, tasks: &TaskTracker, stop: &Cancellation
         }
     });
     tasks.spawn(sweep(database, stop.clone()));
-    Ok(address)
 }
 
 async fn sweep(database: Database, stop: CancellationToken) {

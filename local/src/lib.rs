@@ -1,15 +1,18 @@
 //! The whole tunnel in one process: the four functions behind a real HTTP and WebSocket front, with an embedded DynamoDB engine.
 //!
 //! [`visitors`] is the HTTP front, [`agents`] the WebSocket API with its quotas, [`connections`] its @connections side,
-//! [`dynamodb`] the engine with the tables of template.yaml. [`stack`] puts them together. The functions are the very ones that
+//! [`dynamodb`] the engine with the tables of template.yaml. [`stack`] puts them together.
+//! [`samples`] is the other side of the sample events, and [`admin`] what whoever runs the service does to its tables. The functions are the very ones that
 //! run in Lambda, with real SDK clients that call this process on loopback.
 
+pub mod admin;
 pub mod agents;
 pub mod cli;
 pub mod connections;
 pub mod dynamodb;
 pub mod event;
 pub mod quotas;
+pub mod samples;
 pub mod stack;
 pub mod visitors;
 

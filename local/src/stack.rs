@@ -19,7 +19,7 @@ use tunnel_shared::{
         auth::{self, Auth},
         now, sdk,
         settings::Variables,
-        tokens::Tokens,
+        tokens::{Token, Tokens},
     },
     limits::HEADER_FIELDS,
     routing::{PublicUrl, Routing},
@@ -119,7 +119,10 @@ impl Stack {
             None => format!("http://{address}").parse()?,
         };
         let (visitors, agents, services) = (Subsystem::default(), Subsystem::default(), Subsystem::default());
-        let dynamodb = dynamodb::start(options.data.as_deref(), &services.tasks, &services.stop).await?;
+        let storage = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
+        let database = dynamodb::open(options.data.as_deref())?;
+        let dynamodb = format!("http://{}", storage.local_addr()?);
+        dynamodb::serve(database, storage, &services.tasks, &services.stop);
         let access_key = auth::generate_token();
         let sdk = sdk::for_loopback(&dynamodb, &access_key);
         dynamodb::create_tables(&Client::new(&sdk)).await?;
@@ -127,7 +130,7 @@ impl Stack {
         let connections = Connections::default();
         let management = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for @connections")?;
         let websocket_api = format!("ws://{}/{}", management.local_addr()?, connections::STAGE);
-        let api = connections::router(connections.clone(), options.quotas, &access_key);
+        let api = connections::router(connections.clone(), options.quotas, Some(&access_key));
         let stopped = services.stop.clone();
         services.tasks.spawn(async move {
             if let Err(error) = axum::serve(management, api).with_graceful_shutdown(stopped.cancelled_owned()).await {
@@ -138,15 +141,11 @@ impl Stack {
         let variables = || {
             Variables::new(|name| {
                 Some(match name {
-                    "TUNNELS_TABLE" => "TunnelsTable".to_owned(),
-                    "CONNECTIONS_TABLE" => "ConnectionsTable".to_owned(),
-                    "PENDING_REQUESTS_TABLE" => "PendingRequestsTable".to_owned(),
-                    "TOKENS_TABLE" => "TokensTable".to_owned(),
                     "WEBSOCKET_API_ENDPOINT" => websocket_api.clone(),
                     "PUBLIC_URL" => public_url.to_string(),
                     "ROUTING" => if options.routing == Routing::Path { "path" } else { "subdomain" }.to_owned(),
                     "AUTH" => if options.auth == Auth::Open { "open" } else { "token" }.to_owned(),
-                    _ => return None,
+                    table => return dynamodb::table_of_variable(table).map(str::to_owned),
                 })
             })
         };
@@ -159,7 +158,7 @@ impl Stack {
             quotas: options.quotas,
             tasks: agents.tasks.clone(),
         };
-        let first_token = first_token(options.auth, &Tokens::new(&sdk, "TokensTable".to_owned())).await?;
+        let first_token = first_token(options.auth, &Tokens::new(&sdk, dynamodb::TOKENS.to_owned())).await?;
         let front = Front { forward: forward.clone(), websocket, scheme: public_url.scheme().to_owned() };
         visitors.tasks.spawn(listen(listener, front, visitors.clone()));
         let endpoint = format!("{}{}", websocket_scheme(&public_url), agents::PATH);
@@ -183,11 +182,13 @@ fn websocket_scheme(public_url: &PublicUrl) -> String {
 
 /// Where agents need tokens and none exists, makes the first.
 async fn first_token(auth: Auth, tokens: &Tokens) -> anyhow::Result<Option<String>> {
-    if auth == Auth::Open || tokens.any().await? {
+    if auth == Auth::Open || !tokens.list().await?.is_empty() {
         return Ok(None);
     }
     let token = auth::generate_token();
-    tokens.put(&auth::hash_token(&token), "first", now()).await?;
+    let kept =
+        Token { hash: auth::hash_token(&token), name: "first".to_owned(), created_at: now().as_secs(), expires_at: None, revoked: false };
+    tokens.put(&kept).await?;
     Ok(Some(token))
 }
 

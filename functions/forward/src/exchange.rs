@@ -1,6 +1,9 @@
 //! One request and its reply: out to the agent in as few messages as fit, back as a response whose body arrives in parts.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use bytes::Bytes;
 use futures_util::{Stream, stream};
@@ -8,10 +11,10 @@ use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::{sync::oneshot, task::AbortHandle, time::Instant};
-use tracing::{info, warn};
+use tracing::warn;
 use tunnel_shared::{
     cloud::{
-        mailbox::{Chunk, ReplyHead, ReplyPart},
+        mailbox::{Chunk, ReplyPart},
         now,
         tunnels::Online,
         websocket::PostError,
@@ -26,6 +29,7 @@ use tunnel_shared::{
 use crate::{
     Parts,
     answer::{AnswerBody, AnswerError},
+    record::Record,
     refusal::Refusal,
     reply::PendingReply,
     visit::{Front, Visit, VisitBody},
@@ -34,48 +38,62 @@ use crate::{
 /// The JSON around a `more` flag and a longer deadline that the first measure of an envelope does not show.
 const ENVELOPE_SLACK: usize = 64;
 
-/// Sends a visit to the tunnel's agent and returns the response as soon as its head is there.
+/// Sends a visit to the tunnel's agent and returns when the reply's head is there.
 ///
 /// # Errors
 /// Everything that leaves the visitor without a response.
 pub(crate) async fn run(
     function: &Arc<Parts>,
     visit: Visit,
-    tunnel: TunnelId,
+    tunnel: &TunnelId,
     prefix: &str,
     path: &str,
-) -> Result<Response<AnswerBody>, Refusal> {
-    let started = Instant::now();
-    let head_deadline = started + visit.front.patience();
-    let online = find(function, &tunnel).await?;
-    let method = visit.method.clone();
-    let front = visit.front;
+    record: &mut Record,
+) -> Result<Replying, Refusal> {
+    let head_deadline = Instant::now() + visit.front.patience();
+    let online = find(function, tunnel).await?;
+    let (method, front) = (visit.method.clone(), visit.front);
     let (message, rest) = first_message(visit, prefix, path, &online).await?;
     let request = message.request_id.clone();
-    let online = deliver(function, &tunnel, online, message).await?;
+    record.request = Some(request.clone());
+    record.request_bytes.fetch_add(message.body.0.len() as u64, Ordering::Relaxed);
+    let online = deliver(function, tunnel, online, message).await?;
+    record.connection = Some(online.connection_id.clone());
 
     let deadline = matches!(front, Front::HttpApi(_)).then_some(head_deadline);
     let connection = online.connection_id.clone();
     let replies = PendingReply::new(function.mailbox.clone(), function.connections.clone(), connection, request.clone(), deadline);
-    let mut exchange = Exchange {
-        function: function.clone(),
-        tunnel,
-        online,
-        request,
-        replies,
-        upload: None,
-        started,
-        status: None,
-        bytes: 0,
-        is_over: false,
-    };
+    let mut exchange = Exchange { function: function.clone(), online, request, replies, upload: None, is_over: false };
     if let Some(rest) = rest {
-        exchange.upload = Some(exchange.upload(rest));
+        exchange.upload = Some(exchange.upload(rest, record.request_bytes.clone()));
     }
-    let ReplyPart::Head(head, chunk) = exchange.next(Some(head_deadline)).await? else {
+    let ReplyPart::Head(head, first) = exchange.next(Some(head_deadline)).await? else {
         return Err(Refusal::InvalidReply("its first part is not its head".to_owned()));
     };
-    exchange.respond(&method, head, chunk)
+    let status = StatusCode::from_u16(head.status_code).ok().filter(|status| !status.is_informational());
+    let status = status.ok_or_else(|| Refusal::InvalidReply("its status is none that ends a response".to_owned()))?;
+    record.replied(head.status_code);
+    let has_no_body = method == Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
+    let first = if has_no_body { Chunk { bytes: Bytes::new(), more: false } } else { first };
+    Ok(Replying { exchange, status, fields: response_fields(head.headers), first })
+}
+
+/// A reply that has begun.
+pub(crate) struct Replying {
+    exchange: Exchange,
+    status: StatusCode,
+    fields: HeaderMap,
+    first: Chunk,
+}
+
+impl Replying {
+    /// The response, which tells `record` how it ends.
+    pub(crate) fn into_response(self, record: Record) -> Response<AnswerBody> {
+        let mut response = Response::new(StreamBody::new(self.exchange.into_body(self.first, record)).boxed_unsync());
+        *response.status_mut() = self.status;
+        *response.headers_mut() = self.fields;
+        response
+    }
 }
 
 async fn find(function: &Parts, tunnel: &TunnelId) -> Result<Online, Refusal> {
@@ -185,25 +203,22 @@ struct Upload {
 /// A request that is with its agent. Dropped before its end, it tells the agent to drop it as well.
 struct Exchange {
     function: Arc<Parts>,
-    tunnel: TunnelId,
     online: Online,
     request: RequestId,
     replies: PendingReply,
     upload: Option<Upload>,
-    started: Instant,
-    status: Option<StatusCode>,
-    bytes: u64,
     is_over: bool,
 }
 
 impl Exchange {
-    fn upload(&self, mut rest: Rest) -> Upload {
+    fn upload(&self, mut rest: Rest, sent: Arc<AtomicU64>) -> Upload {
         let (function, connection, request_id) = (self.function.clone(), self.online.connection_id.clone(), self.request.clone());
         let (fail, failed) = oneshot::channel();
         let task = self.function.tasks.spawn(async move {
             let send = async {
                 for part in 1.. {
                     let body = Body(rest.take(PART_BODY).await?);
+                    sent.fetch_add(body.0.len() as u64, Ordering::Relaxed);
                     let more = !rest.is_empty().await?;
                     function
                         .agents
@@ -244,46 +259,41 @@ impl Exchange {
         outcome
     }
 
-    fn respond(mut self, method: &Method, head: ReplyHead, first: Chunk) -> Result<Response<AnswerBody>, Refusal> {
-        let invalid = |what: &str| Refusal::InvalidReply(what.to_owned());
-        let status = StatusCode::from_u16(head.status_code).map_err(|_| invalid("its status is none"))?;
-        if status.is_informational() {
-            return Err(invalid("its status is informational"));
-        }
-        self.status = Some(status);
-        let has_no_body = method == Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
-        let fields = response_fields(head.headers);
-        let next = if has_no_body { Chunk { bytes: Bytes::new(), more: false } } else { first };
-        let mut response = Response::new(StreamBody::new(self.into_body(next)).boxed_unsync());
-        *response.status_mut() = status;
-        *response.headers_mut() = fields;
-        Ok(response)
-    }
-
     /// The body as a stream: each part is asked for when the one before it has been taken.
-    fn into_body(self, first: Chunk) -> impl Stream<Item = Result<Frame<Bytes>, AnswerError>> + Send {
+    fn into_body(self, first: Chunk, record: Record) -> impl Stream<Item = Result<Frame<Bytes>, AnswerError>> + Send {
         enum Next {
             Chunk(Chunk),
             Part,
             End,
         }
-        stream::unfold((self, Next::Chunk(first)), |(mut exchange, next)| async move {
+        stream::unfold((self, record, Next::Chunk(first)), |(mut exchange, mut record, next)| async move {
             let chunk = match next {
-                Next::Chunk(chunk) => chunk,
+                Next::Chunk(chunk) => Ok(chunk),
                 Next::Part => match exchange.next(None).await {
-                    Ok(ReplyPart::Body(chunk)) => chunk,
+                    Ok(ReplyPart::Body(chunk)) => Ok(chunk),
                     Ok(ReplyPart::Head(..) | ReplyPart::Failed { .. }) => {
-                        let refusal = Refusal::InvalidReply("a part after the first is none".to_owned());
-                        return Some((Err(refusal.into()), (exchange, Next::End)));
+                        Err(Refusal::InvalidReply("a part after the first is none".to_owned()))
                     }
-                    Err(refusal) => return Some((Err(refusal.into()), (exchange, Next::End))),
+                    Err(refusal) => Err(refusal),
                 },
                 Next::End => return None,
             };
-            exchange.bytes += chunk.bytes.len() as u64;
-            exchange.is_over = !chunk.more;
-            let next = if chunk.more { Next::Part } else { Next::End };
-            Some((Ok(Frame::data(chunk.bytes)), (exchange, next)))
+            record.parts += 1;
+            match chunk {
+                Ok(chunk) => {
+                    record.response_bytes += chunk.bytes.len() as u64;
+                    exchange.is_over = !chunk.more;
+                    let next = if chunk.more { Next::Part } else { Next::End };
+                    if exchange.is_over {
+                        record.completed();
+                    }
+                    Some((Ok(Frame::data(chunk.bytes)), (exchange, record, next)))
+                }
+                Err(refusal) => {
+                    record.refused(&refusal);
+                    Some((Err(refusal.into()), (exchange, record, Next::End)))
+                }
+            }
         })
     }
 }
@@ -293,9 +303,6 @@ impl Drop for Exchange {
         if let Some(upload) = &self.upload {
             upload.task.abort();
         }
-        let milliseconds = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let status = self.status.map(|status| status.as_u16());
-        info!(tunnel = %self.tunnel, connection = %self.online.connection_id, request = %self.request, status, bytes = self.bytes, milliseconds, complete = self.is_over, "request");
         if !self.is_over && self.online.features.contains(&Feature::Cancel) {
             let (function, connection, request_id) = (self.function.clone(), self.online.connection_id.clone(), self.request.clone());
             self.function.tasks.spawn(async move {

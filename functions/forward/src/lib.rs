@@ -1,23 +1,24 @@
 //! Visitors' requests: route, find the tunnel, send to its agent, wait for the reply, answer.
 //!
-//! The life of a request is told by the files: [`visit`] reads what a front received, [`exchange`] sends it to the agent and
+//! The life of a request is told by the files: [`visit`] reads what a front received, `exchange` sends it to the agent and
 //! puts the reply together, [`reply`] waits for the reply's parts, [`answer`] gives it back to the front, and [`refusal`] is what
-//! the visitor sees when any of that fails.
+//! the visitor sees when any of that fails; `record` tells the log and CloudWatch.
 
 pub mod answer;
-pub mod exchange;
+mod exchange;
+mod record;
 pub mod refusal;
 pub mod reply;
 pub mod visit;
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use aws_config::SdkConfig;
-use http::{Response, StatusCode};
+use http::{HeaderValue, Method, Response, header};
 use lambda_http::request::LambdaRequest;
 use lambda_runtime::FunctionResponse;
 use tokio_util::task::TaskTracker;
-use tracing::{error, info};
+use tracing::error;
 use tunnel_shared::{
     cloud::{
         connections::Connections,
@@ -31,6 +32,7 @@ use tunnel_shared::{
 
 use crate::{
     answer::{Answer, AnswerBody, AnswerStream},
+    record::Record,
     refusal::Refusal,
     visit::{BadEvent, Front, Visit},
 };
@@ -47,6 +49,8 @@ pub(crate) struct Parts {
     pub(crate) agents: WebSocketApi,
     public_url: PublicUrl,
     routing: Routing,
+    /// The Lambda function's name; none outside Lambda.
+    lambda: Option<String>,
     /// What outlives the visit that started it: uploads while the reply streams, and cancellations.
     pub(crate) tasks: TaskTracker,
 }
@@ -63,6 +67,7 @@ impl Forward {
         let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.optional("ROUTING", Routing::Path);
+        let lambda = variables.given_by_lambda("AWS_LAMBDA_FUNCTION_NAME");
         variables.finish(|| {
             Some(Self(Arc::new(Parts {
                 tunnels: Tunnels::new(sdk, tunnels?),
@@ -71,6 +76,7 @@ impl Forward {
                 agents: WebSocketApi::new(sdk, &endpoint?),
                 public_url: public_url?,
                 routing: routing?,
+                lambda,
                 tasks: TaskTracker::new(),
             })))
         })
@@ -82,7 +88,7 @@ impl Forward {
     /// Only when the event is none of an HTTP front. Whatever else goes wrong is an answer.
     pub async fn handle(&self, event: LambdaRequest) -> Result<FunctionResponse<Answer, AnswerStream>, BadEvent> {
         let visit = Visit::from_event(event)?;
-        let (front, is_head) = (visit.front, visit.method == http::Method::HEAD);
+        let (front, is_head) = (visit.front, visit.method == Method::HEAD);
         let wants_html = visit.wants_html();
         let response = self.serve(visit).await;
         Ok(match front {
@@ -91,6 +97,8 @@ impl Forward {
                     Ok(answer) => answer,
                     Err(refusal) => answer::buffer(refusal.into_response(wants_html), payload, is_head).await.unwrap_or_default(),
                 };
+                // Once this returns the environment is frozen, and a cancellation would reach the agent much later.
+                self.finish().await;
                 FunctionResponse::BufferedResponse(answer)
             }
             Front::Streaming => FunctionResponse::StreamingResponse(answer::stream(response)),
@@ -99,29 +107,24 @@ impl Forward {
 
     /// Serves a visit. What cannot be served is answered with a [`Refusal`].
     pub async fn serve(&self, visit: Visit) -> Response<AnswerBody> {
-        let started = Instant::now();
         let wants_html = visit.wants_html();
         match Route::of(self.0.routing, &self.0.public_url, &visit.host, &visit.path) {
-            Route::Tunnel { id, prefix, path } => match exchange::run(&self.0, visit, id.clone(), &prefix, &path).await {
-                Ok(response) => response,
-                Err(refusal) => {
-                    let code = refusal.code();
-                    let milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-                    match &refusal {
-                        Refusal::Internal(cause) => {
-                            error!(tunnel = %id, milliseconds, error = &**cause as &dyn std::error::Error, "request failed");
+            Route::Tunnel { id, prefix, path } => {
+                let mut record = Record::new(self.0.lambda.clone(), id.clone());
+                match exchange::run(&self.0, visit, &id, &prefix, &path, &mut record).await {
+                    Ok(replying) => replying.into_response(record),
+                    Err(refusal) => {
+                        if let Refusal::Internal(cause) = &refusal {
+                            error!(tunnel = %id, error = &**cause as &dyn std::error::Error, "request failed");
                         }
-                        _ => {
-                            info!(tunnel = %id, milliseconds, code, "request refused");
-                        }
+                        record.refused(&refusal);
+                        refusal.into_response(wants_html)
                     }
-                    refusal.into_response(wants_html)
                 }
-            },
+            }
             Route::Own(path) if path == "/_health" => {
                 let mut response = Response::new(answer::whole(r#"{"status":"ok"}"#));
-                *response.status_mut() = StatusCode::OK;
-                response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
                 response
             }
             Route::Own(_) | Route::None => Refusal::NoSuchTunnel.into_response(wants_html),

@@ -60,6 +60,11 @@ impl<'a> Variables<'a> {
         }
     }
 
+    /// A variable that Lambda itself sets, and so is no setting.
+    pub fn given_by_lambda(&self, name: &str) -> Option<String> {
+        (self.read)(name)
+    }
+
     /// Builds the settings from what was read.
     ///
     /// # Errors

@@ -36,6 +36,12 @@ impl Table {
         Self { client: Client::new(sdk), name }
     }
 
+    /// All items, for administration. Page by page, so that no table is too long.
+    pub(crate) async fn scan(&self) -> Result<Vec<Item>, StoreError> {
+        let pages = self.client.scan().table_name(&self.name).consistent_read(true).into_paginator().items().send();
+        pages.try_collect().await.map_err(self.failed("Scan"))
+    }
+
     pub(crate) fn failed<E>(&self, operation: &'static str) -> impl FnOnce(SdkError<E>) -> StoreError
     where
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,

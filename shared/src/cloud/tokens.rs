@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use aws_config::SdkConfig;
+use aws_sdk_dynamodb::types::AttributeValue;
 
-use super::store::{StoreError, Table, number, read_flag, read_number, text};
+use super::store::{StoreError, Table, number, read_flag, read_number, read_text, text};
 
 /// The table.
 #[derive(Clone, Debug)]
@@ -37,32 +38,57 @@ impl Tokens {
         }))
     }
 
-    /// Makes the token of this hash good.
+    /// Makes a token good.
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn put(&self, hash: &str, name: &str, now: Duration) -> Result<(), StoreError> {
+    pub async fn put(&self, token: &Token) -> Result<(), StoreError> {
         let table = &self.0;
-        table
+        let put = table
             .client
             .put_item()
             .table_name(&table.name)
-            .item("tokenHash", text(hash))
-            .item("name", text(name))
-            .item("createdAt", number(now.as_secs()))
-            .send()
-            .await
-            .map_err(table.failed("PutItem"))?;
+            .item("tokenHash", text(&token.hash))
+            .item("name", text(&token.name))
+            .item("createdAt", number(token.created_at))
+            .item("revoked", AttributeValue::Bool(token.revoked));
+        let put = token.expires_at.into_iter().fold(put, |put, at| put.item("expiresAt", number(at)));
+        put.send().await.map_err(table.failed("PutItem"))?;
         Ok(())
     }
 
-    /// Tells whether any token exists.
+    /// All tokens, for whoever runs the service.
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn any(&self) -> Result<bool, StoreError> {
-        let table = &self.0;
-        let output = table.client.scan().table_name(&table.name).limit(1).send().await.map_err(table.failed("Scan"))?;
-        Ok(output.count > 0)
+    pub async fn list(&self) -> Result<Vec<Token>, StoreError> {
+        let items = self.0.scan().await?;
+        Ok(items
+            .iter()
+            .filter_map(|item| {
+                Some(Token {
+                    hash: read_text(item, "tokenHash")?.to_owned(),
+                    name: read_text(item, "name").unwrap_or_default().to_owned(),
+                    created_at: read_number(item, "createdAt").unwrap_or_default(),
+                    expires_at: read_number(item, "expiresAt"),
+                    revoked: read_flag(item, "revoked"),
+                })
+            })
+            .collect())
     }
+}
+
+/// What is kept of an agent's token.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Token {
+    /// Its SHA-256; see [`super::auth::hash_token`].
+    pub hash: String,
+    /// Whom it was made for.
+    pub name: String,
+    /// In seconds since 1970.
+    pub created_at: u64,
+    /// In seconds since 1970; none if it does not expire.
+    pub expires_at: Option<u64>,
+    /// It is good no longer.
+    pub revoked: bool,
 }

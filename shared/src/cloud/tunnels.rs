@@ -120,6 +120,34 @@ impl Tunnels {
         Ok(Some(before.filter(|before| before.connection_id != online.connection_id)))
     }
 
+    /// All tunnels with their names, for whoever runs the service.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn list(&self, now: Duration) -> Result<Vec<(TunnelId, Tunnel)>, StoreError> {
+        let items = self.0.scan().await?;
+        let named = |item: &Item| Some((read_text(item, "tunnelId")?.parse().ok()?, tunnel(item)?));
+        Ok(items.iter().filter(|item| is_live(item, now)).filter_map(named).collect())
+    }
+
+    /// Makes the name nobody's, and tells whether it was somebody's.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn release(&self, id: &TunnelId) -> Result<bool, StoreError> {
+        let table = &self.0;
+        let output = table
+            .client
+            .delete_item()
+            .table_name(&table.name)
+            .key("tunnelId", text(id.as_str()))
+            .return_values(ReturnValue::AllOld)
+            .send()
+            .await
+            .map_err(table.failed("DeleteItem"))?;
+        Ok(output.attributes.is_some())
+    }
+
     /// Marks the tunnel offline if `connection` serves it, and tells whether it did.
     ///
     /// # Errors

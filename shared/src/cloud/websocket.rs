@@ -21,7 +21,7 @@ pub struct ManagementEndpoint(String);
 /// A text that is not the address of a WebSocket API.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error(
-    "must be the WebSocket API's address with its stage, such as wss://id.execute-api.eu-west-1.amazonaws.com/dev (ws:// and http:// only on loopback)"
+    "must be the WebSocket API's address with its stage, such as wss://id.execute-api.eu-west-1.amazonaws.com/dev (ws:// and http:// only on this machine)"
 )]
 pub struct InvalidEndpoint;
 
@@ -32,10 +32,11 @@ impl FromStr for ManagementEndpoint {
         let uri: Uri = text.parse().map_err(|_| InvalidEndpoint)?;
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return Err(InvalidEndpoint) };
         let host = authority.host();
-        let is_loopback = host == "localhost" || host == "[::1]" || host.starts_with("127.");
+        // The last is how a container calls the machine it runs on.
+        let is_this_machine = matches!(host, "localhost" | "[::1]" | "host.docker.internal") || host.starts_with("127.");
         let scheme = match scheme {
             "wss" | "https" => "https",
-            "ws" | "http" if is_loopback => "http",
+            "ws" | "http" if is_this_machine => "http",
             _ => return Err(InvalidEndpoint),
         };
         Ok(Self(format!("{scheme}://{authority}{}", uri.path().trim_end_matches('/'))))

@@ -1,0 +1,156 @@
+//! What whoever runs the service does to its tables: agent tokens and tunnel names, of a deployment or of a data directory.
+
+use std::{io::Write, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context, bail};
+use aws_config::SdkConfig;
+use aws_sdk_dynamodb::Client;
+use clap::{Parser, Subcommand};
+use tokio::net::TcpListener;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tunnel_shared::{
+    cloud::{
+        auth, now, sdk,
+        tokens::{Token, Tokens},
+        tunnels::Tunnels,
+    },
+    id::TunnelId,
+};
+
+use crate::{cli::fail, dynamodb};
+
+/// Looks after agent tokens and tunnel names.
+#[derive(Debug, Parser)]
+#[command(name = "tunnel-admin", version)]
+struct Cli {
+    /// The deployment: a stack's name. Needs sam, and AWS credentials and region in the environment
+    #[arg(long, global = true, value_name = "NAME", conflicts_with = "data")]
+    stack: Option<String>,
+    /// The data directory of a tunnel-local
+    #[arg(long, global = true, value_name = "DIR")]
+    data: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a token and print it, this once; only its hash is kept
+    CreateToken {
+        /// Whom it is for
+        name: String,
+        /// How long it is good, such as 90d [default: until it is revoked]
+        #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+        expires: Option<Duration>,
+    },
+    /// List tokens: name, start of the hash, and whether they are good
+    ListTokens,
+    /// Let agents with the tokens of this name in no longer
+    RevokeToken {
+        /// Whom they were made for
+        name: String,
+    },
+    /// List tunnels: id, state, and the token that owns them
+    ListTunnels,
+    /// Make a tunnel id free for anybody
+    ReleaseTunnel {
+        /// The tunnel's id
+        id: TunnelId,
+    },
+}
+
+/// The executable's whole life.
+pub async fn main() -> ExitCode {
+    match run(Cli::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(1, &format!("{error:#}")),
+    }
+}
+
+async fn run(cli: Cli) -> anyhow::Result<()> {
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    let (sdk, tokens, tunnels) = match (cli.stack, cli.data) {
+        (Some(stack), _) => deployed(&stack).await?,
+        (None, Some(directory)) => {
+            let listener = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
+            let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr()?), &auth::generate_token());
+            dynamodb::serve(dynamodb::open(Some(&directory))?, listener, &tasks, &stop);
+            dynamodb::create_tables(&Client::new(&sdk)).await?;
+            (sdk, dynamodb::TOKENS.to_owned(), dynamodb::TUNNELS.to_owned())
+        }
+        (None, None) => bail!("say of which service: --stack NAME or --data DIR"),
+    };
+    let outcome = carry_out(cli.command, &Tokens::new(&sdk, tokens), &Tunnels::new(&sdk, tunnels)).await;
+    stop.cancel();
+    outcome
+}
+
+/// The tables of a deployment, as its outputs name them.
+async fn deployed(stack: &str) -> anyhow::Result<(SdkConfig, String, String)> {
+    let output = std::process::Command::new("sam")
+        .args(["list", "stack-outputs", "--output", "json", "--stack-name", stack])
+        .output()
+        .context("sam is needed to look the deployment up: pip install aws-sam-cli")?;
+    if !output.status.success() {
+        bail!("sam list stack-outputs failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    let outputs: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).context("sam list stack-outputs printed no JSON")?;
+    let table = |key: &str| {
+        let found = outputs.iter().find(|output| output["OutputKey"] == key).and_then(|output| output["OutputValue"].as_str());
+        found.map(str::to_owned).with_context(|| format!("the stack {stack} has no output {key}"))
+    };
+    Ok((sdk::from_environment().await, table("TokensTable")?, table("TunnelsTable")?))
+}
+
+async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match command {
+        Command::CreateToken { name, expires } => {
+            let token = auth::generate_token();
+            let expires_at = expires.map(|expires| (now() + expires).as_secs());
+            tokens.put(&Token { hash: auth::hash_token(&token), name, created_at: now().as_secs(), expires_at, revoked: false }).await?;
+            writeln!(out, "{token}")?;
+        }
+        Command::ListTokens => {
+            for token in tokens.list().await? {
+                let is_expired = token.expires_at.is_some_and(|at| at <= now().as_secs());
+                let state = match (token.revoked, is_expired) {
+                    (true, _) => "revoked",
+                    (false, true) => "expired",
+                    (false, false) => "good",
+                };
+                writeln!(out, "{}\t{}\t{state}", token.name, short(&token.hash))?;
+            }
+        }
+        Command::RevokeToken { name } => {
+            let mut revoked = 0;
+            for token in tokens.list().await?.into_iter().filter(|token| token.name == name && !token.revoked) {
+                tokens.put(&Token { revoked: true, ..token }).await?;
+                revoked += 1;
+            }
+            if revoked == 0 {
+                bail!("there is no good token of the name {name}");
+            }
+            writeln!(out, "revoked {revoked}")?;
+        }
+        Command::ListTunnels => {
+            let names = tokens.list().await?;
+            for (id, tunnel) in tunnels.list(now()).await? {
+                let owner = names.iter().find(|token| auth::owner_of(&token.hash) == tunnel.owner);
+                let owner = owner.map_or_else(|| short(&tunnel.owner).to_owned(), |token| token.name.clone());
+                writeln!(out, "{id}\t{}\t{owner}", if tunnel.online.is_some() { "online" } else { "offline" })?;
+            }
+        }
+        Command::ReleaseTunnel { id } => {
+            if !tunnels.release(&id).await? {
+                bail!("there is no tunnel {id}");
+            }
+            writeln!(out, "released {id}")?;
+        }
+    }
+    Ok(())
+}
+
+fn short(text: &str) -> &str {
+    text.get(..18).unwrap_or(text)
+}

@@ -1,0 +1,134 @@
+//! The other side of the events in events/: the tables with what the events name, and a sample agent that prints what it is sent
+//! and answers visitors. With it `sam local invoke -e events/ready.json` does what it does in AWS.
+
+use std::{
+    io::Write,
+    net::{IpAddr, SocketAddr},
+};
+
+use anyhow::Context;
+use aws_sdk_dynamodb::Client;
+use tokio::{net::TcpListener, sync::mpsc};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::warn;
+use tunnel_shared::{
+    cloud::{
+        auth,
+        connections::{Connection, Connections as ConnectionsTable},
+        mailbox::Mailbox,
+        now, sdk,
+        tokens::{Token, Tokens},
+        tunnels::{Online, Tunnels},
+    },
+    id::ConnectionId,
+    protocol::{self, Body, FEATURES, HttpResponse, ToAgent},
+};
+
+use crate::{
+    cli::say,
+    connections::{self, Command, Connections},
+    dynamodb,
+    quotas::Quotas,
+};
+
+/// Where sam-local.json sends the functions' DynamoDB calls.
+const DYNAMODB_PORT: u16 = 8701;
+/// Where it sends their calls of @connections.
+const CONNECTIONS_PORT: u16 = 8702;
+/// The addresses the ports are opened on: this machine's own, and that of Docker's bridge on Linux, under which containers reach
+/// this machine. What is served are samples; nothing of anybody's.
+const ADDRESSES: [IpAddr; 2] = [IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), IpAddr::V4(std::net::Ipv4Addr::new(172, 17, 0, 1))];
+
+/// The connection that the events come from.
+const CONNECTION: &str = "L0SM9cOFvHcCIhw=";
+/// The tunnel that they ask for.
+const TUNNEL: &str = "sample";
+/// The token that events/connect.json carries.
+const TOKEN: &str = "sample";
+
+/// Serves the samples until `stopped`.
+///
+/// # Errors
+/// When the ports are taken.
+pub async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    let database = dynamodb::open(None)?;
+    for listener in listeners(DYNAMODB_PORT).await? {
+        dynamodb::serve(database.clone(), listener, &tasks, &stop);
+    }
+    let sdk = sdk::for_loopback(&format!("http://127.0.0.1:{DYNAMODB_PORT}"), "samples");
+    dynamodb::create_tables(&Client::new(&sdk)).await?;
+    seed(&sdk).await?;
+
+    let connections = Connections::default();
+    let (commands, sent) = mpsc::channel(Quotas::default().queue);
+    connections.insert(CONNECTION.parse()?, commands);
+    for listener in listeners(CONNECTIONS_PORT).await? {
+        let (api, stopping) = (connections::router(connections.clone(), Quotas::default(), None), stop.clone());
+        tasks.spawn(async move {
+            if let Err(error) = axum::serve(listener, api).with_graceful_shutdown(stopping.cancelled_owned()).await {
+                warn!(%error, "@connections ended");
+            }
+        });
+    }
+    let mailbox = Mailbox::new(&sdk, dynamodb::PENDING_REQUESTS.to_owned());
+    let agent = tasks.spawn(sample_agent(sent, mailbox));
+    say(&format!("ready: DynamoDB on port {DYNAMODB_PORT}, @connections on port {CONNECTIONS_PORT}"));
+    say("what is sent to the sample connection is printed here; try: sam local invoke -e events/ready.json");
+    stopped.await;
+    stop.cancel();
+    agent.abort();
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
+    let mut listeners = Vec::new();
+    for address in ADDRESSES {
+        match TcpListener::bind(SocketAddr::from((address, port))).await {
+            Ok(listener) => listeners.push(listener),
+            // A machine without Docker's bridge has no such address.
+            Err(_) if !address.is_loopback() => {}
+            Err(error) => return Err(error).with_context(|| format!("port {port} is needed for the samples")),
+        }
+    }
+    Ok(listeners)
+}
+
+async fn seed(sdk: &aws_config::SdkConfig) -> anyhow::Result<()> {
+    let hash = auth::hash_token(TOKEN);
+    let owner = auth::owner_of(&hash);
+    let (connection_id, tunnel_id): (ConnectionId, _) = (CONNECTION.parse()?, TUNNEL.parse()?);
+    let token = Token { hash, name: "sample".to_owned(), created_at: now().as_secs(), expires_at: None, revoked: false };
+    Tokens::new(sdk, dynamodb::TOKENS.to_owned()).put(&token).await?;
+    let tunnels = Tunnels::new(sdk, dynamodb::TUNNELS.to_owned());
+    tunnels.claim(&tunnel_id, &owner, now()).await?;
+    let online = Online { connection_id: connection_id.clone(), features: FEATURES.to_vec() };
+    tunnels.go_online(&tunnel_id, &owner, &online, now()).await?;
+    let connection = Connection { id: connection_id, tunnel_id, owner };
+    ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned()).put(&connection, now()).await?;
+    Ok(())
+}
+
+/// Prints what it is sent, and answers requests as `default` would hand the answer on.
+async fn sample_agent(mut sent: mpsc::Receiver<Command>, mailbox: Mailbox) -> anyhow::Result<()> {
+    let id: ConnectionId = CONNECTION.parse()?;
+    while let Some(command) = sent.recv().await {
+        let Command::Send(text) = command else { continue };
+        writeln!(std::io::stdout(), "{text}")?;
+        if let Ok(ToAgent::HttpRequest(request)) = protocol::decode(&text) {
+            let body = format!("The sample agent was asked for {} {}\n", request.method, request.uri);
+            let response = HttpResponse {
+                request_id: request.request_id,
+                status_code: 200,
+                headers: [(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain"))].into_iter().collect(),
+                body: Body(body.into()),
+                processing_time_ms: 0,
+                more: false,
+            };
+            mailbox.put(&id, response.into(), now()).await?;
+        }
+    }
+    Ok(())
+}
