@@ -3,6 +3,7 @@
 #![allow(clippy::panic, reason = "a story that goes wrong ends here")]
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "so does this")]
 
+mod events;
 mod fidelity;
 mod harness;
 mod lifecycle;

@@ -1,6 +1,39 @@
-//! template.yaml and the code agree.
+//! template.yaml and the code agree: tables, variables, and the calls each function is allowed.
 
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+};
+
+use aws_config::SdkConfig;
+use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
+use axum::{Router, body::Bytes, extract::State, http::HeaderMap, response::IntoResponse};
+use lambda_http::request::LambdaRequest;
 use local::dynamodb;
+use serde_yaml_ng::Value;
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tunnel_connect::Connect;
+use tunnel_default::DefaultRoute;
+use tunnel_disconnect::Disconnect;
+use tunnel_forward::Forward;
+use tunnel_shared::cloud::{
+    sdk,
+    settings::{Faults, Variables},
+};
+
+use crate::harness::within;
+
+const FUNCTIONS: [&str; 4] = ["ConnectFunction", "DisconnectFunction", "DefaultFunction", "ForwardFunction"];
+
+fn template() -> Value {
+    serde_yaml_ng::from_str(include_str!("../../../template.yaml")).expect("YAML")
+}
+
+fn properties(template: &Value, resource: &str) -> Value {
+    template["Resources"][resource]["Properties"].clone()
+}
 
 #[test]
 fn the_template_describes_the_tables_that_the_functions_use() {
@@ -10,11 +43,233 @@ fn the_template_describes_the_tables_that_the_functions_use() {
     assert_eq!(
         keys,
         [
-            ("TunnelsTable", vec!["tunnelId"]),
-            ("ConnectionsTable", vec!["connectionId"]),
-            ("PendingRequestsTable", vec!["requestKey", "part"]),
-            ("TokensTable", vec!["tokenHash"]),
+            (dynamodb::TUNNELS, vec!["tunnelId"]),
+            (dynamodb::CONNECTIONS, vec!["connectionId"]),
+            (dynamodb::PENDING_REQUESTS, vec!["requestKey", "part"]),
+            (dynamodb::TOKENS, vec!["tokenHash"]),
         ]
     );
     assert!(tables.iter().all(|table| table.ttl.as_deref() == Some("ttl")), "{tables:?}");
+}
+
+/// The variables that a function reads, found by loading it.
+fn asked_for<T>(load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, Faults>) -> BTreeSet<String> {
+    let asked = RefCell::new(BTreeSet::new());
+    let read = |name: &str| {
+        asked.borrow_mut().insert(name.to_owned());
+        None
+    };
+    let loaded = load(Variables::new(read), &sdk::for_loopback("http://127.0.0.1:9", "nobody"));
+    assert!(loaded.is_err(), "a function does without any settings");
+    asked.into_inner()
+}
+
+#[test]
+fn each_function_is_given_the_variables_it_asks_for_and_no_others() {
+    let template = template();
+    let asked = [asked_for(Connect::load), asked_for(Disconnect::load), asked_for(DefaultRoute::load), asked_for(Forward::load)];
+    for (function, mut asked) in FUNCTIONS.into_iter().zip(asked) {
+        // Set by Lambda, read by the SDK, and read when logging starts.
+        asked.remove("AWS_LAMBDA_FUNCTION_NAME");
+        asked.insert("AWS_ENDPOINT_URL_DYNAMODB".to_owned());
+        asked.insert("LOG_LEVEL".to_owned());
+        let mut given: BTreeSet<String> = BTreeSet::new();
+        for variables in
+            [&template["Globals"]["Function"]["Environment"]["Variables"], &properties(&template, function)["Environment"]["Variables"]]
+        {
+            let names = variables.as_mapping().into_iter().flatten().filter_map(|(name, _)| name.as_str());
+            given.extend(names.map(str::to_owned));
+        }
+        assert_eq!(given, asked, "{function}");
+    }
+}
+
+/// The calls that a function's policies allow: `dynamodb:GetItem TunnelsTable`, `execute-api POST`.
+fn allowed(template: &Value, function: &str) -> BTreeSet<String> {
+    let list = |value: &Value| match value {
+        Value::Sequence(values) => values.clone(),
+        other => vec![other.clone()],
+    };
+    let text = |value: &Value| match value {
+        Value::Tagged(tagged) => tagged.value.as_str().unwrap_or_default().to_owned(),
+        other => other.as_str().unwrap_or_default().to_owned(),
+    };
+    let mut allowed = BTreeSet::new();
+    for policy in list(&properties(template, function)["Policies"]) {
+        for statement in list(&policy["Statement"]) {
+            for (action, resource) in list(&statement["Action"])
+                .iter()
+                .flat_map(|action| list(&statement["Resource"]).into_iter().map(move |resource| (action.clone(), resource)))
+            {
+                let (action, resource) = (text(&action), text(&resource));
+                if action == "execute-api:ManageConnections" {
+                    let (_, route) = resource.split_once("${WebSocketApi}/v1/").expect("an ARN with the stage");
+                    allowed.insert(format!("@connections {}", route.strip_suffix("/@connections/*").expect("all connections")));
+                } else {
+                    allowed.insert(format!("{action} {}", resource.strip_suffix(".Arn").expect("a table")));
+                }
+            }
+        }
+    }
+    assert!(!allowed.is_empty(), "{function} has no policies");
+    allowed
+}
+
+/// Calls that were made, by function.
+type Calls = Arc<Mutex<BTreeSet<String>>>;
+
+#[derive(Clone)]
+struct Spy {
+    calls: Calls,
+    dynamodb: String,
+    client: hyper_util::client::legacy::Client<hyper_util::client::legacy::connect::HttpConnector, http_body_util::Full<Bytes>>,
+}
+
+/// Notes a DynamoDB call, then passes it on.
+async fn note_call(State(spy): State<Spy>, headers: HeaderMap, body: Bytes) -> impl IntoResponse {
+    let (_, operation) = headers["x-amz-target"].to_str().expect("text").split_once('.').expect("a target");
+    let request: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+    spy.calls.lock().expect("not poisoned").insert(format!("dynamodb:{operation} {}", request["TableName"].as_str().expect("a table")));
+    let mut on = http::Request::post(&spy.dynamodb).body(http_body_util::Full::new(body)).expect("a request");
+    for (name, value) in headers.iter().filter(|(name, _)| *name != "host") {
+        on.headers_mut().append(name, value.clone());
+    }
+    spy.client.request(on).await.expect("an answer").map(axum::body::Body::new)
+}
+
+/// Stands for connections: `gone` is, all others take what they are sent.
+async fn note_post(State(calls): State<Calls>, method: http::Method, uri: http::Uri) -> http::StatusCode {
+    calls.lock().expect("not poisoned").insert(format!("@connections {method}"));
+    if uri.path().ends_with("gone") { http::StatusCode::GONE } else { http::StatusCode::OK }
+}
+
+/// A function's surroundings, in which every call is noted.
+struct Surroundings {
+    calls: Calls,
+    sdk: SdkConfig,
+    connections: String,
+    _serving: JoinSet<()>,
+}
+
+async fn surroundings(dynamodb: &str) -> Surroundings {
+    let calls = Calls::default();
+    let client = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new()).build_http();
+    let spy = Router::new().fallback(note_call).with_state(Spy { calls: calls.clone(), dynamodb: dynamodb.to_owned(), client });
+    let posts = Router::new().fallback(note_post).with_state(calls.clone());
+    let mut serving = JoinSet::new();
+    let mut addresses = Vec::new();
+    for router in [spy, posts] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        addresses.push(listener.local_addr().expect("an address"));
+        serving.spawn(async move { axum::serve(listener, router).await.expect("served") });
+    }
+    Surroundings {
+        calls,
+        sdk: sdk::for_loopback(&format!("http://{}", addresses[0]), "spy"),
+        connections: format!("http://{}/v1", addresses[1]),
+        _serving: serving,
+    }
+}
+
+impl Surroundings {
+    fn load<T>(&self, load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, Faults>) -> T {
+        let read = |name: &str| {
+            Some(match name {
+                "WEBSOCKET_API_ENDPOINT" => self.connections.clone(),
+                "PUBLIC_URL" => "https://tunnel.example.com".to_owned(),
+                table => return dynamodb::table_of_variable(table).map(str::to_owned),
+            })
+        };
+        load(Variables::new(read), &self.sdk).expect("settings")
+    }
+}
+
+fn websocket(event: &str, replace: &[(&str, &str)]) -> ApiGatewayWebsocketProxyRequest {
+    let event = replace.iter().fold(event.to_owned(), |event, (from, to)| event.replace(from, to));
+    serde_json::from_str(&event).expect("an event")
+}
+
+#[tokio::test]
+async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = format!("http://{}", listener.local_addr().expect("an address"));
+    dynamodb::serve(dynamodb::open(None).expect("a database"), listener, &tasks, &stop);
+    let direct = sdk::for_loopback(&address, "direct");
+    dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct)).await.expect("tables");
+    let token = tunnel_shared::cloud::tokens::Token {
+        hash: tunnel_shared::cloud::auth::hash_token("sample"),
+        name: "sample".to_owned(),
+        created_at: 0,
+        expires_at: None,
+        revoked: false,
+    };
+    tunnel_shared::cloud::tokens::Tokens::new(&direct, dynamodb::TOKENS.to_owned()).put(&token).await.expect("a token");
+    let mut made = BTreeMap::new();
+
+    const CONNECT: &str = include_str!("../../../events/connect.json");
+    const READY: &str = include_str!("../../../events/ready.json");
+    const ID: &str = "L0SM9cOFvHcCIhw=";
+    let at = surroundings(&address).await;
+    let connect = at.load(Connect::load);
+    for id in [ID, "second=", "third=", "gone"] {
+        assert_eq!(connect.handle(websocket(CONNECT, &[(ID, id)])).await.expect("handled").status_code, 200);
+    }
+    made.insert(FUNCTIONS[0], at.calls);
+
+    let at = surroundings(&address).await;
+    let default = at.load(DefaultRoute::load);
+    // An old agent, then one that knows of being replaced, then one that replaces it, then one that is gone.
+    for (id, ready) in
+        [(ID, "ready"), ("second=", r#"ready\",\"features\":[\"notices\"],\"agent\":\"x"#), ("third=", "ready"), ("gone", "ready")]
+    {
+        default.handle(websocket(READY, &[(ID, id), ("ready", ready)])).await.expect("handled");
+    }
+    default.handle(websocket(include_str!("../../../events/http-response.json"), &[])).await.expect("handled");
+    made.insert(FUNCTIONS[2], at.calls);
+
+    let at = surroundings(&address).await;
+    let forward = at.load(Forward::load);
+    let visit = || serde_json::from_str::<LambdaRequest>(include_str!("../../../events/http-v2.json")).expect("an event");
+    assert!(forward.handle(visit()).await.is_ok(), "the tunnel's agent is gone, which is an answer");
+    default.handle(websocket(READY, &[(ID, "third=")])).await.expect("handled");
+    // Nobody answers, so it looks into the mailbox, doubts, and finds the connection gone once it is.
+    let disconnect = surroundings(&address).await;
+    let asked = at.calls.clone();
+    let (answer, ()) = tokio::join!(forward.handle(visit()), async {
+        within("a look at the connection", async {
+            while !asked.lock().expect("not poisoned").contains("dynamodb:GetItem ConnectionsTable") {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        let event = websocket(include_str!("../../../events/disconnect.json"), &[(ID, "third=")]);
+        disconnect.load(Disconnect::load).handle(event).await.expect("handled");
+    });
+    assert!(answer.is_ok(), "the agent is lost, which is an answer");
+    made.insert(FUNCTIONS[3], at.calls);
+    made.insert(FUNCTIONS[1], disconnect.calls);
+
+    let template = template();
+    for function in FUNCTIONS {
+        assert_eq!(*made[function].lock().expect("not poisoned"), allowed(&template, function), "{function}: made, allowed");
+    }
+    stop.cancel();
+}
+
+#[test]
+fn the_permission_to_call_forward_names_stage_and_route() {
+    let template = template();
+    let permissions: Vec<String> = template["Resources"]
+        .as_mapping()
+        .expect("resources")
+        .iter()
+        .filter(|(_, resource)| resource["Type"] == "AWS::Lambda::Permission")
+        .filter_map(|(_, resource)| match &resource["Properties"]["SourceArn"] {
+            Value::Tagged(tagged) => tagged.value.as_str().map(str::to_owned),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(permissions.len(), 1, "{permissions:?}");
+    assert!(permissions[0].ends_with(":${HttpApi}/$default/$default"), "{permissions:?}");
 }

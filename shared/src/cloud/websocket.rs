@@ -6,7 +6,6 @@ use aws_config::SdkConfig;
 use aws_sdk_apigatewaymanagement::{
     Client,
     error::{ProvideErrorMetadata, SdkError},
-    operation::post_to_connection::PostToConnectionError,
     primitives::Blob,
 };
 use http::uri::Uri;
@@ -95,20 +94,22 @@ impl WebSocketApi {
     /// # Errors
     /// When @connections does not answer.
     pub async fn close(&self, connection: &ConnectionId) -> Result<(), PostError> {
-        match self.0.delete_connection().connection_id(connection.as_str()).send().await {
-            Err(error) if !error.as_service_error().is_some_and(|error| error.is_gone_exception()) => {
-                Err(PostError::Failed { code: error.code().unwrap_or("no answer").to_owned(), source: Box::new(error) })
-            }
-            _ => Ok(()),
+        match self.0.delete_connection().connection_id(connection.as_str()).send().await.map_err(|error| post_error(error, 0)) {
+            Err(PostError::Gone) | Ok(_) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }
 
-fn post_error(error: SdkError<PostToConnectionError>, length: usize) -> PostError {
-    match error.as_service_error() {
-        Some(PostToConnectionError::GoneException(_)) => PostError::Gone,
-        Some(PostToConnectionError::LimitExceededException(_)) => PostError::Busy,
-        Some(PostToConnectionError::PayloadTooLargeException(_)) => PostError::TooLarge(length),
+/// Told by the status alone: not every stand-in for API Gateway names the exception.
+fn post_error<E>(error: SdkError<E>, length: usize) -> PostError
+where
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+{
+    match error.raw_response().map(|response| response.status().as_u16()) {
+        Some(410) => PostError::Gone,
+        Some(429) => PostError::Busy,
+        Some(413) => PostError::TooLarge(length),
         _ => PostError::Failed { code: error.code().unwrap_or("no answer").to_owned(), source: Box::new(error) },
     }
 }
