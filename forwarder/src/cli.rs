@@ -3,6 +3,7 @@
 use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 use tunnel_shared::id::TunnelId;
@@ -161,8 +162,15 @@ impl Options {
     }
 }
 
-/// The executable's whole life.
-pub async fn main() -> ExitCode {
+/// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
+pub fn main() -> ExitCode {
+    match Runtime::new() {
+        Ok(runtime) => runtime.block_on(run()),
+        Err(error) => fail(1, &format!("cannot start: {error}")),
+    }
+}
+
+async fn run() -> ExitCode {
     let (tunnels, log_level) = match Cli::parse().settings() {
         Ok(settings) => settings,
         Err(Usage(text)) => return fail(2, &text),

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::Client;
 use clap::{Parser, Subcommand};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tunnel_shared::{
     cloud::{
@@ -59,9 +59,10 @@ enum Command {
     },
 }
 
-/// The executable's whole life.
-pub async fn main() -> ExitCode {
-    match run(Cli::parse()).await {
+/// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match Runtime::new().context("cannot start").and_then(|runtime| runtime.block_on(run(cli))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(1, &format!("{error:#}")),
     }

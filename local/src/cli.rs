@@ -3,6 +3,7 @@
 use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 use tunnel_shared::{
     cloud::auth::Auth,
@@ -77,8 +78,15 @@ impl Cli {
     }
 }
 
-/// The executable's whole life.
-pub async fn main() -> ExitCode {
+/// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
+pub fn main() -> ExitCode {
+    match Runtime::new() {
+        Ok(runtime) => runtime.block_on(run()),
+        Err(error) => fail(1, &format!("cannot start: {error}")),
+    }
+}
+
+async fn run() -> ExitCode {
     let cli = Cli::parse();
     let filter = match EnvFilter::try_new(&cli.log_level) {
         Ok(filter) => filter,

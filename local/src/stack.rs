@@ -1,6 +1,6 @@
 //! The parts put together, started and stopped.
 
-use std::{convert::Infallible, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use aws_sdk_dynamodb::Client;
@@ -107,7 +107,12 @@ impl Stack {
     ///
     /// # Errors
     /// When an address is taken, data cannot be opened, or the options would let strangers in.
-    pub async fn start(options: Options) -> anyhow::Result<Self> {
+    pub fn start(options: Options) -> Pin<Box<dyn Future<Output = anyhow::Result<Self>> + Send>> {
+        // Boxed, so that the compiler makes code of all that is below here and not once more in each user.
+        Box::pin(Self::start_here(options))
+    }
+
+    async fn start_here(options: Options) -> anyhow::Result<Self> {
         if options.auth == Auth::Open && !options.listen.ip().is_loopback() {
             bail!("{} is not a loopback address: agents must authenticate there, so start with --auth token", options.listen);
         }
