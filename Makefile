@@ -10,7 +10,22 @@ TOOLS := $(CURDIR)/.tools
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 CARGO_DENY := 0.20.2
 
-.PHONY: run test check build fmt clippy doc deny smoke tools
+# Administration: of the stack STACK, or of the data directory DATA of a tunnel-local.
+#
+# make token NAME=alice STACK=tunnel      makes an agent token and prints it, this once
+# make tokens | tunnels STACK=tunnel      lists them
+# make revoke-token NAME=alice STACK=tunnel
+# make release-tunnel ID=my-app STACK=tunnel
+#
+# make invoke EVENT=ready   runs a function in a container, as sam local invoke does; `tunnel-local --samples` is its other side.
+#                           EVENT: connect disconnect ready ping http-response body-part agent-error http-v1 http-v2 url
+# make e2e-deploy           deploys to an emulator of AWS and goes through the tunnel
+
+ADMIN = $(BIN)/tunnel-admin $(if $(DATA),--data $(DATA),--stack $(or $(STACK),tunnel))
+EVENT ?= ready
+FUNCTION = $(or $(patsubst %,ConnectFunction,$(filter connect,$(EVENT))),$(patsubst %,DisconnectFunction,$(filter disconnect,$(EVENT))),$(patsubst %,ForwardFunction,$(filter http-v1 http-v2 url,$(EVENT))),DefaultFunction)
+
+.PHONY: run test check build fmt clippy doc deny smoke tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -47,3 +62,24 @@ deny: tools
 
 smoke: build
 	.ci/smoke $(BIN)
+
+token: build
+	@$(ADMIN) create-token $(or $(NAME),$(error say whom it is for: NAME=alice)) $(if $(EXPIRES),--expires $(EXPIRES))
+
+tokens: build
+	@$(ADMIN) list-tokens
+
+revoke-token: build
+	@$(ADMIN) revoke-token $(or $(NAME),$(error say whose: NAME=alice))
+
+tunnels: build
+	@$(ADMIN) list-tunnels
+
+release-tunnel: build
+	@$(ADMIN) release-tunnel $(or $(ID),$(error say which: ID=my-app))
+
+invoke:
+	sam local invoke $(FUNCTION) -e events/$(EVENT).json $(INVOKE_FLAGS)
+
+e2e-deploy: tools
+	.ci/e2e-deploy

@@ -1,6 +1,13 @@
 //! The command line: flags and environment, over the config file, over defaults; what is printed, and the exit codes.
 
-use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io::Write,
+    path::PathBuf,
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use clap::{Args, Parser, Subcommand};
 use tokio::runtime::Runtime;
@@ -37,6 +44,7 @@ enum Command {
     /// Open one tunnel to an HTTP service
     Http {
         /// A port (3000), host:port, or http(s)://host:port
+        #[arg(id = "service", value_name = "TARGET")]
         target: Option<Target>,
     },
     /// Open tunnels of the config file
@@ -182,7 +190,17 @@ async fn run() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let stop = CancellationToken::new();
     let name_tunnels = tunnels.len() > 1;
-    let observer: Observer = Arc::new(move |name, event| show(name_tunnels.then_some(name), &event));
+    let printed = Mutex::new(HashMap::new());
+    let observer: Observer = Arc::new(move |name, event| {
+        if let Event::Online { public_url, .. } = &event
+            && printed.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), public_url.clone()).as_ref()
+                != Some(public_url)
+        {
+            // Nobody reading stdout is no reason to close the tunnel.
+            let _ = writeln!(std::io::stdout(), "{}", clean(public_url)).and_then(|()| std::io::stdout().flush());
+        }
+        show(name_tunnels.then_some(name), &event);
+    });
     let mut run = std::pin::pin!(crate::run(tunnels, observer, stop.clone()));
     let outcome = tokio::select! {
         outcome = &mut run => outcome,
@@ -236,9 +254,6 @@ fn show(name: Option<&str>, event: &Event) {
     match event {
         Event::Connecting { endpoint } => say(&format!("{name}connecting to {endpoint}")),
         Event::Online { public_url, target } => {
-            let mut stdout = std::io::stdout().lock();
-            // Nobody reading stdout is no reason to close the tunnel.
-            let _ = writeln!(stdout, "{public_url}").and_then(|()| stdout.flush());
             say(&format!("{name}online: {public_url} -> {target}"));
         }
         Event::Reconnecting { reason, pause, attempt } => {
@@ -256,10 +271,14 @@ fn show(name: Option<&str>, event: &Event) {
     }
 }
 
-/// Writes a line to stderr, without what could steer a terminal.
+/// Writes a line to stderr.
 fn say(line: &str) {
-    let clean: String = line.chars().map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect();
-    let _ = writeln!(std::io::stderr(), "{clean}");
+    let _ = writeln!(std::io::stderr(), "{}", clean(line));
+}
+
+/// A text without what could steer a terminal.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect()
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a rounded figure for people")]
@@ -319,6 +338,14 @@ mod tests {
             &["start", "--all", "-s", "one", "--config", path],
         ] {
             assert!(names(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn the_target_may_be_a_flag() {
+        for arguments in [&["-p", "2"][..], &["http", "--target", "2"], &["http", "2"]] {
+            let tunnels = parse(&[arguments, &["-e", "ws://127.0.0.1:1"]].concat()).expect("settings");
+            assert_eq!(tunnels[0].target.to_string(), "http://127.0.0.1:2", "{arguments:?}");
         }
     }
 

@@ -22,7 +22,7 @@ use tunnel_shared::{
 
 use crate::{
     event::Event,
-    origin::{BodyCut, Failed, Origin, RequestBody},
+    origin::{Failed, Origin, RequestBody},
     rewrite::PublicAddress,
 };
 
@@ -46,8 +46,8 @@ pub struct Context {
     pub outgoing: mpsc::Sender<String>,
 }
 
-/// The parts of a request's body that follow its first message; closed at the end, or with [`BodyCut`] before it.
-pub type BodyParts = mpsc::Receiver<Result<Bytes, BodyCut>>;
+/// The parts of a request's body that follow its first message; closed at the end. A body that breaks off ends the exchange.
+pub type BodyParts = mpsc::Receiver<Bytes>;
 
 /// Carries out one exchange and tells how it went.
 pub async fn run(context: Context, message: HttpRequest, more: Option<BodyParts>) -> Event {
@@ -94,9 +94,9 @@ async fn attempt(
 
 fn body(first: Bytes, more: Option<BodyParts>) -> RequestBody {
     match more {
-        None => Full::new(first).map_err(|never| match never {}).boxed_unsync(),
+        None => Full::new(first).boxed_unsync(),
         Some(parts) => {
-            let rest = stream::unfold(parts, |mut parts| async move { parts.recv().await.map(|part| (part.map(Frame::data), parts)) });
+            let rest = stream::unfold(parts, |mut parts| async move { parts.recv().await.map(|part| (Ok(Frame::data(part)), parts)) });
             StreamBody::new(futures_util::StreamExt::chain(stream::iter([Ok(Frame::data(first))]), rest)).boxed_unsync()
         }
     }

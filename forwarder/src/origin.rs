@@ -1,6 +1,6 @@
 //! The local service: how it is called, and what its failures mean.
 
-use std::{error::Error, time::Duration};
+use std::{convert::Infallible, error::Error, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header, uri::PathAndQuery};
@@ -26,12 +26,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_secs(3);
 
 /// What the local service is sent.
-pub type RequestBody = UnsyncBoxBody<Bytes, BodyCut>;
-
-/// The visitor's request ended before its body did.
-#[derive(Debug, thiserror::Error)]
-#[error("the visitor's request broke off")]
-pub struct BodyCut;
+pub type RequestBody = UnsyncBoxBody<Bytes, Infallible>;
 
 /// The local service, with its pool of connections.
 #[derive(Clone, Debug)]
@@ -138,7 +133,6 @@ impl Origin {
             }
             match error.source().and_then(|cause| cause.downcast_ref::<hyper::Error>()) {
                 Some(cause) if cause.is_parse() => unavailable("what it said is not HTTP"),
-                Some(cause) if cause.is_user() => Failed { code: AgentErrorCode::InvalidRequest, message: "its body broke off" },
                 _ => unavailable("it closed the connection without an answer"),
             }
         })

@@ -1,7 +1,10 @@
 //! What has to change in a response because the visitor sees the local service under another address.
 
 use http::{HeaderMap, HeaderValue, header, uri::Uri};
-use tunnel_shared::headers::{FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO};
+use tunnel_shared::{
+    headers::{FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO},
+    routing::is_loopback,
+};
 
 use crate::settings::Target;
 
@@ -100,9 +103,9 @@ fn is_same_origin(uri: &Uri, target: &Target) -> bool {
     let port = |authority: &http::uri::Authority, scheme: &http::uri::Scheme| {
         authority.port_u16().unwrap_or(if *scheme == http::uri::Scheme::HTTPS { 443 } else { 80 })
     };
-    let is_loopback = |host: &str| host == "localhost" || host == "[::1]" || host.starts_with("127.") || host == "0.0.0.0";
-    let same_host = authority.host().eq_ignore_ascii_case(target.authority.host())
-        || (is_loopback(authority.host()) && is_loopback(target.authority.host()));
+    let is_here = |host: &str| is_loopback(host) || host == "0.0.0.0";
+    let same_host =
+        authority.host().eq_ignore_ascii_case(target.authority.host()) || (is_here(authority.host()) && is_here(target.authority.host()));
     *scheme == target.scheme && same_host && port(authority, scheme) == port(&target.authority, &target.scheme)
 }
 

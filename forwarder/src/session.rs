@@ -10,7 +10,7 @@ use futures_util::{SinkExt, StreamExt, stream::SplitSink};
 use http::{HeaderValue, StatusCode, header};
 use tokio::{
     net::TcpStream,
-    sync::mpsc,
+    sync::mpsc::{self, error::TrySendError},
     task::{AbortHandle, JoinSet},
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
@@ -42,14 +42,14 @@ use tunnel_shared::{
 use crate::{
     event::Event,
     exchange::{self, Context},
-    origin::{BodyCut, Origin},
+    origin::Origin,
     settings::Settings,
 };
 
 /// How long connecting and becoming ready may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How often a ping frame asks whether the service is still there.
-const PING_FRAME: Duration = Duration::from_secs(10);
+const PING_FRAME: Duration = Duration::from_secs(5);
 /// How often a `ping` message does so where pings are answered: under API Gateway's 10 minutes without a message.
 const PING_MESSAGE: Duration = Duration::from_secs(5 * 60);
 /// How often a `ping` message does so where ping frames are not answered. Each is billed, so no more often than it takes to
@@ -183,7 +183,7 @@ struct InFlight {
 /// The rest of a request's body, on its way to the local service.
 struct UploadedBody {
     parts: Reorder<BodyPart>,
-    to_origin: mpsc::Sender<Result<Bytes, BodyCut>>,
+    to_origin: mpsc::Sender<Bytes>,
 }
 
 struct Session<'a> {
@@ -334,28 +334,50 @@ impl<'a> Session<'a> {
         self.requests.insert(id, InFlight { task, body });
     }
 
-    /// Hands a part to the local service. A part that cannot be handed on ends the request's body, and so the request.
+    /// Hands a part to the local service. A request whose part cannot be handed on is dropped: its body would be cut.
     fn body_part(&mut self, part: BodyPart) {
         let Some(request) = self.requests.get_mut(&part.request_id) else { return };
         let Some(body) = &mut request.body else { return };
-        let mut is_over = false;
+        let id = part.request_id.clone();
         if let Err(error) = body.parts.insert(part.part, part) {
-            warn!(%error, "request dropped");
-            let _ = body.to_origin.try_send(Err(BodyCut));
-            is_over = true;
+            return self.drop_request(id, error.to_string());
         }
         while let Some(part) = body.parts.take_next() {
-            let is_taken = body.to_origin.try_send(Ok(part.body.0)).is_ok();
-            is_over |= !part.more || !is_taken;
-        }
-        if is_over {
-            request.body = None;
+            match body.to_origin.try_send(part.body.0) {
+                // The local service has answered without reading all; that is its right.
+                Ok(()) | Err(TrySendError::Closed(_)) => {}
+                Err(TrySendError::Full(_)) => return self.drop_request(id, "the local service reads the request too slowly".to_owned()),
+            }
+            if !part.more {
+                if let Some(request) = self.requests.get_mut(&id) {
+                    request.body = None;
+                }
+                return;
+            }
         }
     }
 
+    /// Ends a request that cannot be completed, and says so.
+    fn drop_request(&mut self, id: RequestId, message: String) {
+        warn!(request = %id, message, "request dropped");
+        if let Some(request) = self.requests.remove(&id) {
+            request.task.abort();
+        }
+        let error = AgentError { request_id: Some(id.clone()), code: AgentErrorCode::Busy, message };
+        // A full queue delays the news until the visitor's time is up; waiting here would stop the connection.
+        let _ = self.context.outgoing.try_send(protocol::encode(&FromAgent::Error(error)));
+        self.remember(id);
+    }
+
     fn finish(&mut self, done: Result<(RequestId, Event), tokio::task::JoinError>) {
-        // A task that was aborted has been removed by whoever aborted it.
-        let Ok((id, event)) = done else { return };
+        let (id, event) = match done {
+            Ok(done) => done,
+            Err(ended) => {
+                // Aborted, and removed by whoever aborted it; or ended by a bug, and not removed yet.
+                self.requests.retain(|_, request| request.task.id() != ended.id());
+                return;
+            }
+        };
         self.requests.remove(&id);
         self.remember(id);
         (self.observe)(event);

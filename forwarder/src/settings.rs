@@ -7,7 +7,7 @@ use http::{
     uri::{Authority, Scheme, Uri},
 };
 use serde::{Deserialize, Deserializer, de::Error};
-use tunnel_shared::id::TunnelId;
+use tunnel_shared::{id::TunnelId, routing::is_loopback};
 
 /// How long the local service may take to start its response.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
@@ -81,10 +81,9 @@ impl FromStr for Endpoint {
     fn from_str(text: &str) -> Result<Self, Invalid> {
         let uri: Uri = text.parse().map_err(|_| Invalid::Endpoint)?;
         let host = uri.host().ok_or(Invalid::Endpoint)?;
-        let is_loopback = host == "localhost" || host == "[::1]" || host.starts_with("127.") || host.ends_with(".localhost");
         match uri.scheme_str() {
             Some("wss") => Ok(Self(uri)),
-            Some("ws") if is_loopback => Ok(Self(uri)),
+            Some("ws") if is_loopback(host) => Ok(Self(uri)),
             Some("ws") => Err(Invalid::PlainEndpoint),
             _ => Err(Invalid::Endpoint),
         }

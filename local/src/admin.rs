@@ -72,6 +72,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let (sdk, tokens, tunnels) = match (cli.stack, cli.data) {
         (Some(stack), _) => deployed(&stack).await?,
+        (None, Some(directory)) if !dynamodb::has_data(&directory) => bail!("{} holds no tunnel-local's data", directory.display()),
         (None, Some(directory)) => {
             let listener = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
             let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr()?), &auth::generate_token());
@@ -107,10 +108,7 @@ async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyh
     let mut out = std::io::stdout().lock();
     match command {
         Command::CreateToken { name, expires } => {
-            let token = auth::generate_token();
-            let expires_at = expires.map(|expires| (now() + expires).as_secs());
-            tokens.put(&Token { hash: auth::hash_token(&token), name, created_at: now().as_secs(), expires_at, revoked: false }).await?;
-            writeln!(out, "{token}")?;
+            writeln!(out, "{}", tokens.create(&name, expires, now()).await?)?;
         }
         Command::ListTokens => {
             for token in tokens.list().await? {

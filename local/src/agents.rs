@@ -71,6 +71,10 @@ impl WebSocketFront {
             response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
             return response;
         };
+        if request.headers().contains_key(header::ORIGIN) {
+            // Only browsers send it: a page that the user visits must not open tunnels on the user's machine.
+            return say(StatusCode::FORBIDDEN, "Web pages cannot be agents.\n");
+        }
         let source = Source {
             connection_id: connection_id(),
             connected_at: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),

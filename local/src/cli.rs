@@ -25,7 +25,7 @@ struct Cli {
     /// Keep names and tokens in this directory instead of forgetting them
     #[arg(long, env = "TUNNEL_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
-    /// How agents prove who they are [default: open on loopback, token elsewhere]
+    /// How agents prove who they are [default: open if only this machine can connect, token otherwise]
     #[arg(long, env = "TUNNEL_AUTH")]
     auth: Option<AuthWord>,
     /// How visitors name a tunnel
@@ -60,7 +60,7 @@ impl Cli {
         let auth = match self.auth {
             Some(AuthWord::Open) => Auth::Open,
             Some(AuthWord::Token) => Auth::Token,
-            None if self.listen.ip().is_loopback() => Auth::Open,
+            None if self.listen.ip().is_loopback() && self.public_url.as_ref().is_none_or(PublicUrl::is_loopback) => Auth::Open,
             None => Auth::Token,
         };
         let routing = match self.routing {

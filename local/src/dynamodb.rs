@@ -46,10 +46,19 @@ pub fn table_of_variable(variable: &str) -> Option<&'static str> {
 /// When the directory cannot be used.
 pub fn open(data: Option<&Path>) -> anyhow::Result<Database> {
     let Some(directory) = data else { return Ok(Database::memory()?) };
-    std::fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let mut create = std::fs::DirBuilder::new();
+    // Replies pass through it, and tokens' hashes stay in it.
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut create, 0o700);
+    create.recursive(true).create(directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let file = directory.join(FILE);
     let path = file.to_str().ok_or_else(|| anyhow!("{} is not UTF-8", file.display()))?;
     Database::new(path).with_context(|| format!("cannot open {path}"))
+}
+
+/// Whether a directory holds data.
+pub fn has_data(directory: &Path) -> bool {
+    directory.join(FILE).is_file()
 }
 
 /// Serves the engine on a listener until `stop` is cancelled.

@@ -19,7 +19,7 @@ use tunnel_shared::{
         auth::{self, Auth},
         now, sdk,
         settings::Variables,
-        tokens::{Token, Tokens},
+        tokens::Tokens,
     },
     limits::HEADER_FIELDS,
     routing::{PublicUrl, Routing},
@@ -77,6 +77,7 @@ pub struct Stack {
     pub endpoint: String,
     /// The agent token that was made because there was none; it is not stored and cannot be shown again.
     pub first_token: Option<String>,
+    tokens: Tokens,
     connections: Connections,
     forward: Forward,
     visitors: Subsystem,
@@ -113,8 +114,9 @@ impl Stack {
     }
 
     async fn start_here(options: Options) -> anyhow::Result<Self> {
-        if options.auth == Auth::Open && !options.listen.ip().is_loopback() {
-            bail!("{} is not a loopback address: agents must authenticate there, so start with --auth token", options.listen);
+        let is_private = options.listen.ip().is_loopback() && options.public_url.as_ref().is_none_or(PublicUrl::is_loopback);
+        if options.auth == Auth::Open && !is_private {
+            bail!("others than this machine can connect: agents must authenticate then, so start with --auth token");
         }
         let listener = TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
         let address = listener.local_addr()?;
@@ -163,17 +165,28 @@ impl Stack {
             quotas: options.quotas,
             tasks: agents.tasks.clone(),
         };
-        let first_token = first_token(options.auth, &Tokens::new(&sdk, dynamodb::TOKENS.to_owned())).await?;
+        let tokens = Tokens::new(&sdk, dynamodb::TOKENS.to_owned());
+        let first_token = first_token(options.auth, &tokens).await?;
         let front = Front { forward: forward.clone(), websocket, scheme: public_url.scheme().to_owned() };
         visitors.tasks.spawn(listen(listener, front, visitors.clone()));
         let endpoint = format!("{}{}", websocket_scheme(&public_url), agents::PATH);
-        Ok(Self { public_url, endpoint, first_token, connections, forward, visitors, agents, services })
+        Ok(Self { public_url, endpoint, first_token, tokens, connections, forward, visitors, agents, services })
+    }
+
+    /// Makes an agent token for somebody and returns it.
+    ///
+    /// # Errors
+    /// When the engine does not answer.
+    pub async fn create_token(&self, name: &str) -> anyhow::Result<String> {
+        Ok(self.tokens.create(name, None, now()).await?)
     }
 
     /// Stops: takes nothing new, lets requests in flight finish for a while, and tells agents to come back later.
     pub async fn stop(self) {
         self.visitors.stop("visitors").await;
-        self.forward.finish().await;
+        if timeout(GRACE, self.forward.finish()).await.is_err() {
+            warn!("uploads were still under way");
+        }
         self.connections.close_all();
         self.agents.stop("agents").await;
         self.services.stop("services").await;
@@ -190,11 +203,7 @@ async fn first_token(auth: Auth, tokens: &Tokens) -> anyhow::Result<Option<Strin
     if auth == Auth::Open || !tokens.list().await?.is_empty() {
         return Ok(None);
     }
-    let token = auth::generate_token();
-    let kept =
-        Token { hash: auth::hash_token(&token), name: "first".to_owned(), created_at: now().as_secs(), expires_at: None, revoked: false };
-    tokens.put(&kept).await?;
-    Ok(Some(token))
+    Ok(Some(tokens.create("first", None, now()).await?))
 }
 
 /// What every connection is served with.

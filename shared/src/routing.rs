@@ -44,6 +44,12 @@ impl FromStr for Routing {
     }
 }
 
+/// Whether a host, as it stands in an address, is this machine itself.
+pub fn is_loopback(host: &str) -> bool {
+    let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
+    ip.map_or(host == "localhost" || host.ends_with(".localhost"), |ip| ip.is_loopback())
+}
+
 /// The address under which all tunnels of a deployment live.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct PublicUrl {
@@ -54,6 +60,11 @@ pub struct PublicUrl {
 }
 
 impl PublicUrl {
+    /// Whether only this machine can use it.
+    pub fn is_loopback(&self) -> bool {
+        is_loopback(self.authority.host())
+    }
+
     /// `http` or `https`.
     pub fn scheme(&self) -> &str {
         self.scheme.as_str()
@@ -221,6 +232,16 @@ mod tests {
         assert_eq!(of("a.b.tunnel.example.com", "/"), Route::None);
         assert_eq!(of("evil-tunnel.example.com", "/abc/x"), tunnel("abc", "/abc", "/x"));
         assert_eq!(of("tunnel.example.com", "/abc/x"), tunnel("abc", "/abc", "/x"));
+    }
+
+    #[test]
+    fn only_this_machine_is_loopback() {
+        for host in ["localhost", "x.localhost", "127.0.0.1", "127.9.9.9", "[::1]"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in ["127.0.0.1.example.com", "localhost.example.com", "10.0.0.1", "[::2]", ""] {
+            assert!(!is_loopback(host), "{host}");
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use tunnel_shared::{
     },
     headers::{self, FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, TUNNEL_ERROR},
     id::{RequestId, TunnelId},
-    limits::PART_BODY,
+    limits::{HEADER_FIELDS, PART_BODY},
     parts,
     protocol::{self, Body, BodyPart, Feature, HttpRequest, ToAgent},
 };
@@ -88,7 +88,12 @@ pub(crate) struct Replying {
 
 impl Replying {
     /// The response, which tells `record` how it ends.
-    pub(crate) fn into_response(self, record: Record) -> Response<AnswerBody> {
+    pub(crate) fn into_response(mut self, mut record: Record) -> Response<AnswerBody> {
+        if !self.first.more {
+            // Known now, because a front that has no use for an empty body does not ask for it.
+            self.exchange.is_over = true;
+            record.completed();
+        }
         let mut response = Response::new(StreamBody::new(self.exchange.into_body(self.first, record)).boxed_unsync());
         *response.status_mut() = self.status;
         *response.headers_mut() = self.fields;
@@ -132,6 +137,9 @@ async fn first_message(visit: Visit, prefix: &str, path: &str, online: &Online) 
         deadline_ms: u64::try_from(visit.front.patience().as_millis()).unwrap_or(u64::MAX),
         reply_to: None,
     };
+    if message.headers.len() > HEADER_FIELDS {
+        return Err(Refusal::TooLarge(format!("The request has more than {HEADER_FIELDS} header fields.")));
+    }
     let envelope = protocol::encode(&ToAgent::HttpRequest(message.clone())).len() + ENVELOPE_SLACK;
     let room = parts::room_beside(envelope)
         .ok_or_else(|| Refusal::TooLarge("The request's header is longer than a tunnel can carry.".to_owned()))?;

@@ -1,6 +1,6 @@
 //! Waiting for the parts of an agent's reply.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 use tunnel_shared::{
@@ -32,6 +32,8 @@ pub struct PendingReply {
     sender: ConnectionId,
     request: RequestId,
     arrived: Reorder<ReplyPart>,
+    /// In order, and not asked for yet: at most what one look finds.
+    ready: VecDeque<ReplyPart>,
     failure: Option<ReplyPart>,
     /// When the front gives up on the whole reply; none where it takes as long as it takes.
     deadline: Option<Instant>,
@@ -40,7 +42,7 @@ pub struct PendingReply {
 impl PendingReply {
     /// Waits for the reply of `sender`, and of nobody else, to `request`.
     pub fn new(mailbox: Mailbox, connections: Connections, sender: ConnectionId, request: RequestId, deadline: Option<Instant>) -> Self {
-        Self { mailbox, connections, sender, request, arrived: Reorder::starting_at(0), failure: None, deadline }
+        Self { mailbox, connections, sender, request, arrived: Reorder::starting_at(0), ready: VecDeque::new(), failure: None, deadline }
     }
 
     /// The next part in order, whatever order they arrive in. `until` limits the wait for this part alone.
@@ -51,7 +53,7 @@ impl PendingReply {
         let waiting_since = Instant::now();
         let limit = self.deadline.into_iter().chain(until).min();
         loop {
-            if let Some(part) = self.arrived.take_next() {
+            if let Some(part) = self.ready.pop_front() {
                 return Ok(part);
             }
             if let Some(ReplyPart::Failed { code, message }) = self.failure.take() {
@@ -66,7 +68,7 @@ impl PendingReply {
             // Asked before the last look, so that a reply stored just before the connection ended is still found.
             let is_lost = waited >= DOUBT && self.connections.get(&self.sender, now()).await?.is_none();
             self.look().await?;
-            if is_lost && self.arrived.is_empty() && self.failure.is_none() {
+            if is_lost && self.ready.is_empty() && self.failure.is_none() {
                 return Err(Refusal::AgentLost);
             }
         }
@@ -78,6 +80,7 @@ impl PendingReply {
                 self.failure = Some(part);
             } else {
                 self.arrived.insert(number, part).map_err(|error| Refusal::InvalidReply(error.to_string()))?;
+                self.ready.extend(std::iter::from_fn(|| self.arrived.take_next()));
             }
         }
         Ok(())

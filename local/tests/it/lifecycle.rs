@@ -187,6 +187,42 @@ async fn an_agent_without_a_good_token_is_refused_and_does_not_try_again() {
 }
 
 #[tokio::test]
+async fn a_name_that_is_somebody_elses_is_refused_and_stays_theirs() {
+    let (stack, token) = with_tokens().await;
+    let other = stack.create_token("other").await.expect("another token");
+    let (first, second) = (Origin::echo().await, Origin::echo().await);
+    let with = |token: &str, origin: &Origin| forwarder::settings::Settings {
+        token: Some(Secret::from(token.to_owned())),
+        ..settings(&stack, origin.address)
+    };
+    let agent = Agent::online(with(&token, &first)).await;
+
+    assert_eq!(Agent::start(with(&other, &second)).ended().await, Err(Failure::NameTaken("my-app".to_owned())));
+
+    assert_eq!(get(&agent.url).await.status, StatusCode::OK);
+    agent.stop().await.expect("stopped as asked");
+    assert_eq!(
+        Agent::start(with(&other, &second)).ended().await,
+        Err(Failure::NameTaken("my-app".to_owned())),
+        "offline, it is still theirs"
+    );
+    assert_eq!((first.count(), second.count()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_web_page_cannot_be_an_agent() {
+    let stack = stack().await;
+    let url = stack.endpoint.replace("ws://", "http://");
+    let request = http::Request::get(url)
+        .header("upgrade", "websocket")
+        .header("connection", "upgrade")
+        .header("sec-websocket-version", "13")
+        .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+        .header("origin", "https://evil.example.com");
+    assert_eq!(crate::harness::visit(request.body("".into()).expect("a request")).await.status, StatusCode::FORBIDDEN);
+}
+
+#[tokio::test]
 async fn a_name_that_is_no_name_is_refused() {
     let stack = stack().await;
     for name in ["No", "_ws", "a/b", ""] {
@@ -203,4 +239,7 @@ async fn strangers_are_not_let_in_without_tokens() {
         .await
         .expect_err("a refusal");
     assert!(error.to_string().contains("--auth token"), "{error}");
+    let public_url = Some("https://tunnel.example.com".parse().expect("an address"));
+    let behind_proxy = Options { listen: SocketAddr::from(([127, 0, 0, 1], 0)), public_url, ..Options::default() };
+    assert!(Stack::start(behind_proxy).await.is_err(), "a proxy lets the world in");
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::AttributeValue;
 
+use super::auth;
 use super::store::{StoreError, Table, number, read_flag, read_number, read_text, text};
 
 /// The table.
@@ -38,7 +39,19 @@ impl Tokens {
         }))
     }
 
-    /// Makes a token good.
+    /// Makes a new token for somebody and returns it: it is not kept, and cannot be shown again.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn create(&self, name: &str, expires: Option<Duration>, now: Duration) -> Result<String, StoreError> {
+        let token = auth::generate_token();
+        let expires_at = expires.map(|expires| (now + expires).as_secs());
+        let kept = Token { hash: auth::hash_token(&token), name: name.to_owned(), created_at: now.as_secs(), expires_at, revoked: false };
+        self.put(&kept).await?;
+        Ok(token)
+    }
+
+    /// Keeps what is known of a token.
     ///
     /// # Errors
     /// When DynamoDB does not answer.

@@ -11,7 +11,7 @@ use aws_sdk_apigatewaymanagement::{
 use http::uri::Uri;
 use serde::Serialize;
 
-use crate::{id::ConnectionId, limits::WEBSOCKET_MESSAGE, protocol};
+use crate::{id::ConnectionId, limits::WEBSOCKET_MESSAGE, protocol, routing::is_loopback};
 
 /// Where @connections is served: the WebSocket API's own address with the scheme of plain HTTP requests.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -32,7 +32,7 @@ impl FromStr for ManagementEndpoint {
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return Err(InvalidEndpoint) };
         let host = authority.host();
         // The last is how a container calls the machine it runs on.
-        let is_this_machine = matches!(host, "localhost" | "[::1]" | "host.docker.internal") || host.starts_with("127.");
+        let is_this_machine = is_loopback(host) || host == "host.docker.internal";
         let scheme = match scheme {
             "wss" | "https" => "https",
             "ws" | "http" if is_this_machine => "http",
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn credentials_never_go_over_plain_http_to_another_machine() {
-        for setting in ["ws://example.com/dev", "http://10.0.0.1/dev", "ftp://x/dev", "example.com", ""] {
+        for setting in ["ws://example.com/dev", "ws://127.0.0.1.example.com/dev", "http://10.0.0.1/dev", "ftp://x/dev", "example.com", ""] {
             assert_eq!(setting.parse::<ManagementEndpoint>(), Err(InvalidEndpoint), "{setting}");
         }
     }
