@@ -12,7 +12,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 use tunnel_shared::id::TunnelId;
 
 use crate::{
@@ -84,7 +84,7 @@ struct Options {
     /// A config file in TOML
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// What is logged on stderr: error, warn, info, debug, or a tracing filter [default: warn]
+    /// What is logged on stderr: error, warn, info, debug, or a list such as warn,forwarder=debug [default: warn]
     #[arg(long, global = true, env = "TTF_LOG_LEVEL", value_name = "LEVEL")]
     log_level: Option<String>,
 }
@@ -183,11 +183,11 @@ async fn run() -> ExitCode {
         Ok(settings) => settings,
         Err(Usage(text)) => return fail(2, &text),
     };
-    let filter = match EnvFilter::try_new(&log_level) {
+    let filter = match log_level.parse::<Targets>() {
         Ok(filter) => filter,
         Err(error) => return fail(2, &format!("log_level {log_level}: {error}")),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::registry().with(fmt::layer().with_writer(std::io::stderr)).with(filter).init();
     let stop = CancellationToken::new();
     let name_tunnels = tunnels.len() > 1;
     let printed = Mutex::new(HashMap::new());

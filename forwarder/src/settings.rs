@@ -186,7 +186,7 @@ pub struct File {
     pub endpoint: Option<Endpoint>,
     /// See [`Settings::token`].
     pub token: Option<Secret>,
-    /// A tracing filter for the log on stderr.
+    /// What is logged on stderr.
     pub log_level: Option<String>,
     /// For the single tunnel of a file without `[tunnels]`, and default for the others.
     #[serde(default, deserialize_with = "parsed")]

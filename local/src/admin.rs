@@ -3,14 +3,15 @@
 use std::{io::Write, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail};
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::Client;
 use clap::{Parser, Subcommand};
 use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tunnel_shared::{
     cloud::{
-        auth, now, sdk,
+        auth, now,
+        sdk::{self, SdkConfig},
+        settings::Variables,
         tokens::{Token, Tokens},
         tunnels::Tunnels,
     },
@@ -101,7 +102,12 @@ async fn deployed(stack: &str) -> anyhow::Result<(SdkConfig, String, String)> {
         let found = outputs.iter().find(|output| output["OutputKey"] == key).and_then(|output| output["OutputValue"].as_str());
         found.map(str::to_owned).with_context(|| format!("the stack {stack} has no output {key}"))
     };
-    Ok((sdk::from_environment().await, table("TokensTable")?, table("TunnelsTable")?))
+    Ok((
+        sdk::from_environment(Variables::of_process())
+            .context("credentials of AWS are needed in the environment: eval \"$(aws configure export-credentials --format env)\"")?,
+        table("TokensTable")?,
+        table("TunnelsTable")?,
+    ))
 }
 
 async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyhow::Result<()> {

@@ -4,7 +4,7 @@ use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
 use tokio::runtime::Runtime;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 use tunnel_shared::{
     cloud::auth::Auth,
     routing::{PublicUrl, Routing},
@@ -34,7 +34,7 @@ struct Cli {
     /// Be the other side of the events in events/ instead: for `sam local invoke`
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
     samples: bool,
-    /// What is logged on stderr: error, warn, info, debug, or a tracing filter
+    /// What is logged on stderr: error, warn, info, debug, or a list such as warn,local=debug
     #[arg(long, env = "TUNNEL_LOG_LEVEL", default_value = "warn", value_name = "LEVEL")]
     log_level: String,
 }
@@ -88,11 +88,11 @@ pub fn main() -> ExitCode {
 
 async fn run() -> ExitCode {
     let cli = Cli::parse();
-    let filter = match EnvFilter::try_new(&cli.log_level) {
+    let filter = match cli.log_level.parse::<Targets>() {
         Ok(filter) => filter,
         Err(error) => return fail(2, &format!("log level {}: {error}", cli.log_level)),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::registry().with(fmt::layer().with_writer(std::io::stderr)).with(filter).init();
     if cli.samples {
         return match samples::run(interrupted()).await {
             Ok(()) => ExitCode::SUCCESS,

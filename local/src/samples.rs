@@ -96,7 +96,7 @@ async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
     Ok(listeners)
 }
 
-async fn seed(sdk: &aws_config::SdkConfig) -> anyhow::Result<()> {
+async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
     let hash = auth::hash_token(TOKEN);
     let owner = auth::owner_of(&hash);
     let (connection_id, tunnel_id): (ConnectionId, _) = (CONNECTION.parse()?, TUNNEL.parse()?);

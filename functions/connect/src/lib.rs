@@ -3,7 +3,6 @@
 //! API Gateway completes the upgrade only after this function has answered with a 2xx status; any other status is what the
 //! agent's handshake sees. Nothing can be sent to the connection yet, so the tunnel goes online with the agent's first message.
 
-use aws_config::SdkConfig;
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::{info, warn};
 use tunnel_shared::{
@@ -13,6 +12,7 @@ use tunnel_shared::{
         connections::{Connection, Connections},
         event::{WrongEvent, connection_of},
         now,
+        sdk::SdkConfig,
         settings::{Faults, Variables},
         store::StoreError,
         tokens::Tokens,

@@ -3,7 +3,6 @@
 //! `ready` puts the tunnel online and is answered with its address. Replies to visitors' requests go to the mailbox, where
 //! `forward` finds them. What cannot be read is logged and dropped: an agent learns of it from the visitor's time-out.
 
-use aws_config::SdkConfig;
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::{debug, info, warn};
 use tunnel_shared::{
@@ -13,6 +12,7 @@ use tunnel_shared::{
         event::{WrongEvent, connection_of},
         mailbox::{Mailbox, Reply},
         now,
+        sdk::SdkConfig,
         settings::{Faults, Variables},
         store::StoreError,
         tunnels::{Online, Tunnels},

@@ -3,7 +3,6 @@
 //! API Gateway calls this as a best effort only. A tunnel whose $disconnect was lost is marked offline by the first message
 //! that cannot be delivered to it.
 
-use aws_config::SdkConfig;
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::info;
 use tunnel_shared::cloud::{
@@ -11,6 +10,7 @@ use tunnel_shared::cloud::{
     connections::Connections,
     event::{WrongEvent, connection_of},
     now,
+    sdk::SdkConfig,
     settings::{Faults, Variables},
     store::StoreError,
     tunnels::Tunnels,

@@ -13,7 +13,6 @@ pub mod visit;
 
 use std::sync::Arc;
 
-use aws_config::SdkConfig;
 use http::{HeaderValue, Method, Response, header};
 use lambda_http::request::LambdaRequest;
 use lambda_runtime::FunctionResponse;
@@ -23,6 +22,7 @@ use tunnel_shared::{
     cloud::{
         connections::Connections,
         mailbox::Mailbox,
+        sdk::SdkConfig,
         settings::{Faults, Variables},
         tunnels::Tunnels,
         websocket::{ManagementEndpoint, WebSocketApi},

@@ -6,7 +6,6 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use aws_config::SdkConfig;
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use axum::{Router, body::Bytes, extract::State, http::HeaderMap, response::IntoResponse};
 use lambda_http::request::LambdaRequest;
@@ -19,7 +18,7 @@ use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::Forward;
 use tunnel_shared::cloud::{
-    sdk,
+    sdk::{self, SdkConfig},
     settings::{Faults, Variables},
 };
 

@@ -5,12 +5,12 @@
 
 use std::time::Duration;
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::{primitives::Blob, types::AttributeValue};
 use bytes::Bytes;
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 
+use super::sdk::SdkConfig;
 use super::store::{Item, StoreError, Table, number, read_flag, read_number, read_text, text};
 use crate::{
     headers,

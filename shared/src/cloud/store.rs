@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::{
     Client,
     error::{ProvideErrorMetadata, SdkError},
     operation::update_item::{UpdateItemError, UpdateItemOutput},
     types::AttributeValue,
 };
+
+use super::sdk::SdkConfig;
 
 /// A DynamoDB item.
 pub(crate) type Item = HashMap<String, AttributeValue>;

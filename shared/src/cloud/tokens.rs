@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::AttributeValue;
 
-use super::auth;
 use super::store::{StoreError, Table, number, read_flag, read_number, read_text, text};
+use super::{auth, sdk::SdkConfig};
 
 /// The table.
 #[derive(Clone, Debug)]

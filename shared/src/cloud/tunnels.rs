@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use aws_config::SdkConfig;
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 
+use super::sdk::SdkConfig;
 use super::store::{Item, StoreError, Table, is_live, number, read_number, read_text, text};
 use crate::{
     id::{ConnectionId, TunnelId},

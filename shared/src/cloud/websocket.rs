@@ -2,7 +2,6 @@
 
 use std::str::FromStr;
 
-use aws_config::SdkConfig;
 use aws_sdk_apigatewaymanagement::{
     Client,
     error::{ProvideErrorMetadata, SdkError},
@@ -11,6 +10,7 @@ use aws_sdk_apigatewaymanagement::{
 use http::uri::Uri;
 use serde::Serialize;
 
+use super::sdk::SdkConfig;
 use crate::{id::ConnectionId, limits::WEBSOCKET_MESSAGE, protocol, routing::is_loopback};
 
 /// Where @connections is served: the WebSocket API's own address with the scheme of plain HTTP requests.
