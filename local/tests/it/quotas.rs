@@ -3,8 +3,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use local::{Options, Stack, quotas::Quotas};
+use local::{
+    Options, Stack,
+    connections::{self, Command, Connections},
+    quotas::Quotas,
+};
 use serde_json::json;
+use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 use tokio_tungstenite::tungstenite::{
     Message,
     protocol::frame::{
@@ -12,7 +17,14 @@ use tokio_tungstenite::tungstenite::{
         coding::{Data, OpCode},
     },
 };
-use tunnel_shared::limits::{WEBSOCKET_FRAME, WEBSOCKET_MESSAGE};
+use tunnel_shared::{
+    cloud::{
+        sdk,
+        websocket::{PostError, WebSocketApi},
+    },
+    id::ConnectionId,
+    limits::{WEBSOCKET_FRAME, WEBSOCKET_MESSAGE},
+};
 
 use crate::harness::{ScriptedAgent, stack, stack_with};
 
@@ -86,4 +98,75 @@ async fn a_connection_is_closed_at_the_end_of_its_life_however_busy() {
     agent.say(&json!({ "type": "ping" })).await;
     assert_eq!(agent.hear().await, json!({ "type": "pong" }));
     assert_eq!(agent.close_code().await, 1001);
+}
+
+/// @connections with its key, as the functions see it.
+async fn management(connections: Connections, quotas: Quotas, key: &str) -> (WebSocketApi, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let endpoint = format!("ws://{}/{}", listener.local_addr().expect("an address"), connections::STAGE).parse().expect("an endpoint");
+    let router = connections::router(connections, quotas, Some("the key"));
+    let mut serving = JoinSet::new();
+    serving.spawn(async move { axum::serve(listener, router).await.expect("served") });
+    (WebSocketApi::new(&sdk::for_loopback("http://127.0.0.1:9", key), &endpoint), serving)
+}
+
+/// A message whose JSON has exactly this many bytes.
+fn text(length: usize) -> String {
+    "x".repeat(length - 2)
+}
+
+#[tokio::test]
+async fn a_connection_is_gone_until_its_upgrade_has_finished_and_after_its_end() {
+    let connections = Connections::default();
+    let (api, _serving) = management(connections.clone(), Quotas::default(), "the key").await;
+    let id: ConnectionId = "abc=".parse().expect("an id");
+    assert!(matches!(api.post(&id, &"x").await, Err(PostError::Gone)));
+
+    let (commands, mut sent) = mpsc::channel(1);
+    connections.insert(id.clone(), commands);
+    api.post(&id, &"x").await.expect("taken");
+    assert!(matches!(sent.recv().await, Some(Command::Send(text)) if text == "\"x\""));
+
+    connections.remove(&id);
+    assert!(matches!(api.post(&id, &"x").await, Err(PostError::Gone)));
+}
+
+#[tokio::test]
+async fn a_message_to_an_agent_is_at_most_128_kib_long() {
+    let connections = Connections::default();
+    let (commands, _sent) = mpsc::channel(8);
+    let id: ConnectionId = "abc=".parse().expect("an id");
+    connections.insert(id.clone(), commands);
+    // One byte shorter than what the client itself would send, so that the other side has to refuse.
+    let quotas = Quotas { message: WEBSOCKET_MESSAGE - 1, ..Quotas::default() };
+    for (quotas, limit) in [(Quotas::default(), WEBSOCKET_MESSAGE), (quotas, WEBSOCKET_MESSAGE - 1)] {
+        let (api, _serving) = management(connections.clone(), quotas, "the key").await;
+        for length in [limit - 1, limit] {
+            api.post(&id, &text(length)).await.expect("taken");
+        }
+        assert!(matches!(api.post(&id, &text(limit + 1)).await, Err(PostError::TooLarge(length)) if length == limit + 1));
+    }
+}
+
+#[tokio::test]
+async fn a_connection_whose_agent_does_not_read_takes_no_more() {
+    let connections = Connections::default();
+    let (api, _serving) = management(connections.clone(), Quotas::default(), "the key").await;
+    let (commands, _unread) = mpsc::channel(1);
+    let id: ConnectionId = "abc=".parse().expect("an id");
+    connections.insert(id.clone(), commands);
+    api.post(&id, &"one").await.expect("taken");
+    assert!(matches!(api.post(&id, &"two").await, Err(PostError::Busy)));
+}
+
+#[tokio::test]
+async fn nobody_else_on_the_machine_can_speak_to_agents() {
+    let connections = Connections::default();
+    let (commands, mut sent) = mpsc::channel(1);
+    let id: ConnectionId = "abc=".parse().expect("an id");
+    connections.insert(id.clone(), commands);
+    let (api, _serving) = management(connections, Quotas::default(), "a guess").await;
+    assert!(matches!(api.post(&id, &"x").await, Err(PostError::Failed { .. })));
+    assert!(api.close(&id).await.is_err());
+    assert!(sent.try_recv().is_err(), "the connection was told something");
 }
