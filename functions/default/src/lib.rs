@@ -91,7 +91,11 @@ impl DefaultRoute {
     async fn take(&self, sender: &ConnectionId, message: FromAgent) -> Result<RouteResponse, Error> {
         match message {
             FromAgent::Ready(ready) => return self.open(sender, ready).await,
-            FromAgent::Ping => self.post(sender, &ToAgent::Pong).await?,
+            FromAgent::Ping => {
+                // The dashboard counts live agents by this line.
+                info!(connection = %sender, "ping");
+                self.post(sender, &ToAgent::Pong).await?;
+            }
             FromAgent::HttpResponse(response) => self.mailbox.put(sender, response.into(), now()).await?,
             FromAgent::BodyPart(part) => self.mailbox.put(sender, part.into(), now()).await?,
             FromAgent::Error(error) => match Reply::of_error(error.clone()) {
