@@ -7,7 +7,7 @@ use rand::RngExt;
 /// The first pause is at most this long.
 const SHORTEST: Duration = Duration::from_millis(250);
 /// No pause is longer: once the service can be reached again, a tunnel is back within seconds.
-const LONGEST: Duration = Duration::from_secs(4);
+const LONGEST: Duration = Duration::from_millis(2500);
 
 /// The pauses of one series of tries.
 #[derive(Debug, Default)]

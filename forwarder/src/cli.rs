@@ -81,6 +81,9 @@ struct Options {
     /// How many requests are passed on at once [default: 256]
     #[arg(long, global = true, env = "TTF_MAX_CONCURRENT", value_name = "N")]
     max_concurrent: Option<usize>,
+    /// Compress bodies between the service and this agent where it pays [default: true]
+    #[arg(long, global = true, env = "TTF_COMPRESSION", value_name = "BOOL")]
+    compression: Option<bool>,
     /// A config file in TOML
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -166,6 +169,7 @@ impl Options {
             host_header: self.host_header.clone().or(tunnel.host_header.clone()).or(file.host_header.clone()).unwrap_or_default(),
             request_timeout: self.request_timeout.or(tunnel.request_timeout).or(file.request_timeout).unwrap_or(REQUEST_TIMEOUT),
             max_concurrent,
+            compression: self.compression.or(file.compression).unwrap_or(true),
         })
     }
 }

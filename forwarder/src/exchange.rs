@@ -1,66 +1,91 @@
 //! One request: to the local service, and its response back in as few messages as keep it moving.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use bytes::Bytes;
-use futures_util::stream;
-use http::{Method, Response, StatusCode};
+use futures_util::{StreamExt, stream};
+use http::{HeaderMap, Method, Response, StatusCode};
 use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Incoming;
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, timeout_at},
 };
 use tunnel_shared::{
+    gathering::{Gathering, Piece},
     headers::remove_hop_by_hop,
-    id::RequestId,
+    id::{ConnectionId, RequestId},
     limits::PART_BODY,
-    parts,
-    protocol::{self, AgentError, AgentErrorCode, Body, BodyPart, FromAgent, HttpRequest, HttpResponse},
+    packing,
+    parts::{self, Allowance},
+    protocol::{self, AgentError, AgentErrorCode, Body, BodyPart, Encoding, Feature, FromAgent, HttpRequest, HttpResponse, Window},
 };
 
 use crate::{
     event::Event,
     origin::{Failed, Origin, RequestBody},
     rewrite::PublicAddress,
+    settings::Settings,
 };
 
 /// How long bytes wait for company before they go out: a visitor does not notice, and each message has a price.
 const GATHER: Duration = Duration::from_millis(10);
 /// How long a body that will fit the first message is waited for.
 const GATHER_WHOLE: Duration = Duration::from_millis(50);
-/// Room for the flag and digits that the measure of an envelope does not show.
-const ENVELOPE_SLACK: usize = 64;
+/// Room for flags and digits that the measure of an envelope does not show.
+const ENVELOPE_SLACK: usize = 128;
 
 /// What an exchange needs to know.
 #[derive(Clone, Debug)]
 pub struct Context {
     /// The local service.
     pub origin: Origin,
-    /// How long it may take to start its response.
-    pub timeout: Duration,
-    /// Whether the service takes bodies in parts.
-    pub parts: bool,
     /// Takes encoded messages to the service.
     pub outgoing: mpsc::Sender<String>,
+    timeout: Duration,
+    /// The service takes bodies in parts.
+    parts: bool,
+    /// The service allows parts with `window`, and waits for being allowed.
+    windows: bool,
+    /// Bodies are packed where it pays.
+    packs: bool,
+}
+
+impl Context {
+    /// For a service that has these features.
+    pub fn new(settings: &Settings, origin: &Origin, features: &[Feature], outgoing: mpsc::Sender<String>) -> Self {
+        Self {
+            origin: origin.clone(),
+            outgoing,
+            timeout: settings.request_timeout,
+            parts: features.contains(&Feature::BodyParts),
+            windows: features.contains(&Feature::Window),
+            // On this machine bytes cost nothing and packing does.
+            packs: settings.compression && features.contains(&Feature::Zstd) && !settings.endpoint.is_loopback(),
+        }
+    }
 }
 
 /// The parts of a request's body that follow its first message; closed at the end. A body that breaks off ends the exchange.
-pub type BodyParts = mpsc::Receiver<Bytes>;
+#[derive(Debug)]
+pub struct Upload {
+    /// In order.
+    pub parts: mpsc::Receiver<BodyPart>,
+}
 
-/// Carries out one exchange and tells how it went.
-pub async fn run(context: Context, message: HttpRequest, more: Option<BodyParts>) -> Event {
+/// Carries out one exchange and tells how it went. `allowed` is how many parts of the response may be sent.
+pub async fn run(context: Context, message: HttpRequest, more: Option<Upload>, allowed: watch::Receiver<u32>) -> Event {
     let started = Instant::now();
     let (method, uri) = (message.method.parse().unwrap_or_default(), message.uri.clone());
-    let mut reply = Reply { outgoing: context.outgoing.clone(), request_id: message.request_id.clone(), bytes: 0 };
+    let (request_id, reply_to) = (message.request_id.clone(), message.reply_to.clone());
+    let outgoing = Outgoing { messages: context.outgoing.clone(), request_id, reply_to };
+    let mut reply = Reply { outgoing: outgoing.clone(), allowed: context.windows.then_some(allowed), bytes: 0 };
     let outcome = match attempt(&context, message, more, &mut reply, started).await {
         Ok(status) => Ok(status),
         Err(failed) => {
             let text = failed.message.to_owned();
-            reply
-                .send(FromAgent::Error(AgentError { request_id: Some(reply.request_id.clone()), code: failed.code, message: text.clone() }))
-                .await;
+            outgoing.error(failed.code, text.clone()).await;
             Err(text)
         }
     };
@@ -70,7 +95,7 @@ pub async fn run(context: Context, message: HttpRequest, more: Option<BodyParts>
 async fn attempt(
     context: &Context,
     message: HttpRequest,
-    more: Option<BodyParts>,
+    more: Option<Upload>,
     reply: &mut Reply,
     started: Instant,
 ) -> Result<StatusCode, Failed> {
@@ -79,7 +104,11 @@ async fn attempt(
         deadline => context.timeout.min(Duration::from_millis(deadline)),
     };
     let public = PublicAddress::of(&message.headers);
-    let request = context.origin.request(&message, body(message.body.0.clone(), more))?;
+    let first = unpack(message.body.0.clone(), message.encoding)
+        .map_err(|_| Failed { code: AgentErrorCode::InvalidRequest, message: "its body cannot be unpacked" })?;
+    let length = first.len();
+    let windows = context.windows.then(|| reply.outgoing.clone());
+    let request = context.origin.request(&message, length, body(first, more, windows))?;
     let is_head = request.method() == Method::HEAD;
     let mut response = timeout_at(started + timeout, context.origin.call(request))
         .await
@@ -88,145 +117,134 @@ async fn attempt(
     remove_hop_by_hop(response.headers_mut());
     public.rewrite(response.headers_mut(), context.origin.target());
     let processing_time_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    reply.respond(response, is_head, processing_time_ms, context.parts).await?;
+    reply.respond(response, is_head, processing_time_ms, context).await?;
     Ok(status)
 }
 
-fn body(first: Bytes, more: Option<BodyParts>) -> RequestBody {
-    match more {
-        None => Full::new(first).boxed_unsync(),
-        Some(parts) => {
-            let rest = stream::unfold(parts, |mut parts| async move { parts.recv().await.map(|part| (Ok(Frame::data(part)), parts)) });
-            StreamBody::new(futures_util::StreamExt::chain(stream::iter([Ok(Frame::data(first))]), rest)).boxed_unsync()
+fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> io::Result<Bytes> {
+    packing::unpack(bytes, encoding).map_err(io::Error::other)
+}
+
+/// The body as the local service gets it. Each part that it takes lets the service send more, as `windows` tells it.
+fn body(first: Bytes, more: Option<Upload>, windows: Option<Outgoing>) -> RequestBody {
+    let Some(Upload { parts }) = more else { return Full::new(first).map_err(|never| match never {}).boxed_unsync() };
+    let rest = stream::unfold((parts, windows, Allowance::default()), |(mut parts, windows, mut allowance)| async move {
+        let part = parts.recv().await?;
+        if let (Some(outgoing), Some(allowed)) = (&windows, allowance.use_part()) {
+            outgoing.window(allowed).await;
         }
+        Some((unpack(part.body.0, part.encoding).map(Frame::data), (parts, windows, allowance)))
+    });
+    StreamBody::new(stream::iter([Ok(Frame::data(first))]).chain(rest)).boxed_unsync()
+}
+
+/// What an exchange says to the service.
+#[derive(Clone, Debug)]
+struct Outgoing {
+    messages: mpsc::Sender<String>,
+    request_id: RequestId,
+    reply_to: Option<ConnectionId>,
+}
+
+impl Outgoing {
+    /// Waits for room on the connection, which is what slows a fast local service down. When the connection has ended the
+    /// exchange is about to be dropped with it.
+    async fn send(&self, message: FromAgent) {
+        let _ = self.messages.send(protocol::encode(&message)).await;
+    }
+
+    async fn window(&self, parts: u32) {
+        self.send(FromAgent::Window(Window { request_id: self.request_id.clone(), parts, reply_to: self.reply_to.clone() })).await;
+    }
+
+    async fn error(&self, code: AgentErrorCode, message: String) {
+        let request_id = Some(self.request_id.clone());
+        self.send(FromAgent::Error(AgentError { request_id, code, message, reply_to: self.reply_to.clone() })).await;
     }
 }
 
 /// The way back to the visitor.
 struct Reply {
-    outgoing: mpsc::Sender<String>,
-    request_id: RequestId,
+    outgoing: Outgoing,
+    /// How many parts may be sent; none where nobody counts.
+    allowed: Option<watch::Receiver<u32>>,
     bytes: u64,
 }
 
 impl Reply {
-    /// Waits for room on the connection, which is what slows a fast local service down. When the connection has ended the
-    /// exchange is about to be dropped with it.
-    async fn send(&self, message: FromAgent) {
-        let _ = self.outgoing.send(protocol::encode(&message)).await;
-    }
-
-    async fn respond(&mut self, response: Response<Incoming>, is_head: bool, processing_time_ms: u64, parts: bool) -> Result<(), Failed> {
+    async fn respond(
+        &mut self,
+        response: Response<Incoming>,
+        is_head: bool,
+        processing_time_ms: u64,
+        context: &Context,
+    ) -> Result<(), Failed> {
         let (head, body) = response.into_parts();
-        let mut message = HttpResponse {
-            request_id: self.request_id.clone(),
-            status_code: head.status.as_u16(),
-            headers: head.headers,
-            body: Body::default(),
-            processing_time_ms,
-            more: false,
-        };
+        let packs = context.packs && packing::pays(&head.headers);
+        let mut message = self.head(head.status, head.headers, processing_time_ms);
         let room = room_beside_head(&message)?;
         if is_head {
-            self.send(FromAgent::HttpResponse(message)).await;
+            self.outgoing.send(FromAgent::HttpResponse(message)).await;
             return Ok(());
         }
         let fits = body.size_hint().exact().is_some_and(|length| length <= room as u64);
-        let mut gathering = Gathering { body, left: Bytes::new(), is_over: false };
-        let (chunk, more) = if parts {
-            gathering.gather(room, Instant::now() + if fits { GATHER_WHOLE } else { GATHER }).await?
+        let mut body = Gathering::new(body, packs);
+        let first = if context.parts {
+            body.piece(room, Instant::now() + if fits { GATHER_WHOLE } else { GATHER }).await.map_err(broken_off)?
         } else {
-            let chunk = gathering.take(room).await?;
-            (chunk, !gathering.is_at_end().await?)
+            let bytes = body.take(room).await.map_err(broken_off)?;
+            Piece { bytes, encoding: None, more: !body.is_at_end().await.map_err(broken_off)? }
         };
-        if more && !parts {
+        if first.more && !context.parts {
             return Err(Failed {
                 code: AgentErrorCode::ResponseTooLarge,
                 message: "The response is longer than this service's version can carry.",
             });
         }
-        self.bytes += chunk.len() as u64;
-        (message.body, message.more) = (Body(chunk), more);
-        self.send(FromAgent::HttpResponse(message)).await;
+        self.bytes += first.bytes.len() as u64;
+        let mut more = first.more;
+        (message.body, message.encoding, message.more) = (Body(first.bytes), first.encoding, more);
+        self.outgoing.send(FromAgent::HttpResponse(message)).await;
         let mut part = 1;
-        let mut more = more;
         while more {
-            gathering.wait().await?;
-            let (chunk, is_more) = gathering.gather(PART_BODY, Instant::now() + GATHER).await?;
-            more = is_more;
-            self.bytes += chunk.len() as u64;
-            self.send(FromAgent::BodyPart(BodyPart { request_id: self.request_id.clone(), part, body: Body(chunk), more })).await;
+            if let Some(allowed) = &mut self.allowed
+                && allowed.wait_for(|allowed| part < *allowed).await.is_err()
+            {
+                // The connection has ended, and this exchange is about to.
+                return Ok(());
+            }
+            body.is_at_end().await.map_err(broken_off)?;
+            let piece = body.piece(PART_BODY, Instant::now() + GATHER).await.map_err(broken_off)?;
+            self.bytes += piece.bytes.len() as u64;
+            more = piece.more;
+            let (request_id, reply_to) = (self.outgoing.request_id.clone(), self.outgoing.reply_to.clone());
+            let message = BodyPart { request_id, part, body: Body(piece.bytes), encoding: piece.encoding, more, reply_to };
+            self.outgoing.send(FromAgent::BodyPart(message)).await;
             part += 1;
         }
         Ok(())
     }
+
+    fn head(&self, status: StatusCode, headers: HeaderMap, processing_time_ms: u64) -> HttpResponse {
+        HttpResponse {
+            request_id: self.outgoing.request_id.clone(),
+            status_code: status.as_u16(),
+            headers,
+            body: Body::default(),
+            encoding: None,
+            processing_time_ms,
+            more: false,
+            reply_to: self.outgoing.reply_to.clone(),
+        }
+    }
+}
+
+fn broken_off(_: hyper::Error) -> Failed {
+    Failed { code: AgentErrorCode::LocalServiceUnavailable, message: "it broke off in the middle of its response" }
 }
 
 fn room_beside_head(message: &HttpResponse) -> Result<usize, Failed> {
     let envelope = protocol::encode(&FromAgent::HttpResponse(message.clone())).len() + ENVELOPE_SLACK;
     parts::room_beside(envelope)
         .ok_or(Failed { code: AgentErrorCode::ResponseTooLarge, message: "The response's header is longer than a tunnel can carry." })
-}
-
-/// A response body from which chunks of a wanted size are taken.
-struct Gathering {
-    body: Incoming,
-    left: Bytes,
-    is_over: bool,
-}
-
-impl Gathering {
-    /// Waits until there are bytes, or the end.
-    async fn wait(&mut self) -> Result<(), Failed> {
-        while self.left.is_empty() && !self.is_over {
-            match self.body.frame().await {
-                None => self.is_over = true,
-                // Trailers are dropped: API Gateway has no way to pass them on.
-                Some(Ok(frame)) => self.left = frame.into_data().unwrap_or_default(),
-                Some(Err(_)) => {
-                    return Err(Failed {
-                        code: AgentErrorCode::LocalServiceUnavailable,
-                        message: "it broke off in the middle of its response",
-                    });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the body has ended, for which some of it may have to be read.
-    async fn is_at_end(&mut self) -> Result<bool, Failed> {
-        self.wait().await?;
-        Ok(self.left.is_empty())
-    }
-
-    /// Up to `limit` bytes, fewer only at the body's end.
-    async fn take(&mut self, limit: usize) -> Result<Bytes, Failed> {
-        let (mut chunks, mut length) = (Vec::new(), 0);
-        while length < limit && !self.is_at_end().await? {
-            let chunk = self.left.split_to(self.left.len().min(limit - length));
-            length += chunk.len();
-            chunks.push(chunk);
-        }
-        Ok(parts::join(chunks))
-    }
-
-    /// Up to `limit` of the bytes that come before `until`, and whether the body goes on.
-    async fn gather(&mut self, limit: usize, until: Instant) -> Result<(Bytes, bool), Failed> {
-        let (mut chunks, mut length) = (Vec::new(), 0);
-        loop {
-            match timeout_at(until, self.wait()).await {
-                Ok(outcome) => outcome?,
-                Err(_) => break,
-            }
-            if length == limit || self.left.is_empty() {
-                break;
-            }
-            let chunk = self.left.split_to(self.left.len().min(limit - length));
-            length += chunk.len();
-            chunks.push(chunk);
-        }
-        let more = !(self.is_over && self.left.is_empty());
-        Ok((parts::join(chunks), more))
-    }
 }

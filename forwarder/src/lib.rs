@@ -1,12 +1,14 @@
 //! The agent: keeps a tunnel open and passes its visitors' requests to a local service.
 //!
-//! [`settings`] says what to do, [`tunnel`] keeps one tunnel open over as many connections as it takes, [`session`] is one
-//! connection, [`exchange`] one request with its response, [`origin`] the local service. [`event`] is what a user learns of it.
+//! [`settings`] says what to do, [`tunnel`] keeps one tunnel open over as many connections as it takes, [`handshake`] opens a
+//! connection and [`session`] serves it, [`exchange`] is one request with its response, [`origin`] the local service. [`event`] is
+//! what a user learns of it.
 
 pub mod backoff;
 pub mod cli;
 pub mod event;
 pub mod exchange;
+pub mod handshake;
 pub mod origin;
 pub mod rewrite;
 pub mod session;

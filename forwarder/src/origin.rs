@@ -1,6 +1,6 @@
 //! The local service: how it is called, and what its failures mean.
 
-use std::{convert::Infallible, error::Error, time::Duration};
+use std::{error::Error, io, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header, uri::PathAndQuery};
@@ -26,7 +26,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_secs(3);
 
 /// What the local service is sent.
-pub type RequestBody = UnsyncBoxBody<Bytes, Infallible>;
+pub type RequestBody = UnsyncBoxBody<Bytes, io::Error>;
 
 /// The local service, with its pool of connections.
 #[derive(Clone, Debug)]
@@ -73,11 +73,12 @@ impl Origin {
         &self.target
     }
 
-    /// Makes a request of a message. Only path and query of its address are the visitor's to choose.
+    /// Makes a request of a message whose own body unpacks to `length` bytes. Only path and query of its address are the
+    /// visitor's to choose.
     ///
     /// # Errors
     /// When the message is no request that HTTP allows.
-    pub fn request(&self, message: &HttpRequest, body: RequestBody) -> Result<Request<RequestBody>, Failed> {
+    pub fn request(&self, message: &HttpRequest, length: usize, body: RequestBody) -> Result<Request<RequestBody>, Failed> {
         let invalid = |message| Failed { code: AgentErrorCode::InvalidRequest, message };
         let method: Method = message.method.parse().map_err(|_| invalid("its method is none"))?;
         if method == Method::CONNECT || !message.uri.starts_with('/') {
@@ -91,13 +92,13 @@ impl Origin {
             .build()
             .map_err(|_| invalid("its path is none"))?;
         let mut request = Request::new(body);
-        *request.headers_mut() = self.fields(message, &method);
+        *request.headers_mut() = self.fields(message, length, &method);
         *request.method_mut() = method;
         *request.uri_mut() = uri;
         Ok(request)
     }
 
-    fn fields(&self, message: &HttpRequest, method: &Method) -> HeaderMap {
+    fn fields(&self, message: &HttpRequest, length: usize, method: &Method) -> HeaderMap {
         let mut fields = message.headers.clone();
         remove_hop_by_hop(&mut fields);
         let host = match &self.host_header {
@@ -112,11 +113,11 @@ impl Origin {
         let expects_body = matches!(*method, Method::POST | Method::PUT | Method::PATCH);
         if message.more {
             // Its length, if the visitor told it; chunked otherwise.
-            if let Some(length) = said {
-                fields.insert(header::CONTENT_LENGTH, length.into());
+            if let Some(said) = said {
+                fields.insert(header::CONTENT_LENGTH, said.into());
             }
-        } else if said.is_some() || expects_body || !message.body.0.is_empty() {
-            fields.insert(header::CONTENT_LENGTH, message.body.0.len().into());
+        } else if said.is_some() || expects_body || length > 0 {
+            fields.insert(header::CONTENT_LENGTH, length.into());
         }
         fields
     }

@@ -1,4 +1,4 @@
-//! One connection to the service, from the upgrade to its end.
+//! One connection to the service, from its first request to its end.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -7,47 +7,39 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt, stream::SplitSink};
-use http::{HeaderValue, StatusCode, header};
 use tokio::{
-    net::TcpStream,
-    sync::mpsc::{self, error::TrySendError},
+    sync::{
+        mpsc::{self, error::TrySendError},
+        watch,
+    },
     task::{AbortHandle, JoinSet},
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
-use tokio_tungstenite::{
-    MaybeTlsStream, WebSocketStream, connect_async_with_config,
-    tungstenite::{
-        self, Message,
-        client::IntoClientRequest,
-        protocol::{
-            WebSocketConfig,
-            frame::{
-                Frame,
-                coding::{Data, OpCode},
-            },
-        },
+use tokio_tungstenite::tungstenite::{
+    self, Message,
+    protocol::frame::{
+        Frame,
+        coding::{Data, OpCode},
     },
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use tunnel_shared::{
-    id::{RequestId, TunnelId},
-    limits::{PARTS_AHEAD, WEBSOCKET_FRAME, WEBSOCKET_MESSAGE},
-    parts::Reorder,
-    protocol::{
-        self, AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FEATURES, Feature, FromAgent, HttpRequest, Ready, ToAgent,
-    },
+    id::{ConnectionId, RequestId},
+    limits::{PARTS_AHEAD, WINDOW},
+    parts::{self, Reorder},
+    protocol::{self, AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest, ToAgent},
 };
 
 use crate::{
+    Observer,
     event::Event,
-    exchange::{self, Context},
+    exchange::{self, Context, Upload},
+    handshake::Socket,
     origin::Origin,
     settings::Settings,
 };
 
-/// How long connecting and becoming ready may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How often a ping frame asks whether the service is still there.
 const PING_FRAME: Duration = Duration::from_secs(5);
 /// How often a `ping` message does so where pings are answered: under API Gateway's 10 minutes without a message.
@@ -57,6 +49,9 @@ const PING_MESSAGE: Duration = Duration::from_secs(5 * 60);
 const PING_MESSAGE_ALONE: Duration = Duration::from_secs(15);
 /// A connection on which nothing was heard for this long, though it was asked, is dead.
 const SILENCE: Duration = Duration::from_secs(25);
+/// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
+/// connection serves a tunnel, so that none is sent here in vain.
+const HANDOVER: Duration = Duration::from_secs(7);
 /// How long requests in flight may take to finish once the agent is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
 /// Messages on their way out. Each is up to [`WEBSOCKET_MESSAGE`] long; more wait where they are made.
@@ -64,230 +59,165 @@ const OUTGOING: usize = 32;
 /// How many ended requests are remembered, so that one that comes twice is not carried out twice.
 const REMEMBERED: usize = 1024;
 
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
-
 /// How a session ended.
 #[derive(Debug)]
 pub enum Ended {
     /// As asked.
     Stopped,
-    /// The service will not have this agent. Trying again would not help.
-    Refused(Refused),
     /// Another connection of the owner has taken the tunnel over.
     Replaced(String),
-    /// The connection could not be made, or broke.
-    Lost {
-        /// Why.
-        reason: String,
-        /// How long the tunnel was open.
-        open: Duration,
-    },
-}
-
-/// Why the service will not have an agent.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Refused {
-    /// 401 or 403.
-    Unauthorized,
-    /// 409.
-    NameTaken,
-    /// 400, with the service's words.
-    Invalid(String),
-}
-
-/// Opens a connection and serves it to its end. `tunnel_id` is asked for, and set to what the service gave.
-pub async fn run(
-    settings: &Settings,
-    origin: &Origin,
-    tunnel_id: &mut Option<TunnelId>,
-    observe: &(dyn Fn(Event) + Send + Sync),
-    stop: &CancellationToken,
-) -> Ended {
-    let lost = |reason: String| Ended::Lost { reason, open: Duration::ZERO };
-    let opened = tokio::select! {
-        () = stop.cancelled() => return Ended::Stopped,
-        opened = timeout(HANDSHAKE, open(settings, tunnel_id.as_ref())) => opened,
-    };
-    let (socket, established) = match opened {
-        Err(_) => return lost(format!("the service did not answer within {HANDSHAKE:?}")),
-        Ok(Err(OpenError::Refused(refused))) => return Ended::Refused(refused),
-        Ok(Err(OpenError::Failed(reason))) => return lost(reason),
-        Ok(Ok(opened)) => opened,
-    };
-    *tunnel_id = Some(established.tunnel_id.clone());
-    observe(Event::Online { public_url: established.public_url.clone(), target: origin.target().to_string() });
-    Session::serve(settings, origin, socket, &established, observe, stop).await
-}
-
-enum OpenError {
-    Refused(Refused),
-    Failed(String),
-}
-
-async fn open(settings: &Settings, tunnel_id: Option<&TunnelId>) -> Result<(Socket, ConnectionEstablished), OpenError> {
-    let mut request =
-        settings.endpoint.asking_for(tunnel_id).into_client_request().map_err(|error| OpenError::Failed(error.to_string()))?;
-    if let Some(token) = &settings.token {
-        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.reveal()))
-            .map_err(|_| OpenError::Refused(Refused::Invalid("the token has characters that no token has".to_owned())))?;
-        value.set_sensitive(true);
-        request.headers_mut().insert(header::AUTHORIZATION, value);
-    }
-    let config = WebSocketConfig::default()
-        .read_buffer_size(WEBSOCKET_FRAME)
-        .write_buffer_size(0)
-        .max_message_size(Some(2 * WEBSOCKET_MESSAGE))
-        .max_frame_size(Some(2 * WEBSOCKET_MESSAGE));
-    let (mut socket, _) = connect_async_with_config(request, Some(config), true).await.map_err(open_error)?;
-    let ready = Ready {
-        protocol: Some(protocol::VERSION),
-        features: FEATURES.to_vec(),
-        agent: Some(concat!("ttf/", env!("CARGO_PKG_VERSION")).to_owned()),
-    };
-    socket.send(Message::text(protocol::encode(&FromAgent::Ready(ready)))).await.map_err(open_error)?;
-    loop {
-        match socket.next().await {
-            Some(Ok(Message::Text(text))) => match protocol::decode(&text) {
-                Ok(ToAgent::ConnectionEstablished(established)) => return Ok((socket, established)),
-                Ok(ToAgent::Error { message }) => return Err(OpenError::Failed(message)),
-                _ => debug!("message before connection_established ignored"),
-            },
-            Some(Ok(Message::Close(frame))) => {
-                let reason = frame.map(|frame| format!(" ({}: {})", frame.code, frame.reason)).unwrap_or_default();
-                return Err(OpenError::Failed(format!("the service closed the connection{reason}")));
-            }
-            Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(open_error(error)),
-            None => return Err(OpenError::Failed("the service closed the connection".to_owned())),
-        }
-    }
-}
-
-fn open_error(error: tungstenite::Error) -> OpenError {
-    let tungstenite::Error::Http(response) = error else { return OpenError::Failed(error.to_string()) };
-    let said = response.body().as_deref().map(|body| String::from_utf8_lossy(body).into_owned()).unwrap_or_default();
-    match response.status() {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => OpenError::Refused(Refused::Unauthorized),
-        StatusCode::CONFLICT => OpenError::Refused(Refused::NameTaken),
-        StatusCode::BAD_REQUEST => OpenError::Refused(Refused::Invalid(said)),
-        status => OpenError::Failed(format!("the service answered the handshake with {status}")),
-    }
+    /// The connection broke, for this reason.
+    Lost(String),
 }
 
 /// A request that is being carried out.
+#[derive(Debug)]
 struct InFlight {
     task: AbortHandle,
     body: Option<UploadedBody>,
+    /// How many parts of the response may be sent.
+    allowed: watch::Sender<u32>,
+    reply_to: Option<ConnectionId>,
 }
 
 /// The rest of a request's body, on its way to the local service.
+#[derive(Debug)]
 struct UploadedBody {
     parts: Reorder<BodyPart>,
-    to_origin: mpsc::Sender<Bytes>,
+    to_origin: mpsc::Sender<BodyPart>,
 }
 
-struct Session<'a> {
+/// Why no more requests are taken.
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum Leaving {
+    /// The agent was told to stop.
+    Stopped,
+    /// Another connection of this agent serves the tunnel.
+    Retired,
+    /// A connection of another agent serves it, as the service says.
+    Replaced(String),
+}
+
+/// A connection that serves a tunnel.
+pub struct Session {
     context: Context,
+    /// The other end of what the context sends.
+    queue: Option<mpsc::Receiver<String>>,
+    name: String,
+    observer: Observer,
     max_concurrent: usize,
     requests: HashMap<RequestId, InFlight>,
     running: JoinSet<(RequestId, Event)>,
     ended: VecDeque<RequestId>,
-    observe: &'a (dyn Fn(Event) + Send + Sync),
-    is_draining: bool,
+    leaving: Option<Leaving>,
 }
 
-enum Taken {
-    Continue,
-    Replaced(String),
-}
-
-impl<'a> Session<'a> {
-    async fn serve(
-        settings: &Settings,
-        origin: &Origin,
-        socket: Socket,
-        established: &ConnectionEstablished,
-        observe: &'a (dyn Fn(Event) + Send + Sync),
-        stop: &CancellationToken,
-    ) -> Ended {
-        let (sink, mut stream) = socket.split();
+impl Session {
+    /// A session that has not served yet.
+    pub fn new(settings: &Settings, origin: &Origin, observer: Observer, established: &ConnectionEstablished) -> Self {
         let (outgoing, queue) = mpsc::channel(OUTGOING);
-        let (ping, pings) = mpsc::channel(1);
-        let mut writer = JoinSet::new();
-        writer.spawn(write(sink, queue, pings));
-        let parts = established.features.contains(&Feature::BodyParts);
-        let context = Context { origin: origin.clone(), timeout: settings.request_timeout, parts, outgoing: outgoing.clone() };
-        let mut session = Self {
-            context,
+        Self {
+            context: Context::new(settings, origin, &established.features, outgoing),
+            queue: Some(queue),
+            name: settings.name.clone(),
+            observer,
             max_concurrent: settings.max_concurrent,
             requests: HashMap::new(),
             running: JoinSet::new(),
             ended: VecDeque::new(),
-            observe,
-            is_draining: false,
-        };
+            leaving: None,
+        }
+    }
+
+    /// Serves until the connection ends, or `stop` or `retire` are cancelled and the requests in flight have finished.
+    pub async fn serve(mut self, socket: Socket, stop: CancellationToken, retire: CancellationToken) -> Ended {
+        let (sink, mut stream) = socket.split();
+        let (ping, pings) = mpsc::channel(1);
+        let mut writer = JoinSet::new();
+        writer.spawn(write(sink, self.queue.take().expect("a session serves once"), pings));
         let opened = Instant::now();
         let (mut heard, mut pinged, mut answers_pings) = (opened, opened, false);
-        let mut give_up = None;
+        // When nothing new is taken any more, and when nothing is waited for any more.
+        let (mut leave_at, mut give_up): (Option<Instant>, Option<Instant>) = (None, None);
         let mut tick = interval(PING_FRAME);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let lost = |reason: String| Ended::Lost { reason, open: opened.elapsed() };
         let ended = loop {
             tokio::select! {
                 message = stream.next() => {
                     heard = Instant::now();
                     match message {
-                        Some(Ok(Message::Text(text))) => match session.take(&text).await {
-                            Taken::Continue => {}
-                            Taken::Replaced(reason) => break Ended::Replaced(reason),
-                        },
+                        Some(Ok(Message::Text(text))) => self.take(&text),
                         Some(Ok(Message::Pong(_))) => answers_pings = true,
                         Some(Ok(Message::Close(frame))) => {
                             let reason = frame.map(|frame| format!(" ({})", frame.code)).unwrap_or_default();
-                            break lost(format!("the service closed the connection{reason}"));
+                            break Ended::Lost(format!("the service closed the connection{reason}"));
                         }
                         Some(Ok(_)) => {}
-                        Some(Err(error)) => break lost(error.to_string()),
-                        None => break lost("the connection broke".to_owned()),
+                        Some(Err(error)) => break Ended::Lost(error.to_string()),
+                        None => break Ended::Lost("the connection broke".to_owned()),
                     }
                 }
-                Some(done) = session.running.join_next() => session.finish(done),
-                Some(failed) = writer.join_next() => break lost(failed.ok().flatten().unwrap_or_else(|| "the connection broke".to_owned())),
+                Some(done) = self.running.join_next() => self.finish(done),
+                Some(failed) = writer.join_next() => {
+                    break Ended::Lost(failed.ok().flatten().unwrap_or_else(|| "the connection broke".to_owned()));
+                }
                 now = tick.tick() => {
                     if heard.elapsed() > SILENCE && (answers_pings || pinged > heard) {
-                        break lost(format!("nothing was heard for {} s", heard.elapsed().as_secs()));
+                        break Ended::Lost(format!("nothing was heard for {} s", heard.elapsed().as_secs()));
                     }
                     // A full queue means that the writer has not got round to the last one.
                     let _ = ping.try_send(());
                     if now - pinged >= if answers_pings { PING_MESSAGE } else { PING_MESSAGE_ALONE } {
                         pinged = now;
-                        let _ = outgoing.try_send(protocol::encode(&FromAgent::Ping));
+                        let _ = self.context.outgoing.try_send(protocol::encode(&FromAgent::Ping));
                     }
                 }
-                () = stop.cancelled(), if !session.is_draining => {
-                    session.is_draining = true;
-                    give_up = Some(Instant::now() + GRACE);
-                    (session.observe)(Event::Draining { in_flight: session.requests.len() });
+                () = stop.cancelled(), if self.leaving != Some(Leaving::Stopped) => {
+                    self.leaving = Some(Leaving::Stopped);
+                    self.observe(Event::Draining { in_flight: self.requests.len() });
                 }
-                () = tokio::time::sleep_until(give_up.unwrap_or(opened)), if give_up.is_some() => break Ended::Stopped,
+                () = retire.cancelled(), if self.leaving.is_none() && leave_at.is_none() => leave_at = Some(Instant::now() + HANDOVER),
+                () = sleep_until(leave_at.unwrap_or(opened)), if self.leaving.is_none() && leave_at.is_some() => {
+                    self.leaving = Some(Leaving::Retired);
+                }
+                () = sleep_until(give_up.unwrap_or(opened)), if give_up.is_some() => break self.left(),
             }
-            if session.is_draining && session.requests.is_empty() {
-                break Ended::Stopped;
+            match &self.leaving {
+                Some(_) if self.requests.is_empty() => break self.left(),
+                // Who was taken over from by this agent's own next connection has as long as the connection lives.
+                Some(Leaving::Stopped | Leaving::Replaced(_)) if give_up.is_none() => give_up = Some(Instant::now() + GRACE),
+                _ => {}
             }
         };
-        session.running.shutdown().await;
-        drop((session, outgoing, ping));
+        self.running.shutdown().await;
+        drop((self, ping));
         // With all senders gone the writer sends what is queued, closes and ends.
-        if matches!(ended, Ended::Stopped | Ended::Replaced(_)) {
+        if !matches!(ended, Ended::Lost(_)) {
             let _ = timeout(Duration::from_secs(2), writer.join_next()).await;
         }
         ended
     }
 
-    async fn take(&mut self, text: &str) -> Taken {
+    fn left(&self) -> Ended {
+        match &self.leaving {
+            Some(Leaving::Replaced(reason)) => Ended::Replaced(reason.clone()),
+            _ => Ended::Stopped,
+        }
+    }
+
+    fn observe(&self, event: Event) {
+        (self.observer)(&self.name, event);
+    }
+
+    fn take(&mut self, text: &str) {
         match protocol::decode(text) {
-            Ok(ToAgent::HttpRequest(request)) => self.start(request).await,
+            Ok(ToAgent::HttpRequest(request)) => self.start(request),
             Ok(ToAgent::BodyPart(part)) => self.body_part(part),
+            Ok(ToAgent::Window(window)) => {
+                if let Some(request) = self.requests.get(&window.request_id) {
+                    request.allowed.send_if_modified(|allowed| std::mem::replace(allowed, window.parts.max(*allowed)) < window.parts);
+                }
+            }
             Ok(ToAgent::Cancel { request_id }) => {
                 if let Some(request) = self.requests.remove(&request_id) {
                     debug!(request = %request_id, "cancelled");
@@ -295,30 +225,31 @@ impl<'a> Session<'a> {
                     self.remember(request_id);
                 }
             }
-            Ok(ToAgent::Replaced { reason }) => return Taken::Replaced(reason),
+            Ok(ToAgent::Replaced { reason }) => self.leaving = Some(Leaving::Replaced(reason)),
             Ok(ToAgent::UrlUpdated { public_url }) => {
-                (self.observe)(Event::Online { public_url, target: self.context.origin.target().to_string() });
+                self.observe(Event::Online { public_url, target: self.context.origin.target().to_string() });
             }
             Ok(ToAgent::Error { message }) => warn!(message, "the service refused a message"),
             Ok(ToAgent::Pong | ToAgent::ConnectionEstablished(_) | ToAgent::Unknown) => {}
             // API Gateway itself may speak up: {"message": "Internal server error", ..}
             Err(error) => warn!(error = &error as &dyn std::error::Error, "message ignored"),
         }
-        Taken::Continue
     }
 
-    async fn start(&mut self, request: HttpRequest) {
+    fn start(&mut self, request: HttpRequest) {
         let id = request.request_id.clone();
         if self.requests.contains_key(&id) || self.ended.contains(&id) {
             debug!(request = %id, "request came twice");
             return;
         }
-        if self.is_draining || self.requests.len() >= self.max_concurrent {
-            let message = if self.is_draining { "the agent is stopping" } else { "the agent takes no more requests at once" };
-            let error = AgentError { request_id: Some(id), code: AgentErrorCode::Busy, message: message.to_owned() };
-            // The queue being full is what busy means; waiting here would keep the connection from being read.
-            let _ = self.context.outgoing.try_send(protocol::encode(&FromAgent::Error(error)));
-            return;
+        let refusal = match &self.leaving {
+            None if self.requests.len() < self.max_concurrent => None,
+            None => Some((AgentErrorCode::Busy, "the agent takes no more requests at once")),
+            Some(Leaving::Stopped) => Some((AgentErrorCode::Busy, "the agent is stopping")),
+            Some(Leaving::Retired | Leaving::Replaced(_)) => Some((AgentErrorCode::Replaced, "another connection serves the tunnel")),
+        };
+        if let Some((code, message)) = refusal {
+            return self.refuse(id, request.reply_to, code, message);
         }
         let (body, more) = if request.more {
             let (to_origin, parts) = mpsc::channel(PARTS_AHEAD);
@@ -326,12 +257,14 @@ impl<'a> Session<'a> {
         } else {
             (None, None)
         };
+        let (allowed, may_send) = watch::channel(WINDOW);
+        let reply_to = request.reply_to.clone();
         let context = self.context.clone();
         let task = self.running.spawn({
             let id = id.clone();
-            async move { (id, exchange::run(context, request, more).await) }
+            async move { (id, exchange::run(context, request, more.map(|parts| Upload { parts }), may_send).await) }
         });
-        self.requests.insert(id, InFlight { task, body });
+        self.requests.insert(id, InFlight { task, body, allowed, reply_to });
     }
 
     /// Hands a part to the local service. A request whose part cannot be handed on is dropped: its body would be cut.
@@ -340,33 +273,37 @@ impl<'a> Session<'a> {
         let Some(body) = &mut request.body else { return };
         let id = part.request_id.clone();
         if let Err(error) = body.parts.insert(part.part, part) {
-            return self.drop_request(id, error.to_string());
+            return self.drop_request(id, &error.to_string());
         }
         while let Some(part) = body.parts.take_next() {
-            match body.to_origin.try_send(part.body.0) {
+            let more = part.more;
+            match body.to_origin.try_send(part) {
                 // The local service has answered without reading all; that is its right.
                 Ok(()) | Err(TrySendError::Closed(_)) => {}
-                Err(TrySendError::Full(_)) => return self.drop_request(id, "the local service reads the request too slowly".to_owned()),
+                // Only a service that does not heed `window` sends more than fits.
+                Err(TrySendError::Full(_)) => return self.drop_request(id, "the local service reads the request too slowly"),
             }
-            if !part.more {
-                if let Some(request) = self.requests.get_mut(&id) {
-                    request.body = None;
-                }
+            if !more {
+                request.body = None;
                 return;
             }
         }
     }
 
     /// Ends a request that cannot be completed, and says so.
-    fn drop_request(&mut self, id: RequestId, message: String) {
+    fn drop_request(&mut self, id: RequestId, message: &str) {
         warn!(request = %id, message, "request dropped");
-        if let Some(request) = self.requests.remove(&id) {
-            request.task.abort();
-        }
-        let error = AgentError { request_id: Some(id.clone()), code: AgentErrorCode::Busy, message };
-        // A full queue delays the news until the visitor's time is up; waiting here would stop the connection.
+        let Some(request) = self.requests.remove(&id) else { return };
+        request.task.abort();
+        self.remember(id.clone());
+        self.refuse(id, request.reply_to, AgentErrorCode::Busy, message);
+    }
+
+    /// Says that a request is not carried out. A full queue delays the news until the visitor's time is up; waiting here would
+    /// keep the connection from being read.
+    fn refuse(&self, id: RequestId, reply_to: Option<ConnectionId>, code: AgentErrorCode, message: &str) {
+        let error = AgentError { request_id: Some(id), code, message: message.to_owned(), reply_to };
         let _ = self.context.outgoing.try_send(protocol::encode(&FromAgent::Error(error)));
-        self.remember(id);
     }
 
     fn finish(&mut self, done: Result<(RequestId, Event), tokio::task::JoinError>) {
@@ -380,7 +317,7 @@ impl<'a> Session<'a> {
         };
         self.requests.remove(&id);
         self.remember(id);
-        (self.observe)(event);
+        self.observe(event);
     }
 
     fn remember(&mut self, id: RequestId) {
@@ -410,14 +347,9 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<S
 }
 
 async fn write_text(sink: &mut SplitSink<Socket, Message>, text: String) -> Result<(), tungstenite::Error> {
-    if text.len() <= WEBSOCKET_FRAME {
-        return sink.send(Message::text(text)).await;
-    }
-    let mut rest = Bytes::from(text);
     let mut data = Data::Text;
-    while !rest.is_empty() {
-        let frame = rest.split_to(rest.len().min(WEBSOCKET_FRAME));
-        sink.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), rest.is_empty()))).await?;
+    for (frame, is_last) in parts::frames(text) {
+        sink.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))).await?;
         data = Data::Continue;
     }
     sink.flush().await

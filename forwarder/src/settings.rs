@@ -35,6 +35,8 @@ pub struct Settings {
     pub request_timeout: Duration,
     /// See [`MAX_CONCURRENT`].
     pub max_concurrent: usize,
+    /// Bodies may be compressed on the way between the service and this agent. Visitors and the local service do not see it.
+    pub compression: bool,
 }
 
 /// A text that is not what it should be.
@@ -59,6 +61,17 @@ pub enum Invalid {
 pub struct Endpoint(Uri);
 
 impl Endpoint {
+    /// Host and port to connect to.
+    pub fn address(&self) -> String {
+        let default = if self.0.scheme_str() == Some("ws") { 80 } else { 443 };
+        format!("{}:{}", self.0.host().unwrap_or_default(), self.0.port_u16().unwrap_or(default))
+    }
+
+    /// Whether it is on this machine.
+    pub fn is_loopback(&self) -> bool {
+        self.0.host().is_some_and(is_loopback)
+    }
+
     /// The address with a query that asks for a tunnel by name.
     pub fn asking_for(&self, tunnel_id: Option<&TunnelId>) -> String {
         let separator = if self.0.query().is_some() { '&' } else { '?' };
@@ -202,6 +215,8 @@ pub struct File {
     pub request_timeout: Option<Duration>,
     /// Default for all tunnels.
     pub max_concurrent: Option<usize>,
+    /// See [`Settings::compression`].
+    pub compression: Option<bool>,
     /// Tunnels by name, for `ttf start`.
     #[serde(default)]
     pub tunnels: BTreeMap<String, FileTunnel>,

@@ -1,20 +1,32 @@
-//! One tunnel, kept open over as many connections as it takes.
+//! One tunnel, kept open over as many connections as it takes. Before a connection's life ends the next one is opened and takes
+//! over, and the old one finishes what it has.
 
 use std::time::Duration;
 
+use tokio::{
+    task::{Id, JoinSet},
+    time::{Instant, sleep, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
+use tunnel_shared::{
+    id::{ConnectionId, TunnelId},
+    protocol::ConnectionEstablished,
+};
 
 use crate::{
     Observer,
     backoff::Backoff,
     event::Event,
+    handshake::{self, Failed, Opened},
     origin::Origin,
-    session::{self, Ended, Refused},
+    session::{Ended, Session},
     settings::Settings,
 };
 
 /// A session that was open for this long worked; the pause after it is a short one again.
 const WORKED: Duration = Duration::from_secs(5);
+/// How long before the end of a connection's life the next one takes over: time for several tries, and for requests in flight.
+const MARGIN: Duration = Duration::from_secs(5 * 60);
 
 /// Why a tunnel cannot be kept open by trying again.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -38,30 +50,125 @@ pub enum Failure {
 /// # Errors
 /// When trying again would not help.
 pub async fn run(settings: Settings, observer: Observer, stop: CancellationToken) -> Result<(), Failure> {
-    let observe = |event| observer(&settings.name, event);
     let origin = Origin::new(&settings);
-    let mut tunnel_id = settings.tunnel_id.clone();
-    let mut backoff = Backoff::default();
-    loop {
-        observe(Event::Connecting { endpoint: settings.endpoint.to_string() });
-        let reason = match session::run(&settings, &origin, &mut tunnel_id, &observe, &stop).await {
-            Ended::Stopped => return Ok(()),
-            Ended::Refused(Refused::Unauthorized) => return Err(Failure::Unauthorized),
-            Ended::Refused(Refused::NameTaken) => return Err(Failure::NameTaken(tunnel_id.map(String::from).unwrap_or_default())),
-            Ended::Refused(Refused::Invalid(said)) => return Err(Failure::Invalid(said)),
-            Ended::Replaced(reason) => return Err(Failure::Replaced(reason)),
-            Ended::Lost { reason, open } => {
-                if open >= WORKED {
-                    backoff.reset();
+    let mut tunnel = Tunnel { tunnel_id: settings.tunnel_id.clone(), settings, observer, origin, stop, sessions: JoinSet::new() };
+    let outcome = tunnel.keep_open().await;
+    // Sessions that were taken over from end with their last request, or when they are told to stop.
+    while tunnel.sessions.join_next().await.is_some() {}
+    outcome
+}
+
+struct Tunnel {
+    settings: Settings,
+    observer: Observer,
+    origin: Origin,
+    stop: CancellationToken,
+    /// What is asked for: in the end what the service gave.
+    tunnel_id: Option<TunnelId>,
+    /// The one that serves the tunnel, and those it took over from.
+    sessions: JoinSet<Ended>,
+}
+
+/// The session that serves the tunnel.
+struct Current {
+    task: Id,
+    connection: ConnectionId,
+    opened: Instant,
+    /// Cancelled when another takes over.
+    retire: CancellationToken,
+    move_at: Option<Instant>,
+}
+
+impl Tunnel {
+    async fn keep_open(&mut self) -> Result<(), Failure> {
+        let mut backoff = Backoff::default();
+        let mut current: Option<Current> = None;
+        loop {
+            if let Some(serving) = &current {
+                tokio::select! {
+                    Some(ended) = self.sessions.join_next_with_id() => {
+                        let (task, ended) = ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+                        if task != serving.task {
+                            continue;
+                        }
+                        if serving.opened.elapsed() >= WORKED {
+                            backoff.reset();
+                        }
+                        current = None;
+                        match ended {
+                            Ended::Stopped => return Ok(()),
+                            Ended::Replaced(reason) => return Err(Failure::Replaced(reason)),
+                            Ended::Lost(reason) => self.pause(&mut backoff, reason).await,
+                        }
+                        continue;
+                    }
+                    () = sleep_until(serving.move_at.unwrap_or(serving.opened)), if serving.move_at.is_some() => {}
                 }
-                reason
+            } else {
+                self.observe(Event::Connecting { endpoint: self.settings.endpoint.to_string() });
             }
-        };
-        let pause = backoff.next_pause();
-        observe(Event::Reconnecting { reason, pause, attempt: backoff.attempt() });
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(pause) => {}
+            let previous = current.as_ref().map(|serving| serving.connection.clone());
+            let opened = tokio::select! {
+                opened = handshake::open(&self.settings, self.tunnel_id.as_ref(), previous.as_ref()) => opened,
+                () = self.stop.cancelled() => return Ok(()),
+            };
+            match (opened, &mut current) {
+                (Ok(opened), _) => {
+                    if let Some(old) = current.take() {
+                        old.retire.cancel();
+                    }
+                    current = Some(self.serve(opened));
+                }
+                (Err(Failed::Unauthorized), _) => return Err(Failure::Unauthorized),
+                (Err(Failed::NameTaken), _) => {
+                    return Err(Failure::NameTaken(self.tunnel_id.take().map(String::from).unwrap_or_default()));
+                }
+                (Err(Failed::Invalid(said)), _) => return Err(Failure::Invalid(said)),
+                // The one that serves goes on meanwhile.
+                (Err(Failed::Unreachable(_)), Some(serving)) => serving.move_at = Some(Instant::now() + backoff.next_pause()),
+                (Err(Failed::Unreachable(reason)), None) => self.pause(&mut backoff, reason).await,
+            }
         }
+    }
+
+    fn serve(&mut self, opened: Opened) -> Current {
+        let ConnectionEstablished { connection_id, tunnel_id, public_url, life_ms, .. } = opened.established.clone();
+        self.tunnel_id = Some(tunnel_id);
+        self.observe(Event::Online { public_url, target: self.origin.target().to_string() });
+        let retire = CancellationToken::new();
+        let at = opened.at;
+        let session = Session::new(&self.settings, &self.origin, self.observer.clone(), &opened.established);
+        let task = self.sessions.spawn(session.serve(opened.socket, self.stop.clone(), retire.clone())).id();
+        Current { task, connection: connection_id, opened: at, retire, move_at: life_ms.map(|life| at + move_after(life)) }
+    }
+
+    async fn pause(&self, backoff: &mut Backoff, reason: String) {
+        let pause = backoff.next_pause();
+        self.observe(Event::Reconnecting { reason, pause, attempt: backoff.attempt() });
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            () = sleep(pause) => {}
+        }
+    }
+
+    fn observe(&self, event: Event) {
+        (self.observer)(&self.settings.name, event);
+    }
+}
+
+/// When in a connection's life the next one takes over.
+fn move_after(life_ms: u64) -> Duration {
+    let life = Duration::from_millis(life_ms);
+    life - MARGIN.min(life.mul_f64(0.7))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_connection_takes_over_in_good_time() {
+        assert_eq!(move_after(2 * 60 * 60 * 1000), Duration::from_secs(115 * 60));
+        assert_eq!(move_after(10_000), Duration::from_secs(3));
     }
 }

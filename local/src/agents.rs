@@ -1,16 +1,32 @@
 //! The WebSocket API: agents' connections, with API Gateway's quotas and its close codes.
+//!
+//! Unlike API Gateway it asks by itself whether an agent is still there, so that the visitors of one whose network went away do
+//! not wait for it.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    future::poll_fn,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
 
+use axum::extract::State;
 use bytes::Bytes;
-use futures_util::{SinkExt, StreamExt, stream::SplitSink};
+use futures_util::{
+    SinkExt, StreamExt,
+    stream::{SplitSink, SplitStream},
+};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
-use hyper::{body::Incoming, upgrade::Upgraded};
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use rand::RngExt;
 use tokio::{
     sync::{Semaphore, mpsc},
-    time::{Instant, sleep_until},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tokio_tungstenite::{
     WebSocketStream,
@@ -32,23 +48,45 @@ use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::answer::{self, AnswerBody};
-use tunnel_shared::{cloud::now, id::ConnectionId, limits::WEBSOCKET_FRAME};
+use tunnel_shared::{
+    cloud::{now, replies::Replies},
+    id::ConnectionId,
+    limits::WEBSOCKET_FRAME,
+    parts,
+};
 
 use crate::{
     connections::{Command, Connections, STAGE},
     event::Source,
     quotas::Quotas,
+    stack::Shape,
     visitors::say,
 };
 
 /// Where agents connect.
 pub const PATH: &str = "/_ws";
+/// How often an agent is asked whether it is still there.
+const PING: Duration = Duration::from_secs(10);
+/// An agent that has not said anything for this long, though it was asked, is gone.
+const SILENCE: Duration = Duration::from_secs(30);
+/// How long the last messages of a connection may take to be written.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
+/// The WebSocket API beside its @connections, as in AWS: for the reply connections of functions on this machine.
+pub fn router(front: &Arc<WebSocketFront>) -> axum::Router {
+    let accept = async |State(front): State<Arc<WebSocketFront>>, request: axum::extract::Request| {
+        front.accept(request, SocketAddr::from(([127, 0, 0, 1], 0))).await.map(axum::body::Body::new)
+    };
+    axum::Router::new().route(&format!("/{STAGE}"), axum::routing::get(accept)).with_state(front.clone())
+}
+
 /// The WebSocket API.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct WebSocketFront {
+    /// Whether messages take every step that they take in AWS.
+    pub shape: Shape,
     /// The function of `$connect`.
     pub connect: Connect,
     /// The function of `$default`.
@@ -57,6 +95,8 @@ pub struct WebSocketFront {
     pub disconnect: Disconnect,
     /// Where open connections are known.
     pub connections: Connections,
+    /// Where replies are waited for.
+    pub replies: Replies,
     /// What they may do.
     pub quotas: Quotas,
     /// Holds a task for each connection and each message being handled.
@@ -65,7 +105,7 @@ pub struct WebSocketFront {
 
 impl WebSocketFront {
     /// Answers a handshake: 101 if `$connect` lets the agent in, and what it says otherwise.
-    pub async fn accept(&self, mut request: Request<Incoming>, peer: SocketAddr) -> Response<AnswerBody> {
+    pub async fn accept<B: Send + 'static>(self: &Arc<Self>, mut request: Request<B>, peer: SocketAddr) -> Response<AnswerBody> {
         let Some(accept_key) = accept_key(request.headers()) else {
             let mut response = say(StatusCode::UPGRADE_REQUIRED, "This is where agents connect with a WebSocket.\n");
             response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
@@ -116,7 +156,7 @@ impl WebSocketFront {
     }
 
     /// Serves a connection to its end.
-    async fn serve(&self, upgraded: Upgraded, source: Source) {
+    async fn serve(self: &Arc<Self>, upgraded: Upgraded, source: Source) {
         let config = WebSocketConfig::default()
             .read_buffer_size(WEBSOCKET_FRAME)
             .write_buffer_size(0)
@@ -125,15 +165,16 @@ impl WebSocketFront {
         let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
         let (sink, stream) = socket.split();
         let (commands, queue) = mpsc::channel(self.quotas.queue);
-        let (used, use_times) = mpsc::channel(1);
+        let used = Arc::new(Used::new());
         self.connections.insert(source.connection_id.clone(), commands.clone());
-        let writer = self.tasks.spawn(write(sink, queue, used));
-        let (code, reason) = self.read(stream, &source, use_times, &commands).await;
+        let writer = self.tasks.spawn(write(sink, queue, used.clone()));
+        let (code, reason) = self.read(stream, &source, &used, &commands).await;
         self.connections.remove(&source.connection_id);
+        self.replies.lose(&source.connection_id);
         drop(commands);
         // The writer ends by itself once the queue is closed, unless the agent does not read.
         let stuck = writer.abort_handle();
-        if tokio::time::timeout(std::time::Duration::from_secs(2), writer).await.is_err() {
+        if timeout(LAST_WORDS, writer).await.is_err() {
             stuck.abort();
         }
         self.disconnected(&source, code, reason).await;
@@ -141,39 +182,48 @@ impl WebSocketFront {
 
     /// Reads messages until the connection ends, and returns the close code and reason of its end.
     async fn read(
-        &self,
-        mut stream: futures_util::stream::SplitStream<Socket>,
+        self: &Arc<Self>,
+        mut stream: SplitStream<Socket>,
         source: &Source,
-        mut sent: mpsc::Receiver<()>,
+        used: &Used,
         commands: &mpsc::Sender<Command>,
     ) -> (u16, &'static str) {
         let end_of_life = Instant::now() + self.quotas.life;
-        let mut idle_at = Instant::now() + self.quotas.idle;
+        let mut heard = Instant::now();
         let handled_at_once = Arc::new(Semaphore::new(self.quotas.handled_at_once));
         let close = async |code, reason| {
             // Waits for room: the queue is emptied or the writer ends.
-            let _ = commands.send(Command::Close(code, reason)).await;
+            let _ = timeout(LAST_WORDS, commands.send(Command::Close(code, reason))).await;
             (code, reason)
         };
+        let mut idle_at = used.last() + self.quotas.idle;
         loop {
             let message = tokio::select! {
                 message = stream.next() => message,
-                Some(()) = sent.recv() => {
-                    idle_at = Instant::now() + self.quotas.idle;
+                () = sleep_until(idle_at) => {
+                    idle_at = used.last() + self.quotas.idle;
+                    if Instant::now() >= idle_at {
+                        return close(1001, "idle for too long").await;
+                    }
                     continue;
                 }
-                () = sleep_until(idle_at) => return close(1001, "idle for too long").await,
+                () = sleep_until(heard + SILENCE) => return close(1001, "silent for too long").await,
                 () = sleep_until(end_of_life) => return close(1001, "open for too long").await,
             };
+            heard = Instant::now();
             match message {
                 Some(Ok(Message::Text(text))) => {
-                    idle_at = Instant::now() + self.quotas.idle;
+                    used.now();
                     let permit = handled_at_once.clone().acquire_owned().await;
                     let (front, source, commands) = (self.clone(), source.clone(), commands.clone());
-                    self.tasks.spawn(async move {
-                        front.message(&source, text.as_str().to_owned(), &commands).await;
+                    let mut handling = Box::pin(async move {
+                        front.message(&source, text.as_str(), &commands).await;
                         drop(permit);
                     });
+                    // Most messages need nothing outside this process and are done at once. Only the others get a task.
+                    if poll_fn(|context| Poll::Ready(handling.as_mut().poll(context))).await.is_pending() {
+                        self.tasks.spawn(handling);
+                    }
                 }
                 Some(Ok(Message::Binary(_))) => return close(1003, "binary frames are not supported").await,
                 // The protocol engine answers pings, and a close with a close.
@@ -187,8 +237,12 @@ impl WebSocketFront {
         }
     }
 
-    async fn message(&self, source: &Source, body: String, commands: &mpsc::Sender<Command>) {
-        if let Err(error) = self.default.handle(source.message(body)).await {
+    async fn message(&self, source: &Source, text: &str, commands: &mpsc::Sender<Command>) {
+        let outcome = match self.shape {
+            Shape::OneProcess => self.default.message(&source.connection_id, text).await,
+            Shape::AsInAws => self.default.handle(source.message(text.to_owned())).await,
+        };
+        if let Err(error) = outcome {
             error!(connection = %source.connection_id, error = &error as &dyn std::error::Error, "$default failed");
             let said = serde_json::json!({ "message": "Internal server error", "connectionId": source.connection_id.as_str() });
             let _ = commands.try_send(Command::Send(said.to_string()));
@@ -199,6 +253,27 @@ impl WebSocketFront {
         if let Err(error) = self.disconnect.handle(source.disconnect(code, reason)).await {
             error!(connection = %source.connection_id, error = &error as &dyn std::error::Error, "$disconnect failed");
         }
+    }
+}
+
+/// When a connection last carried a message, either way.
+#[derive(Debug)]
+struct Used {
+    opened: Instant,
+    milliseconds: AtomicU64,
+}
+
+impl Used {
+    fn new() -> Self {
+        Self { opened: Instant::now(), milliseconds: AtomicU64::new(0) }
+    }
+
+    fn now(&self) {
+        self.milliseconds.store(u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn last(&self) -> Instant {
+        self.opened + Duration::from_millis(self.milliseconds.load(Ordering::Relaxed))
     }
 }
 
@@ -226,35 +301,41 @@ fn connection_id() -> ConnectionId {
 }
 
 /// Writes what the functions send, in frames no longer than API Gateway's, until the queue is closed or says so.
-async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<Command>, sent: mpsc::Sender<()>) {
-    while let Some(command) = queue.recv().await {
-        let outcome = match command {
-            Command::Send(text) => send(&mut sink, text).await,
-            Command::Close(code, reason) => {
-                let frame = CloseFrame { code: CloseCode::from(code), reason: reason.into() };
-                let _ = sink.send(Message::Close(Some(frame))).await;
-                let _ = sink.close().await;
-                return;
+async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<Command>, used: Arc<Used>) {
+    let mut ping = interval(PING);
+    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let command = tokio::select! {
+            command = queue.recv() => command,
+            _ = ping.tick() => {
+                if sink.send(Message::Ping(Bytes::new())).await.is_err() {
+                    return;
+                }
+                continue;
             }
         };
-        if outcome.is_err() {
-            return;
+        match command {
+            Some(Command::Send(text)) => {
+                if send(&mut sink, text).await.is_err() {
+                    return;
+                }
+                used.now();
+            }
+            Some(Command::Close(code, reason)) => {
+                let frame = CloseFrame { code: CloseCode::from(code), reason: reason.into() };
+                let _ = sink.send(Message::Close(Some(frame))).await;
+                break;
+            }
+            None => break,
         }
-        // The reader resets its idle timer; one notice waiting for it is enough.
-        let _ = sent.try_send(());
     }
     let _ = sink.close().await;
 }
 
 async fn send(sink: &mut SplitSink<Socket, Message>, text: String) -> Result<(), tungstenite::Error> {
-    if text.len() <= WEBSOCKET_FRAME {
-        return sink.send(Message::text(text)).await;
-    }
-    let mut rest = Bytes::from(text);
     let mut data = Data::Text;
-    while !rest.is_empty() {
-        let frame = rest.split_to(rest.len().min(WEBSOCKET_FRAME));
-        sink.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), rest.is_empty()))).await?;
+    for (frame, is_last) in parts::frames(text) {
+        sink.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))).await?;
         data = Data::Continue;
     }
     sink.flush().await

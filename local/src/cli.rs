@@ -1,12 +1,13 @@
 //! The command line of `tunnel-local`.
 
-use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, ValueEnum};
 use tokio::runtime::Runtime;
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 use tunnel_shared::{
     cloud::auth::Auth,
+    limits::WEBSOCKET_LIFE,
     routing::{PublicUrl, Routing},
 };
 
@@ -31,6 +32,9 @@ struct Cli {
     /// How visitors name a tunnel
     #[arg(long, env = "TUNNEL_ROUTING", value_enum, default_value = "path")]
     routing: RoutingWord,
+    /// How long an agent's connection may live: agents open the next one in time [default: 2h, as in AWS]
+    #[arg(long, env = "TUNNEL_MAX_CONNECTION_AGE", value_parser = humantime::parse_duration, value_name = "TIME")]
+    max_connection_age: Option<Duration>,
     /// Be the other side of the events in events/ instead: for `sam local invoke`
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
     samples: bool,
@@ -73,7 +77,8 @@ impl Cli {
             data: self.data.clone(),
             auth,
             routing,
-            quotas: Quotas::default(),
+            quotas: Quotas { life: self.max_connection_age.unwrap_or(WEBSOCKET_LIFE), ..Quotas::default() },
+            ..Options::default()
         }
     }
 }

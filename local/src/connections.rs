@@ -1,4 +1,4 @@
-//! @connections: how the functions reach agents, on a loopback port of its own.
+//! The open connections, and @connections: how functions outside this process reach them.
 
 use std::{
     collections::HashMap,
@@ -14,7 +14,10 @@ use axum::{
     routing::post,
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
-use tunnel_shared::id::ConnectionId;
+use tunnel_shared::{
+    cloud::websocket::{OpenConnections, PostError},
+    id::ConnectionId,
+};
 
 use crate::quotas::Quotas;
 
@@ -53,18 +56,28 @@ impl Connections {
         }
     }
 
-    fn command(&self, id: &str, command: Command) -> Result<(), Refusal> {
-        let id: ConnectionId = id.parse().map_err(|_| Refusal::Invalid)?;
-        let commands = self.lock().get(&id).cloned().ok_or(Refusal::Gone)?;
+    fn command(&self, id: &ConnectionId, command: Command) -> Result<(), PostError> {
+        let connections = self.lock();
+        let commands = connections.get(id).ok_or(PostError::Gone)?;
         commands.try_send(command).map_err(|error| match error {
-            TrySendError::Full(_) => Refusal::LimitExceeded,
-            TrySendError::Closed(_) => Refusal::Gone,
+            TrySendError::Full(_) => PostError::Busy,
+            TrySendError::Closed(_) => PostError::Gone,
         })
     }
 
     /// Held between awaits only.
     fn lock(&self) -> MutexGuard<'_, HashMap<ConnectionId, mpsc::Sender<Command>>> {
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl OpenConnections for Connections {
+    fn send(&self, to: &ConnectionId, text: String) -> Result<(), PostError> {
+        self.command(to, Command::Send(text))
+    }
+
+    fn close(&self, connection: &ConnectionId) -> Result<(), PostError> {
+        self.command(connection, Command::Close(1000, "Connection Closed Normally"))
     }
 }
 
@@ -75,6 +88,17 @@ enum Refusal {
     TooLarge,
     Forbidden,
     Invalid,
+}
+
+impl From<PostError> for Refusal {
+    fn from(error: PostError) -> Self {
+        match error {
+            PostError::Gone => Self::Gone,
+            PostError::Busy => Self::LimitExceeded,
+            PostError::TooLarge(_) => Self::TooLarge,
+            PostError::Failed { .. } => Self::Invalid,
+        }
+    }
 }
 
 impl IntoResponse for Refusal {
@@ -102,7 +126,7 @@ struct Api {
 /// The API's routes: POST and DELETE on a connection, for callers that sign with `access_key` if there is one.
 pub fn router(connections: Connections, quotas: Quotas, access_key: Option<&str>) -> Router {
     let limit = axum::extract::DefaultBodyLimit::max(2 * quotas.message);
-    Router::new().route(&format!("/{STAGE}/@connections/{{id}}"), post(send).delete(close)).layer(limit).with_state(Api {
+    Router::new().route(&format!("/{STAGE}/@connections/{{id}}"), post(post_to).delete(delete)).layer(limit).with_state(Api {
         connections,
         quotas,
         access_key: access_key.map(Into::into),
@@ -118,17 +142,19 @@ impl Api {
     }
 }
 
-async fn send(State(api): State<Api>, Path(id): Path<String>, headers: axum::http::HeaderMap, body: Bytes) -> Result<(), Refusal> {
+async fn post_to(State(api): State<Api>, Path(id): Path<String>, headers: axum::http::HeaderMap, body: Bytes) -> Result<(), Refusal> {
     api.authorize(&headers)?;
     if body.len() > api.quotas.message {
         return Err(Refusal::TooLarge);
     }
     // Frames to agents are text: what is not UTF-8 is replaced.
-    api.connections.command(&id, Command::Send(String::from_utf8_lossy(&body).into_owned()))
+    let id = id.parse().map_err(|_| Refusal::Invalid)?;
+    Ok(api.connections.send(&id, String::from_utf8_lossy(&body).into_owned())?)
 }
 
-async fn close(State(api): State<Api>, Path(id): Path<String>, headers: axum::http::HeaderMap) -> Result<StatusCode, Refusal> {
+async fn delete(State(api): State<Api>, Path(id): Path<String>, headers: axum::http::HeaderMap) -> Result<StatusCode, Refusal> {
     api.authorize(&headers)?;
-    api.connections.command(&id, Command::Close(1000, "Connection Closed Normally"))?;
+    let id = id.parse().map_err(|_| Refusal::Invalid)?;
+    api.connections.close(&id)?;
     Ok(StatusCode::NO_CONTENT)
 }

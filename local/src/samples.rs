@@ -106,8 +106,8 @@ async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
     tunnels.claim(&tunnel_id, &owner, now()).await?;
     let online = Online { connection_id: connection_id.clone(), features: FEATURES.to_vec() };
     tunnels.go_online(&tunnel_id, &owner, &online, now()).await?;
-    let connection = Connection { id: connection_id, tunnel_id, owner };
-    ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned()).put(&connection, now()).await?;
+    let connection = Connection::Agent { tunnel_id, owner };
+    ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned()).put(&connection_id, &connection, now()).await?;
     Ok(())
 }
 
@@ -124,8 +124,10 @@ async fn sample_agent(mut sent: mpsc::Receiver<Command>, mailbox: Mailbox) -> an
                 status_code: 200,
                 headers: [(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain"))].into_iter().collect(),
                 body: Body(body.into()),
+                encoding: None,
                 processing_time_ms: 0,
                 more: false,
+                reply_to: None,
             };
             mailbox.put(&id, response.into(), now()).await?;
         }

@@ -17,10 +17,14 @@ use tunnel_forward::{Forward, answer::AnswerBody};
 use tunnel_shared::{
     cloud::{
         auth::{self, Auth},
-        now, sdk,
+        now,
+        replies::Replies,
+        sdk,
         settings::Variables,
         tokens::Tokens,
+        websocket::{InProcess, OpenConnections, PostError},
     },
+    id::ConnectionId,
     limits::HEADER_FIELDS,
     routing::{PublicUrl, Routing},
 };
@@ -53,6 +57,19 @@ pub struct Options {
     pub routing: Routing,
     /// What agents' connections may do.
     pub quotas: Quotas,
+    /// Which way the functions reach each other and agents.
+    pub shape: Shape,
+}
+
+/// How much of AWS's shape requests see on their way.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Shape {
+    /// The functions speak to each other and to agents within the process. What else they do is the same.
+    #[default]
+    OneProcess,
+    /// Every step is as in AWS: agents' messages are events, agents are posted to through @connections, and replies come back over
+    /// a reply connection or through the mailbox. For tests of what runs in Lambda.
+    AsInAws,
 }
 
 impl Default for Options {
@@ -64,6 +81,7 @@ impl Default for Options {
             auth: Auth::Open,
             routing: Routing::Path,
             quotas: Quotas::default(),
+            shape: Shape::default(),
         }
     }
 }
@@ -137,14 +155,6 @@ impl Stack {
         let connections = Connections::default();
         let management = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for @connections")?;
         let websocket_api = format!("ws://{}/{}", management.local_addr()?, connections::STAGE);
-        let api = connections::router(connections.clone(), options.quotas, Some(&access_key));
-        let stopped = services.stop.clone();
-        services.tasks.spawn(async move {
-            if let Err(error) = axum::serve(management, api).with_graceful_shutdown(stopped.cancelled_owned()).await {
-                warn!(%error, "@connections ended");
-            }
-        });
-
         let variables = || {
             Variables::new(|name| {
                 Some(match name {
@@ -156,15 +166,29 @@ impl Stack {
                 })
             })
         };
-        let forward = Forward::load(variables(), &sdk)?;
-        let websocket = WebSocketFront {
+        let replies = Replies::default();
+        let in_process = InProcess { connections: Arc::new(connections.clone()), replies: replies.clone(), life: options.quotas.life };
+        let in_process = Some(&in_process).filter(|_| options.shape == Shape::OneProcess);
+        let forward = Forward::load(variables(), &sdk, in_process)?;
+        let websocket = Arc::new(WebSocketFront {
+            shape: options.shape,
             connect: Connect::load(variables(), &sdk)?,
-            default: DefaultRoute::load(variables(), &sdk)?,
+            default: DefaultRoute::load(variables(), &sdk, in_process)?,
             disconnect: Disconnect::load(variables(), &sdk)?,
             connections: connections.clone(),
+            replies,
             quotas: options.quotas,
             tasks: agents.tasks.clone(),
-        };
+        });
+        if options.shape == Shape::AsInAws {
+            let api = connections::router(connections.clone(), options.quotas, Some(&access_key)).merge(agents::router(&websocket));
+            let stopped = services.stop.clone();
+            services.tasks.spawn(async move {
+                if let Err(error) = axum::serve(management, api).with_graceful_shutdown(stopped.cancelled_owned()).await {
+                    warn!(%error, "@connections ended");
+                }
+            });
+        }
         let tokens = Tokens::new(&sdk, dynamodb::TOKENS.to_owned());
         let first_token = first_token(options.auth, &tokens).await?;
         let front = Front { forward: forward.clone(), websocket, scheme: public_url.scheme().to_owned() };
@@ -179,6 +203,14 @@ impl Stack {
     /// When the engine does not answer.
     pub async fn create_token(&self, name: &str) -> anyhow::Result<String> {
         Ok(self.tokens.create(name, None, now()).await?)
+    }
+
+    /// Closes a connection, an agent's or a function's.
+    ///
+    /// # Errors
+    /// When it is not open.
+    pub fn disconnect(&self, connection: &ConnectionId) -> Result<(), PostError> {
+        self.connections.close(connection)
     }
 
     /// Stops: takes nothing new, lets requests in flight finish for a while, and tells agents to come back later.
@@ -210,7 +242,7 @@ async fn first_token(auth: Auth, tokens: &Tokens) -> anyhow::Result<Option<Strin
 #[derive(Clone)]
 struct Front {
     forward: Forward,
-    websocket: WebSocketFront,
+    websocket: Arc<WebSocketFront>,
     scheme: String,
 }
 

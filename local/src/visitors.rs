@@ -15,7 +15,7 @@ use tunnel_forward::{
     refusal::Refusal,
     visit::{Front, Visit},
 };
-use tunnel_shared::routing::encode_path;
+use tunnel_shared::{limits::REQUEST_DEADLINE, routing::encode_path};
 
 /// Serves a visitor's request.
 pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: SocketAddr, scheme: &str) -> Response<AnswerBody> {
@@ -23,6 +23,7 @@ pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: SocketAd
     let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
     let visit = Visit {
         front: Front::Streaming,
+        patience: REQUEST_DEADLINE,
         method: head.method,
         scheme: scheme.to_owned(),
         host,

@@ -40,8 +40,11 @@ pub const LAMBDA_STREAM: usize = 200 * 1024 * 1024;
 /// Longest a Lambda function runs.
 pub const LAMBDA_RUN: Duration = Duration::from_secs(900);
 
-/// Room in a [`WEBSOCKET_MESSAGE`] for a part's JSON around the encoded body: type, request id, number, flags and quotes.
-pub const PART_ENVELOPE: usize = 512;
+/// Room in a [`WEBSOCKET_MESSAGE`] for the JSON around a message that is passed on with the id of the connection it came from.
+pub const RELAY_ENVELOPE: usize = 192;
+
+/// Room in a [`WEBSOCKET_MESSAGE`] for a part's JSON around the encoded body: type, ids, number, flags and quotes.
+pub const PART_ENVELOPE: usize = 512 + RELAY_ENVELOPE;
 
 /// Most body bytes a part carries, so that its base64 and envelope fit a [`WEBSOCKET_MESSAGE`].
 pub const PART_BODY: usize = (WEBSOCKET_MESSAGE - PART_ENVELOPE) / 4 * 3;
@@ -53,10 +56,18 @@ pub const HEADER_FIELDS: usize = 256;
 /// make the receiver keep: `PARTS_AHEAD` times [`PART_BODY`].
 pub const PARTS_AHEAD: usize = 64;
 
+/// How many parts of a body may be sent before the receiver has allowed more with `window`. As many as keep a distant receiver
+/// busy, and as few as every request may hold in memory: three megabytes.
+pub const WINDOW: u32 = 32;
+
+/// Most bytes a compressed part may unpack to. It bounds what a few bytes can make the receiver keep.
+pub const UNPACKED: usize = 4 * PART_BODY;
+
 /// Longest deadline the service gives to a request it hands an agent, unless a front allows less.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(15 * 60);
 
 const _: () = assert!(PART_BODY.div_ceil(3) * 4 + PART_ENVELOPE <= WEBSOCKET_MESSAGE);
+const _: () = assert!(WINDOW as usize <= PARTS_AHEAD);
 const _: () = assert!(WEBSOCKET_FRAME <= WEBSOCKET_MESSAGE);
 const _: () = assert!(WEBSOCKET_IDLE.as_secs() < WEBSOCKET_LIFE.as_secs());
 const _: () = assert!(REQUEST_DEADLINE.as_secs() <= LAMBDA_RUN.as_secs());

@@ -4,16 +4,50 @@ use std::collections::BTreeMap;
 
 use bytes::{Bytes, BytesMut};
 
-use crate::limits::{PART_BODY, PARTS_AHEAD, WEBSOCKET_MESSAGE};
+use crate::limits::{PARTS_AHEAD, RELAY_ENVELOPE, WEBSOCKET_FRAME, WEBSOCKET_MESSAGE, WINDOW};
 
-/// How many body bytes fit beside `envelope` bytes of JSON in one message; `None` when not even the envelope does.
+/// How many body bytes fit beside `envelope` bytes of JSON in one message that may be passed on; `None` when not even the
+/// envelope does.
 pub fn room_beside(envelope: usize) -> Option<usize> {
-    WEBSOCKET_MESSAGE.checked_sub(envelope).map(|rest| rest / 4 * 3)
+    WEBSOCKET_MESSAGE.checked_sub(RELAY_ENVELOPE + envelope).map(|rest| rest / 4 * 3)
 }
 
-/// Cuts the longest part off the front of `rest`.
-pub fn next_part(rest: &mut Bytes) -> Bytes {
-    rest.split_to(rest.len().min(PART_BODY))
+/// Cuts a text into frames that API Gateway takes: at least one, and whether each is the last.
+pub fn frames(text: String) -> impl Iterator<Item = (Bytes, bool)> {
+    let mut rest = Some(Bytes::from(text));
+    std::iter::from_fn(move || {
+        let mut frame = rest.take()?;
+        if frame.len() > WEBSOCKET_FRAME {
+            rest = Some(frame.split_off(WEBSOCKET_FRAME));
+        }
+        Some((frame, rest.is_none()))
+    })
+}
+
+/// Counts what a receiver has used up, and tells when its sender should be allowed more.
+#[derive(Debug)]
+pub struct Allowance {
+    used: u32,
+    allowed: u32,
+}
+
+impl Default for Allowance {
+    fn default() -> Self {
+        Self { used: 0, allowed: WINDOW }
+    }
+}
+
+impl Allowance {
+    /// Notes that one more part was used up. Returns the number below which parts are allowed from now on, when it is time to
+    /// say so: with half of the window left, so that a steady sender need not stop.
+    pub fn use_part(&mut self) -> Option<u32> {
+        self.used = self.used.saturating_add(1);
+        if self.allowed - self.used > WINDOW / 2 {
+            return None;
+        }
+        self.allowed = self.used.saturating_add(WINDOW);
+        Some(self.allowed)
+    }
 }
 
 /// Joins chunks into one; copies nothing when there is only one.
@@ -94,7 +128,8 @@ mod tests {
     use super::*;
     use crate::{
         id::RequestId,
-        protocol::{Body, BodyPart, FromAgent, ToAgent, encode},
+        limits::PART_BODY,
+        protocol::{Body, BodyPart, Encoding, FromAgent, ToAgent, encode},
     };
 
     #[test]
@@ -103,18 +138,48 @@ mod tests {
             request_id: "r".repeat(64).parse().expect("an id"),
             part: u32::MAX,
             body: Body(vec![0; PART_BODY].into()),
+            encoding: Some(Encoding::Zstd),
             more: false,
+            reply_to: Some("c".repeat(128).parse().expect("an id")),
         };
-        assert!(encode(&FromAgent::BodyPart(part.clone())).len() <= WEBSOCKET_MESSAGE);
+        assert!(encode(&FromAgent::BodyPart(part.clone())).len() + RELAY_ENVELOPE <= WEBSOCKET_MESSAGE);
         assert!(encode(&ToAgent::BodyPart(part)).len() <= WEBSOCKET_MESSAGE);
         assert!(RequestId::generate().as_str().len() <= 64);
     }
 
     #[test]
     fn room_is_what_base64_leaves() {
-        assert_eq!(room_beside(WEBSOCKET_MESSAGE), Some(0));
-        assert_eq!(room_beside(WEBSOCKET_MESSAGE - 4), Some(3));
-        assert_eq!(room_beside(WEBSOCKET_MESSAGE + 1), None);
+        let most = WEBSOCKET_MESSAGE - RELAY_ENVELOPE;
+        assert_eq!(room_beside(most), Some(0));
+        assert_eq!(room_beside(most - 4), Some(3));
+        assert_eq!(room_beside(most + 1), None);
+    }
+
+    #[test]
+    fn frames_are_cut_at_the_limit_and_put_together_give_the_text() {
+        for (length, count) in [(0, 1), (1, 1), (WEBSOCKET_FRAME, 1), (WEBSOCKET_FRAME + 1, 2), (3 * WEBSOCKET_FRAME, 3)] {
+            let text = "x".repeat(length);
+            let cut: Vec<(Bytes, bool)> = frames(text.clone()).collect();
+            assert_eq!(cut.len(), count, "{length}");
+            assert!(cut.iter().all(|(frame, _)| frame.len() <= WEBSOCKET_FRAME), "{length}");
+            assert_eq!(cut.iter().rposition(|(_, is_last)| *is_last), Some(count - 1), "{length}");
+            assert_eq!(cut.iter().filter(|(_, is_last)| *is_last).count(), 1, "{length}");
+            assert_eq!(join(cut.into_iter().map(|(frame, _)| frame).collect()), text, "{length}");
+        }
+    }
+
+    #[test]
+    fn a_sender_that_heeds_the_window_is_never_stopped_by_a_receiver_that_keeps_up() {
+        let (mut allowance, mut allowed) = (Allowance::default(), WINDOW);
+        let mut told = 0;
+        for used in 1..1000 {
+            assert!(used <= allowed, "part {used} was never allowed");
+            if let Some(more) = allowance.use_part() {
+                assert!(more - used <= WINDOW, "more than a window is under way");
+                (allowed, told) = (more, told + 1);
+            }
+        }
+        assert!(told < 1000 / (WINDOW / 2) + 1, "told {told} times");
     }
 
     #[test]

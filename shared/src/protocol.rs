@@ -3,10 +3,12 @@
 //! One enum per direction. A type that is not listed reads as `Unknown`, so that either side may be newer than the other; what
 //! a side may send beyond the first messages is negotiated in `features`. docs/protocol.md tells the same with examples.
 
+use std::fmt;
+
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use http::HeaderMap;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::{
     headers,
@@ -27,31 +29,58 @@ pub enum Feature {
     Cancel,
     /// Takes `replaced` and `url_updated`.
     Notices,
+    /// Sends no part of a body before `window` allows it, and sends `window` for the bodies it receives.
+    Window,
+    /// Sends `reply_to` of a request back in every message about it.
+    ReplyTo,
+    /// Takes bodies that are compressed; see [`Encoding`].
+    Zstd,
     /// A feature of a newer peer.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 3] = [Feature::BodyParts, Feature::Cancel, Feature::Notices];
+pub const FEATURES: [Feature; 6] =
+    [Feature::BodyParts, Feature::Cancel, Feature::Notices, Feature::Window, Feature::ReplyTo, Feature::Zstd];
 
 /// Body bytes, which JSON carries in base64 (RFC 4648, 4: with padding).
-#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Body(pub Bytes);
 
-impl TryFrom<String> for Body {
-    type Error = base64::DecodeError;
-
-    fn try_from(text: String) -> Result<Self, base64::DecodeError> {
-        BASE64_STANDARD.decode(text).map(|bytes| Self(bytes.into()))
+impl Serialize for Body {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&BASE64_STANDARD.encode(&self.0))
     }
 }
 
-impl From<Body> for String {
-    fn from(body: Body) -> String {
-        BASE64_STANDARD.encode(body.0)
+impl<'de> Deserialize<'de> for Body {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        /// Decodes from the text where it stands: it can be as long as a message.
+        struct Base64;
+
+        impl de::Visitor<'_> for Base64 {
+            type Value = Body;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("base64")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Body, E> {
+                BASE64_STANDARD.decode(text).map(|bytes| Body(bytes.into())).map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_str(Base64)
     }
+}
+
+/// How a body's bytes are packed in a message. Each message is packed by itself, because they may arrive in any order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Encoding {
+    /// One Zstandard frame (RFC 8878) that unpacks to at most [`crate::limits::UNPACKED`] bytes.
+    Zstd,
 }
 
 /// What the agent sends.
@@ -64,6 +93,8 @@ pub enum FromAgent {
     HttpResponse(HttpResponse),
     /// More of a response's body.
     BodyPart(BodyPart),
+    /// More of a request's body may be sent.
+    Window(Window),
     /// A request failed, or a message could not be read.
     Error(AgentError),
     /// Keeps an idle connection open and asks for `pong`.
@@ -83,6 +114,8 @@ pub enum ToAgent {
     HttpRequest(HttpRequest),
     /// More of a request's body.
     BodyPart(BodyPart),
+    /// More of a response's body may be sent.
+    Window(Window),
     /// The visitor is gone or out of patience: drop the request.
     Cancel {
         /// The request to drop.
@@ -122,6 +155,9 @@ pub struct Ready {
     /// The agent's name and version, for the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<String>,
+    /// The agent's own connection that this one takes over from. It is left to finish what it has, and is told nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<ConnectionId>,
 }
 
 /// See [`ToAgent::ConnectionEstablished`]. The first services sent only the first three fields.
@@ -145,6 +181,9 @@ pub struct ConnectionEstablished {
     /// What the service can do.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub features: Vec<Feature>,
+    /// How long the connection can stay open, in milliseconds. An agent that opens the next one earlier misses no request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub life_ms: Option<u64>,
 }
 
 /// A visitor's request.
@@ -162,6 +201,9 @@ pub struct HttpRequest {
     /// The body, or its first part.
     #[serde(default)]
     pub body: Body,
+    /// How the body's bytes are packed; as they are if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<Encoding>,
     /// When the request came in, in milliseconds since 1970.
     #[serde(default)]
     pub timestamp: u64,
@@ -171,7 +213,7 @@ pub struct HttpRequest {
     /// How long the visitor waits from here on, in milliseconds; 0 when the service did not say.
     #[serde(default)]
     pub deadline_ms: u64,
-    /// A connection that takes the reply directly.
+    /// A connection that takes the reply directly, to be named in every message about this request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<ConnectionId>,
 }
@@ -189,12 +231,18 @@ pub struct HttpResponse {
     /// The body, or its first part.
     #[serde(default)]
     pub body: Body,
+    /// How the body's bytes are packed; as they are if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<Encoding>,
     /// How long the local service took to its response head, in milliseconds.
     #[serde(default)]
     pub processing_time_ms: u64,
     /// Parts of the body follow.
     #[serde(default, skip_serializing_if = "is_false")]
     pub more: bool,
+    /// See [`HttpRequest::reply_to`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
 }
 
 /// A part of a body after the first. API Gateway promises no order, so parts carry numbers.
@@ -207,9 +255,45 @@ pub struct BodyPart {
     /// The bytes.
     #[serde(default)]
     pub body: Body,
+    /// How the body's bytes are packed; as they are if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<Encoding>,
     /// Further parts follow.
     #[serde(default)]
     pub more: bool,
+    /// See [`HttpRequest::reply_to`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
+}
+
+/// Allows the sender of a body more of it. Numbers only grow, so that of two the larger counts, in whichever order they come.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct Window {
+    /// The request whose body, or whose response's body, this is about.
+    pub request_id: RequestId,
+    /// Parts with smaller numbers may be sent. It is [`crate::limits::WINDOW`] before the first of these messages.
+    pub parts: u32,
+    /// See [`HttpRequest::reply_to`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
+}
+
+/// A message of an agent as a reply connection hears it: with the connection it came from, as API Gateway reports it and not as
+/// the agent claims. The first one carries the reply connection's own id and its own `ready`.
+#[derive(Debug, Deserialize)]
+pub struct Relayed {
+    /// The connection it came from.
+    pub sender: ConnectionId,
+    /// The message.
+    pub message: FromAgent,
+}
+
+impl Relayed {
+    /// Writes one around a message that is encoded already.
+    pub fn encode(sender: &ConnectionId, message: &str) -> String {
+        let sender = serde_json::to_string(sender).expect("a text has a JSON text");
+        format!("{{\"sender\":{sender},\"message\":{message}}}")
+    }
 }
 
 /// Why the agent has no response.
@@ -223,6 +307,9 @@ pub struct AgentError {
     /// The failure in a sentence.
     #[serde(default)]
     pub message: String,
+    /// See [`HttpRequest::reply_to`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
 }
 
 /// Kinds of [`AgentError`].
@@ -239,6 +326,8 @@ pub enum AgentErrorCode {
     ResponseTooLarge,
     /// The agent has as many requests as it takes.
     Busy,
+    /// Another connection serves the tunnel now, and this one has not passed the request on.
+    Replaced,
     /// Anything else.
     #[serde(other)]
     InternalError,
@@ -305,7 +394,10 @@ mod tests {
     fn a_newer_peer_is_understood_as_far_as_it_goes() {
         assert_eq!(decode::<ToAgent>(r#"{"type":"dance","steps":3}"#).expect("unknown"), ToAgent::Unknown);
         let ready = decode::<FromAgent>(r#"{"type":"ready","protocol":9,"features":["body_parts","teleport"]}"#).expect("ready");
-        assert_eq!(ready, FromAgent::Ready(Ready { protocol: Some(9), features: vec![Feature::BodyParts, Feature::Unknown], agent: None }));
+        assert_eq!(
+            ready,
+            FromAgent::Ready(Ready { protocol: Some(9), features: vec![Feature::BodyParts, Feature::Unknown], ..Ready::default() })
+        );
         let error = decode::<FromAgent>(r#"{"type":"error","request_id":"r","code":"on_fire"}"#).expect("error");
         assert!(matches!(error, FromAgent::Error(AgentError { code: AgentErrorCode::InternalError, .. })));
     }
@@ -337,7 +429,7 @@ mod tests {
 
         #[test]
         fn bodies_survive_the_wire(bytes in prop::collection::vec(any::<u8>(), 0..500), part in 1u32.., more: bool) {
-            let message = FromAgent::BodyPart(BodyPart { request_id: RequestId::generate(), part, body: Body(bytes.into()), more });
+            let message = FromAgent::BodyPart(BodyPart { request_id: RequestId::generate(), part, body: Body(bytes.into()), encoding: None, more, reply_to: None });
             prop_assert_eq!(decode::<FromAgent>(&encode(&message)).expect("what we wrote"), message);
         }
     }

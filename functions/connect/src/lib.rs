@@ -23,6 +23,8 @@ use tunnel_shared::{
 
 /// The query parameter with which an agent asks for a tunnel by name.
 const TUNNEL_ID: &str = "tunnel_id";
+/// The query parameter by which `forward`'s reply connections are known. Their ticket stands where agents have their token.
+const REPLY: &str = "reply";
 
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
@@ -78,9 +80,14 @@ impl Connect {
     pub async fn handle(&self, event: ApiGatewayWebsocketProxyRequest) -> Result<RouteResponse, Error> {
         let context = &event.request_context;
         let connection = connection_of("CONNECT", context.event_type.as_deref(), context.connection_id.as_deref())?;
-        match self.admit(&event, &connection).await? {
+        let admitted = if event.query_string_parameters.first(REPLY).is_some() {
+            self.admit_reply_connection(&event, &connection).await?
+        } else {
+            self.admit(&event, &connection).await?.map(Some)
+        };
+        match admitted {
             Ok(tunnel_id) => {
-                info!(%connection, tunnel = %tunnel_id, "connected");
+                info!(%connection, tunnel = tunnel_id.map(String::from), "connected");
                 Ok(RouteResponse::ok())
             }
             Err(refusal) => {
@@ -103,8 +110,22 @@ impl Connect {
         if !self.tunnels.claim(&tunnel_id, &owner, now()).await? {
             return Ok(Err(Refusal::NameTaken(tunnel_id)));
         }
-        self.connections.put(&Connection { id: connection.clone(), tunnel_id: tunnel_id.clone(), owner }, now()).await?;
+        self.connections.put(connection, &Connection::Agent { tunnel_id: tunnel_id.clone(), owner }, now()).await?;
         Ok(Ok(tunnel_id))
+    }
+
+    /// Lets a connection in that serves no tunnel, for a ticket that only a function can have written.
+    async fn admit_reply_connection(
+        &self,
+        event: &ApiGatewayWebsocketProxyRequest,
+        connection: &ConnectionId,
+    ) -> Result<Result<Option<TunnelId>, Refusal>, Error> {
+        let Some(ticket) = bearer_token(event) else { return Ok(Err(Refusal::NotAuthorized)) };
+        if !self.connections.redeem_ticket(ticket, now()).await? {
+            return Ok(Err(Refusal::NotAuthorized));
+        }
+        self.connections.put(connection, &Connection::Reply, now()).await?;
+        Ok(Ok(None))
     }
 
     /// The owner that the agent proved to be.
@@ -112,13 +133,16 @@ impl Connect {
         match self.auth {
             Auth::Open => Ok(Some(auth::ANYBODY.to_owned())),
             Auth::Token => {
-                let header = event.headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-                let Some(token) = header.and_then(auth::bearer_token) else { return Ok(None) };
+                let Some(token) = bearer_token(event) else { return Ok(None) };
                 let hash = auth::hash_token(token);
                 Ok(self.tokens.is_good(&hash, now()).await?.then(|| auth::owner_of(&hash)))
             }
         }
     }
+}
+
+fn bearer_token(event: &ApiGatewayWebsocketProxyRequest) -> Option<&str> {
+    event.headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(auth::bearer_token)
 }
 
 impl Refusal {

@@ -1,37 +1,47 @@
 //! The `$default` route: everything an agent sends.
 //!
-//! `ready` puts the tunnel online and is answered with its address. Replies to visitors' requests go to the mailbox, where
-//! `forward` finds them. What cannot be read is logged and dropped: an agent learns of it from the visitor's time-out.
+//! `ready` puts the tunnel online and is answered with its address. Replies to visitors' requests are passed on to where `forward`
+//! waits for them: `relay` tells how. What cannot be read is logged and dropped: an agent learns of it from the visitor's
+//! time-out.
+
+mod relay;
+
+use std::time::Duration;
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::{debug, info, warn};
 use tunnel_shared::{
     cloud::{
         RouteResponse,
-        connections::Connections,
+        connections::{Connection, Connections},
         event::{WrongEvent, connection_of},
-        mailbox::{Mailbox, Reply},
         now,
+        replies::Reply,
         sdk::SdkConfig,
         settings::{Faults, Variables},
         store::StoreError,
         tunnels::{Online, Tunnels},
-        websocket::{ManagementEndpoint, PostError, WebSocketApi},
+        websocket::{InProcess, PostError, WebSocketApi},
     },
     id::{ConnectionId, TunnelId},
+    limits::WEBSOCKET_LIFE,
     protocol::{self, ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, ToAgent},
     routing::{PublicUrl, Routing},
 };
+
+use crate::relay::Relay;
 
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct DefaultRoute {
     tunnels: Tunnels,
     connections: Connections,
-    mailbox: Mailbox,
+    relay: Relay,
     agents: WebSocketApi,
     public_url: PublicUrl,
     routing: Routing,
+    /// How long a connection may live.
+    life: Duration,
 }
 
 /// Why a message was not handled: the fault is ours. API Gateway tells the agent "Internal server error".
@@ -49,25 +59,26 @@ pub enum Error {
 }
 
 impl DefaultRoute {
-    /// Reads the settings.
+    /// Reads the settings. `in_process` is for a process that runs `forward` as well.
     ///
     /// # Errors
     /// All variables that are missing or faulty.
-    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, Faults> {
+    pub fn load(variables: Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Result<Self, Faults> {
         let tunnels = variables.required("TUNNELS_TABLE");
-        let connections = variables.required("CONNECTIONS_TABLE");
-        let mailbox = variables.required("PENDING_REQUESTS_TABLE");
-        let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
+        let connections = variables.required("CONNECTIONS_TABLE").map(|name| Connections::new(sdk, name));
+        let agents = WebSocketApi::load(&variables, sdk, in_process);
+        let relay = Relay::load(&variables, sdk, in_process, connections.as_ref(), agents.as_ref());
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.optional("ROUTING", Routing::Path);
         variables.finish(|| {
             Some(Self {
                 tunnels: Tunnels::new(sdk, tunnels?),
-                connections: Connections::new(sdk, connections?),
-                mailbox: Mailbox::new(sdk, mailbox?),
-                agents: WebSocketApi::new(sdk, &endpoint?),
+                connections: connections?,
+                relay: relay?,
+                agents: agents?,
                 public_url: public_url?,
                 routing: routing?,
+                life: in_process.map_or(WEBSOCKET_LIFE, |in_process| in_process.life),
             })
         })
     }
@@ -79,8 +90,19 @@ impl DefaultRoute {
     pub async fn handle(&self, event: ApiGatewayWebsocketProxyRequest) -> Result<RouteResponse, Error> {
         let context = event.request_context;
         let sender = connection_of("MESSAGE", context.event_type.as_deref(), context.connection_id.as_deref())?;
-        match protocol::decode(event.body.as_deref().unwrap_or_default()) {
-            Ok(message) => self.take(&sender, message).await,
+        self.message(&sender, event.body.as_deref().unwrap_or_default()).await
+    }
+
+    /// Handles a message that `sender` sent.
+    ///
+    /// # Errors
+    /// When the tables or @connections do not answer.
+    pub async fn message(&self, sender: &ConnectionId, text: &str) -> Result<RouteResponse, Error> {
+        if self.relay.pass_on(sender, text).await? {
+            return Ok(RouteResponse::ok());
+        }
+        match protocol::decode(text) {
+            Ok(message) => self.take(sender, message).await,
             Err(error) => {
                 warn!(connection = %sender, error = &error as &dyn std::error::Error, "message dropped");
                 Ok(RouteResponse::refused(400, "invalid_message", "not a message of the tunnel protocol"))
@@ -96,10 +118,11 @@ impl DefaultRoute {
                 info!(connection = %sender, "ping");
                 self.post(sender, &ToAgent::Pong).await?;
             }
-            FromAgent::HttpResponse(response) => self.mailbox.put(sender, response.into(), now()).await?,
-            FromAgent::BodyPart(part) => self.mailbox.put(sender, part.into(), now()).await?,
+            FromAgent::HttpResponse(response) => self.relay.deliver(sender, response.into()).await?,
+            FromAgent::BodyPart(part) => self.relay.deliver(sender, part.into()).await?,
+            FromAgent::Window(window) => self.relay.deliver(sender, window.into()).await?,
             FromAgent::Error(error) => match Reply::of_error(error.clone()) {
-                Some(reply) => self.mailbox.put(sender, reply, now()).await?,
+                Some(reply) => self.relay.deliver(sender, reply).await?,
                 None => info!(connection = %sender, code = ?error.code, message = error.message, "agent reports an error"),
             },
             FromAgent::Unknown => debug!(connection = %sender, "message of an unknown type ignored"),
@@ -109,20 +132,27 @@ impl DefaultRoute {
 
     /// Puts the sender's tunnel online and tells it the address.
     async fn open(&self, sender: &ConnectionId, ready: Ready) -> Result<RouteResponse, Error> {
-        let Some(connection) = self.connections.get(sender, now()).await? else {
-            warn!(connection = %sender, "ready from a connection that is not recorded");
-            return Ok(RouteResponse::refused(410, "gone", "this connection is not recorded; connect again"));
+        let (tunnel_id, owner) = match self.connections.get(sender, now()).await? {
+            Some(Connection::Agent { tunnel_id, owner }) => (tunnel_id, owner),
+            Some(Connection::Reply) => {
+                self.relay.open(sender).await?;
+                return Ok(RouteResponse::ok());
+            }
+            None => {
+                warn!(connection = %sender, "ready from a connection that is not recorded");
+                return Ok(RouteResponse::refused(410, "gone", "this connection is not recorded; connect again"));
+            }
         };
         let online = Online { connection_id: sender.clone(), features: ready.features };
-        let Some(before) = self.tunnels.go_online(&connection.tunnel_id, &connection.owner, &online, now()).await? else {
+        let Some(before) = self.tunnels.go_online(&tunnel_id, &owner, &online, now()).await? else {
             self.agents.close(sender).await?;
             return Ok(RouteResponse::refused(409, "name_taken", "the tunnel belongs to somebody else by now"));
         };
-        info!(connection = %sender, tunnel = %connection.tunnel_id, agent = ready.agent, "online");
-        if let Some(before) = before {
+        info!(connection = %sender, tunnel = %tunnel_id, agent = ready.agent, "online");
+        if let Some(before) = before.filter(|before| ready.previous.as_ref() != Some(&before.connection_id)) {
             self.retire(&before).await;
         }
-        self.post(sender, &ToAgent::ConnectionEstablished(self.address(sender, connection.tunnel_id))).await?;
+        self.post(sender, &ToAgent::ConnectionEstablished(self.address(sender, tunnel_id))).await?;
         Ok(RouteResponse::ok())
     }
 
@@ -137,6 +167,7 @@ impl DefaultRoute {
             tunnel_id,
             protocol: Some(protocol::VERSION),
             features: FEATURES.to_vec(),
+            life_ms: u64::try_from(self.life.as_millis()).ok(),
         }
     }
 

@@ -7,7 +7,7 @@ use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::info;
 use tunnel_shared::cloud::{
     RouteResponse,
-    connections::Connections,
+    connections::{Connection, Connections},
     event::{WrongEvent, connection_of},
     now,
     sdk::SdkConfig,
@@ -52,9 +52,9 @@ impl Disconnect {
     pub async fn handle(&self, event: ApiGatewayWebsocketProxyRequest) -> Result<RouteResponse, Error> {
         let context = event.request_context;
         let id = connection_of("DISCONNECT", context.event_type.as_deref(), context.connection_id.as_deref())?;
-        if let Some(connection) = self.connections.remove(&id).await? {
-            let went_offline = self.tunnels.go_offline(&connection.tunnel_id, &id, now()).await?;
-            info!(connection = %id, tunnel = %connection.tunnel_id, code = context.disconnect_status_code, went_offline, "disconnected");
+        if let Some(Connection::Agent { tunnel_id, .. }) = self.connections.remove(&id).await? {
+            let went_offline = self.tunnels.go_offline(&tunnel_id, &id, now()).await?;
+            info!(connection = %id, tunnel = %tunnel_id, code = context.disconnect_status_code, went_offline, "disconnected");
         }
         Ok(RouteResponse::ok())
     }

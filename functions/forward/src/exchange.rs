@@ -1,8 +1,11 @@
 //! One request and its reply: out to the agent in as few messages as fit, back as a response whose body arrives in parts.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,16 +17,18 @@ use tokio::{sync::oneshot, task::AbortHandle, time::Instant};
 use tracing::warn;
 use tunnel_shared::{
     cloud::{
-        mailbox::{Chunk, ReplyPart},
         now,
+        replies::{Chunk, ReplyPart},
         tunnels::Online,
         websocket::PostError,
     },
+    gathering::Gathering,
     headers::{self, FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, TUNNEL_ERROR},
-    id::{RequestId, TunnelId},
+    id::{ConnectionId, RequestId, TunnelId},
     limits::{HEADER_FIELDS, PART_BODY},
-    parts,
-    protocol::{self, Body, BodyPart, Feature, HttpRequest, ToAgent},
+    packing,
+    parts::{self, Allowance},
+    protocol::{self, Body, BodyPart, Feature, HttpRequest, ToAgent, Window},
 };
 
 use crate::{
@@ -35,8 +40,14 @@ use crate::{
     visit::{Front, Visit, VisitBody},
 };
 
-/// The JSON around a `more` flag and a longer deadline that the first measure of an envelope does not show.
-const ENVELOPE_SLACK: usize = 64;
+/// The JSON around flags, ids and a longer deadline that the first measure of an envelope does not show.
+const ENVELOPE_SLACK: usize = 256;
+/// How long bytes of an upload wait for company before they are sent on.
+const GATHER: Duration = Duration::from_millis(10);
+/// How long an agent may take no messages before its visitor is told. Pauses between tries double from the shortest.
+const BUSY: Duration = Duration::from_secs(10);
+const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// Sends a visit to the tunnel's agent and returns when the reply's head is there.
 ///
@@ -50,31 +61,44 @@ pub(crate) async fn run(
     path: &str,
     record: &mut Record,
 ) -> Result<Replying, Refusal> {
-    let head_deadline = Instant::now() + visit.front.patience();
-    let online = find(function, tunnel).await?;
-    let (method, front) = (visit.method.clone(), visit.front);
-    let (message, rest) = first_message(visit, prefix, path, &online).await?;
-    let request = message.request_id.clone();
-    record.request = Some(request.clone());
+    let head_deadline = Instant::now() + visit.patience;
+    let deadline = matches!(visit.front, Front::HttpApi(_)).then_some(head_deadline);
+    let online = function.lookup.find(tunnel).await?;
+    let method = visit.method.clone();
+    let (mut message, rest) = first_message(visit, prefix, path, &online, function.packs()).await?;
+    record.request = Some(message.request_id.clone());
     record.request_bytes.fetch_add(message.body.0.len() as u64, Ordering::Relaxed);
-    let online = deliver(function, tunnel, online, message).await?;
-    record.connection = Some(online.connection_id.clone());
+    let may_repeat = rest.is_none() && message.body.0.is_empty() && matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);
 
-    let deadline = matches!(front, Front::HttpApi(_)).then_some(head_deadline);
-    let connection = online.connection_id.clone();
-    let replies = PendingReply::new(function.mailbox.clone(), function.connections.clone(), connection, request.clone(), deadline);
-    let mut exchange = Exchange { function: function.clone(), online, request, replies, upload: None, is_over: false };
+    let mut exchange = Exchange::start(function, tunnel, online, &mut message, deadline).await?;
+    record.connection = Some(exchange.online.connection_id.clone());
+    let has_upload = rest.is_some();
     if let Some(rest) = rest {
         exchange.upload = Some(exchange.upload(rest, record.request_bytes.clone()));
     }
-    let ReplyPart::Head(head, first) = exchange.next(Some(head_deadline)).await? else {
+    let first = match exchange.next(Some(head_deadline)).await {
+        // The agent says that it has not passed the request on, or nothing can have come of it that matters.
+        Err(refusal) if exchange.is_untouched(&refusal, has_upload, may_repeat) => {
+            function.lookup.forget(tunnel, &exchange.online);
+            let Some(online) = function.lookup.find(tunnel).await.ok().filter(|online| *online != exchange.online) else {
+                return Err(refusal);
+            };
+            message.request_id = RequestId::generate();
+            record.request = Some(message.request_id.clone());
+            exchange = Exchange::start(function, tunnel, online, &mut message, deadline).await?;
+            record.connection = Some(exchange.online.connection_id.clone());
+            exchange.next(Some(head_deadline)).await?
+        }
+        first => first?,
+    };
+    let ReplyPart::Head(head, first) = first else {
         return Err(Refusal::InvalidReply("its first part is not its head".to_owned()));
     };
     let status = StatusCode::from_u16(head.status_code).ok().filter(|status| !status.is_informational());
     let status = status.ok_or_else(|| Refusal::InvalidReply("its status is none that ends a response".to_owned()))?;
     record.replied(head.status_code);
     let has_no_body = method == Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
-    let first = if has_no_body { Chunk { bytes: Bytes::new(), more: false } } else { first };
+    let first = if has_no_body { Chunk { bytes: Bytes::new(), encoding: None, more: false } } else { first };
     Ok(Replying { exchange, status, fields: response_fields(head.headers), first })
 }
 
@@ -101,28 +125,28 @@ impl Replying {
     }
 }
 
-async fn find(function: &Parts, tunnel: &TunnelId) -> Result<Online, Refusal> {
-    let found = function.tunnels.get(tunnel, now()).await?.ok_or(Refusal::NoSuchTunnel)?;
-    found.online.ok_or(Refusal::Offline)
-}
-
-/// Posts the first message. Where the tunnel has just moved to another connection, it is posted there: the first one did not
-/// take it, so nothing is sent twice.
-async fn deliver(function: &Parts, tunnel: &TunnelId, online: Online, message: HttpRequest) -> Result<Online, Refusal> {
-    let message = ToAgent::HttpRequest(message);
-    match function.agents.post(&online.connection_id, &message).await {
-        Err(PostError::Gone) => {
-            function.tunnels.go_offline(tunnel, &online.connection_id, now()).await?;
-            let moved = find(function, tunnel).await?;
-            function.agents.post(&moved.connection_id, &message).await?;
-            Ok(moved)
+/// Posts a message, again while the connection takes no more: a message that is refused so was not taken.
+async fn post(function: &Parts, to: &ConnectionId, message: &ToAgent) -> Result<(), PostError> {
+    let text = protocol::encode(message);
+    let (since, mut pause) = (Instant::now(), SHORTEST_PAUSE);
+    loop {
+        match function.agents.post_text(to, text.clone()).await {
+            Err(PostError::Busy) if since.elapsed() < BUSY => tokio::time::sleep(pause).await,
+            outcome => return outcome,
         }
-        outcome => outcome.map(|()| online).map_err(Refusal::from),
+        pause = (2 * pause).min(LONGEST_PAUSE);
     }
 }
 
-/// The request's first message, with as much of the body as fits, and what is left of the body.
-async fn first_message(visit: Visit, prefix: &str, path: &str, online: &Online) -> Result<(HttpRequest, Option<Rest>), Refusal> {
+/// The request's first message, with as much of the body as has come and fits, and what is left of the body.
+async fn first_message(
+    visit: Visit,
+    prefix: &str,
+    path: &str,
+    online: &Online,
+    packs: bool,
+) -> Result<(HttpRequest, Option<Gathering<VisitBody>>), Refusal> {
+    let packs = packs && online.features.contains(&Feature::Zstd) && packing::pays(&visit.headers);
     let mut message = HttpRequest {
         request_id: RequestId::generate(),
         method: visit.method.to_string(),
@@ -132,9 +156,10 @@ async fn first_message(visit: Visit, prefix: &str, path: &str, online: &Online) 
         },
         headers: forwarded(&visit, prefix),
         body: Body::default(),
+        encoding: None,
         timestamp: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
         more: false,
-        deadline_ms: u64::try_from(visit.front.patience().as_millis()).unwrap_or(u64::MAX),
+        deadline_ms: u64::try_from(visit.patience.as_millis()).unwrap_or(u64::MAX),
         reply_to: None,
     };
     if message.headers.len() > HEADER_FIELDS {
@@ -143,14 +168,22 @@ async fn first_message(visit: Visit, prefix: &str, path: &str, online: &Online) 
     let envelope = protocol::encode(&ToAgent::HttpRequest(message.clone())).len() + ENVELOPE_SLACK;
     let room = parts::room_beside(envelope)
         .ok_or_else(|| Refusal::TooLarge("The request's header is longer than a tunnel can carry.".to_owned()))?;
-    let mut rest = Rest { body: visit.body, read: Bytes::new() };
-    message.body = Body(rest.take(room).await?);
-    message.more = !rest.is_empty().await?;
-    if message.more && !online.features.contains(&Feature::BodyParts) {
-        return Err(Refusal::TooLarge(format!("The agent is an old one that takes request bodies up to {room} bytes. Update it.")));
+    let mut body = Gathering::new(visit.body, packs);
+    if online.features.contains(&Feature::BodyParts) {
+        let piece = body.piece(room, Instant::now() + GATHER).await.map_err(broken_off)?;
+        (message.body, message.encoding, message.more) = (Body(piece.bytes), piece.encoding, piece.more);
+    } else {
+        message.body = Body(body.take(room).await.map_err(broken_off)?);
+        if !body.is_at_end().await.map_err(broken_off)? {
+            return Err(Refusal::TooLarge(format!("The agent is an old one that takes request bodies up to {room} bytes. Update it.")));
+        }
     }
-    let rest = message.more.then_some(rest);
+    let rest = message.more.then_some(body);
     Ok((message, rest))
+}
+
+fn broken_off(error: impl std::fmt::Display) -> Refusal {
+    Refusal::BadRequest(format!("its body broke off: {error}"))
 }
 
 /// The fields that the local service gets: the visitor's own, and ours about where the request comes from.
@@ -170,37 +203,6 @@ fn forwarded(visit: &Visit, prefix: &str) -> HeaderMap {
     fields
 }
 
-/// A body of which some may have been read already.
-struct Rest {
-    body: VisitBody,
-    read: Bytes,
-}
-
-impl Rest {
-    /// Reads up to `limit` bytes: fewer only at the body's end.
-    async fn take(&mut self, limit: usize) -> Result<Bytes, Refusal> {
-        let (mut chunks, mut length) = (Vec::new(), 0);
-        while length < limit && !self.is_empty().await? {
-            let chunk = self.read.split_to(self.read.len().min(limit - length));
-            length += chunk.len();
-            chunks.push(chunk);
-        }
-        Ok(parts::join(chunks))
-    }
-
-    /// Whether the body has ended, for which some of it may have to be read.
-    async fn is_empty(&mut self) -> Result<bool, Refusal> {
-        while self.read.is_empty() {
-            match self.body.frame().await {
-                None => return Ok(true),
-                Some(Ok(frame)) => self.read = frame.into_data().unwrap_or_default(),
-                Some(Err(error)) => return Err(Refusal::BadRequest(format!("its body broke off: {error}"))),
-            }
-        }
-        Ok(false)
-    }
-}
-
 /// An upload that goes on while the reply is awaited.
 struct Upload {
     task: AbortHandle,
@@ -212,26 +214,77 @@ struct Upload {
 struct Exchange {
     function: Arc<Parts>,
     online: Online,
-    request: RequestId,
     replies: PendingReply,
     upload: Option<Upload>,
     is_over: bool,
 }
 
 impl Exchange {
-    fn upload(&self, mut rest: Rest, sent: Arc<AtomicU64>) -> Upload {
-        let (function, connection, request_id) = (self.function.clone(), self.online.connection_id.clone(), self.request.clone());
+    /// Posts the first message. Where the tunnel has just moved to another connection, it is posted there: the first one did not
+    /// take it, so nothing is sent twice.
+    async fn start(
+        function: &Arc<Parts>,
+        tunnel: &TunnelId,
+        online: Online,
+        message: &mut HttpRequest,
+        deadline: Option<Instant>,
+    ) -> Result<Self, Refusal> {
+        let mut connections = vec![online];
+        loop {
+            let online = connections[connections.len() - 1].clone();
+            let (source, reply_to) = function.way_back(online.features.contains(&Feature::ReplyTo)).await;
+            message.reply_to = reply_to;
+            // Before it is sent: the reply may be here before the answer to the post.
+            let expected = function.replies.expect(online.connection_id.clone(), message.request_id.clone());
+            match post(function, &online.connection_id, &ToAgent::HttpRequest(message.clone())).await {
+                Ok(()) => {
+                    let replies = PendingReply::new(expected, source, deadline);
+                    return Ok(Self { function: function.clone(), online, replies, upload: None, is_over: false });
+                }
+                Err(PostError::Gone) => {
+                    function.lookup.lost(tunnel, &online).await?;
+                    let moved = function.lookup.find(tunnel).await?;
+                    if connections.contains(&moved) {
+                        return Err(Refusal::Offline);
+                    }
+                    connections.push(moved);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Whether the request may be sent to another connection after this one has refused it: the agent says that it did nothing
+    /// with it, or it cannot say any more, but the method is one that changes nothing.
+    fn is_untouched(&self, refusal: &Refusal, has_upload: bool, may_repeat: bool) -> bool {
+        match refusal {
+            Refusal::Moved => !has_upload,
+            Refusal::AgentLost => may_repeat && self.replies.has_not_begun(),
+            _ => false,
+        }
+    }
+
+    fn upload(&self, mut body: Gathering<VisitBody>, sent: Arc<AtomicU64>) -> Upload {
+        let (function, connection, request_id) =
+            (self.function.clone(), self.online.connection_id.clone(), self.replies.expected().request().clone());
+        let mut allowed = self.online.features.contains(&Feature::Window).then(|| self.replies.expected().allowed());
         let (fail, failed) = oneshot::channel();
         let task = self.function.tasks.spawn(async move {
             let send = async {
                 for part in 1.. {
-                    let body = Body(rest.take(PART_BODY).await?);
-                    sent.fetch_add(body.0.len() as u64, Ordering::Relaxed);
-                    let more = !rest.is_empty().await?;
-                    function
-                        .agents
-                        .post(&connection, &ToAgent::BodyPart(BodyPart { request_id: request_id.clone(), part, body, more }))
-                        .await?;
+                    if let Some(allowed) = &mut allowed
+                        && allowed.wait_for(|allowed| part < *allowed).await.is_err()
+                    {
+                        // Nobody waits for the reply any more.
+                        break;
+                    }
+                    body.is_at_end().await.map_err(broken_off)?;
+                    let piece = body.piece(PART_BODY, Instant::now() + GATHER).await.map_err(broken_off)?;
+                    sent.fetch_add(piece.bytes.len() as u64, Ordering::Relaxed);
+                    let more = piece.more;
+                    let (body, encoding) = (Body(piece.bytes), piece.encoding);
+                    let message = BodyPart { request_id: request_id.clone(), part, body, encoding, more, reply_to: None };
+                    post(&function, &connection, &ToAgent::BodyPart(message)).await?;
                     if !more {
                         break;
                     }
@@ -261,10 +314,37 @@ impl Exchange {
                 }
             }
         };
-        if matches!(outcome, Err(Refusal::AgentLost | Refusal::Offline | Refusal::LocalUnreachable(_))) {
+        if matches!(outcome, Err(Refusal::AgentLost | Refusal::Offline | Refusal::Moved | Refusal::LocalUnreachable(_))) {
             self.is_over = true;
         }
         outcome
+    }
+
+    /// Allows the agent more of the body, if it waits for that.
+    fn allow(&self, parts: u32) {
+        if !self.online.features.contains(&Feature::Window) {
+            return;
+        }
+        let (request_id, reply_to) = (self.replies.expected().request().clone(), None);
+        self.tell(ToAgent::Window(Window { request_id, parts, reply_to }));
+    }
+
+    /// Sends the agent a word that nothing waits for.
+    fn tell(&self, message: ToAgent) {
+        let (function, connection) = (self.function.clone(), self.online.connection_id.clone());
+        self.function.tasks.spawn(async move {
+            if let Err(error) = post(&function, &connection, &message).await {
+                warn!(%connection, error = &error as &dyn std::error::Error, "the agent could not be told");
+            }
+        });
+    }
+
+    /// The next piece of the body.
+    async fn chunk(&mut self) -> Result<Chunk, Refusal> {
+        match self.next(None).await? {
+            ReplyPart::Body(chunk) => Ok(chunk),
+            _ => Err(Refusal::InvalidReply("a part after the first is none".to_owned())),
+        }
     }
 
     /// The body as a stream: each part is asked for when the one before it has been taken.
@@ -274,32 +354,33 @@ impl Exchange {
             Part,
             End,
         }
-        stream::unfold((self, record, Next::Chunk(first)), |(mut exchange, mut record, next)| async move {
+        let start = (self, record, Allowance::default(), Next::Chunk(first));
+        stream::unfold(start, |(mut exchange, mut record, mut allowance, next)| async move {
             let chunk = match next {
                 Next::Chunk(chunk) => Ok(chunk),
-                Next::Part => match exchange.next(None).await {
-                    Ok(ReplyPart::Body(chunk)) => Ok(chunk),
-                    Ok(ReplyPart::Head(..) | ReplyPart::Failed { .. }) => {
-                        Err(Refusal::InvalidReply("a part after the first is none".to_owned()))
-                    }
-                    Err(refusal) => Err(refusal),
-                },
+                Next::Part => exchange.chunk().await,
                 Next::End => return None,
             };
             record.parts += 1;
-            match chunk {
-                Ok(chunk) => {
-                    record.response_bytes += chunk.bytes.len() as u64;
-                    exchange.is_over = !chunk.more;
-                    let next = if chunk.more { Next::Part } else { Next::End };
+            let unpacked = chunk.and_then(|chunk| {
+                let bytes = packing::unpack(chunk.bytes, chunk.encoding).map_err(|error| Refusal::InvalidReply(error.to_string()))?;
+                Ok((bytes, chunk.more))
+            });
+            match unpacked {
+                Ok((bytes, more)) => {
+                    record.response_bytes += bytes.len() as u64;
+                    exchange.is_over = !more;
                     if exchange.is_over {
                         record.completed();
+                    } else if let Some(parts) = allowance.use_part() {
+                        exchange.allow(parts);
                     }
-                    Some((Ok(Frame::data(chunk.bytes)), (exchange, record, next)))
+                    let next = if more { Next::Part } else { Next::End };
+                    Some((Ok(Frame::data(bytes)), (exchange, record, allowance, next)))
                 }
                 Err(refusal) => {
                     record.refused(&refusal);
-                    Some((Err(refusal.into()), (exchange, record, Next::End)))
+                    Some((Err(refusal.into()), (exchange, record, allowance, Next::End)))
                 }
             }
         })
@@ -312,12 +393,7 @@ impl Drop for Exchange {
             upload.task.abort();
         }
         if !self.is_over && self.online.features.contains(&Feature::Cancel) {
-            let (function, connection, request_id) = (self.function.clone(), self.online.connection_id.clone(), self.request.clone());
-            self.function.tasks.spawn(async move {
-                if let Err(error) = function.agents.post(&connection, &ToAgent::Cancel { request_id }).await {
-                    warn!(%connection, error = &error as &dyn std::error::Error, "could not cancel");
-                }
-            });
+            self.tell(ToAgent::Cancel { request_id: self.replies.expected().request().clone() });
         }
     }
 }

@@ -1,17 +1,20 @@
 //! Visitors' requests: route, find the tunnel, send to its agent, wait for the reply, answer.
 //!
-//! The life of a request is told by the files: [`visit`] reads what a front received, `exchange` sends it to the agent and
-//! puts the reply together, [`reply`] waits for the reply's parts, [`answer`] gives it back to the front, and [`refusal`] is what
-//! the visitor sees when any of that fails; `record` tells the log and CloudWatch.
+//! The life of a request is told by the files: [`visit`] reads what a front received, `lookup` finds the tunnel's connection,
+//! `exchange` sends the request to the agent and puts the reply together, `reply` waits for the reply's parts, which come over
+//! `reply_connection`, [`answer`] gives it back to the front, and [`refusal`] is what the visitor sees when any of that fails;
+//! `record` tells the log and CloudWatch.
 
 pub mod answer;
 mod exchange;
+mod lookup;
 mod record;
 pub mod refusal;
-pub mod reply;
+mod reply;
+mod reply_connection;
 pub mod visit;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use http::{HeaderValue, Method, Response, header};
 use lambda_http::request::LambdaRequest;
@@ -22,19 +25,24 @@ use tunnel_shared::{
     cloud::{
         connections::Connections,
         mailbox::Mailbox,
+        replies::Replies,
         sdk::SdkConfig,
         settings::{Faults, Variables},
         tunnels::Tunnels,
-        websocket::{ManagementEndpoint, WebSocketApi},
+        websocket::{InProcess, WebSocketApi},
     },
+    id::ConnectionId,
     routing::{PublicUrl, Route, Routing},
 };
 
 use crate::{
     answer::{Answer, AnswerBody, AnswerStream},
+    lookup::Lookup,
     record::Record,
     refusal::Refusal,
-    visit::{BadEvent, Front, Visit},
+    reply::Source,
+    reply_connection::ReplyConnection,
+    visit::{BadEvent, Front, HEAD_START, Visit},
 };
 
 /// The function: its settings and clients, made once per execution environment. Clones share everything.
@@ -43,10 +51,10 @@ pub struct Forward(Arc<Parts>);
 
 #[derive(Debug)]
 pub(crate) struct Parts {
-    pub(crate) tunnels: Tunnels,
-    pub(crate) connections: Connections,
-    pub(crate) mailbox: Mailbox,
+    pub(crate) lookup: Lookup,
     pub(crate) agents: WebSocketApi,
+    pub(crate) replies: Replies,
+    ways_back: WaysBack,
     public_url: PublicUrl,
     routing: Routing,
     /// The Lambda function's name; none outside Lambda.
@@ -55,25 +63,62 @@ pub(crate) struct Parts {
     pub(crate) tasks: TaskTracker,
 }
 
+/// How replies reach this process.
+#[derive(Debug)]
+enum WaysBack {
+    InProcess,
+    Cloud { mailbox: Mailbox, connections: Connections, reply_connection: ReplyConnection },
+}
+
+impl Parts {
+    /// Whether bodies are packed: not for an agent that is a few steps away, as in the same process it mostly is.
+    pub(crate) fn packs(&self) -> bool {
+        matches!(self.ways_back, WaysBack::Cloud { .. })
+    }
+
+    /// Where the reply to a request will come from, and the reply connection that the request is to name; only agents that
+    /// `send_it_back` are told one.
+    pub(crate) async fn way_back(&self, send_it_back: bool) -> (Source, Option<ConnectionId>) {
+        match &self.ways_back {
+            WaysBack::InProcess => (Source::InProcess, None),
+            WaysBack::Cloud { mailbox, connections, reply_connection } => {
+                let reply_to = if send_it_back { reply_connection.id().await } else { None };
+                let (mailbox, connections) = (mailbox.clone(), connections.clone());
+                (Source::Cloud { mailbox, connections, is_pushed: reply_to.is_some() }, reply_to)
+            }
+        }
+    }
+}
+
 impl Forward {
-    /// Reads the settings.
+    /// Reads the settings. `in_process` is for a process that holds agents' connections itself.
     ///
     /// # Errors
     /// All variables that are missing or faulty.
-    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, Faults> {
+    pub fn load(variables: Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Result<Self, Faults> {
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
         let mailbox = variables.required("PENDING_REQUESTS_TABLE");
-        let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
+        let endpoint = variables.required::<String>("WEBSOCKET_API_ENDPOINT");
+        let agents = WebSocketApi::load(&variables, sdk, in_process);
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.optional("ROUTING", Routing::Path);
         let lambda = variables.given_by_lambda("AWS_LAMBDA_FUNCTION_NAME");
+        let replies = in_process.map(|in_process| in_process.replies.clone()).unwrap_or_default();
         variables.finish(|| {
+            let (connections, mailbox) = (Connections::new(sdk, connections?), Mailbox::new(sdk, mailbox?));
+            let ways_back = match (in_process, endpoint?) {
+                (Some(_), _) => WaysBack::InProcess,
+                (None, endpoint) => {
+                    let reply_connection = ReplyConnection::new(&endpoint, connections.clone(), replies.clone());
+                    WaysBack::Cloud { mailbox, connections, reply_connection }
+                }
+            };
             Some(Self(Arc::new(Parts {
-                tunnels: Tunnels::new(sdk, tunnels?),
-                connections: Connections::new(sdk, connections?),
-                mailbox: Mailbox::new(sdk, mailbox?),
-                agents: WebSocketApi::new(sdk, &endpoint?),
+                lookup: Lookup::new(Tunnels::new(sdk, tunnels?)),
+                agents: agents?,
+                replies,
+                ways_back,
                 public_url: public_url?,
                 routing: routing?,
                 lambda,
@@ -82,12 +127,13 @@ impl Forward {
         })
     }
 
-    /// Handles an event, and answers whole or streamed as the front that sent it wants.
+    /// Handles an event, and answers whole or streamed as the front that sent it wants. `time` is how long Lambda lets it.
     ///
     /// # Errors
     /// Only when the event is none of an HTTP front. Whatever else goes wrong is an answer.
-    pub async fn handle(&self, event: LambdaRequest) -> Result<FunctionResponse<Answer, AnswerStream>, BadEvent> {
-        let visit = Visit::from_event(event)?;
+    pub async fn handle(&self, event: LambdaRequest, time: Duration) -> Result<FunctionResponse<Answer, AnswerStream>, BadEvent> {
+        let mut visit = Visit::from_event(event)?;
+        visit.patience = visit.patience.min(time.saturating_sub(HEAD_START));
         let (front, is_head) = (visit.front, visit.method == Method::HEAD);
         let wants_html = visit.wants_html();
         let response = self.serve(visit).await;

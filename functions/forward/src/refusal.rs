@@ -23,6 +23,9 @@ pub enum Refusal {
     /// The tunnel exists, but no agent is connected.
     #[error("The tunnel exists, but its agent is not connected now. It may be back in a moment.")]
     Offline,
+    /// The agent has not taken the request, because another connection serves the tunnel now.
+    #[error("The tunnel has just moved to another connection of its agent. Try again.")]
+    Moved,
     /// The agent's connection ended before its reply did.
     #[error("The agent's connection ended before it answered. The local service may have seen the request.")]
     AgentLost,
@@ -54,7 +57,7 @@ impl Refusal {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::NoSuchTunnel => StatusCode::NOT_FOUND,
-            Self::Offline | Self::AgentBusy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Offline | Self::Moved | Self::AgentBusy => StatusCode::SERVICE_UNAVAILABLE,
             Self::AgentLost | Self::LocalUnreachable(_) | Self::InvalidReply(_) => StatusCode::BAD_GATEWAY,
             Self::LocalTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
@@ -67,7 +70,7 @@ impl Refusal {
     pub fn code(&self) -> &'static str {
         match self {
             Self::NoSuchTunnel => "tunnel_not_found",
-            Self::Offline => "tunnel_offline",
+            Self::Offline | Self::Moved => "tunnel_offline",
             Self::AgentLost => "agent_lost",
             Self::AgentBusy => "agent_busy",
             Self::LocalUnreachable(_) => "local_unreachable",
@@ -87,6 +90,7 @@ impl Refusal {
             AgentErrorCode::LocalServiceUnavailable => Self::LocalUnreachable(message),
             AgentErrorCode::ResponseTooLarge => Self::TooLarge(message),
             AgentErrorCode::Busy => Self::AgentBusy,
+            AgentErrorCode::Replaced => Self::Moved,
             AgentErrorCode::InternalError => Self::InvalidReply(message),
         }
     }

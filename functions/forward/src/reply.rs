@@ -1,4 +1,4 @@
-//! Waiting for the parts of an agent's reply.
+//! Waiting for the parts of an agent's reply: pushed to this process, or found in the mailbox.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -6,33 +6,41 @@ use tokio::time::{Instant, sleep_until};
 use tunnel_shared::{
     cloud::{
         connections::Connections,
-        mailbox::{Mailbox, ReplyPart},
+        mailbox::Mailbox,
         now,
+        replies::{Expected, ReplyPart},
     },
-    id::{ConnectionId, RequestId},
     parts::Reorder,
 };
 
 use crate::refusal::Refusal;
 
-/// The first look into the mailbox, and the shortest pause between two.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
-/// The longest pause between two looks.
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// After this long without a part, each look asks too whether the agent is still connected.
+/// After this long without a part, each look into the mailbox asks too whether the agent is still connected.
 const DOUBT: Duration = Duration::from_millis(400);
 /// How long a part may be missing while a later one is there. The function that stores it may be starting cold.
 const STRAGGLER: Duration = Duration::from_secs(10);
 
+/// Where a reply comes from.
+#[derive(Clone, Debug)]
+pub(crate) enum Source {
+    /// The process that holds the agent's connection is this one: it pushes every part, and tells when the connection is lost.
+    InProcess,
+    /// Another process pushes, if a reply connection was named, or leaves parts in the mailbox.
+    Cloud {
+        mailbox: Mailbox,
+        connections: Connections,
+        /// A reply connection was named: the mailbox is for what could not be pushed.
+        is_pushed: bool,
+    },
+}
+
 /// The reply to one request.
 #[derive(Debug)]
-pub struct PendingReply {
-    mailbox: Mailbox,
-    connections: Connections,
-    sender: ConnectionId,
-    request: RequestId,
+pub(crate) struct PendingReply {
+    expected: Expected,
+    source: Source,
     arrived: Reorder<ReplyPart>,
-    /// In order, and not asked for yet: at most what one look finds.
+    /// In order, and not asked for yet.
     ready: VecDeque<ReplyPart>,
     failure: Option<ReplyPart>,
     /// When the front gives up on the whole reply; none where it takes as long as it takes.
@@ -40,19 +48,32 @@ pub struct PendingReply {
 }
 
 impl PendingReply {
-    /// Waits for the reply of `sender`, and of nobody else, to `request`.
-    pub fn new(mailbox: Mailbox, connections: Connections, sender: ConnectionId, request: RequestId, deadline: Option<Instant>) -> Self {
-        Self { mailbox, connections, sender, request, arrived: Reorder::starting_at(0), ready: VecDeque::new(), failure: None, deadline }
+    pub(crate) fn new(expected: Expected, source: Source, deadline: Option<Instant>) -> Self {
+        Self { expected, source, arrived: Reorder::starting_at(0), ready: VecDeque::new(), failure: None, deadline }
+    }
+
+    /// Whether the agent has said nothing of an answer yet.
+    pub(crate) fn has_not_begun(&self) -> bool {
+        self.arrived.expected() == 0 && self.arrived.is_empty()
+    }
+
+    /// The request's side of the wait.
+    pub(crate) fn expected(&self) -> &Expected {
+        &self.expected
     }
 
     /// The next part in order, whatever order they arrive in. `until` limits the wait for this part alone.
     ///
     /// # Errors
     /// When the agent says that it failed, is gone, or is out of time.
-    pub async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, Refusal> {
+    pub(crate) async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, Refusal> {
         let waiting_since = Instant::now();
         let limit = self.deadline.into_iter().chain(until).min();
+        let mut next_look = self.source.first_pause().map(|pause| waiting_since + pause);
         loop {
+            while let Ok((number, part)) = self.expected.try_recv() {
+                self.take(number, part)?;
+            }
             if let Some(part) = self.ready.pop_front() {
                 return Ok(part);
             }
@@ -60,25 +81,47 @@ impl PendingReply {
                 return Err(Refusal::of_agent(code, message));
             }
             let waited = waiting_since.elapsed();
-            if limit.is_some_and(|limit| Instant::now() >= limit) || (waited > STRAGGLER && self.arrived.is_incomplete()) {
+            let missing_until = self.arrived.is_incomplete().then_some(waiting_since + STRAGGLER);
+            let give_up = limit.into_iter().chain(missing_until).min();
+            if give_up.is_some_and(|at| Instant::now() >= at) {
                 return Err(Refusal::LocalTimeout);
             }
-            let wake = Instant::now() + pause(waited);
-            sleep_until(limit.map_or(wake, |limit| wake.min(limit))).await;
-            // Asked before the last look, so that a reply stored just before the connection ended is still found.
-            let is_lost = waited >= DOUBT && self.connections.get(&self.sender, now()).await?.is_none();
-            self.look().await?;
-            if is_lost && self.ready.is_empty() && self.failure.is_none() {
-                return Err(Refusal::AgentLost);
+            let wake = next_look.into_iter().chain(give_up).min();
+            tokio::select! {
+                part = self.expected.recv() => match part {
+                    Some((number, part)) => self.take(number, part)?,
+                    None => return Err(Refusal::AgentLost),
+                },
+                () = sleep_until(wake.unwrap_or(waiting_since)), if wake.is_some() => {
+                    if next_look.is_some_and(|at| Instant::now() >= at) {
+                        self.look(waited >= DOUBT).await?;
+                        next_look = self.source.pause(waited).map(|pause| Instant::now() + pause);
+                    }
+                }
             }
         }
     }
 
-    async fn look(&mut self) -> Result<(), Refusal> {
-        for (number, part) in self.mailbox.read(&self.sender, &self.request, self.arrived.expected()).await? {
-            if matches!(part, ReplyPart::Failed { .. }) {
-                self.failure = Some(part);
-            } else {
+    /// Looks into the mailbox.
+    async fn look(&mut self, is_in_doubt: bool) -> Result<(), Refusal> {
+        let Source::Cloud { mailbox, connections, .. } = &self.source else { return Ok(()) };
+        let sender = self.expected.sender().clone();
+        // Asked before the look, so that a reply stored just before the connection ended is still found.
+        let is_lost = is_in_doubt && connections.get(&sender, now()).await?.is_none();
+        for (number, part) in mailbox.read(&sender, self.expected.request(), self.arrived.expected()).await? {
+            self.take(number, part)?;
+        }
+        if is_lost && self.ready.is_empty() && self.failure.is_none() {
+            return Err(Refusal::AgentLost);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, number: u32, part: ReplyPart) -> Result<(), Refusal> {
+        match part {
+            ReplyPart::Failed { .. } => self.failure = Some(part),
+            ReplyPart::Window(parts) => self.expected.allow(parts),
+            ReplyPart::Head(..) | ReplyPart::Body(_) => {
                 self.arrived.insert(number, part).map_err(|error| Refusal::InvalidReply(error.to_string()))?;
                 self.ready.extend(std::iter::from_fn(|| self.arrived.take_next()));
             }
@@ -87,19 +130,18 @@ impl PendingReply {
     }
 }
 
-/// Looks grow rarer in proportion to the time waited, so that a quick reply is found at once and a slow one costs few reads.
-fn pause(waited: Duration) -> Duration {
-    (waited / 4).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
-}
+impl Source {
+    /// How long after the request the first look into the mailbox comes. A reply that was pushed is there by then.
+    fn first_pause(&self) -> Option<Duration> {
+        self.pause(Duration::ZERO)
+    }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_look_comes_at_most_a_quarter_late_and_at_most_once_a_second() {
-        assert_eq!(pause(Duration::ZERO), SHORTEST_PAUSE);
-        assert_eq!(pause(Duration::from_millis(400)), Duration::from_millis(100));
-        assert_eq!(pause(Duration::from_secs(60)), LONGEST_PAUSE);
+    /// Looks grow rarer in proportion to the time waited, so that a quick reply is found at once and a slow one costs few reads.
+    fn pause(&self, waited: Duration) -> Option<Duration> {
+        match self {
+            Self::InProcess => None,
+            Self::Cloud { is_pushed: false, .. } => Some((waited / 4).clamp(Duration::from_millis(10), Duration::from_secs(1))),
+            Self::Cloud { is_pushed: true, .. } => Some(waited.clamp(Duration::from_millis(120), Duration::from_secs(5))),
+        }
     }
 }

@@ -19,7 +19,7 @@ use tunnel_shared::{
 pub type VisitBody = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
 
 /// How much earlier than its front gives up a request does, so that the visitor gets our answer and not the front's.
-const HEAD_START: Duration = Duration::from_secs(1);
+pub(crate) const HEAD_START: Duration = Duration::from_secs(1);
 
 /// The part of a host name by which function URLs are known: `<id>.lambda-url.<region>.on.aws`.
 const FUNCTION_URL: &str = ".lambda-url.";
@@ -47,7 +47,7 @@ pub enum Payload {
 
 impl Front {
     /// How long a visitor can be made to wait for the response to start.
-    pub fn patience(self) -> Duration {
+    fn patience(self) -> Duration {
         match self {
             Self::HttpApi(_) => HTTP_API_INTEGRATION - HEAD_START,
             Self::Streaming => REQUEST_DEADLINE - HEAD_START,
@@ -60,6 +60,8 @@ impl Front {
 pub struct Visit {
     /// Where it came in.
     pub front: Front,
+    /// How long the visitor can be made to wait for the response to start.
+    pub patience: Duration,
     /// The method as sent.
     pub method: Method,
     /// The scheme the visitor used.
@@ -112,8 +114,10 @@ impl Visit {
             headers.insert(header::COOKIE, value);
         }
         let path = event.raw_path.unwrap_or_default();
+        let front = if is_function_url { Front::Streaming } else { Front::HttpApi(Payload::V2) };
         Ok(Self {
-            front: if is_function_url { Front::Streaming } else { Front::HttpApi(Payload::V2) },
+            front,
+            patience: front.patience(),
             method: context.http.method,
             scheme: scheme(&headers),
             host: host(&headers, context.domain_name),
@@ -139,6 +143,7 @@ impl Visit {
         pairs.sort_by(|a, b| a.split('=').next().cmp(&b.split('=').next()));
         Ok(Self {
             front: Front::HttpApi(Payload::V1),
+            patience: Front::HttpApi(Payload::V1).patience(),
             method: event.http_method,
             scheme: scheme(&headers),
             host: host(&headers, context.domain_name),

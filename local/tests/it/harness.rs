@@ -15,7 +15,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
-use local::{Options, Stack};
+use local::{Options, Stack, stack::Shape};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -45,7 +45,16 @@ pub(crate) async fn stack() -> Stack {
 /// A stack on a free port, otherwise with these options.
 pub(crate) async fn stack_with(options: Options) -> Stack {
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    Stack::start(Options { listen, ..options }).await.expect("a stack")
+    Stack::start(Options { listen, shape: shape(), ..options }).await.expect("a stack")
+}
+
+/// The shape that this run of the suite is about: every story is told in both.
+#[expect(clippy::disallowed_methods, reason = "the suite's own setting")]
+pub(crate) fn shape() -> Shape {
+    match std::env::var("TUNNEL_TEST_SHAPE").as_deref() {
+        Ok("as-in-aws") => Shape::AsInAws,
+        _ => Shape::OneProcess,
+    }
 }
 
 pub(crate) type Answer = Response<BoxBody<Bytes, std::io::Error>>;
@@ -159,6 +168,7 @@ pub(crate) fn settings(stack: &Stack, target: SocketAddr) -> Settings {
         host_header: forwarder::settings::HostHeader::Rewrite,
         request_timeout: PATIENCE,
         max_concurrent: forwarder::settings::MAX_CONCURRENT,
+        compression: true,
     }
 }
 

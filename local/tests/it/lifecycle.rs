@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use forwarder::{event::Event, settings::Secret, tunnel::Failure};
 use http::StatusCode;
-use local::{Options, Stack};
+use local::{Options, Stack, quotas::Quotas};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_tungstenite::tungstenite;
@@ -138,6 +138,35 @@ async fn a_tunnel_comes_back_on_the_same_address_after_the_stack_restarts() {
     assert_eq!(url, agent.url);
     assert_eq!(get(&url).await.status, StatusCode::OK);
     drop(stack);
+}
+
+#[tokio::test]
+async fn no_request_fails_while_an_agent_moves_from_one_connection_to_the_next() {
+    let quotas = Quotas { life: std::time::Duration::from_secs(2), ..Quotas::default() };
+    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+    // Only a process that holds the connections itself can shorten their life.
+    let stack = Stack::start(Options { listen, quotas, ..Options::default() }).await.expect("a stack");
+    let origin = Origin::echo().await;
+    let mut agent = agent(&stack, &origin).await;
+
+    let url = agent.url.clone();
+    let visits = async {
+        loop {
+            let got = get(&url).await;
+            assert_eq!(got.status, StatusCode::OK, "{got:?}");
+        }
+    };
+    // Each time it comes online it does so over another connection, long before the one before it ends.
+    let moves = async {
+        for _ in 0..3 {
+            agent.until_online().await;
+        }
+    };
+    tokio::select! {
+        () = visits => {}
+        () = moves => {}
+    }
+    assert!(origin.count() > 100, "there was hardly a visit: {}", origin.count());
 }
 
 #[tokio::test]

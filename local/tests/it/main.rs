@@ -10,4 +10,5 @@ mod lifecycle;
 mod load;
 mod protocol;
 mod quotas;
+mod replies;
 mod template;

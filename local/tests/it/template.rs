@@ -17,9 +17,14 @@ use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::Forward;
-use tunnel_shared::cloud::{
-    sdk::{self, SdkConfig},
-    settings::{Faults, Variables},
+use tunnel_shared::{
+    cloud::{
+        connections::Connections,
+        now,
+        sdk::{self, SdkConfig},
+        settings::{Faults, Variables},
+    },
+    limits::LAMBDA_RUN,
 };
 
 use crate::harness::within;
@@ -66,10 +71,17 @@ fn asked_for<T>(load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, Faults>) -
 #[test]
 fn each_function_is_given_the_variables_it_asks_for_and_no_others() {
     let template = template();
-    let asked = [asked_for(Connect::load), asked_for(Disconnect::load), asked_for(DefaultRoute::load), asked_for(Forward::load)];
+    let asked = [
+        asked_for(Connect::load),
+        asked_for(Disconnect::load),
+        asked_for(|variables, sdk| DefaultRoute::load(variables, sdk, None)),
+        asked_for(|variables, sdk| Forward::load(variables, sdk, None)),
+    ];
     for (function, mut asked) in FUNCTIONS.into_iter().zip(asked) {
         // Set by Lambda, read by the SDK, and read when logging starts.
         asked.remove("AWS_LAMBDA_FUNCTION_NAME");
+        // For emulators, whose @connections may be at another address.
+        asked.remove("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
         asked.insert("AWS_ENDPOINT_URL_DYNAMODB".to_owned());
         asked.insert("LOG_LEVEL".to_owned());
         let mut given: BTreeSet<String> = BTreeSet::new();
@@ -138,7 +150,10 @@ async fn note_call(State(spy): State<Spy>, headers: HeaderMap, body: Bytes) -> i
 
 /// Stands for connections: `gone` is, all others take what they are sent.
 async fn note_post(State(calls): State<Calls>, method: http::Method, uri: http::Uri) -> http::StatusCode {
-    calls.lock().expect("not poisoned").insert(format!("@connections {method}"));
+    // A GET is an attempt to open a reply connection, which needs no permission.
+    if method != http::Method::GET {
+        calls.lock().expect("not poisoned").insert(format!("@connections {method}"));
+    }
     if uri.path().ends_with("gone") { http::StatusCode::GONE } else { http::StatusCode::OK }
 }
 
@@ -214,30 +229,42 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     for id in [ID, "second=", "third=", "gone"] {
         assert_eq!(connect.handle(websocket(CONNECT, &[(ID, id)])).await.expect("handled").status_code, 200);
     }
+    let ticket = Connections::new(&direct, dynamodb::CONNECTIONS.to_owned()).issue_ticket(now()).await.expect("a ticket");
+    let reply_connection = [(ID, "reply="), ("tunnel_id", "reply"), ("Bearer sample", &format!("Bearer {ticket}"))];
+    for status in [200, 401] {
+        let event = websocket(CONNECT, &reply_connection);
+        assert_eq!(connect.handle(event).await.expect("handled").status_code, status, "a ticket is good once");
+    }
     made.insert(FUNCTIONS[0], at.calls);
 
     let at = surroundings(&address).await;
-    let default = at.load(DefaultRoute::load);
+    let default = at.load(|variables, sdk| DefaultRoute::load(variables, sdk, None));
     // An old agent, then one that knows of being replaced, then one that replaces it, then one that is gone.
-    for (id, ready) in
-        [(ID, "ready"), ("second=", r#"ready\",\"features\":[\"notices\"],\"agent\":\"x"#), ("third=", "ready"), ("gone", "ready")]
-    {
+    for (id, ready) in [
+        (ID, "ready"),
+        ("second=", r#"ready\",\"features\":[\"notices\"],\"agent\":\"x"#),
+        ("third=", "ready"),
+        ("gone", "ready"),
+        ("reply=", "ready"),
+    ] {
         default.handle(websocket(READY, &[(ID, id), ("ready", ready)])).await.expect("handled");
     }
     default.handle(websocket(include_str!("../../../events/http-response.json"), &[])).await.expect("handled");
     made.insert(FUNCTIONS[2], at.calls);
 
     let at = surroundings(&address).await;
-    let forward = at.load(Forward::load);
+    let forward = at.load(|variables, sdk| Forward::load(variables, sdk, None));
     let visit = || serde_json::from_str::<LambdaRequest>(include_str!("../../../events/http-v2.json")).expect("an event");
-    assert!(forward.handle(visit()).await.is_ok(), "the tunnel's agent is gone, which is an answer");
-    default.handle(websocket(READY, &[(ID, "third=")])).await.expect("handled");
+    assert!(forward.handle(visit(), LAMBDA_RUN).await.is_ok(), "the tunnel's agent is gone, which is an answer");
+    let ready = r#"ready\",\"features\":[\"reply_to\"],\"agent\":\"x"#;
+    default.handle(websocket(READY, &[(ID, "third="), ("ready", ready)])).await.expect("handled");
     // Nobody answers, so it looks into the mailbox, doubts, and finds the connection gone once it is.
     let disconnect = surroundings(&address).await;
     let asked = at.calls.clone();
-    let (answer, ()) = tokio::join!(forward.handle(visit()), async {
+    let (answer, ()) = tokio::join!(forward.handle(visit(), LAMBDA_RUN), async {
         within("a look at the connection", async {
-            while !asked.lock().expect("not poisoned").contains("dynamodb:GetItem ConnectionsTable") {
+            let expected = ["dynamodb:GetItem ConnectionsTable", "dynamodb:PutItem ConnectionsTable"];
+            while !expected.iter().all(|call| asked.lock().expect("not poisoned").contains(*call)) {
                 tokio::task::yield_now().await;
             }
         })

@@ -1,11 +1,12 @@
-//! The connections table: which tunnel an open WebSocket connection asked for, and who it is.
+//! The connections table: which tunnel an open WebSocket connection asked for, and who it is; and the tickets with which `forward`
+//! opens connections of its own.
 
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::ReturnValue;
 
-use super::sdk::SdkConfig;
 use super::store::{Item, StoreError, Table, is_live, number, read_text, text};
+use super::{auth, sdk::SdkConfig};
 use crate::{
     id::{ConnectionId, TunnelId},
     limits::WEBSOCKET_LIFE,
@@ -14,15 +15,21 @@ use crate::{
 /// How much longer than its connection a record lives, for a $disconnect that comes late or not at all.
 const GRACE: Duration = Duration::from_secs(10 * 60);
 
-/// An agent's connection.
+/// How long a ticket is good: a handshake takes no longer.
+const TICKET: Duration = Duration::from_secs(60);
+
+/// What an open connection is.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Connection {
-    /// Its id.
-    pub id: ConnectionId,
-    /// The tunnel it asked for.
-    pub tunnel_id: TunnelId,
-    /// Who it authenticated as; see [`super::auth`].
-    pub owner: String,
+pub enum Connection {
+    /// An agent's.
+    Agent {
+        /// The tunnel it asked for.
+        tunnel_id: TunnelId,
+        /// Who it authenticated as; see [`super::auth`].
+        owner: String,
+    },
+    /// One of `forward`'s, to which replies may be passed on.
+    Reply,
 }
 
 /// The table.
@@ -39,21 +46,22 @@ impl Connections {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn put(&self, connection: &Connection, now: Duration) -> Result<(), StoreError> {
+    pub async fn put(&self, id: &ConnectionId, connection: &Connection, now: Duration) -> Result<(), StoreError> {
         let table = &self.0;
-        table
+        let put = table
             .client
             .put_item()
             .table_name(&table.name)
-            .item("connectionId", text(connection.id.as_str()))
-            .item("tunnelId", text(connection.tunnel_id.as_str()))
-            .item("owner", text(&connection.owner))
-            .item("kind", text("agent"))
+            .item("connectionId", text(id.as_str()))
             .item("connectedAt", number(now.as_secs()))
-            .item("ttl", number((now + WEBSOCKET_LIFE + GRACE).as_secs()))
-            .send()
-            .await
-            .map_err(table.failed("PutItem"))?;
+            .item("ttl", number((now + WEBSOCKET_LIFE + GRACE).as_secs()));
+        let put = match connection {
+            Connection::Agent { tunnel_id, owner } => {
+                put.item("kind", text("agent")).item("tunnelId", text(tunnel_id.as_str())).item("owner", text(owner))
+            }
+            Connection::Reply => put.item("kind", text("reply")),
+        };
+        put.send().await.map_err(table.failed("PutItem"))?;
         Ok(())
     }
 
@@ -75,29 +83,68 @@ impl Connections {
         Ok(output.item.filter(|item| is_live(item, now)).and_then(|item| connection(&item)))
     }
 
+    /// Issues a ticket for one reply connection and returns it; only its hash is kept. Whoever can write to this table can, and
+    /// those are the functions alone.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn issue_ticket(&self, now: Duration) -> Result<String, StoreError> {
+        let table = &self.0;
+        let ticket = auth::generate_token();
+        table
+            .client
+            .put_item()
+            .table_name(&table.name)
+            .item("connectionId", text(ticket_key(&ticket)))
+            .item("ttl", number((now + TICKET).as_secs()))
+            .send()
+            .await
+            .map_err(table.failed("PutItem"))?;
+        Ok(ticket)
+    }
+
+    /// Takes a ticket, and tells whether it was good. It is good once.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn redeem_ticket(&self, ticket: &str, now: Duration) -> Result<bool, StoreError> {
+        Ok(self.delete(ticket_key(ticket)).await?.is_some_and(|item| is_live(&item, now)))
+    }
+
     /// Forgets a connection and returns what it was.
     ///
     /// # Errors
     /// When DynamoDB does not answer.
     pub async fn remove(&self, id: &ConnectionId) -> Result<Option<Connection>, StoreError> {
+        Ok(self.delete(id.as_str().to_owned()).await?.and_then(|item| connection(&item)))
+    }
+
+    async fn delete(&self, key: String) -> Result<Option<Item>, StoreError> {
         let table = &self.0;
         let output = table
             .client
             .delete_item()
             .table_name(&table.name)
-            .key("connectionId", text(id.as_str()))
+            .key("connectionId", text(key))
             .return_values(ReturnValue::AllOld)
             .send()
             .await
             .map_err(table.failed("DeleteItem"))?;
-        Ok(output.attributes.and_then(|item| connection(&item)))
+        Ok(output.attributes)
     }
 }
 
+/// No connection id has a slash.
+fn ticket_key(ticket: &str) -> String {
+    format!("ticket/{}", auth::hash_token(ticket))
+}
+
 fn connection(item: &Item) -> Option<Connection> {
-    Some(Connection {
-        id: read_text(item, "connectionId")?.parse().ok()?,
-        tunnel_id: read_text(item, "tunnelId")?.parse().ok()?,
-        owner: read_text(item, "owner")?.to_owned(),
-    })
+    match read_text(item, "kind")? {
+        "agent" => {
+            Some(Connection::Agent { tunnel_id: read_text(item, "tunnelId")?.parse().ok()?, owner: read_text(item, "owner")?.to_owned() })
+        }
+        "reply" => Some(Connection::Reply),
+        _ => None,
+    }
 }

@@ -4,6 +4,7 @@ pub mod auth;
 pub mod connections;
 pub mod event;
 pub mod mailbox;
+pub mod replies;
 pub mod sdk;
 pub mod settings;
 pub mod store;

@@ -1,6 +1,7 @@
-//! @connections, the management side of the WebSocket API: speaking to agents.
+//! @connections, the management side of the WebSocket API: speaking to agents. `local`, which holds the connections itself, is
+//! spoken to directly.
 
-use std::str::FromStr;
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use aws_sdk_apigatewaymanagement::{
     Client,
@@ -10,7 +11,7 @@ use aws_sdk_apigatewaymanagement::{
 use http::uri::Uri;
 use serde::Serialize;
 
-use super::sdk::SdkConfig;
+use super::{replies::Replies, sdk::SdkConfig, settings::Variables};
 use crate::{id::ConnectionId, limits::WEBSOCKET_MESSAGE, protocol, routing::is_loopback};
 
 /// Where @connections is served: the WebSocket API's own address with the scheme of plain HTTP requests.
@@ -65,14 +66,64 @@ pub enum PostError {
     },
 }
 
+/// Connections that this process holds itself.
+pub trait OpenConnections: fmt::Debug + Send + Sync {
+    /// Sends a text message to a connection.
+    ///
+    /// # Errors
+    /// As @connections answers: see [`PostError`].
+    fn send(&self, to: &ConnectionId, text: String) -> Result<(), PostError>;
+
+    /// Closes a connection.
+    ///
+    /// # Errors
+    /// When it is not open.
+    fn close(&self, connection: &ConnectionId) -> Result<(), PostError>;
+}
+
+/// What a process that holds the connections itself gives the functions it runs, so that they need not go out of it to speak to
+/// each other and to agents.
+#[derive(Clone, Debug)]
+pub struct InProcess {
+    /// The connections.
+    pub connections: Arc<dyn OpenConnections>,
+    /// Where replies are waited for.
+    pub replies: Replies,
+    /// How long a connection may live.
+    pub life: Duration,
+}
+
 /// The connections of one WebSocket API.
 #[derive(Clone, Debug)]
-pub struct WebSocketApi(Client);
+pub struct WebSocketApi(Reached);
+
+#[derive(Clone, Debug)]
+enum Reached {
+    Management(Client),
+    InProcess(Arc<dyn OpenConnections>),
+}
 
 impl WebSocketApi {
     /// The WebSocket API at `endpoint`.
     pub fn new(sdk: &SdkConfig, endpoint: &ManagementEndpoint) -> Self {
-        Self(Client::from_conf(aws_sdk_apigatewaymanagement::config::Builder::from(sdk).endpoint_url(&endpoint.0).build()))
+        let config = aws_sdk_apigatewaymanagement::config::Builder::from(sdk).endpoint_url(&endpoint.0).build();
+        Self(Reached::Management(Client::from_conf(config)))
+    }
+
+    /// Those that the process holds itself, or else those of `WEBSOCKET_API_ENDPOINT`; @connections is under the same address
+    /// unless the SDK's own `AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI` names another, as emulators need it. `None` means that a
+    /// fault was noted.
+    pub fn load(variables: &Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Option<Self> {
+        if let Some(in_process) = in_process {
+            return Some(Self(Reached::InProcess(in_process.connections.clone())));
+        }
+        let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
+        let elsewhere = variables.given_by_lambda("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI").filter(|url| !url.is_empty());
+        let endpoint = match elsewhere {
+            Some(_) => variables.required::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI"),
+            None => endpoint,
+        };
+        Some(Self::new(sdk, &endpoint?))
     }
 
     /// Sends a message.
@@ -80,13 +131,25 @@ impl WebSocketApi {
     /// # Errors
     /// See [`PostError`].
     pub async fn post<M: Serialize>(&self, to: &ConnectionId, message: &M) -> Result<(), PostError> {
-        let text = protocol::encode(message);
-        if text.len() > WEBSOCKET_MESSAGE {
-            return Err(PostError::TooLarge(text.len()));
-        }
+        self.post_text(to, protocol::encode(message)).await
+    }
+
+    /// Sends a message that is encoded already.
+    ///
+    /// # Errors
+    /// See [`PostError`].
+    pub async fn post_text(&self, to: &ConnectionId, text: String) -> Result<(), PostError> {
         let length = text.len();
-        let outcome = self.0.post_to_connection().connection_id(to.as_str()).data(Blob::new(text)).send().await;
-        outcome.map(drop).map_err(|error| post_error(error, length))
+        if length > WEBSOCKET_MESSAGE {
+            return Err(PostError::TooLarge(length));
+        }
+        match &self.0 {
+            Reached::InProcess(connections) => connections.send(to, text),
+            Reached::Management(client) => {
+                let outcome = client.post_to_connection().connection_id(to.as_str()).data(Blob::new(text)).send().await;
+                outcome.map(drop).map_err(|error| post_error(error, length))
+            }
+        }
     }
 
     /// Closes a connection. That it is closed already is no failure.
@@ -94,9 +157,16 @@ impl WebSocketApi {
     /// # Errors
     /// When @connections does not answer.
     pub async fn close(&self, connection: &ConnectionId) -> Result<(), PostError> {
-        match self.0.delete_connection().connection_id(connection.as_str()).send().await.map_err(|error| post_error(error, 0)) {
-            Err(PostError::Gone) | Ok(_) => Ok(()),
-            Err(error) => Err(error),
+        let outcome = match &self.0 {
+            Reached::InProcess(connections) => connections.close(connection),
+            Reached::Management(client) => {
+                let outcome = client.delete_connection().connection_id(connection.as_str()).send().await;
+                outcome.map(drop).map_err(|error| post_error(error, 0))
+            }
+        };
+        match outcome {
+            Err(PostError::Gone) => Ok(()),
+            outcome => outcome,
         }
     }
 }

@@ -1,0 +1,191 @@
+//! The WebSocket connection to our own WebSocket API over which agents' replies are pushed to this execution environment.
+//!
+//! It is opened with the first request, goes on while later ones come, and is opened again when it is found dead. A request that
+//! comes while there is none, or whose reply the connection did not bring, finds its reply in the mailbox.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use futures_util::{SinkExt, StreamExt, stream::SplitStream};
+use http::{HeaderValue, header};
+use tokio::{
+    net::TcpStream,
+    task::{AbortHandle, JoinSet},
+    time::timeout,
+};
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream, connect_async_with_config,
+    tungstenite::{Message, client::IntoClientRequest, protocol::WebSocketConfig},
+};
+use tracing::{debug, warn};
+use tunnel_shared::{
+    cloud::{
+        connections::Connections,
+        now,
+        replies::{Replies, Reply},
+    },
+    id::ConnectionId,
+    limits::{WEBSOCKET_FRAME, WEBSOCKET_IDLE, WEBSOCKET_MESSAGE},
+    protocol::{self, FromAgent, Ready, Relayed},
+};
+
+/// How long opening may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long nothing is tried after opening failed. The mailbox serves meanwhile.
+const REST: Duration = Duration::from_secs(5);
+/// A connection that was not used for this long may have been closed while this process was frozen.
+const UNUSED: Duration = WEBSOCKET_IDLE.saturating_sub(Duration::from_secs(60));
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// The connection, opened when it is needed.
+#[derive(Clone, Debug)]
+pub(crate) struct ReplyConnection(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// The WebSocket API, with the query by which `connect` knows a reply connection.
+    url: String,
+    connections: Connections,
+    replies: Replies,
+    state: Mutex<State>,
+    /// Opens, and reads what was opened. Not among what an invocation waits for: it goes on between invocations.
+    tasks: Mutex<JoinSet<()>>,
+}
+
+#[derive(Debug)]
+enum State {
+    Closed,
+    Opening,
+    /// The wall clock counts, because the other one may stand still while this process is frozen.
+    Open {
+        id: ConnectionId,
+        used: SystemTime,
+        reader: AbortHandle,
+    },
+    Failed {
+        at: SystemTime,
+    },
+}
+
+/// Why it could not be opened.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+impl ReplyConnection {
+    /// A connection to the WebSocket API at `endpoint` whose replies go to `replies`.
+    pub(crate) fn new(endpoint: &str, connections: Connections, replies: Replies) -> Self {
+        let scheme_less = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest).trim_end_matches('/');
+        let scheme = if endpoint.starts_with("wss://") || endpoint.starts_with("https://") { "wss" } else { "ws" };
+        let url = format!("{scheme}://{scheme_less}?reply=1");
+        Self(Arc::new(Shared { url, connections, replies, state: Mutex::new(State::Closed), tasks: Mutex::default() }))
+    }
+
+    /// The connection's id, if it is open. If it is not, it is being opened when this returns.
+    pub(crate) async fn id(&self) -> Option<ConnectionId> {
+        // After a thaw, lets the reader see first what has happened to the connection meanwhile.
+        tokio::task::yield_now().await;
+        let now = SystemTime::now();
+        let since = |then: SystemTime| now.duration_since(then).unwrap_or_default();
+        let mut state = self.lock();
+        match &mut *state {
+            State::Open { id, used, reader } => {
+                if since(*used) < UNUSED {
+                    *used = now;
+                    return Some(id.clone());
+                }
+                reader.abort();
+            }
+            State::Opening => return None,
+            State::Failed { at } if since(*at) < REST => return None,
+            State::Failed { .. } | State::Closed => {}
+        }
+        *state = State::Opening;
+        drop(state);
+        self.spawn(self.clone().open());
+        None
+    }
+
+    async fn open(self) {
+        let opened = match timeout(HANDSHAKE, self.handshake()).await {
+            Ok(opened) => opened,
+            Err(elapsed) => Err(elapsed.into()),
+        };
+        match opened {
+            Ok((id, stream)) => {
+                debug!(connection = %id, "reply connection open");
+                let mut state = self.lock();
+                let reader = self.spawn(self.clone().read(id.clone(), stream));
+                *state = State::Open { id, used: SystemTime::now(), reader };
+            }
+            Err(error) => {
+                warn!(error = &*error as &dyn std::error::Error, "no reply connection; replies come through the mailbox");
+                *self.lock() = State::Failed { at: SystemTime::now() };
+            }
+        }
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
+        let mut tasks = self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task)
+    }
+
+    async fn handshake(&self) -> Result<(ConnectionId, SplitStream<Socket>), Failure> {
+        let ticket = self.0.connections.issue_ticket(now()).await?;
+        let mut request = self.0.url.as_str().into_client_request()?;
+        let mut authorization = HeaderValue::from_str(&format!("Bearer {ticket}"))?;
+        authorization.set_sensitive(true);
+        request.headers_mut().insert(header::AUTHORIZATION, authorization);
+        let config = WebSocketConfig::default()
+            .read_buffer_size(WEBSOCKET_FRAME)
+            .max_message_size(Some(2 * WEBSOCKET_MESSAGE))
+            .max_frame_size(Some(2 * WEBSOCKET_MESSAGE));
+        let (mut socket, _) = connect_async_with_config(request, Some(config), true).await?;
+        socket.send(Message::text(protocol::encode(&FromAgent::Ready(Ready::default())))).await?;
+        let (_, mut stream) = socket.split();
+        while let Some(message) = stream.next().await {
+            if let Message::Text(text) = message?
+                && let Ok(Relayed { sender, message: FromAgent::Ready(_) }) = protocol::decode(&text)
+            {
+                return Ok((sender, stream));
+            }
+        }
+        Err("it was closed before it was told its id".into())
+    }
+
+    /// Hands replies to the requests that wait for them, until the connection ends.
+    async fn read(self, id: ConnectionId, mut stream: SplitStream<Socket>) {
+        while let Some(Ok(message)) = stream.next().await {
+            let Message::Text(text) = message else { continue };
+            match protocol::decode::<Relayed>(&text) {
+                Ok(Relayed { sender, message }) => {
+                    if let Some(reply) = reply(message) {
+                        self.0.replies.deliver(&sender, reply);
+                    }
+                }
+                Err(error) => warn!(error = &error as &dyn std::error::Error, "not a reply"),
+            }
+        }
+        let mut state = self.lock();
+        if matches!(&*state, State::Open { id: open, .. } if *open == id) {
+            *state = State::Closed;
+        }
+    }
+
+    /// Held between awaits only.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn reply(message: FromAgent) -> Option<Reply> {
+    match message {
+        FromAgent::HttpResponse(response) => Some(response.into()),
+        FromAgent::BodyPart(part) => Some(part.into()),
+        FromAgent::Window(window) => Some(window.into()),
+        FromAgent::Error(error) => Reply::of_error(error),
+        FromAgent::Ready(_) | FromAgent::Ping | FromAgent::Unknown => None,
+    }
+}

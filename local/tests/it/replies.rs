@@ -1,0 +1,245 @@
+//! Replies on their way back: pushed over a reply connection or through the mailbox, in windows, and to nobody else.
+//! The way they take in AWS, whichever shape the suite runs in.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
+use local::{Options, Stack, stack::Shape};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tunnel_shared::id::ConnectionId;
+
+use crate::harness::{Got, Origin, ScriptedAgent, agent, get, post, stack, visit, within};
+
+async fn as_in_aws() -> Stack {
+    let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    Stack::start(Options { listen, shape: Shape::AsInAws, ..Options::default() }).await.expect("a stack")
+}
+
+/// An agent on a tunnel of this name that answers over reply connections, once there is one.
+async fn connected(stack: &Stack, name: &str) -> (ScriptedAgent, String) {
+    let mut agent = ScriptedAgent::connect(stack, &format!("?tunnel_id={name}")).await;
+    agent.ready(&json!({ "type": "ready", "features": ["body_parts", "reply_to"] })).await;
+    (agent, format!("{}/{name}/", stack.public_url))
+}
+
+/// A 200 to a request, with what `more` adds to the message.
+fn answer(request: &Value, body: &str, more: &Value) -> Value {
+    let mut answer =
+        json!({ "type": "http_response", "request_id": request["request_id"], "status_code": 200, "headers": {}, "body": body });
+    answer.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    answer
+}
+
+/// Visits until the request names a reply connection, and answers each visit over it.
+async fn reply_connection(agent: &mut ScriptedAgent, url: &str) -> Value {
+    within("a reply connection", async {
+        loop {
+            let mut reply_to = Value::Null;
+            let (got, ()) = tokio::join!(get(url), async {
+                let request = agent.hear().await;
+                reply_to = request["reply_to"].clone();
+                let more = if reply_to.is_null() { json!({}) } else { json!({ "reply_to": reply_to }) };
+                agent.say(&answer(&request, "aGk=", &more)).await;
+            });
+            assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
+            if !reply_to.is_null() {
+                return reply_to;
+            }
+        }
+    })
+    .await
+}
+
+async fn visited(agent: &mut ScriptedAgent, url: &str, answer: impl FnOnce(&Value) -> Value) -> Got {
+    let (got, ()) = tokio::join!(get(url), async {
+        let request = agent.hear().await;
+        agent.say(&answer(&request)).await;
+    });
+    got
+}
+
+#[tokio::test]
+async fn a_reply_is_found_whether_it_names_a_reply_connection_or_not() {
+    let stack = as_in_aws().await;
+    let (mut agent, url) = connected(&stack, "my-app").await;
+    reply_connection(&mut agent, &url).await;
+    let got = visited(&mut agent, &url, |request| answer(request, "bWFpbGJveA==", &json!({}))).await;
+    assert_eq!(&got.body[..], b"mailbox");
+}
+
+#[tokio::test]
+async fn an_agent_cannot_have_the_service_speak_to_another_agent() {
+    let stack = as_in_aws().await;
+    let (mut agent, url) = connected(&stack, "my-app").await;
+    let mut other = ScriptedAgent::connect(&stack, "?tunnel_id=other").await;
+    let other_id = other.ready(&json!({ "type": "ready" })).await["connection_id"].clone();
+
+    let got = visited(&mut agent, &url, |request| answer(request, "aGk=", &json!({ "reply_to": other_id }))).await;
+
+    assert_eq!(&got.body[..], b"hi", "the mailbox took it");
+    other.say(&json!({ "type": "ping" })).await;
+    assert_eq!(other.hear().await, json!({ "type": "pong" }), "it heard something before");
+}
+
+#[tokio::test]
+async fn a_reply_connection_that_is_killed_costs_no_request() {
+    let stack = as_in_aws().await;
+    let (mut agent, url) = connected(&stack, "my-app").await;
+    let first = reply_connection(&mut agent, &url).await;
+    let id: ConnectionId = serde_json::from_value(first.clone()).expect("an id");
+
+    // While a request waits that named it.
+    let got = visited(&mut agent, &url, |request| {
+        assert_eq!(request["reply_to"], first);
+        stack.disconnect(&id).expect("open until now");
+        answer(request, "aGk=", &json!({ "reply_to": first }))
+    })
+    .await;
+    assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
+
+    assert_ne!(reply_connection(&mut agent, &url).await, first, "another one is opened");
+}
+
+#[tokio::test]
+async fn nobody_opens_a_reply_connection_without_a_ticket() {
+    let stack = as_in_aws().await;
+    for ticket in [None, Some("ttf_0000")] {
+        let refused = ScriptedAgent::try_connect(&stack, "?reply=1", ticket).await;
+        assert!(matches!(refused, Err(tokio_tungstenite::tungstenite::Error::Http(response)) if response.status() == 401));
+    }
+}
+
+#[tokio::test]
+async fn a_body_goes_on_only_as_far_as_the_receiver_allows() {
+    let stack = stack().await;
+    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+    agent.ready(&json!({ "type": "ready", "features": ["body_parts", "window"] })).await;
+    let url = format!("{}/my-app/", stack.public_url);
+
+    // Ten megabytes are more than a hundred parts; 32 of them, numbered 0 to 31, may be sent unasked.
+    let upload = post(&url, vec![b'x'; 10_000_000]);
+    let told = async {
+        let request = agent.hear().await;
+        let mut last = 0;
+        while last < 31 {
+            last = agent.hear().await["part"].as_u64().expect("a part");
+        }
+        // Nothing more comes: the next it hears is the answer to its question.
+        agent.say(&json!({ "type": "ping" })).await;
+        assert_eq!(agent.hear().await, json!({ "type": "pong" }));
+        agent.say(&json!({ "type": "window", "request_id": request["request_id"], "parts": 34 })).await;
+        assert_eq!([agent.hear().await["part"].clone(), agent.hear().await["part"].clone()], [32, 33]);
+    };
+    tokio::select! {
+        () = told => {}
+        got = upload => panic!("nobody answered, and yet: {got:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_visitor_who_does_not_read_stops_the_local_service_and_not_the_tunnel() {
+    let stack = stack().await;
+    let produced = Arc::new(AtomicUsize::new(0));
+    let counted = produced.clone();
+    let origin = Origin::answering(move |_| {
+        let counted = counted.clone();
+        let endless = futures_util::stream::repeat_with(move || {
+            counted.fetch_add(64 * 1024, Ordering::Relaxed);
+            Ok(Frame::data(Bytes::from(vec![b'x'; 64 * 1024])))
+        });
+        Some(Response::new(StreamBody::new(endless).boxed()))
+    })
+    .await;
+    let agent = agent(&stack, &origin).await;
+    let authority = stack.public_url.to_string().split_off("http://".len());
+    let mut slow = tokio::net::TcpStream::connect(authority).await.expect("a connection");
+    slow.write_all(b"GET /my-app/ HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    let mut start = [0; 1024];
+    slow.read_exact(&mut start).await.expect("the start of an endless body");
+
+    // It stops: the count stays the same while other requests go on.
+    let stopped = within("the local service to be stopped", async {
+        loop {
+            let before = produced.load(Ordering::Relaxed);
+            for _ in 0..20 {
+                let request = http::Request::head(&agent.url).body("".into()).expect("a request");
+                assert_eq!(visit(request).await.status, StatusCode::OK);
+            }
+            if produced.load(Ordering::Relaxed) == before {
+                return before;
+            }
+        }
+    })
+    .await;
+    assert!(stopped < 32 * 1024 * 1024, "{stopped} bytes are kept for a visitor who does not read");
+}
+
+#[tokio::test]
+async fn a_request_that_a_replaced_agent_gives_back_is_sent_to_the_one_that_serves_now() {
+    let stack = stack().await;
+    let mut old = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+    old.ready(&json!({ "type": "ready", "features": ["notices"] })).await;
+    let url = format!("{}/my-app/", stack.public_url);
+    // Which connection serves the tunnel is remembered now.
+    visited(&mut old, &url, |request| answer(request, "b2xk", &json!({}))).await;
+    let mut new = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+    new.ready(&json!({ "type": "ready" })).await;
+    assert_eq!(old.hear().await["type"], "replaced");
+
+    let give_back = async {
+        loop {
+            let id = old.hear().await["request_id"].clone();
+            old.say(&json!({ "type": "error", "request_id": id, "code": "replaced", "message": "" })).await;
+        }
+    };
+    let visit = async {
+        tokio::join!(post(&url, "once"), async {
+            let request = new.hear().await;
+            assert_eq!(request["body"], "b25jZQ==");
+            new.say(&answer(&request, "bmV3", &json!({}))).await;
+        })
+    };
+    let got = tokio::select! {
+        (got, ()) = visit => got,
+        () = give_back => unreachable!("it goes on for ever"),
+    };
+    assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"new"[..]));
+}
+
+#[tokio::test]
+async fn a_request_whose_agent_died_is_sent_again_only_if_it_changes_nothing() {
+    let stack = stack().await;
+    for (method, is_repeated) in [("GET", true), ("POST", false)] {
+        let mut old = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+        old.ready(&json!({ "type": "ready", "features": ["notices"] })).await;
+        let request = http::Request::builder().method(method).uri(format!("{}/my-app/", stack.public_url));
+        let visit = visit(request.body("".into()).expect("a request"));
+        let story = async {
+            old.hear().await;
+            // Another connection of the owner serves the tunnel by the time the first one breaks.
+            let mut new = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+            new.ready(&json!({ "type": "ready" })).await;
+            drop(old);
+            if is_repeated {
+                let request = new.hear().await;
+                new.say(&answer(&request, "bmV3", &json!({}))).await;
+            }
+            new
+        };
+        let (got, mut new) = tokio::join!(visit, story);
+        if is_repeated {
+            assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"new"[..]));
+        } else {
+            assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("agent_lost")));
+            new.say(&json!({ "type": "ping" })).await;
+            assert_eq!(new.hear().await, json!({ "type": "pong" }), "it was sent again");
+        }
+    }
+}

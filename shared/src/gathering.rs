@@ -1,0 +1,167 @@
+//! Taking a body in pieces of a wanted size, as it comes: full ones while it comes fast, short ones while it does not.
+
+use bytes::Bytes;
+use http_body::Body;
+use http_body_util::BodyExt;
+use tokio::time::{Instant, timeout_at};
+
+use crate::{
+    limits::{PART_BODY, UNPACKED},
+    packing, parts,
+    protocol::Encoding,
+};
+
+/// A body from which pieces are taken.
+#[derive(Debug)]
+pub struct Gathering<B> {
+    body: B,
+    left: Bytes,
+    is_over: bool,
+    /// How many bytes are packed into one piece; none where they are sent as they are.
+    packed_at_once: Option<usize>,
+}
+
+/// As much of a body as goes into one message.
+#[derive(Debug, Eq, PartialEq)]
+pub struct Piece {
+    /// The bytes.
+    pub bytes: Bytes,
+    /// How they are packed.
+    pub encoding: Option<Encoding>,
+    /// The body goes on.
+    pub more: bool,
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
+    /// Takes from `body`; packs what it gives if `packs`.
+    pub fn new(body: B, packs: bool) -> Self {
+        Self { body, left: Bytes::new(), is_over: false, packed_at_once: packs.then_some(UNPACKED) }
+    }
+
+    /// Waits until there are bytes, or the end; tells which.
+    ///
+    /// # Errors
+    /// When the body breaks off.
+    pub async fn is_at_end(&mut self) -> Result<bool, B::Error> {
+        while self.left.is_empty() && !self.is_over {
+            match self.body.frame().await {
+                None => self.is_over = true,
+                // Trailers are dropped: API Gateway has no way to pass them on.
+                Some(frame) => self.left = frame?.into_data().unwrap_or_default(),
+            }
+        }
+        Ok(self.left.is_empty())
+    }
+
+    /// Up to `limit` bytes, fewer only at the body's end.
+    ///
+    /// # Errors
+    /// When the body breaks off.
+    pub async fn take(&mut self, limit: usize) -> Result<Bytes, B::Error> {
+        let (mut chunks, mut length) = (Vec::new(), 0);
+        while length < limit && !self.is_at_end().await? {
+            chunks.push(self.cut(limit, &mut length));
+        }
+        Ok(parts::join(chunks))
+    }
+
+    /// What comes before `until`, if it fits into `room` bytes, packed or not; as much of it as fits otherwise.
+    ///
+    /// # Errors
+    /// When the body breaks off.
+    pub async fn piece(&mut self, room: usize, until: Instant) -> Result<Piece, B::Error> {
+        let (mut bytes, more) = self.gather(self.packed_at_once.unwrap_or(room), until).await?;
+        while self.packed_at_once.is_some() {
+            match packing::pack(&bytes) {
+                Some(packed) if packed.len() <= room => {
+                    return Ok(Piece { bytes: packed, encoding: Some(Encoding::Zstd), more: more || !self.left.is_empty() });
+                }
+                _ if bytes.len() > room => {
+                    let rest = bytes.split_off((bytes.len() / 2).max(room));
+                    self.put_back(rest);
+                    // What follows is likely to be of the same kind.
+                    self.packed_at_once = Some(bytes.len().max(PART_BODY));
+                }
+                _ => break,
+            }
+        }
+        Ok(Piece { bytes, encoding: None, more: more || !self.left.is_empty() })
+    }
+
+    /// Up to `limit` of the bytes that come before `until`, and whether the body goes on.
+    async fn gather(&mut self, limit: usize, until: Instant) -> Result<(Bytes, bool), B::Error> {
+        let (mut chunks, mut length) = (Vec::new(), 0);
+        while let Ok(is_at_end) = timeout_at(until, self.is_at_end()).await {
+            if is_at_end? || length == limit {
+                break;
+            }
+            chunks.push(self.cut(limit, &mut length));
+        }
+        Ok((parts::join(chunks), !(self.is_over && self.left.is_empty())))
+    }
+
+    /// Gives back what was taken last and not used, to be taken again.
+    fn put_back(&mut self, bytes: Bytes) {
+        self.left = match (bytes.is_empty(), self.left.is_empty()) {
+            (true, _) => return,
+            (false, true) => bytes,
+            (false, false) => parts::join(vec![bytes, std::mem::take(&mut self.left)]),
+        };
+    }
+
+    fn cut(&mut self, limit: usize, length: &mut usize) -> Bytes {
+        let chunk = self.left.split_to(self.left.len().min(limit - *length));
+        *length += chunk.len();
+        chunk
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::Full;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pieces(body: &Bytes, room: usize, packs: bool) -> Vec<Piece> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        runtime.block_on(async {
+            let mut gathering = Gathering::new(Full::new(body.clone()), packs);
+            let mut pieces = Vec::new();
+            loop {
+                let piece =
+                    gathering.piece(room, Instant::now() + std::time::Duration::from_secs(1)).await.expect("a body never breaks off");
+                let more = piece.more;
+                pieces.push(piece);
+                if !more {
+                    return pieces;
+                }
+            }
+        })
+    }
+
+    #[test]
+    fn what_packs_well_goes_into_few_pieces() {
+        let body: Bytes = "a line of a log that is much like the others\n".repeat(10_000).into();
+        assert_eq!(pieces(&body, 100_000, true).len(), body.len().div_ceil(UNPACKED));
+        assert_eq!(pieces(&body, 100_000, false).len(), body.len().div_ceil(100_000));
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_put_together_give_the_body_and_each_fits(
+            word in prop::collection::vec(any::<u8>(), 1..3000),
+            times in 1usize..40,
+            room in 500usize..20_000,
+            packs: bool,
+        ) {
+            let body: Bytes = word.repeat(times).into();
+            let mut joined = Vec::new();
+            for piece in pieces(&body, room, packs) {
+                prop_assert!(piece.bytes.len() <= room);
+                joined.extend(packing::unpack(piece.bytes, piece.encoding).expect("what was packed"));
+            }
+            prop_assert_eq!(joined, body);
+        }
+    }
+}
