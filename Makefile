@@ -9,6 +9,7 @@ TARGET ?= $(DEMO)
 TOOLS := $(CURDIR)/.tools
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 CARGO_DENY := 0.20.2
+CARGO_FUZZ := 0.13.2
 
 # Administration: of the stack STACK, or of the data directory DATA of a tunnel-local.
 #
@@ -19,13 +20,21 @@ CARGO_DENY := 0.20.2
 #
 # make invoke EVENT=ready   runs a function in a container, as sam local invoke does; `tunnel-local --samples` is its other side.
 #                           EVENT: connect disconnect ready ping http-response body-part agent-error http-v1 http-v2 url
+# make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with what they give directly
+# make fuzz                 FUZZ_SECONDS on each target under fuzz/fuzz_targets; make fuzz-decode on one of them
+#                           what is found is in fuzz/artifacts, what was tried in fuzz/corpus
 # make e2e-deploy           deploys to an emulator of AWS and goes through the tunnel
 
 ADMIN = $(BIN)/tunnel-admin $(if $(DATA),--data $(DATA),--stack $(or $(STACK),tunnel))
 EVENT ?= ready
 FUNCTION = $(or $(patsubst %,ConnectFunction,$(filter connect,$(EVENT))),$(patsubst %,DisconnectFunction,$(filter disconnect,$(EVENT))),$(patsubst %,ForwardFunction,$(filter http-v1 http-v2 url,$(EVENT))),DefaultFunction)
 
-.PHONY: run test check build fmt clippy doc deny smoke tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy
+FUZZ_SECONDS ?= 10
+FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.rs))
+# Longer than a message may be. For the others libFuzzer's own 4,096 bytes are enough.
+FUZZ_FLAGS_decode := -max_len=140000
+
+.PHONY: run test check build fmt clippy doc deny smoke tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -42,8 +51,10 @@ run: build
 	  read -r ttf; trap 'kill $$ttf 2>/dev/null' EXIT; \
 	  while read -r url; do printf '\n  public URL: %s\n  try it:     curl %s/\n  stop it:    Ctrl-C\n\n' "$$url" "$$url"; done; }
 
+# The end-to-end suite once more, with every step as in AWS.
 test: tools
 	cargo test --release --locked --workspace
+	TUNNEL_TEST_SHAPE=as-in-aws cargo test --release --locked --package local
 
 check: fmt clippy doc test deny smoke
 
@@ -83,3 +94,21 @@ invoke:
 
 e2e-deploy: tools
 	.ci/e2e-deploy
+
+servers: build
+	.ci/servers $(BIN)
+
+fuzz: $(FUZZ)
+
+# Without a sanitizer it works on stable Rust, and safe code does not need one.
+$(FUZZ): fuzz-%: tools
+	@command -v c++ >/dev/null || { echo "a C++ compiler is missing: apt install g++, dnf install gcc-c++, or xcode-select --install" >&2; exit 1; }
+	@test -x $(TOOLS)/bin/cargo-fuzz || cargo install --locked --root $(TOOLS) --version $(CARGO_FUZZ) cargo-fuzz
+	cargo fetch --locked --quiet --manifest-path fuzz/Cargo.toml
+	$(TOOLS)/bin/cargo-fuzz build --sanitizer none $*
+	@mkdir -p fuzz/artifacts fuzz/corpus/$*
+	@echo "fuzzing $* for $(FUZZ_SECONDS) s"
+	@$(TOOLS)/bin/cargo-fuzz run --sanitizer none $* fuzz/corpus/$* $(wildcard fuzz/seeds/$*) -- \
+	  $(addprefix -dict=,$(wildcard fuzz/dictionaries/$*.dict)) $(FUZZ_FLAGS_$*) -max_total_time=$(FUZZ_SECONDS) -timeout=10 \
+	  -rss_limit_mb=512 -verbosity=0 -print_funcs=0 -print_final_stats=1 >fuzz/artifacts/$*.log 2>&1 \
+	  && grep '^stat::' fuzz/artifacts/$*.log || { cat fuzz/artifacts/$*.log >&2; exit 1; }

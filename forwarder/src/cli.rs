@@ -78,7 +78,7 @@ struct Options {
     /// How long the local service may take to start its response [default: 5m]
     #[arg(long, global = true, env = "TTF_REQUEST_TIMEOUT", value_parser = humantime::parse_duration, value_name = "TIME")]
     request_timeout: Option<Duration>,
-    /// How many requests are passed on at once [default: 256]
+    /// How many requests are passed on at once [default: 1024]
     #[arg(long, global = true, env = "TTF_MAX_CONCURRENT", value_name = "N")]
     max_concurrent: Option<usize>,
     /// Compress bodies between the service and this agent where it pays [default: true]

@@ -61,8 +61,7 @@ impl Context {
             timeout: settings.request_timeout,
             parts: features.contains(&Feature::BodyParts),
             windows: features.contains(&Feature::Window),
-            // On this machine bytes cost nothing and packing does.
-            packs: settings.compression && features.contains(&Feature::Zstd) && !settings.endpoint.is_loopback(),
+            packs: settings.compression && features.contains(&Feature::Zstd),
         }
     }
 }

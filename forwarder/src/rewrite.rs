@@ -2,7 +2,7 @@
 
 use http::{HeaderMap, HeaderValue, header, uri::Uri};
 use tunnel_shared::{
-    headers::{FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO},
+    headers::{FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, text_to_value, value_to_text},
     routing::is_loopback,
 };
 
@@ -30,9 +30,10 @@ impl PublicAddress {
 
     /// Rewrites `Location` and the paths of cookies that point at the local service itself. Everything else stays as it is.
     pub fn rewrite(&self, response: &mut HeaderMap, target: &Target) {
-        if let Some(location) = response.get(header::LOCATION).and_then(|value| value.to_str().ok())
-            && let Some(rewritten) = self.location(location, target)
-            && let Ok(value) = HeaderValue::from_str(&rewritten)
+        // Byte by byte: not every service writes ASCII only.
+        if let Some(location) = response.get(header::LOCATION).map(value_to_text)
+            && let Some(rewritten) = self.location(&location, target)
+            && let Some(value) = text_to_value(&rewritten)
         {
             response.insert(header::LOCATION, value);
         }
@@ -49,14 +50,12 @@ impl PublicAddress {
         if location.starts_with('/') && !location.starts_with("//") {
             return self.prefixed(location);
         }
-        let uri: Uri = location.parse().ok()?;
-        let points_here = is_same_origin(&uri, target);
+        let (scheme, after_scheme) = location.split_once("://")?;
+        let (authority, rest) = after_scheme.split_at(after_scheme.find(['/', '?', '#']).unwrap_or(after_scheme.len()));
+        let points_here = is_same_origin(&format!("{scheme}://{authority}").parse().ok()?, target);
         if !points_here || self.origin.is_empty() {
             return None;
         }
-        // Cut from the text and not taken from the parsed address, which has no fragment.
-        let (_, after_scheme) = location.split_once("://")?;
-        let rest = after_scheme.find(['/', '?', '#']).map_or("", |at| &after_scheme[at..]);
         let separator = if rest.starts_with('/') { "" } else { "/" };
         Some(format!("{}{}{separator}{rest}", self.origin, self.prefix))
     }
@@ -139,6 +138,18 @@ mod tests {
         ] {
             assert_eq!(rewritten("/abc", header::LOCATION, location), by_path, "{location} by path");
             assert_eq!(rewritten("", header::LOCATION, location), by_host, "{location} by host name");
+        }
+    }
+
+    #[test]
+    fn a_location_that_is_not_ascii_stays_in_the_tunnel_too() {
+        for (location, by_path) in
+            [("/\u{fc}n\u{ef}code?x#y", "/abc/\u{fc}n\u{ef}code?x#y"), ("http://localhost:3000/\u{fc}", "https://t.example.com/abc/\u{fc}")]
+        {
+            let value = HeaderValue::from_bytes(location.as_bytes()).expect("a value");
+            let mut response = HeaderMap::from_iter([(header::LOCATION, value)]);
+            address("/abc").rewrite(&mut response, &"localhost:3000".parse().expect("a target"));
+            assert_eq!(response[header::LOCATION].as_bytes(), by_path.as_bytes(), "{location}");
         }
     }
 

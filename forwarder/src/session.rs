@@ -1,7 +1,7 @@
 //! One connection to the service, from its first request to its end.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     time::Duration,
 };
 
@@ -59,9 +59,29 @@ const OUTGOING: usize = 32;
 /// How many ended requests are remembered, so that one that comes twice is not carried out twice.
 const REMEMBERED: usize = 1024;
 
+/// Requests that have ended, the last [`REMEMBERED`] of them.
+#[derive(Debug, Default)]
+struct Ended {
+    known: HashSet<RequestId>,
+    in_order: VecDeque<RequestId>,
+}
+
+impl Ended {
+    fn insert(&mut self, id: RequestId) {
+        if self.in_order.len() == REMEMBERED
+            && let Some(oldest) = self.in_order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+        if self.known.insert(id.clone()) {
+            self.in_order.push_back(id);
+        }
+    }
+}
+
 /// How a session ended.
 #[derive(Debug)]
-pub enum Ended {
+pub enum End {
     /// As asked.
     Stopped,
     /// Another connection of the owner has taken the tunnel over.
@@ -108,7 +128,7 @@ pub struct Session {
     max_concurrent: usize,
     requests: HashMap<RequestId, InFlight>,
     running: JoinSet<(RequestId, Event)>,
-    ended: VecDeque<RequestId>,
+    ended: Ended,
     leaving: Option<Leaving>,
 }
 
@@ -124,13 +144,13 @@ impl Session {
             max_concurrent: settings.max_concurrent,
             requests: HashMap::new(),
             running: JoinSet::new(),
-            ended: VecDeque::new(),
+            ended: Ended::default(),
             leaving: None,
         }
     }
 
     /// Serves until the connection ends, or `stop` or `retire` are cancelled and the requests in flight have finished.
-    pub async fn serve(mut self, socket: Socket, stop: CancellationToken, retire: CancellationToken) -> Ended {
+    pub async fn serve(mut self, socket: Socket, stop: CancellationToken, retire: CancellationToken) -> End {
         let (sink, mut stream) = socket.split();
         let (ping, pings) = mpsc::channel(1);
         let mut writer = JoinSet::new();
@@ -150,20 +170,20 @@ impl Session {
                         Some(Ok(Message::Pong(_))) => answers_pings = true,
                         Some(Ok(Message::Close(frame))) => {
                             let reason = frame.map(|frame| format!(" ({})", frame.code)).unwrap_or_default();
-                            break Ended::Lost(format!("the service closed the connection{reason}"));
+                            break End::Lost(format!("the service closed the connection{reason}"));
                         }
                         Some(Ok(_)) => {}
-                        Some(Err(error)) => break Ended::Lost(error.to_string()),
-                        None => break Ended::Lost("the connection broke".to_owned()),
+                        Some(Err(error)) => break End::Lost(error.to_string()),
+                        None => break End::Lost("the connection broke".to_owned()),
                     }
                 }
                 Some(done) = self.running.join_next() => self.finish(done),
                 Some(failed) = writer.join_next() => {
-                    break Ended::Lost(failed.ok().flatten().unwrap_or_else(|| "the connection broke".to_owned()));
+                    break End::Lost(failed.ok().flatten().unwrap_or_else(|| "the connection broke".to_owned()));
                 }
                 now = tick.tick() => {
                     if heard.elapsed() > SILENCE && (answers_pings || pinged > heard) {
-                        break Ended::Lost(format!("nothing was heard for {} s", heard.elapsed().as_secs()));
+                        break End::Lost(format!("nothing was heard for {} s", heard.elapsed().as_secs()));
                     }
                     // A full queue means that the writer has not got round to the last one.
                     let _ = ping.try_send(());
@@ -192,16 +212,16 @@ impl Session {
         self.running.shutdown().await;
         drop((self, ping));
         // With all senders gone the writer sends what is queued, closes and ends.
-        if !matches!(ended, Ended::Lost(_)) {
+        if !matches!(ended, End::Lost(_)) {
             let _ = timeout(Duration::from_secs(2), writer.join_next()).await;
         }
         ended
     }
 
-    fn left(&self) -> Ended {
+    fn left(&self) -> End {
         match &self.leaving {
-            Some(Leaving::Replaced(reason)) => Ended::Replaced(reason.clone()),
-            _ => Ended::Stopped,
+            Some(Leaving::Replaced(reason)) => End::Replaced(reason.clone()),
+            _ => End::Stopped,
         }
     }
 
@@ -222,7 +242,7 @@ impl Session {
                 if let Some(request) = self.requests.remove(&request_id) {
                     debug!(request = %request_id, "cancelled");
                     request.task.abort();
-                    self.remember(request_id);
+                    self.ended.insert(request_id);
                 }
             }
             Ok(ToAgent::Replaced { reason }) => self.leaving = Some(Leaving::Replaced(reason)),
@@ -238,7 +258,7 @@ impl Session {
 
     fn start(&mut self, request: HttpRequest) {
         let id = request.request_id.clone();
-        if self.requests.contains_key(&id) || self.ended.contains(&id) {
+        if self.requests.contains_key(&id) || self.ended.known.contains(&id) {
             debug!(request = %id, "request came twice");
             return;
         }
@@ -295,7 +315,7 @@ impl Session {
         warn!(request = %id, message, "request dropped");
         let Some(request) = self.requests.remove(&id) else { return };
         request.task.abort();
-        self.remember(id.clone());
+        self.ended.insert(id.clone());
         self.refuse(id, request.reply_to, AgentErrorCode::Busy, message);
     }
 
@@ -316,15 +336,8 @@ impl Session {
             }
         };
         self.requests.remove(&id);
-        self.remember(id);
+        self.ended.insert(id);
         self.observe(event);
-    }
-
-    fn remember(&mut self, id: RequestId) {
-        if self.ended.len() == REMEMBERED {
-            self.ended.pop_front();
-        }
-        self.ended.push_back(id);
     }
 }
 

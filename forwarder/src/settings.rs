@@ -12,7 +12,7 @@ use tunnel_shared::{id::TunnelId, routing::is_loopback};
 /// How long the local service may take to start its response.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// How many requests are passed to the local service at once.
-pub const MAX_CONCURRENT: usize = 256;
+pub const MAX_CONCURRENT: usize = 1024;
 /// Where the local service is if nobody says so.
 pub const DEFAULT_TARGET: &str = "127.0.0.1:3000";
 
@@ -65,11 +65,6 @@ impl Endpoint {
     pub fn address(&self) -> String {
         let default = if self.0.scheme_str() == Some("ws") { 80 } else { 443 };
         format!("{}:{}", self.0.host().unwrap_or_default(), self.0.port_u16().unwrap_or(default))
-    }
-
-    /// Whether it is on this machine.
-    pub fn is_loopback(&self) -> bool {
-        self.0.host().is_some_and(is_loopback)
     }
 
     /// The address with a query that asks for a tunnel by name.

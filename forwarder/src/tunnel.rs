@@ -19,7 +19,7 @@ use crate::{
     event::Event,
     handshake::{self, Failed, Opened},
     origin::Origin,
-    session::{Ended, Session},
+    session::{End, Session},
     settings::Settings,
 };
 
@@ -66,7 +66,7 @@ struct Tunnel {
     /// What is asked for: in the end what the service gave.
     tunnel_id: Option<TunnelId>,
     /// The one that serves the tunnel, and those it took over from.
-    sessions: JoinSet<Ended>,
+    sessions: JoinSet<End>,
 }
 
 /// The session that serves the tunnel.
@@ -96,9 +96,9 @@ impl Tunnel {
                         }
                         current = None;
                         match ended {
-                            Ended::Stopped => return Ok(()),
-                            Ended::Replaced(reason) => return Err(Failure::Replaced(reason)),
-                            Ended::Lost(reason) => self.pause(&mut backoff, reason).await,
+                            End::Stopped => return Ok(()),
+                            End::Replaced(reason) => return Err(Failure::Replaced(reason)),
+                            End::Lost(reason) => self.pause(&mut backoff, reason).await,
                         }
                         continue;
                     }

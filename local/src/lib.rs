@@ -14,6 +14,7 @@ pub mod event;
 pub mod quotas;
 pub mod samples;
 pub mod stack;
+pub mod strict;
 pub mod visitors;
 
 pub use stack::{Options, Stack};

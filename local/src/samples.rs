@@ -89,7 +89,9 @@ async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
         match TcpListener::bind(SocketAddr::from((address, port))).await {
             Ok(listener) => listeners.push(listener),
             // A machine without Docker's bridge has no such address.
-            Err(_) if !address.is_loopback() => {}
+            Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable && !address.is_loopback() => {
+                say(&format!("{address} is not there, so containers cannot reach port {port}: start Docker first if they should"));
+            }
             Err(error) => return Err(error).with_context(|| format!("port {port} is needed for the samples")),
         }
     }

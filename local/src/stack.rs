@@ -29,12 +29,21 @@ use tunnel_shared::{
     routing::{PublicUrl, Routing},
 };
 
-use crate::{agents, agents::WebSocketFront, connections, connections::Connections, dynamodb, quotas::Quotas, visitors};
+use crate::{
+    agents,
+    agents::WebSocketFront,
+    connections,
+    connections::Connections,
+    dynamodb,
+    quotas::Quotas,
+    strict::{LastHead, Watched},
+    visitors,
+};
 
 /// Most open connections of visitors and agents together; more wait to be accepted.
 const OPEN_CONNECTIONS: usize = 4096;
 /// Longest request line plus headers, in bytes. API Gateway takes 10,240.
-const HEAD: usize = 64 * 1024;
+pub(crate) const HEAD: usize = 64 * 1024;
 /// How long a visitor may take to send its request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests after it failed.
@@ -247,11 +256,13 @@ struct Front {
 }
 
 impl Front {
-    async fn serve(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<AnswerBody> {
+    async fn serve(&self, request: Request<Incoming>, peer: SocketAddr, head: &LastHead) -> Response<AnswerBody> {
         if request.uri().path() == agents::PATH {
             self.websocket.accept(request, peer).await
-        } else {
+        } else if head.is_plain(&request) {
             visitors::serve(&self.forward, request, peer, &self.scheme).await
+        } else {
+            visitors::refuse(&request, "it says two things about its length")
         }
     }
 }
@@ -277,12 +288,14 @@ async fn listen(listener: TcpListener, front: Front, visitors: Subsystem) {
         };
         // Without it a connection only has more latency.
         let _ = stream.set_nodelay(true);
-        let front = front.clone();
+        let (front, head) = (front.clone(), LastHead::default());
+        let stream = TokioIo::new(Watched::new(stream, head.clone()));
         let service = service_fn(move |request| {
-            let front = front.clone();
-            async move { Ok::<_, Infallible>(front.serve(request, peer).await) }
+            let (front, head) = (front.clone(), head.clone());
+            // Boxed, because hyper moves it about.
+            Box::pin(async move { Ok::<_, Infallible>(front.serve(request, peer, &head).await) })
         });
-        let connection = http.serve_connection(TokioIo::new(stream), service).with_upgrades();
+        let connection = http.serve_connection(stream, service).with_upgrades();
         let stop = visitors.stop.clone();
         visitors.tasks.spawn(async move {
             let mut connection = std::pin::pin!(connection);

@@ -13,12 +13,15 @@ use tunnel_forward::{
     Forward,
     answer::{self, AnswerBody},
     refusal::Refusal,
-    visit::{Front, Visit},
+    visit::{Front, Visit, wants_html},
 };
 use tunnel_shared::{limits::REQUEST_DEADLINE, routing::encode_path};
 
 /// Serves a visitor's request.
 pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: SocketAddr, scheme: &str) -> Response<AnswerBody> {
+    if is_absolute(request.uri()) {
+        return refuse(&request, "its target is a whole address, as for a proxy");
+    }
     let (head, body) = request.into_parts();
     let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
     let visit = Visit {
@@ -33,11 +36,14 @@ pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: SocketAd
         source_ip: peer.ip().to_string(),
         body: body.map_err(Into::into).boxed_unsync(),
     };
-    if is_absolute(&head.uri) {
-        let refusal = Refusal::BadRequest("its target is a whole address, as for a proxy".to_owned());
-        return refusal.into_response(visit.wants_html());
-    }
     forward.serve(visit).await
+}
+
+/// Refuses a request that is not to be served, and closes the connection: what follows on it may be part of the same.
+pub fn refuse(request: &Request<Incoming>, why: &str) -> Response<AnswerBody> {
+    let mut response = Refusal::BadRequest(why.to_owned()).into_response(wants_html(request.headers()));
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 /// Whether a request's target is in absolute-form or authority-form, which only proxies take.

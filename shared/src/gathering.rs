@@ -13,10 +13,12 @@ use crate::{
 
 /// A body from which pieces are taken.
 #[derive(Debug)]
-pub struct Gathering<B> {
+pub struct Gathering<B: Body> {
     body: B,
     left: Bytes,
     is_over: bool,
+    /// How it broke off, after bytes that are still to be given out.
+    broken_off: Option<B::Error>,
     /// How many bytes are packed into one piece; none where they are sent as they are.
     packed_at_once: Option<usize>,
 }
@@ -35,7 +37,7 @@ pub struct Piece {
 impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
     /// Takes from `body`; packs what it gives if `packs`.
     pub fn new(body: B, packs: bool) -> Self {
-        Self { body, left: Bytes::new(), is_over: false, packed_at_once: packs.then_some(UNPACKED) }
+        Self { body, left: Bytes::new(), is_over: false, broken_off: None, packed_at_once: packs.then_some(UNPACKED) }
     }
 
     /// Waits until there are bytes, or the end; tells which.
@@ -44,6 +46,9 @@ impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
     /// When the body breaks off.
     pub async fn is_at_end(&mut self) -> Result<bool, B::Error> {
         while self.left.is_empty() && !self.is_over {
+            if let Some(error) = self.broken_off.take() {
+                return Err(error);
+            }
             match self.body.frame().await {
                 None => self.is_over = true,
                 // Trailers are dropped: API Gateway has no way to pass them on.
@@ -92,8 +97,14 @@ impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
     async fn gather(&mut self, limit: usize, until: Instant) -> Result<(Bytes, bool), B::Error> {
         let (mut chunks, mut length) = (Vec::new(), 0);
         while let Ok(is_at_end) = timeout_at(until, self.is_at_end()).await {
-            if is_at_end? || length == limit {
-                break;
+            match is_at_end {
+                Ok(false) if length < limit => {}
+                Ok(_) => break,
+                Err(error) if length > 0 => {
+                    self.broken_off = Some(error);
+                    break;
+                }
+                Err(error) => return Err(error),
             }
             chunks.push(self.cut(limit, &mut length));
         }
@@ -138,6 +149,16 @@ mod tests {
                 }
             }
         })
+    }
+
+    #[tokio::test]
+    async fn what_came_before_a_body_broke_off_is_given_out() {
+        let frames = [Ok(http_body::Frame::data(Bytes::from_static(b"hello"))), Err("broken")];
+        let mut body = Gathering::new(http_body_util::StreamBody::new(futures_util::stream::iter(frames)), false);
+        let until = Instant::now() + std::time::Duration::from_secs(1);
+        let piece = body.piece(100, until).await.expect("the bytes that came");
+        assert_eq!((&piece.bytes[..], piece.more), (&b"hello"[..], true));
+        assert_eq!(body.piece(100, until).await, Err("broken"));
     }
 
     #[test]

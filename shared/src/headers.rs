@@ -31,9 +31,8 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
+        .flat_map(|value| value.as_bytes().split(|&byte| byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
         .collect();
     for name in HOP_BY_HOP.iter().chain(&named) {
         headers.remove(name);
@@ -149,6 +148,14 @@ mod tests {
     fn hop_by_hop_fields_and_those_connection_names_are_removed() {
         let mut headers =
             map(&[("connection", "close, X-Hop"), ("x-hop", "1"), ("te", "trailers"), ("transfer-encoding", "chunked"), ("x-end", "2")]);
+        remove_hop_by_hop(&mut headers);
+        assert_eq!(headers, map(&[("x-end", "2")]));
+    }
+
+    #[test]
+    fn a_connection_field_that_is_no_text_names_fields_all_the_same() {
+        let mut headers = map(&[("x-hop", "1"), ("x-end", "2")]);
+        headers.insert("connection", HeaderValue::from_bytes(b"close, x-hop, \xff").expect("a value"));
         remove_hop_by_hop(&mut headers);
         assert_eq!(headers, map(&[("x-end", "2")]));
     }

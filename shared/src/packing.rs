@@ -12,6 +12,9 @@ const WORTH_IT: usize = 1024;
 /// Zstandard's quickest regular level: what is waited for is a visitor's answer.
 const LEVEL: i32 = 1;
 
+/// The decoder's memory is two to the power of this: no more than what may be unpacked, whatever a frame claims to need.
+const WINDOW_LOG: u32 = UNPACKED.ilog2() + 1;
+
 /// A body that does not unpack to what it may.
 #[derive(Debug, thiserror::Error)]
 pub enum Unpackable {
@@ -52,7 +55,9 @@ pub fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> Result<Bytes, Unpacka
         None => Ok(bytes),
         Some(Encoding::Zstd) => {
             let mut unpacked = Vec::new();
-            zstd::stream::read::Decoder::with_buffer(&bytes[..])?.take(UNPACKED as u64 + 1).read_to_end(&mut unpacked)?;
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(&bytes[..])?;
+            decoder.window_log_max(WINDOW_LOG)?;
+            decoder.take(UNPACKED as u64 + 1).read_to_end(&mut unpacked)?;
             if unpacked.len() > UNPACKED { Err(Unpackable::TooLong) } else { Ok(unpacked.into()) }
         }
     }

@@ -116,7 +116,7 @@ impl<T> Reorder<T> {
     /// Takes the next part in order out, if it is there.
     pub fn take_next(&mut self) -> Option<T> {
         let item = self.early.remove(&self.expected)?;
-        self.expected += 1;
+        self.expected = self.expected.saturating_add(1);
         Some(item)
     }
 }

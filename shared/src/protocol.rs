@@ -352,6 +352,10 @@ pub fn decode<'de, M: Deserialize<'de>>(text: &'de str) -> Result<M, DecodeError
     if text.len() > WEBSOCKET_MESSAGE {
         return Err(DecodeError::TooLong(text.len()));
     }
+    if !text.trim_start().starts_with('{') {
+        // serde would read a list as the fields in their order, which is nobody's business.
+        return Err(DecodeError::Malformed(de::Error::custom("not an object")));
+    }
     Ok(serde_json::from_str(text)?)
 }
 
@@ -400,6 +404,12 @@ mod tests {
         );
         let error = decode::<FromAgent>(r#"{"type":"error","request_id":"r","code":"on_fire"}"#).expect("error");
         assert!(matches!(error, FromAgent::Error(AgentError { code: AgentErrorCode::InternalError, .. })));
+    }
+
+    #[test]
+    fn a_list_is_no_message() {
+        assert!(matches!(decode::<FromAgent>(r#"["ping"]"#), Err(DecodeError::Malformed(_))));
+        assert!(matches!(decode::<FromAgent>(r#"["body_part","r1",1,"aGk=",false]"#), Err(DecodeError::Malformed(_))));
     }
 
     #[test]

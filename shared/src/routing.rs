@@ -97,13 +97,20 @@ impl FromStr for PublicUrl {
         let has_query = parts.path_and_query.is_some_and(|path| path.query().is_some());
         match (parts.scheme, parts.authority) {
             (Some(scheme), Some(authority))
-                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_query && !authority.as_str().contains('@') =>
+                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_query && is_host_and_port(&authority) =>
             {
                 Ok(Self { scheme, authority, path })
             }
             _ => Err(Invalid::PublicUrl),
         }
     }
+}
+
+/// Whether an authority is a host and, at most, a port after it. `Authority` itself takes more.
+fn is_host_and_port(authority: &Authority) -> bool {
+    let Some(rest) = authority.as_str().strip_prefix(authority.host()) else { return false };
+    let is_port = |port: &str| port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok();
+    !authority.host().is_empty() && (rest.is_empty() || rest.strip_prefix(':').is_some_and(is_port))
 }
 
 /// What a visitor's address means.
@@ -250,7 +257,9 @@ mod tests {
         assert_eq!(base("https://x.com/").by_path(&id), "https://x.com/abc");
         assert_eq!(base("https://x.com/dev").by_path(&id), "https://x.com/dev/abc");
         assert_eq!(base("http://localhost:8080").by_subdomain(&id), "http://abc.localhost:8080");
-        for invalid in ["x.com", "ftp://x.com", "https://", "https://x.com/?a", "https://u@x.com"] {
+        for invalid in
+            ["x.com", "ftp://x.com", "https://", "https://x.com/?a", "https://u@x.com", "http://x:", "http://x:99999", "http://:80"]
+        {
             assert_eq!(invalid.parse::<PublicUrl>(), Err(Invalid::PublicUrl), "{invalid}");
         }
     }

@@ -21,7 +21,7 @@ use tunnel_shared::{
         settings::{Faults, Variables},
         store::StoreError,
         tunnels::{Online, Tunnels},
-        websocket::{InProcess, PostError, WebSocketApi},
+        websocket::{InProcess, PostError, WebSocketApi, packing_pays},
     },
     id::{ConnectionId, TunnelId},
     limits::WEBSOCKET_LIFE,
@@ -42,6 +42,8 @@ pub struct DefaultRoute {
     routing: Routing,
     /// How long a connection may live.
     life: Duration,
+    /// What this service announces.
+    features: Vec<Feature>,
 }
 
 /// Why a message was not handled: the fault is ours. API Gateway tells the agent "Internal server error".
@@ -71,12 +73,15 @@ impl DefaultRoute {
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.optional("ROUTING", Routing::Path);
         variables.finish(|| {
+            let public_url: PublicUrl = public_url?;
+            let packs = packing_pays(in_process, &public_url);
             Some(Self {
                 tunnels: Tunnels::new(sdk, tunnels?),
                 connections: connections?,
                 relay: relay?,
                 agents: agents?,
-                public_url: public_url?,
+                features: FEATURES.into_iter().filter(|feature| packs || *feature != Feature::Zstd).collect(),
+                public_url,
                 routing: routing?,
                 life: in_process.map_or(WEBSOCKET_LIFE, |in_process| in_process.life),
             })
@@ -98,7 +103,7 @@ impl DefaultRoute {
     /// # Errors
     /// When the tables or @connections do not answer.
     pub async fn message(&self, sender: &ConnectionId, text: &str) -> Result<RouteResponse, Error> {
-        if self.relay.pass_on(sender, text).await? {
+        if self.relay.is_elsewhere() && Box::pin(self.relay.pass_on(sender, text)).await? {
             return Ok(RouteResponse::ok());
         }
         match protocol::decode(text) {
@@ -112,7 +117,7 @@ impl DefaultRoute {
 
     async fn take(&self, sender: &ConnectionId, message: FromAgent) -> Result<RouteResponse, Error> {
         match message {
-            FromAgent::Ready(ready) => return self.open(sender, ready).await,
+            FromAgent::Ready(ready) => return Box::pin(self.open(sender, ready)).await,
             FromAgent::Ping => {
                 // The dashboard counts live agents by this line.
                 info!(connection = %sender, "ping");
@@ -166,7 +171,7 @@ impl DefaultRoute {
             path_based_url: Some(by_path),
             tunnel_id,
             protocol: Some(protocol::VERSION),
-            features: FEATURES.to_vec(),
+            features: self.features.clone(),
             life_ms: u64::try_from(self.life.as_millis()).ok(),
         }
     }

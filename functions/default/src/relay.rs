@@ -77,6 +77,11 @@ impl Relay {
         })
     }
 
+    /// Whether replies have to leave this process.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        matches!(self, Self::Cloud { .. })
+    }
+
     /// Passes a message that names a reply connection on as it is, and tells whether it did.
     pub(crate) async fn pass_on(&self, sender: &ConnectionId, text: &str) -> Result<bool, Error> {
         let Self::Cloud { api, known, .. } = self else { return Ok(false) };
@@ -116,7 +121,7 @@ impl Relay {
                 replies.deliver(sender, reply);
                 Ok(())
             }
-            Self::Cloud { mailbox, .. } => mailbox.put(sender, reply, now()).await,
+            Self::Cloud { mailbox, .. } => Box::pin(mailbox.put(sender, reply, now())).await,
         }
     }
 

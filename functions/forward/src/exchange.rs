@@ -65,7 +65,7 @@ pub(crate) async fn run(
     let deadline = matches!(visit.front, Front::HttpApi(_)).then_some(head_deadline);
     let online = function.lookup.find(tunnel).await?;
     let method = visit.method.clone();
-    let (mut message, rest) = first_message(visit, prefix, path, &online, function.packs()).await?;
+    let (mut message, rest) = first_message(visit, prefix, path, &online, function.packs).await?;
     record.request = Some(message.request_id.clone());
     record.request_bytes.fetch_add(message.body.0.len() as u64, Ordering::Relaxed);
     let may_repeat = rest.is_none() && message.body.0.is_empty() && matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);

@@ -29,7 +29,7 @@ use tunnel_shared::{
         sdk::SdkConfig,
         settings::{Faults, Variables},
         tunnels::Tunnels,
-        websocket::{InProcess, WebSocketApi},
+        websocket::{InProcess, WebSocketApi, packing_pays},
     },
     id::ConnectionId,
     routing::{PublicUrl, Route, Routing},
@@ -56,6 +56,8 @@ pub(crate) struct Parts {
     pub(crate) replies: Replies,
     ways_back: WaysBack,
     public_url: PublicUrl,
+    /// Request bodies are packed where it pays.
+    pub(crate) packs: bool,
     routing: Routing,
     /// The Lambda function's name; none outside Lambda.
     lambda: Option<String>,
@@ -71,11 +73,6 @@ enum WaysBack {
 }
 
 impl Parts {
-    /// Whether bodies are packed: not for an agent that is a few steps away, as in the same process it mostly is.
-    pub(crate) fn packs(&self) -> bool {
-        matches!(self.ways_back, WaysBack::Cloud { .. })
-    }
-
     /// Where the reply to a request will come from, and the reply connection that the request is to name; only agents that
     /// `send_it_back` are told one.
     pub(crate) async fn way_back(&self, send_it_back: bool) -> (Source, Option<ConnectionId>) {
@@ -106,6 +103,7 @@ impl Forward {
         let lambda = variables.given_by_lambda("AWS_LAMBDA_FUNCTION_NAME");
         let replies = in_process.map(|in_process| in_process.replies.clone()).unwrap_or_default();
         variables.finish(|| {
+            let public_url: PublicUrl = public_url?;
             let (connections, mailbox) = (Connections::new(sdk, connections?), Mailbox::new(sdk, mailbox?));
             let ways_back = match (in_process, endpoint?) {
                 (Some(_), _) => WaysBack::InProcess,
@@ -119,7 +117,8 @@ impl Forward {
                 agents: agents?,
                 replies,
                 ways_back,
-                public_url: public_url?,
+                packs: packing_pays(in_process, &public_url),
+                public_url,
                 routing: routing?,
                 lambda,
                 tasks: TaskTracker::new(),
@@ -157,7 +156,8 @@ impl Forward {
         match Route::of(self.0.routing, &self.0.public_url, &visit.host, &visit.path) {
             Route::Tunnel { id, prefix, path } => {
                 let mut record = Record::new(self.0.lambda.clone(), id.clone());
-                match exchange::run(&self.0, visit, &id, &prefix, &path, &mut record).await {
+                // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
+                match Box::pin(exchange::run(&self.0, visit, &id, &prefix, &path, &mut record)).await {
                     Ok(replying) => replying.into_response(record),
                     Err(refusal) => {
                         if let Refusal::Internal(cause) = &refusal {

@@ -46,7 +46,7 @@ impl Lookup {
         {
             return Ok(online.clone());
         }
-        let found = self.tunnels.get(id, now()).await?.ok_or(Refusal::NoSuchTunnel)?;
+        let found = Box::pin(self.tunnels.get(id, now())).await?.ok_or(Refusal::NoSuchTunnel)?;
         let online = found.online.ok_or(Refusal::Offline)?;
         let mut known = self.lock();
         if known.len() >= REMEMBERED {
@@ -70,7 +70,7 @@ impl Lookup {
     /// When DynamoDB does not answer.
     pub(crate) async fn lost(&self, id: &TunnelId, gone: &Online) -> Result<(), Refusal> {
         self.forget(id, gone);
-        self.tunnels.go_offline(id, &gone.connection_id, now()).await?;
+        Box::pin(self.tunnels.go_offline(id, &gone.connection_id, now())).await?;
         Ok(())
     }
 

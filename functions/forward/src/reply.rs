@@ -94,7 +94,7 @@ impl PendingReply {
                 },
                 () = sleep_until(wake.unwrap_or(waiting_since)), if wake.is_some() => {
                     if next_look.is_some_and(|at| Instant::now() >= at) {
-                        self.look(waited >= DOUBT).await?;
+                        Box::pin(self.look(waited >= DOUBT)).await?;
                         next_look = self.source.pause(waited).map(|pause| Instant::now() + pause);
                     }
                 }

@@ -157,8 +157,13 @@ impl Visit {
 
     /// Whether an error page is better than JSON for this visitor.
     pub fn wants_html(&self) -> bool {
-        self.headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|value| value.contains("text/html"))
+        wants_html(&self.headers)
     }
+}
+
+/// Whether whoever sent these fields would rather be shown a page.
+pub fn wants_html(headers: &HeaderMap) -> bool {
+    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|value| value.contains("text/html"))
 }
 
 /// Header values come as text in events and as its UTF-8 in the event types; this gives each character's byte back.

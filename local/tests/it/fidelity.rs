@@ -208,3 +208,51 @@ async fn targets_that_only_a_proxy_takes_are_refused() {
     assert!(nonsense.starts_with("HTTP/1.1 400"), "{nonsense}");
     assert_eq!(origin.count(), 0);
 }
+
+#[tokio::test]
+async fn a_request_that_says_two_things_about_its_length_is_refused() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let agent = agent(&stack, &origin).await;
+    let chunked = "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
+    let ask = async |fields: &str| raw(&stack, format!("POST /my-app/ HTTP/1.1\r\nhost: x\r\n{fields}").as_bytes()).await;
+
+    for fields in [
+        format!("content-length: 6\r\n{chunked}"),
+        format!("Content-Length: 5\r\nconnection: close\r\n{chunked}"),
+        "content-length: 5\r\ncontent-length: 5\r\n\r\nhello".to_owned(),
+        "content-length: 5\r\ncontent-length: 6\r\n\r\nhello".to_owned(),
+        // The second comes before the answer to the first, so nobody can see what it was made of.
+        format!("content-length: 0\r\n\r\nPOST /my-app/ HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n{chunked}"),
+    ] {
+        let answer = ask(&fields).await;
+        let last = answer.rfind("HTTP/1.1 ").expect("an answer");
+        assert!(answer[last..].starts_with("HTTP/1.1 400"), "{fields}: {answer}");
+    }
+
+    // On one connection after the other, each is served.
+    let plain = ask(&format!("connection: close\r\n{chunked}")).await;
+    assert!(plain.starts_with("HTTP/1.1 200") && plain.contains("hello"), "{plain}");
+    assert_eq!(agent.url, format!("{}/my-app", stack.public_url));
+    assert_eq!(origin.last().body, "hello");
+}
+
+#[tokio::test]
+async fn bodies_that_are_packed_on_the_way_arrive_as_they_were() {
+    let text = "<p>a page that is much like all other pages</p>\n".repeat(20_000);
+    let sent = text.clone();
+    let origin = Origin::answering(move |seen| {
+        assert_eq!(seen.body.len(), 500_000);
+        Some(reply_with(StatusCode::OK, &[("content-type", b"text/html"), ("etag", b"\"1\"")], sent.clone()))
+    })
+    .await;
+    let stack = stack().await;
+    for compression in [true, false] {
+        let agent = Agent::online(forwarder::settings::Settings { compression, ..settings(&stack, origin.address) }).await;
+        let request = Request::post(&agent.url).header("content-type", "application/json").body(vec![b' '; 500_000].into());
+        let got = visit(request.expect("a request")).await;
+        assert_eq!((got.status, got.header("content-length"), got.header("etag")), (StatusCode::OK, Some("960000"), Some("\"1\"")));
+        assert!(got.body == text, "the body is another");
+        assert_eq!(origin.last().body, vec![b' '; 500_000]);
+        agent.stop().await.expect("stopped as asked");
+    }
+}

@@ -12,7 +12,12 @@ use http::uri::Uri;
 use serde::Serialize;
 
 use super::{replies::Replies, sdk::SdkConfig, settings::Variables};
-use crate::{id::ConnectionId, limits::WEBSOCKET_MESSAGE, protocol, routing::is_loopback};
+use crate::{
+    id::ConnectionId,
+    limits::WEBSOCKET_MESSAGE,
+    protocol,
+    routing::{PublicUrl, is_loopback},
+};
 
 /// Where @connections is served: the WebSocket API's own address with the scheme of plain HTTP requests.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -91,6 +96,12 @@ pub struct InProcess {
     pub replies: Replies,
     /// How long a connection may live.
     pub life: Duration,
+}
+
+/// Whether bodies are packed on the way between the service and agents: not where both are on one machine, on which bytes cost
+/// nothing and packing does.
+pub fn packing_pays(in_process: Option<&InProcess>, public_url: &PublicUrl) -> bool {
+    in_process.is_none() || !public_url.is_loopback()
 }
 
 /// The connections of one WebSocket API.
