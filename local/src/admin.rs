@@ -18,7 +18,7 @@ use tunnel_shared::{
     id::TunnelId,
 };
 
-use crate::{cli::fail, dynamodb};
+use crate::{access::AccessKey, cli::fail, dynamodb};
 
 /// Looks after agent tokens and tunnel names.
 #[derive(Debug, Parser)]
@@ -76,8 +76,9 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         (None, Some(directory)) if !dynamodb::has_data(&directory) => bail!("{} holds no tunnel-local's data", directory.display()),
         (None, Some(directory)) => {
             let listener = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
-            let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr()?), &auth::generate_token());
-            dynamodb::serve(dynamodb::open(Some(&directory))?, listener, &tasks, &stop);
+            let access_key = auth::generate_token();
+            let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr()?), &access_key);
+            dynamodb::serve(dynamodb::open(Some(&directory))?, listener, AccessKey::only(&access_key), &tasks, &stop);
             dynamodb::create_tables(&Client::new(&sdk)).await?;
             (sdk, dynamodb::TOKENS.to_owned(), dynamodb::TUNNELS.to_owned())
         }

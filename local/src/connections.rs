@@ -19,7 +19,7 @@ use tunnel_shared::{
     id::ConnectionId,
 };
 
-use crate::quotas::Quotas;
+use crate::{access::AccessKey, quotas::Quotas};
 
 /// The stage in the address of the management endpoint.
 pub const STAGE: &str = "local";
@@ -119,26 +119,22 @@ impl IntoResponse for Refusal {
 struct Api {
     connections: Connections,
     quotas: Quotas,
-    /// Only this process knows it, so that nobody else on the machine can speak to agents. Without one, everybody may.
-    access_key: Option<Arc<str>>,
+    access_key: AccessKey,
 }
 
-/// The API's routes: POST and DELETE on a connection, for callers that sign with `access_key` if there is one.
-pub fn router(connections: Connections, quotas: Quotas, access_key: Option<&str>) -> Router {
+/// The API's routes: POST and DELETE on a connection, for callers that sign with `access_key`.
+pub fn router(connections: Connections, quotas: Quotas, access_key: AccessKey) -> Router {
     let limit = axum::extract::DefaultBodyLimit::max(2 * quotas.message);
     Router::new().route(&format!("/{STAGE}/@connections/{{id}}"), post(post_to).delete(delete)).layer(limit).with_state(Api {
         connections,
         quotas,
-        access_key: access_key.map(Into::into),
+        access_key,
     })
 }
 
 impl Api {
     fn authorize(&self, headers: &axum::http::HeaderMap) -> Result<(), Refusal> {
-        let Some(access_key) = &self.access_key else { return Ok(()) };
-        let signed = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let by_us = signed.is_some_and(|value| value.contains(&format!("Credential={access_key}/")));
-        if by_us { Ok(()) } else { Err(Refusal::Forbidden) }
+        if self.access_key.has_signed(headers) { Ok(()) } else { Err(Refusal::Forbidden) }
     }
 }
 

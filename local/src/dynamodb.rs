@@ -1,4 +1,5 @@
-//! The embedded DynamoDB engine, with the tables that template.yaml describes.
+//! The embedded DynamoDB engine, with the tables that template.yaml describes, behind the API of DynamoDB as far as the tunnel
+//! uses it.
 
 use std::{path::Path, time::Duration};
 
@@ -7,11 +8,21 @@ use aws_sdk_dynamodb::{
     Client,
     types::{AttributeDefinition, BillingMode, KeySchemaElement, TimeToLiveSpecification},
 };
-use dynoxide::Database;
+use axum::{
+    Router,
+    body::Bytes,
+    extract::State,
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use dynoxide::{Database, DynoxideError};
+use serde::{Serialize, de::DeserializeOwned};
 use serde_yaml_ng::Value;
 use tokio::{net::TcpListener, time::interval};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
+
+use crate::access::AccessKey;
 
 /// The template that deploys the same tables to AWS.
 const TEMPLATE: &str = include_str!("../../template.yaml");
@@ -61,16 +72,89 @@ pub fn has_data(directory: &Path) -> bool {
     directory.join(FILE).is_file()
 }
 
-/// Serves the engine on a listener until `stop` is cancelled.
-pub fn serve(database: Database, listener: TcpListener, tasks: &TaskTracker, stop: &CancellationToken) {
+/// Serves the engine on a listener until `stop` is cancelled, to callers that sign with `access_key`.
+pub fn serve(database: Database, listener: TcpListener, access_key: AccessKey, tasks: &TaskTracker, stop: &CancellationToken) {
     let stopped = stop.clone();
-    let served = database.clone();
+    let router = Router::new().fallback(answer).with_state(Endpoint { database: database.clone(), access_key });
     tasks.spawn(async move {
-        if let Err(error) = dynoxide::server::serve_with_shutdown(listener, served, stopped.cancelled_owned()).await {
-            warn!(error, "DynamoDB ended");
+        if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stopped.cancelled_owned()).await {
+            warn!(%error, "DynamoDB ended");
         }
     });
     tasks.spawn(sweep(database, stop.clone()));
+}
+
+#[derive(Clone)]
+struct Endpoint {
+    database: Database,
+    access_key: AccessKey,
+}
+
+/// Why a call of the API fails.
+enum Failed {
+    /// Signed by somebody else.
+    Unauthorized,
+    /// Not a call that the tunnel makes.
+    Unknown,
+    /// Not the JSON of the call.
+    Malformed(serde_json::Error),
+    /// The engine's own errors.
+    Engine(DynoxideError),
+}
+
+impl From<DynoxideError> for Failed {
+    fn from(error: DynoxideError) -> Self {
+        Self::Engine(error)
+    }
+}
+
+impl IntoResponse for Failed {
+    fn into_response(self) -> Response {
+        let (status, body) = match self {
+            Self::Unauthorized => (400, r#"{"__type":"com.amazon.coral.service#UnrecognizedClientException"}"#.to_owned()),
+            Self::Unknown => (400, r#"{"__type":"com.amazon.coral.service#UnknownOperationException"}"#.to_owned()),
+            Self::Malformed(error) => {
+                let kind = "com.amazon.coral.service#SerializationException";
+                (400, serde_json::json!({ "__type": kind, "Message": error.to_string() }).to_string())
+            }
+            Self::Engine(error) => (error.status_code(), error.to_json()),
+        };
+        (StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), [(header::CONTENT_TYPE, JSON)], body).into_response()
+    }
+}
+
+/// What DynamoDB calls its JSON.
+const JSON: &str = "application/x-amz-json-1.0";
+
+async fn answer(State(endpoint): State<Endpoint>, headers: HeaderMap, body: Bytes) -> Result<Response, Failed> {
+    if !endpoint.access_key.has_signed(&headers) {
+        return Err(Failed::Unauthorized);
+    }
+    let target = headers.get("x-amz-target").and_then(|target| target.to_str().ok()).unwrap_or_default();
+    let operation = target.strip_prefix("DynamoDB_20120810.").ok_or(Failed::Unknown)?.to_owned();
+    // The engine works where it is called, on disk if it keeps data.
+    let answered = tokio::task::spawn_blocking(move || carry_out(&endpoint.database, &operation, &body)).await;
+    let json = answered.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
+    Ok(([(header::CONTENT_TYPE, JSON)], json).into_response())
+}
+
+fn carry_out(database: &Database, operation: &str, body: &[u8]) -> Result<Vec<u8>, Failed> {
+    fn call<I: DeserializeOwned, O: Serialize>(body: &[u8], call: impl FnOnce(I) -> dynoxide::Result<O>) -> Result<Vec<u8>, Failed> {
+        let output = call(serde_json::from_slice(body).map_err(Failed::Malformed)?)?;
+        serde_json::to_vec(&output).map_err(Failed::Malformed)
+    }
+    match operation {
+        "GetItem" => call(body, |input| database.get_item(input)),
+        "PutItem" => call(body, |input| database.put_item(input)),
+        "UpdateItem" => call(body, |input| database.update_item(input)),
+        "DeleteItem" => call(body, |input| database.delete_item(input)),
+        "Query" => call(body, |input| database.query(input)),
+        "Scan" => call(body, |input| database.scan(input)),
+        "ListTables" => call(body, |input| database.list_tables(input)),
+        "CreateTable" => call(body, |input| database.create_table(input)),
+        "UpdateTimeToLive" => call(body, |input| database.update_time_to_live(input)),
+        _ => Err(Failed::Unknown),
+    }
 }
 
 async fn sweep(database: Database, stop: CancellationToken) {

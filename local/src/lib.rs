@@ -5,6 +5,7 @@
 //! [`samples`] is the other side of the sample events, and [`admin`] what whoever runs the service does to its tables. The functions are the very ones that
 //! run in Lambda, with real SDK clients that call this process on loopback.
 
+pub mod access;
 pub mod admin;
 pub mod agents;
 pub mod cli;

@@ -25,6 +25,7 @@ use tunnel_shared::{
 };
 
 use crate::{
+    access::AccessKey,
     cli::say,
     connections::{self, Command, Connections},
     dynamodb,
@@ -54,7 +55,7 @@ pub async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let database = dynamodb::open(None)?;
     for listener in listeners(DYNAMODB_PORT).await? {
-        dynamodb::serve(database.clone(), listener, &tasks, &stop);
+        dynamodb::serve(database.clone(), listener, AccessKey::any(), &tasks, &stop);
     }
     let sdk = sdk::for_loopback(&format!("http://127.0.0.1:{DYNAMODB_PORT}"), "samples");
     dynamodb::create_tables(&Client::new(&sdk)).await?;
@@ -64,7 +65,7 @@ pub async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
     let (commands, sent) = mpsc::channel(Quotas::default().queue);
     connections.insert(CONNECTION.parse()?, commands);
     for listener in listeners(CONNECTIONS_PORT).await? {
-        let (api, stopping) = (connections::router(connections.clone(), Quotas::default(), None), stop.clone());
+        let (api, stopping) = (connections::router(connections.clone(), Quotas::default(), AccessKey::any()), stop.clone());
         tasks.spawn(async move {
             if let Err(error) = axum::serve(listener, api).with_graceful_shutdown(stopping.cancelled_owned()).await {
                 warn!(%error, "@connections ended");

@@ -30,6 +30,7 @@ use tunnel_shared::{
 };
 
 use crate::{
+    access::AccessKey,
     agents,
     agents::WebSocketFront,
     connections,
@@ -156,9 +157,10 @@ impl Stack {
         let storage = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
         let database = dynamodb::open(options.data.as_deref())?;
         let dynamodb = format!("http://{}", storage.local_addr()?);
-        dynamodb::serve(database, storage, &services.tasks, &services.stop);
         let access_key = auth::generate_token();
         let sdk = sdk::for_loopback(&dynamodb, &access_key);
+        let access_key = AccessKey::only(&access_key);
+        dynamodb::serve(database, storage, access_key.clone(), &services.tasks, &services.stop);
         dynamodb::create_tables(&Client::new(&sdk)).await?;
 
         let connections = Connections::default();
@@ -190,7 +192,7 @@ impl Stack {
             tasks: agents.tasks.clone(),
         });
         if options.shape == Shape::AsInAws {
-            let api = connections::router(connections.clone(), options.quotas, Some(&access_key)).merge(agents::router(&websocket));
+            let api = connections::router(connections.clone(), options.quotas, access_key).merge(agents::router(&websocket));
             let stopped = services.stop.clone();
             services.tasks.spawn(async move {
                 if let Err(error) = axum::serve(management, api).with_graceful_shutdown(stopped.cancelled_owned()).await {

@@ -65,6 +65,11 @@ impl PublicUrl {
         is_loopback(self.authority.host())
     }
 
+    /// Whether a host, as it stands in an address or in a `Host` field, is this one.
+    pub fn has_host(&self, host: &str) -> bool {
+        self.authority.as_str().eq_ignore_ascii_case(host)
+    }
+
     /// `http` or `https`.
     pub fn scheme(&self) -> &str {
         self.scheme.as_str()

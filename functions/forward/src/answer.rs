@@ -10,7 +10,7 @@ use http_body::Body;
 use http_body_util::{BodyDataStream, BodyExt, Full, combinators::UnsyncBoxBody};
 use lambda_runtime::{MetadataPrelude, StreamResponse};
 use serde::Serialize;
-use tunnel_shared::{headers::value_to_text, limits::LAMBDA_PAYLOAD};
+use tunnel_shared::{headers::value_to_text, limits::LAMBDA_PAYLOAD, routing::PublicUrl};
 
 use crate::{refusal::Refusal, visit::Payload};
 
@@ -53,13 +53,18 @@ pub fn whole(body: impl Into<Bytes>) -> AnswerBody {
 ///
 /// # Errors
 /// When the body breaks off, or the answer is over [`LAMBDA_PAYLOAD`].
-pub async fn buffer(response: Response<AnswerBody>, payload: Payload, is_head: bool) -> Result<Answer, Refusal> {
+pub async fn buffer(
+    response: Response<AnswerBody>,
+    payload: Payload,
+    is_head: bool,
+    streaming_url: Option<&PublicUrl>,
+) -> Result<Answer, Refusal> {
     let (head, mut body) = response.into_parts();
     let mut bytes = Vec::with_capacity(usize::try_from(body.size_hint().lower()).unwrap_or_default());
     while let Some(frame) = body.frame().await {
         bytes.extend_from_slice(&frame.map_err(|AnswerError(refusal)| refusal)?.into_data().unwrap_or_default());
         if bytes.len() > LAMBDA_PAYLOAD {
-            return Err(too_large());
+            return Err(too_large(streaming_url));
         }
     }
     let mut headers = head.headers;
@@ -80,12 +85,16 @@ pub async fn buffer(response: Response<AnswerBody>, payload: Payload, is_head: b
             answer.headers = values_by_name(&headers).into_iter().map(|(name, values)| (name, values.join(", "))).collect();
         }
     }
-    if json_length(&answer) > LAMBDA_PAYLOAD { Err(too_large()) } else { Ok(answer) }
+    if json_length(&answer) > LAMBDA_PAYLOAD { Err(too_large(streaming_url)) } else { Ok(answer) }
 }
 
-fn too_large() -> Refusal {
+fn too_large(streaming_url: Option<&PublicUrl>) -> Refusal {
+    let other_way = match streaming_url {
+        Some(url) => format!("the same path under {url}"),
+        None => "the deployment's streaming URL".to_owned(),
+    };
     Refusal::TooLarge(format!(
-        "The response is over the {LAMBDA_PAYLOAD} bytes that Lambda takes in one piece. Fetch it through the deployment's streaming URL."
+        "The response is over the {LAMBDA_PAYLOAD} bytes that Lambda takes in one piece. Fetch it through {other_way}."
     ))
 }
 

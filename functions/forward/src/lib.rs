@@ -59,6 +59,8 @@ pub(crate) struct Parts {
     /// Request bodies are packed where it pays.
     pub(crate) packs: bool,
     routing: Routing,
+    /// The function URL, for visitors whose response is too long for the HTTP API.
+    streaming_url: Option<PublicUrl>,
     /// The Lambda function's name; none outside Lambda.
     lambda: Option<String>,
     /// What outlives the visit that started it: uploads while the reply streams, and cancellations.
@@ -100,6 +102,7 @@ impl Forward {
         let agents = WebSocketApi::load(&variables, sdk, in_process);
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.optional("ROUTING", Routing::Path);
+        let streaming_url = variables.possible("STREAMING_URL");
         let lambda = variables.given_by_lambda("AWS_LAMBDA_FUNCTION_NAME");
         let replies = in_process.map(|in_process| in_process.replies.clone()).unwrap_or_default();
         variables.finish(|| {
@@ -120,6 +123,7 @@ impl Forward {
                 packs: packing_pays(in_process, &public_url),
                 public_url,
                 routing: routing?,
+                streaming_url: streaming_url?,
                 lambda,
                 tasks: TaskTracker::new(),
             })))
@@ -131,16 +135,20 @@ impl Forward {
     /// # Errors
     /// Only when the event is none of an HTTP front. Whatever else goes wrong is an answer.
     pub async fn handle(&self, event: LambdaRequest, time: Duration) -> Result<FunctionResponse<Answer, AnswerStream>, BadEvent> {
-        let mut visit = Visit::from_event(event)?;
+        let mut visit = Visit::from_event(event, self.0.streaming_url.as_ref())?;
         visit.patience = visit.patience.min(time.saturating_sub(HEAD_START));
         let (front, is_head) = (visit.front, visit.method == Method::HEAD);
         let wants_html = visit.wants_html();
         let response = self.serve(visit).await;
         Ok(match front {
             Front::HttpApi(payload) => {
-                let answer = match answer::buffer(response, payload, is_head).await {
+                let streaming_url = self.0.streaming_url.as_ref();
+                let answer = match answer::buffer(response, payload, is_head, streaming_url).await {
                     Ok(answer) => answer,
-                    Err(refusal) => answer::buffer(refusal.into_response(wants_html), payload, is_head).await.unwrap_or_default(),
+                    Err(refusal) => {
+                        let response = refusal.into_response(wants_html);
+                        answer::buffer(response, payload, is_head, streaming_url).await.unwrap_or_default()
+                    }
                 };
                 // Once this returns the environment is frozen, and a cancellation would reach the agent much later.
                 self.finish().await;

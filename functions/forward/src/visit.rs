@@ -12,7 +12,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use tunnel_shared::{
     headers::{FORWARDED_PROTO, text_to_value},
     limits::{HTTP_API_INTEGRATION, REQUEST_DEADLINE},
-    routing::{encode_decoded_path, encode_path},
+    routing::{PublicUrl, encode_decoded_path, encode_path},
 };
 
 /// What a visitor sends, as it arrives.
@@ -92,21 +92,25 @@ pub enum BadEvent {
 }
 
 impl Visit {
-    /// Reads an event: payload format 1.0 or 2.0 of an HTTP API, or that of a function URL.
+    /// Reads an event: payload format 1.0 or 2.0 of an HTTP API, or that of a function URL. A function URL is known by its host:
+    /// AWS's own, or that of `streaming_url`.
     ///
     /// # Errors
     /// When it is none of them.
-    pub fn from_event(event: LambdaRequest) -> Result<Self, BadEvent> {
+    pub fn from_event(event: LambdaRequest, streaming_url: Option<&PublicUrl>) -> Result<Self, BadEvent> {
         match event {
             LambdaRequest::ApiGatewayV1(event) => Self::from_v1(event),
-            LambdaRequest::ApiGatewayV2(event) => Self::from_v2(event),
+            LambdaRequest::ApiGatewayV2(event) => Self::from_v2(event, streaming_url),
             _ => Err(BadEvent::Kind),
         }
     }
 
-    fn from_v2(event: ApiGatewayV2httpRequest) -> Result<Self, BadEvent> {
+    fn from_v2(event: ApiGatewayV2httpRequest, streaming_url: Option<&PublicUrl>) -> Result<Self, BadEvent> {
         let context = event.request_context;
-        let is_function_url = context.domain_name.as_deref().is_some_and(|domain| domain.contains(FUNCTION_URL));
+        let is_function_url = context
+            .domain_name
+            .as_deref()
+            .is_some_and(|domain| domain.contains(FUNCTION_URL) || streaming_url.is_some_and(|url| url.has_host(domain)));
         let mut headers = as_bytes(event.headers);
         if let Some(cookies) = event.cookies.filter(|cookies| !cookies.is_empty())
             && let Some(value) = text_to_value(&cookies.join("; "))

@@ -23,7 +23,7 @@ const WEBSOCKET: [(&str, &str); 7] = [
 ];
 
 fn visit(event: &str) -> Visit {
-    Visit::from_event(serde_json::from_str::<LambdaRequest>(event).expect("an HTTP event")).expect("a visit")
+    Visit::from_event(serde_json::from_str::<LambdaRequest>(event).expect("an HTTP event"), None).expect("a visit")
 }
 
 #[test]
@@ -86,4 +86,17 @@ fn bodies_are_what_the_flag_says_they_are() {
         let bytes = runtime.block_on(with_body(body, is_base64).collect()).expect("a body").to_bytes();
         assert_eq!(bytes, expected);
     }
+}
+
+#[test]
+fn a_function_url_behind_another_name_is_known_where_the_name_is_set() {
+    let event = event!("url").replace(".lambda-url.us-east-1.on.aws", ".example.com");
+    let visit = |streaming_url: Option<&str>| {
+        let url = streaming_url.map(|url| url.parse().expect("an address"));
+        Visit::from_event(serde_json::from_str(&event).expect("an HTTP event"), url.as_ref()).expect("a visit").front
+    };
+    let domain = serde_json::from_str::<serde_json::Value>(&event).expect("JSON")["requestContext"]["domainName"].clone();
+    assert_eq!(visit(None), Front::HttpApi(Payload::V2));
+    assert_eq!(visit(Some("https://other.example.com")), Front::HttpApi(Payload::V2));
+    assert_eq!(visit(Some(&format!("https://{}", domain.as_str().expect("a name")))), Front::Streaming);
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use local::{
     Options, Stack,
+    access::AccessKey,
     connections::{self, Command, Connections},
     quotas::Quotas,
 };
@@ -104,7 +105,7 @@ async fn a_connection_is_closed_at_the_end_of_its_life_however_busy() {
 async fn management(connections: Connections, quotas: Quotas, key: &str) -> (WebSocketApi, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let endpoint = format!("ws://{}/{}", listener.local_addr().expect("an address"), connections::STAGE).parse().expect("an endpoint");
-    let router = connections::router(connections, quotas, Some("the key"));
+    let router = connections::router(connections, quotas, AccessKey::only("the key"));
     let mut serving = JoinSet::new();
     serving.spawn(async move { axum::serve(listener, router).await.expect("served") });
     (WebSocketApi::new(&sdk::for_loopback("http://127.0.0.1:9", key), &endpoint), serving)
@@ -169,4 +170,21 @@ async fn nobody_else_on_the_machine_can_speak_to_agents() {
     assert!(matches!(api.post(&id, &"x").await, Err(PostError::Failed { .. })));
     assert!(api.close(&id).await.is_err());
     assert!(sent.try_recv().is_err(), "the connection was told something");
+}
+
+#[tokio::test]
+async fn nobody_else_on_the_machine_can_read_the_tables() {
+    use aws_sdk_dynamodb::Client;
+    let (tasks, stop) = (tokio_util::task::TaskTracker::new(), tokio_util::sync::CancellationToken::new());
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = format!("http://{}", listener.local_addr().expect("an address"));
+    local::dynamodb::serve(local::dynamodb::open(None).expect("an engine"), listener, AccessKey::only("the key"), &tasks, &stop);
+
+    let list = async |key| Client::new(&sdk::for_loopback(&address, key)).list_tables().send().await;
+    assert!(list("the key").await.is_ok());
+    for other in ["a guess", "the", "the key and more"] {
+        let error = list(other).await.expect_err("a refusal");
+        assert!(format!("{error:?}").contains("UnrecognizedClientException"), "{error:?}");
+    }
+    stop.cancel();
 }

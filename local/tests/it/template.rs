@@ -9,7 +9,7 @@ use std::{
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use axum::{Router, body::Bytes, extract::State, http::HeaderMap, response::IntoResponse};
 use lambda_http::request::LambdaRequest;
-use local::dynamodb;
+use local::{access::AccessKey, dynamodb};
 use serde_yaml_ng::Value;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -179,7 +179,7 @@ async fn surroundings(dynamodb: &str) -> Surroundings {
     }
     Surroundings {
         calls,
-        sdk: sdk::for_loopback(&format!("http://{}", addresses[0]), "spy"),
+        sdk: sdk::for_loopback(&format!("http://{}", addresses[0]), "key"),
         connections: format!("http://{}/v1", addresses[1]),
         _serving: serving,
     }
@@ -208,8 +208,8 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = format!("http://{}", listener.local_addr().expect("an address"));
-    dynamodb::serve(dynamodb::open(None).expect("a database"), listener, &tasks, &stop);
-    let direct = sdk::for_loopback(&address, "direct");
+    dynamodb::serve(dynamodb::open(None).expect("a database"), listener, AccessKey::only("key"), &tasks, &stop);
+    let direct = sdk::for_loopback(&address, "key");
     dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct)).await.expect("tables");
     let token = tunnel_shared::cloud::tokens::Token {
         hash: tunnel_shared::cloud::auth::hash_token("sample"),

@@ -60,6 +60,14 @@ impl<'a> Variables<'a> {
         }
     }
 
+    /// A variable that need not be set. `None` means that a fault was noted.
+    pub fn possible<T: FromStr<Err: fmt::Display>>(&self, name: &str) -> Option<Option<T>> {
+        match (self.read)(name).filter(|text| !text.is_empty()) {
+            Some(text) => self.parse(name, &text).map(Some),
+            None => Some(None),
+        }
+    }
+
     /// A variable that Lambda itself sets, and so is no setting.
     pub fn given_by_lambda(&self, name: &str) -> Option<String> {
         (self.read)(name)
