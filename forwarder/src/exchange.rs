@@ -127,7 +127,10 @@ fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> io::Result<Bytes> {
 /// The body as the local service gets it. Each part that it takes lets the service send more, as `windows` tells it.
 fn body(first: Bytes, more: Option<Upload>, windows: Option<Outgoing>) -> RequestBody {
     let Some(Upload { parts }) = more else { return Full::new(first).map_err(|never| match never {}).boxed_unsync() };
-    let rest = stream::unfold((parts, windows, Allowance::default()), |(mut parts, windows, mut allowance)| async move {
+    let mut allowance = Allowance::default();
+    // The first message had a part too, and is used up at once.
+    allowance.use_part();
+    let rest = stream::unfold((parts, windows, allowance), |(mut parts, windows, mut allowance)| async move {
         let part = parts.recv().await?;
         if let (Some(outgoing), Some(allowed)) = (&windows, allowance.use_part()) {
             outgoing.window(allowed).await;
@@ -192,7 +195,7 @@ impl Reply {
             body.piece(room, Instant::now() + if fits { GATHER_WHOLE } else { GATHER }).await.map_err(broken_off)?
         } else {
             let bytes = body.take(room).await.map_err(broken_off)?;
-            Piece { bytes, encoding: None, more: !body.is_at_end().await.map_err(broken_off)? }
+            Piece { length: bytes.len(), bytes, encoding: None, more: !body.is_at_end().await.map_err(broken_off)? }
         };
         if first.more && !context.parts {
             return Err(Failed {
@@ -200,7 +203,7 @@ impl Reply {
                 message: "The response is longer than this service's version can carry.",
             });
         }
-        self.bytes += first.bytes.len() as u64;
+        self.bytes += first.length as u64;
         let mut more = first.more;
         (message.body, message.encoding, message.more) = (Body(first.bytes), first.encoding, more);
         self.outgoing.send(FromAgent::HttpResponse(message)).await;
@@ -214,7 +217,7 @@ impl Reply {
             }
             body.is_at_end().await.map_err(broken_off)?;
             let piece = body.piece(PART_BODY, Instant::now() + GATHER).await.map_err(broken_off)?;
-            self.bytes += piece.bytes.len() as u64;
+            self.bytes += piece.length as u64;
             more = piece.more;
             let (request_id, reply_to) = (self.outgoing.request_id.clone(), self.outgoing.reply_to.clone());
             let message = BodyPart { request_id, part, body: Body(piece.bytes), encoding: piece.encoding, more, reply_to };

@@ -54,7 +54,7 @@ const SILENCE: Duration = Duration::from_secs(25);
 const HANDOVER: Duration = Duration::from_secs(7);
 /// How long requests in flight may take to finish once the agent is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
-/// Messages on their way out. Each is up to [`WEBSOCKET_MESSAGE`] long; more wait where they are made.
+/// Messages on their way out. Each is up to 128 KiB long; more wait where they are made.
 const OUTGOING: usize = 32;
 /// How many ended requests are remembered, so that one that comes twice is not carried out twice.
 const REMEMBERED: usize = 1024;

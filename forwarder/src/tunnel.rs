@@ -51,8 +51,12 @@ pub enum Failure {
 /// When trying again would not help.
 pub async fn run(settings: Settings, observer: Observer, stop: CancellationToken) -> Result<(), Failure> {
     let origin = Origin::new(&settings);
+    let stop = stop.child_token();
     let mut tunnel = Tunnel { tunnel_id: settings.tunnel_id.clone(), settings, observer, origin, stop, sessions: JoinSet::new() };
     let outcome = tunnel.keep_open().await;
+    if outcome.is_err() {
+        tunnel.stop.cancel();
+    }
     // Sessions that were taken over from end with their last request, or when they are told to stop.
     while tunnel.sessions.join_next().await.is_some() {}
     outcome

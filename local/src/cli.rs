@@ -33,7 +33,7 @@ struct Cli {
     #[arg(long, env = "TUNNEL_ROUTING", value_enum, default_value = "path")]
     routing: RoutingWord,
     /// How long an agent's connection may live: agents open the next one in time [default: 2h, as in AWS]
-    #[arg(long, env = "TUNNEL_MAX_CONNECTION_AGE", value_parser = humantime::parse_duration, value_name = "TIME")]
+    #[arg(long, env = "TUNNEL_MAX_CONNECTION_AGE", value_parser = connection_age, value_name = "TIME")]
     max_connection_age: Option<Duration>,
     /// Be the other side of the events in events/ instead: for `sam local invoke`
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
@@ -81,6 +81,12 @@ impl Cli {
             ..Options::default()
         }
     }
+}
+
+fn connection_age(text: &str) -> Result<Duration, String> {
+    let age = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let is_possible = (Duration::from_secs(1)..=WEBSOCKET_LIFE).contains(&age);
+    is_possible.then_some(age).ok_or_else(|| "must be between 1s and 2h".to_owned())
 }
 
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.

@@ -58,7 +58,7 @@ pub fn table_of_variable(variable: &str) -> Option<&'static str> {
 pub fn open(data: Option<&Path>) -> anyhow::Result<Database> {
     let Some(directory) = data else { return Ok(Database::memory()?) };
     let mut create = std::fs::DirBuilder::new();
-    // Replies pass through it, and tokens' hashes stay in it.
+    // Tokens' hashes are in it, and who owns which name.
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut create, 0o700);
     create.recursive(true).create(directory).with_context(|| format!("cannot create {}", directory.display()))?;

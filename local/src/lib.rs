@@ -2,8 +2,8 @@
 //!
 //! [`visitors`] is the HTTP front, [`agents`] the WebSocket API with its quotas, [`connections`] its @connections side,
 //! [`dynamodb`] the engine with the tables of template.yaml. [`stack`] puts them together.
-//! [`samples`] is the other side of the sample events, and [`admin`] what whoever runs the service does to its tables. The functions are the very ones that
-//! run in Lambda, with real SDK clients that call this process on loopback.
+//! [`samples`] is the other side of the sample events, and [`admin`] what whoever runs the service does to its tables. The functions
+//! are the very ones that run in Lambda; what they ask of DynamoDB they ask with the SDK's client, on loopback.
 
 pub mod access;
 pub mod admin;

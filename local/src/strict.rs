@@ -4,11 +4,15 @@
 use std::{
     io,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
 use http::{Request, header};
+use http_body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::stack::HEAD;
@@ -37,6 +41,43 @@ impl LastHead {
             field.name.eq_ignore_ascii_case("content-length") || field.name.eq_ignore_ascii_case("transfer-encoding")
         };
         head.headers.iter().filter(is_length).count() == 1
+    }
+}
+
+/// A request's body that notes when it has been read to its end.
+#[derive(Debug)]
+pub struct Noted<B> {
+    body: B,
+    is_read: Arc<AtomicBool>,
+}
+
+impl<B: Body> Noted<B> {
+    /// The body, and whether it has been read. An answer given before that has to be the connection's last: what is left of the
+    /// body would look like the start of the next head.
+    pub fn new(body: B) -> (Self, Arc<AtomicBool>) {
+        let is_read = Arc::new(AtomicBool::new(body.is_end_stream()));
+        (Self { body, is_read: is_read.clone() }, is_read)
+    }
+}
+
+impl<B: Body + Unpin> Body for Noted<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.is_read.store(true, Ordering::Relaxed);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

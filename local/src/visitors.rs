@@ -3,7 +3,7 @@
 //! What an event would carry is handed over as it is, because an event cannot carry a stream and payload 2.0 joins repeated
 //! fields. From there on the way is that of a function URL.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::atomic::Ordering};
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, header, uri::Scheme};
@@ -17,12 +17,15 @@ use tunnel_forward::{
 };
 use tunnel_shared::{limits::REQUEST_DEADLINE, routing::encode_path};
 
+use crate::strict::Noted;
+
 /// Serves a visitor's request.
 pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: SocketAddr, scheme: &str) -> Response<AnswerBody> {
     if is_absolute(request.uri()) {
         return refuse(&request, "its target is a whole address, as for a proxy");
     }
     let (head, body) = request.into_parts();
+    let (body, is_read) = Noted::new(body);
     let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
     let visit = Visit {
         front: Front::Streaming,
@@ -36,7 +39,11 @@ pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: SocketAd
         source_ip: peer.ip().to_string(),
         body: body.map_err(Into::into).boxed_unsync(),
     };
-    forward.serve(visit).await
+    let mut response = forward.serve(visit).await;
+    if !is_read.load(Ordering::Relaxed) {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 /// Refuses a request that is not to be served, and closes the connection: what follows on it may be part of the same.

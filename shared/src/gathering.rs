@@ -30,6 +30,8 @@ pub struct Piece {
     pub bytes: Bytes,
     /// How they are packed.
     pub encoding: Option<Encoding>,
+    /// How many bytes of the body they are, unpacked.
+    pub length: usize,
     /// The body goes on.
     pub more: bool,
 }
@@ -79,7 +81,8 @@ impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
         while self.packed_at_once.is_some() {
             match packing::pack(&bytes) {
                 Some(packed) if packed.len() <= room => {
-                    return Ok(Piece { bytes: packed, encoding: Some(Encoding::Zstd), more: more || !self.left.is_empty() });
+                    let more = more || !self.left.is_empty();
+                    return Ok(Piece { bytes: packed, encoding: Some(Encoding::Zstd), length: bytes.len(), more });
                 }
                 _ if bytes.len() > room => {
                     let rest = bytes.split_off((bytes.len() / 2).max(room));
@@ -90,7 +93,7 @@ impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
                 _ => break,
             }
         }
-        Ok(Piece { bytes, encoding: None, more: more || !self.left.is_empty() })
+        Ok(Piece { length: bytes.len(), bytes, encoding: None, more: more || !self.left.is_empty() })
     }
 
     /// Up to `limit` of the bytes that come before `until`, and whether the body goes on.

@@ -12,7 +12,8 @@ const WORTH_IT: usize = 1024;
 /// Zstandard's quickest regular level: what is waited for is a visitor's answer.
 const LEVEL: i32 = 1;
 
-/// The decoder's memory is two to the power of this: no more than what may be unpacked, whatever a frame claims to need.
+/// The decoder's memory is two to the power of this, half a megabyte: as much as what may be unpacked can need, whatever a frame
+/// claims to.
 const WINDOW_LOG: u32 = UNPACKED.ilog2() + 1;
 
 /// A body that does not unpack to what it may.

@@ -128,7 +128,8 @@ pub enum ToAgent {
         /// The new address.
         public_url: String,
     },
-    /// Another connection of the tunnel's owner has taken the tunnel over; no request comes any more.
+    /// Another connection of the tunnel's owner has taken the tunnel over; requests come only until
+    /// those who remember the old one have heard.
     Replaced {
         /// What happened, for the user.
         reason: String,

@@ -65,9 +65,9 @@ pub(crate) async fn run(
     let deadline = matches!(visit.front, Front::HttpApi(_)).then_some(head_deadline);
     let online = function.lookup.find(tunnel).await?;
     let method = visit.method.clone();
-    let (mut message, rest) = first_message(visit, prefix, path, &online, function.packs).await?;
+    let (mut message, length, rest) = first_message(visit, prefix, path, &online, function.packs).await?;
     record.request = Some(message.request_id.clone());
-    record.request_bytes.fetch_add(message.body.0.len() as u64, Ordering::Relaxed);
+    record.request_bytes.fetch_add(length as u64, Ordering::Relaxed);
     let may_repeat = rest.is_none() && message.body.0.is_empty() && matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);
 
     let mut exchange = Exchange::start(function, tunnel, online, &mut message, deadline).await?;
@@ -138,14 +138,14 @@ async fn post(function: &Parts, to: &ConnectionId, message: &ToAgent) -> Result<
     }
 }
 
-/// The request's first message, with as much of the body as has come and fits, and what is left of the body.
+/// The request's first message, with as much of the body as has come and fits; how many bytes of it those are; and the rest.
 async fn first_message(
     visit: Visit,
     prefix: &str,
     path: &str,
     online: &Online,
     packs: bool,
-) -> Result<(HttpRequest, Option<Gathering<VisitBody>>), Refusal> {
+) -> Result<(HttpRequest, usize, Option<Gathering<VisitBody>>), Refusal> {
     let packs = packs && online.features.contains(&Feature::Zstd) && packing::pays(&visit.headers);
     let mut message = HttpRequest {
         request_id: RequestId::generate(),
@@ -169,17 +169,19 @@ async fn first_message(
     let room = parts::room_beside(envelope)
         .ok_or_else(|| Refusal::TooLarge("The request's header is longer than a tunnel can carry.".to_owned()))?;
     let mut body = Gathering::new(visit.body, packs);
-    if online.features.contains(&Feature::BodyParts) {
+    let length = if online.features.contains(&Feature::BodyParts) {
         let piece = body.piece(room, Instant::now() + GATHER).await.map_err(broken_off)?;
         (message.body, message.encoding, message.more) = (Body(piece.bytes), piece.encoding, piece.more);
+        piece.length
     } else {
         message.body = Body(body.take(room).await.map_err(broken_off)?);
         if !body.is_at_end().await.map_err(broken_off)? {
             return Err(Refusal::TooLarge(format!("The agent is an old one that takes request bodies up to {room} bytes. Update it.")));
         }
-    }
+        message.body.0.len()
+    };
     let rest = message.more.then_some(body);
-    Ok((message, rest))
+    Ok((message, length, rest))
 }
 
 fn broken_off(error: impl std::fmt::Display) -> Refusal {
@@ -280,7 +282,7 @@ impl Exchange {
                     }
                     body.is_at_end().await.map_err(broken_off)?;
                     let piece = body.piece(PART_BODY, Instant::now() + GATHER).await.map_err(broken_off)?;
-                    sent.fetch_add(piece.bytes.len() as u64, Ordering::Relaxed);
+                    sent.fetch_add(piece.length as u64, Ordering::Relaxed);
                     let more = piece.more;
                     let (body, encoding) = (Body(piece.bytes), piece.encoding);
                     let message = BodyPart { request_id: request_id.clone(), part, body, encoding, more, reply_to: None };

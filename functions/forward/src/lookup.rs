@@ -1,7 +1,7 @@
 //! Which connection serves a tunnel, remembered for a few seconds.
 //!
 //! What is remembered may be outdated. A connection that is gone, or that says it was replaced, has not taken the request: it is
-//! forgotten, looked up afresh, and the request is sent once more.
+//! forgotten, looked up afresh, and the request is sent to the one that serves now. `exchange` tells what else is sent again.
 
 use std::{
     collections::HashMap,

@@ -111,6 +111,9 @@ impl PendingReply {
         for (number, part) in mailbox.read(&sender, self.expected.request(), self.arrived.expected()).await? {
             self.take(number, part)?;
         }
+        while let Ok((number, part)) = self.expected.try_recv() {
+            self.take(number, part)?;
+        }
         if is_lost && self.ready.is_empty() && self.failure.is_none() {
             return Err(Refusal::AgentLost);
         }

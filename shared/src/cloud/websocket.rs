@@ -129,12 +129,9 @@ impl WebSocketApi {
             return Some(Self(Reached::InProcess(in_process.connections.clone())));
         }
         let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
-        let elsewhere = variables.given_by_lambda("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI").filter(|url| !url.is_empty());
-        let endpoint = match elsewhere {
-            Some(_) => variables.required::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI"),
-            None => endpoint,
-        };
-        Some(Self::new(sdk, &endpoint?))
+        let elsewhere = variables.possible::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
+        let endpoint = endpoint?;
+        Some(Self::new(sdk, &elsewhere?.unwrap_or(endpoint)))
     }
 
     /// Sends a message.
