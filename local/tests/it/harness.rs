@@ -169,6 +169,7 @@ pub(crate) fn settings(stack: &Stack, target: SocketAddr) -> Settings {
         request_timeout: PATIENCE,
         max_concurrent: forwarder::settings::MAX_CONCURRENT,
         compression: true,
+        access: forwarder::access::Checked::default(),
     }
 }
 
