@@ -17,6 +17,7 @@ use tunnel_shared::id::TunnelId;
 
 use crate::{
     Observer,
+    access::Rules,
     event::Event,
     settings::{DEFAULT_TARGET, Endpoint, File, FileTunnel, HostHeader, MAX_CONCURRENT, REQUEST_TIMEOUT, Secret, Settings, Target},
     tunnel::Failure,
@@ -27,7 +28,7 @@ The public URL is printed on stdout, one line for each tunnel; everything else g
 Flags win over environment variables, and those over the config file.
 
 Exit codes: 0 stopped on request, 1 failed, 2 wrong usage or config, 3 token refused, 4 tunnel id taken,
-5 replaced by another agent of the same owner.";
+5 replaced by another agent of the same owner, 6 the service cannot keep visitors out.";
 
 /// Gives a local service a public URL.
 #[derive(Debug, Parser)]
@@ -84,6 +85,8 @@ struct Options {
     /// Compress bodies between the service and this agent where it pays [default: true]
     #[arg(long, global = true, env = "TTF_COMPRESSION", value_name = "BOOL")]
     compression: Option<bool>,
+    #[command(flatten)]
+    rules: Rules,
     /// A config file in TOML
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -170,6 +173,7 @@ impl Options {
             request_timeout: self.request_timeout.or(tunnel.request_timeout).or(file.request_timeout).unwrap_or(REQUEST_TIMEOUT),
             max_concurrent,
             compression: self.compression.or(file.compression).unwrap_or(true),
+            access: self.rules.or(&tunnel.rules()).or(&file.rules()).check().map_err(|fault| Usage(fault.to_string()))?,
         })
     }
 }
@@ -229,6 +233,7 @@ fn code(failure: &Failure) -> u8 {
         Failure::Unauthorized => 3,
         Failure::NameTaken(_) => 4,
         Failure::Replaced(_) => 5,
+        Failure::Unprotected => 6,
     }
 }
 

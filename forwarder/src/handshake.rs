@@ -14,6 +14,7 @@ use tokio_tungstenite::{
 };
 use tracing::debug;
 use tunnel_shared::{
+    access::Access,
     id::{ConnectionId, TunnelId},
     limits::{WEBSOCKET_FRAME, WEBSOCKET_MESSAGE},
     protocol::{self, ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, ToAgent},
@@ -23,6 +24,8 @@ use crate::settings::Settings;
 
 /// How long reaching the service's machine may take. Short, because a network that has just come back is found by the next try.
 const CONNECT: Duration = Duration::from_secs(3);
+/// How long saying goodbye may take.
+const CLOSE: Duration = Duration::from_secs(1);
 /// How long all of it may take. Functions of the service may be starting cold.
 const HANDSHAKE: Duration = Duration::from_secs(15);
 
@@ -49,6 +52,8 @@ pub enum Failed {
     NameTaken,
     /// 400, with the service's words.
     Invalid(String),
+    /// The service would let in visitors whom this agent keeps out.
+    Unprotected,
     /// Anything that may be better at the next try.
     Unreachable(String),
 }
@@ -85,16 +90,23 @@ async fn shake_hands(settings: &Settings, tunnel_id: Option<&TunnelId>, previous
     // Without it a connection only has more latency.
     let _ = stream.set_nodelay(true);
     let (mut socket, _) = client_async_tls_with_config(request, stream, Some(config), None).await.map_err(failed)?;
+    let access = settings.access.for_one_connection();
     let ready = Ready {
         protocol: Some(protocol::VERSION),
         features: FEATURES.into_iter().filter(|feature| settings.compression || *feature != Feature::Zstd).collect(),
         agent: Some(concat!("ttf/", env!("CARGO_PKG_VERSION")).to_owned()),
         previous: previous.cloned(),
+        access: access.as_ref().map(Access::to_json),
     };
     socket.send(Message::text(protocol::encode(&FromAgent::Ready(ready)))).await.map_err(failed)?;
     loop {
         match socket.next().await {
             Some(Ok(Message::Text(text))) => match protocol::decode(&text) {
+                // No request is taken from a service that has not read the rules.
+                Ok(ToAgent::ConnectionEstablished(established)) if access.is_some() && !established.features.contains(&Feature::Access) => {
+                    let _ = timeout(CLOSE, socket.close(None)).await;
+                    return Err(Failed::Unprotected);
+                }
                 Ok(ToAgent::ConnectionEstablished(established)) => return Ok(Opened { socket, established, at: Instant::now() }),
                 Ok(ToAgent::Error { message }) => return Err(Failed::Unreachable(message)),
                 _ => debug!("message before connection_established ignored"),

@@ -1,9 +1,10 @@
 //! The agent: keeps a tunnel open and passes its visitors' requests to a local service.
 //!
-//! [`settings`] says what to do, [`tunnel`] keeps one tunnel open over as many connections as it takes, [`handshake`] opens a
+//! [`settings`] says what to do, [`access`] which visitors may come, [`tunnel`] keeps one tunnel open over as many connections as it takes, [`handshake`] opens a
 //! connection and [`session`] serves it, [`exchange`] is one request with its response, [`origin`] the local service. [`event`] is
 //! what a user learns of it.
 
+pub mod access;
 pub mod backoff;
 pub mod cli;
 pub mod event;

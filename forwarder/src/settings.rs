@@ -7,7 +7,9 @@ use http::{
     uri::{Authority, Scheme, Uri},
 };
 use serde::{Deserialize, Deserializer, de::Error};
-use tunnel_shared::{id::TunnelId, routing::is_loopback};
+use tunnel_shared::{cidr::Cidr, id::TunnelId, routing::is_loopback};
+
+use crate::access::{Checked, Rules};
 
 /// How long the local service may take to start its response.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
@@ -37,6 +39,8 @@ pub struct Settings {
     pub max_concurrent: usize,
     /// Bodies may be compressed on the way between the service and this agent. Visitors and the local service do not see it.
     pub compression: bool,
+    /// Which visitors the service lets in.
+    pub access: Checked,
 }
 
 /// A text that is not what it should be.
@@ -212,6 +216,14 @@ pub struct File {
     pub max_concurrent: Option<usize>,
     /// See [`Settings::compression`].
     pub compression: Option<bool>,
+    /// Default for all tunnels; see [`Rules`], as the next three.
+    pub basic_auth: Option<Vec<Secret>>,
+    /// Default for all tunnels.
+    pub allow: Option<Vec<Cidr>>,
+    /// Default for all tunnels.
+    pub deny: Option<Vec<Cidr>>,
+    /// Default for all tunnels.
+    pub require_header: Option<Vec<Secret>>,
     /// Tunnels by name, for `ttf start`.
     #[serde(default)]
     pub tunnels: BTreeMap<String, FileTunnel>,
@@ -235,6 +247,26 @@ pub struct FileTunnel {
     pub request_timeout: Option<Duration>,
     /// See [`Settings::max_concurrent`].
     pub max_concurrent: Option<usize>,
+    /// See [`Rules`], as the next three.
+    pub basic_auth: Option<Vec<Secret>>,
+    /// See [`Rules`].
+    pub allow: Option<Vec<Cidr>>,
+    /// See [`Rules`].
+    pub deny: Option<Vec<Cidr>>,
+    /// See [`Rules`].
+    pub require_header: Option<Vec<Secret>>,
+}
+
+impl FileTunnel {
+    /// The tunnel's own rules.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            basic_auth: self.basic_auth.clone(),
+            allow: self.allow.clone(),
+            deny: self.deny.clone(),
+            require_header: self.require_header.clone(),
+        }
+    }
 }
 
 /// A configuration file that cannot be used.
@@ -259,6 +291,16 @@ pub enum FileError {
 }
 
 impl File {
+    /// The rules for tunnels that do not say otherwise.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            basic_auth: self.basic_auth.clone(),
+            allow: self.allow.clone(),
+            deny: self.deny.clone(),
+            require_header: self.require_header.clone(),
+        }
+    }
+
     /// Reads a file.
     ///
     /// # Errors

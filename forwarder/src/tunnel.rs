@@ -40,6 +40,11 @@ pub enum Failure {
     /// What the agent asked for is not valid.
     #[error("the service does not accept what this agent asks for: {0}")]
     Invalid(String),
+    /// The service does not know rules about visitors.
+    #[error(
+        "the service cannot keep visitors out of a tunnel, so none was opened: update the service, or do without --basic-auth, --allow, --deny and --require-header"
+    )]
+    Unprotected,
     /// The same owner has opened the tunnel elsewhere.
     #[error("{0}")]
     Replaced(String),
@@ -55,6 +60,7 @@ pub async fn run(settings: Settings, observer: Observer, stop: CancellationToken
     let mut tunnel = Tunnel { tunnel_id: settings.tunnel_id.clone(), settings, observer, origin, stop, sessions: JoinSet::new() };
     let outcome = tunnel.keep_open().await;
     if outcome.is_err() {
+        // What serves still takes nothing new: this agent is about to end.
         tunnel.stop.cancel();
     }
     // Sessions that were taken over from end with their last request, or when they are told to stop.
@@ -128,6 +134,7 @@ impl Tunnel {
                     return Err(Failure::NameTaken(self.tunnel_id.take().map(String::from).unwrap_or_default()));
                 }
                 (Err(Failed::Invalid(said)), _) => return Err(Failure::Invalid(said)),
+                (Err(Failed::Unprotected), _) => return Err(Failure::Unprotected),
                 // The one that serves goes on meanwhile.
                 (Err(Failed::Unreachable(_)), Some(serving)) => serving.move_at = Some(Instant::now() + backoff.next_pause()),
                 (Err(Failed::Unreachable(reason)), None) => self.pause(&mut backoff, reason).await,

@@ -4,10 +4,11 @@
 //! not wait for it.
 
 use std::{
+    collections::HashMap,
     future::poll_fn,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     task::Poll,
@@ -49,7 +50,11 @@ use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::answer::{self, AnswerBody};
 use tunnel_shared::{
-    cloud::{now, replies::Replies},
+    cloud::{
+        auth::{self, Auth},
+        now,
+        replies::Replies,
+    },
     id::ConnectionId,
     limits::WEBSOCKET_FRAME,
     parts,
@@ -87,6 +92,8 @@ pub fn router(front: &Arc<WebSocketFront>) -> axum::Router {
 pub struct WebSocketFront {
     /// Whether messages take every step that they take in AWS.
     pub shape: Shape,
+    /// How agents prove who they are.
+    pub auth: Auth,
     /// The function of `$connect`.
     pub connect: Connect,
     /// The function of `$default`.
@@ -99,6 +106,8 @@ pub struct WebSocketFront {
     pub replies: Replies,
     /// What they may do.
     pub quotas: Quotas,
+    /// Whose connections are open.
+    pub open: Open,
     /// Holds a task for each connection and each message being handled.
     pub tasks: TaskTracker,
 }
@@ -115,6 +124,9 @@ impl WebSocketFront {
             // Only browsers send it: a page that the user visits must not open tunnels on the user's machine.
             return say(StatusCode::FORBIDDEN, "Web pages cannot be agents.\n");
         }
+        let Some(place) = self.open.take(self.owner(request.headers()), self.quotas.agents_of_one) else {
+            return say(StatusCode::TOO_MANY_REQUESTS, "Too many agents are connected with this token.\n");
+        };
         let source = Source {
             connection_id: connection_id(),
             connected_at: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
@@ -145,6 +157,7 @@ impl WebSocketFront {
                     front.disconnected(&source, 1006, "").await;
                 }
             }
+            drop(place);
         });
         let mut response = Response::new(answer::whole(Bytes::new()));
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
@@ -153,6 +166,15 @@ impl WebSocketFront {
         headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
         headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept_key);
         response
+    }
+
+    /// Whose connection it will be, if `$connect` lets it in.
+    fn owner(&self, headers: &HeaderMap) -> String {
+        let token = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(auth::bearer_token);
+        match (self.auth, token) {
+            (Auth::Token, Some(token)) => auth::owner_of(&auth::hash_token(token)),
+            _ => auth::ANYBODY.to_owned(),
+        }
     }
 
     /// Serves a connection to its end.
@@ -252,6 +274,43 @@ impl WebSocketFront {
     async fn disconnected(&self, source: &Source, code: u16, reason: &str) {
         if let Err(error) = self.disconnect.handle(source.disconnect(code, reason)).await {
             error!(connection = %source.connection_id, error = &error as &dyn std::error::Error, "$disconnect failed");
+        }
+    }
+}
+
+/// How many connections each owner has open. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Open(Arc<Mutex<HashMap<String, usize>>>);
+
+/// A connection's place among its owner's. Dropped, it is free again.
+#[derive(Debug)]
+struct Place(Open, String);
+
+impl Open {
+    /// Takes a place, if `owner` has less than `limit`.
+    fn take(&self, owner: String, limit: usize) -> Option<Place> {
+        let mut open = self.lock();
+        if open.get(&owner).is_some_and(|open| *open >= limit) {
+            return None;
+        }
+        *open.entry(owner.clone()).or_default() += 1;
+        Some(Place(self.clone(), owner))
+    }
+
+    /// Held between awaits only.
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.0.lock();
+        if let Some(count) = open.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.1);
+            }
         }
     }
 }

@@ -6,12 +6,13 @@ use clap::{Parser, ValueEnum};
 use tokio::runtime::Runtime;
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 use tunnel_shared::{
+    cidr::Cidr,
     cloud::auth::Auth,
     limits::WEBSOCKET_LIFE,
     routing::{PublicUrl, Routing},
 };
 
-use crate::{Options, Stack, quotas::Quotas, samples};
+use crate::{Options, Stack, quotas::Quotas, samples, stack::MAX_CONCURRENT_REQUESTS};
 
 /// Runs the whole tunnel on this machine: visitors and agents connect to one address.
 #[derive(Debug, Parser)]
@@ -35,6 +36,18 @@ struct Cli {
     /// How long an agent's connection may live: agents open the next one in time [default: 2h, as in AWS]
     #[arg(long, env = "TUNNEL_MAX_CONNECTION_AGE", value_parser = connection_age, value_name = "TIME")]
     max_connection_age: Option<Duration>,
+    /// Most requests of one tunnel at once; 0 is no limit
+    #[arg(long, env = "TUNNEL_MAX_CONCURRENT_REQUESTS", default_value_t = MAX_CONCURRENT_REQUESTS, value_name = "N")]
+    max_concurrent_requests: u32,
+    /// Most new requests of one tunnel in a second, and twice that after a pause; 0 is no limit
+    #[arg(long, env = "TUNNEL_MAX_REQUESTS_PER_SECOND", default_value_t = 0, value_name = "N")]
+    max_requests_per_second: u32,
+    /// Most agents that may be connected with one token; without tokens, in all
+    #[arg(long, env = "TUNNEL_MAX_AGENTS_PER_TOKEN", default_value_t = Quotas::default().agents_of_one, value_name = "N")]
+    max_agents_per_token: usize,
+    /// Believe X-Forwarded-For, -Proto and -Host of a proxy with an address in this network; may be repeated [default: none]
+    #[arg(long, env = "TUNNEL_TRUST_PROXY", value_delimiter = ',', value_name = "CIDR")]
+    trust_proxy: Vec<Cidr>,
     /// Be the other side of the events in events/ instead: for `sam local invoke`
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
     samples: bool,
@@ -77,7 +90,14 @@ impl Cli {
             data: self.data.clone(),
             auth,
             routing,
-            quotas: Quotas { life: self.max_connection_age.unwrap_or(WEBSOCKET_LIFE), ..Quotas::default() },
+            quotas: Quotas {
+                life: self.max_connection_age.unwrap_or(WEBSOCKET_LIFE),
+                agents_of_one: self.max_agents_per_token,
+                ..Quotas::default()
+            },
+            max_concurrent_requests: self.max_concurrent_requests,
+            max_requests_per_second: self.max_requests_per_second,
+            trusted_proxies: self.trust_proxy.clone(),
             ..Options::default()
         }
     }

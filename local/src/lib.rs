@@ -12,6 +12,7 @@ pub mod cli;
 pub mod connections;
 pub mod dynamodb;
 pub mod event;
+pub mod proxies;
 pub mod quotas;
 pub mod samples;
 pub mod stack;

@@ -19,6 +19,8 @@ pub struct Quotas {
     pub queue: usize,
     /// Messages of one connection that are handled at once; an agent that sends more waits.
     pub handled_at_once: usize,
+    /// Open connections of agents with one token; over it the handshake is answered 429. Where agents do not authenticate, of all.
+    pub agents_of_one: usize,
 }
 
 impl Default for Quotas {
@@ -30,6 +32,7 @@ impl Default for Quotas {
             life: limits::WEBSOCKET_LIFE,
             queue: 128,
             handled_at_once: 64,
+            agents_of_one: 100,
         }
     }
 }

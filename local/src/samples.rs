@@ -107,7 +107,7 @@ async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
     Tokens::new(sdk, dynamodb::TOKENS.to_owned()).put(&token).await?;
     let tunnels = Tunnels::new(sdk, dynamodb::TUNNELS.to_owned());
     tunnels.claim(&tunnel_id, &owner, now()).await?;
-    let online = Online { connection_id: connection_id.clone(), features: FEATURES.to_vec() };
+    let online = Online { connection_id: connection_id.clone(), features: FEATURES.to_vec(), access: None };
     tunnels.go_online(&tunnel_id, &owner, &online, now()).await?;
     let connection = Connection::Agent { tunnel_id, owner };
     ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned()).put(&connection_id, &connection, now()).await?;

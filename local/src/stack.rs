@@ -15,6 +15,7 @@ use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::{Forward, answer::AnswerBody};
 use tunnel_shared::{
+    cidr::Cidr,
     cloud::{
         auth::{self, Auth},
         now,
@@ -32,10 +33,11 @@ use tunnel_shared::{
 use crate::{
     access::AccessKey,
     agents,
-    agents::WebSocketFront,
+    agents::{Open, WebSocketFront},
     connections,
     connections::Connections,
     dynamodb,
+    proxies::Proxies,
     quotas::Quotas,
     strict::{LastHead, Watched},
     visitors,
@@ -49,6 +51,8 @@ pub(crate) const HEAD: usize = 64 * 1024;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests after it failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Most requests of one tunnel at once, unless the options say otherwise.
+pub const MAX_CONCURRENT_REQUESTS: u32 = 1024;
 /// How long requests in flight may take to finish once the process is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -67,6 +71,12 @@ pub struct Options {
     pub routing: Routing,
     /// What agents' connections may do.
     pub quotas: Quotas,
+    /// Most requests of one tunnel at once; 0 is no limit.
+    pub max_concurrent_requests: u32,
+    /// Most new requests of one tunnel in a second, and twice that at once after a pause; 0 is no limit.
+    pub max_requests_per_second: u32,
+    /// Proxies in front of this process whose word about visitors counts.
+    pub trusted_proxies: Vec<Cidr>,
     /// Which way the functions reach each other and agents.
     pub shape: Shape,
 }
@@ -91,6 +101,9 @@ impl Default for Options {
             auth: Auth::Open,
             routing: Routing::Path,
             quotas: Quotas::default(),
+            max_concurrent_requests: MAX_CONCURRENT_REQUESTS,
+            max_requests_per_second: 0,
+            trusted_proxies: Vec::new(),
             shape: Shape::default(),
         }
     }
@@ -172,6 +185,8 @@ impl Stack {
                     "WEBSOCKET_API_ENDPOINT" => websocket_api.clone(),
                     "PUBLIC_URL" => public_url.to_string(),
                     "ROUTING" => if options.routing == Routing::Path { "path" } else { "subdomain" }.to_owned(),
+                    "MAX_CONCURRENT_REQUESTS" => options.max_concurrent_requests.to_string(),
+                    "MAX_REQUESTS_PER_SECOND" => options.max_requests_per_second.to_string(),
                     "AUTH" => if options.auth == Auth::Open { "open" } else { "token" }.to_owned(),
                     table => return dynamodb::table_of_variable(table).map(str::to_owned),
                 })
@@ -183,12 +198,14 @@ impl Stack {
         let forward = Forward::load(variables(), &sdk, in_process)?;
         let websocket = Arc::new(WebSocketFront {
             shape: options.shape,
+            auth: options.auth,
             connect: Connect::load(variables(), &sdk)?,
             default: DefaultRoute::load(variables(), &sdk, in_process)?,
             disconnect: Disconnect::load(variables(), &sdk)?,
             connections: connections.clone(),
             replies,
             quotas: options.quotas,
+            open: Open::default(),
             tasks: agents.tasks.clone(),
         });
         if options.shape == Shape::AsInAws {
@@ -202,7 +219,8 @@ impl Stack {
         }
         let tokens = Tokens::new(&sdk, dynamodb::TOKENS.to_owned());
         let first_token = first_token(options.auth, &tokens).await?;
-        let front = Front { forward: forward.clone(), websocket, scheme: public_url.scheme().to_owned() };
+        let proxies = Arc::new(Proxies::new(options.trusted_proxies));
+        let front = Front { forward: forward.clone(), websocket, proxies, scheme: public_url.scheme().to_owned() };
         visitors.tasks.spawn(listen(listener, front, visitors.clone()));
         let endpoint = format!("{}{}", websocket_scheme(&public_url), agents::PATH);
         Ok(Self { public_url, endpoint, first_token, tokens, connections, forward, visitors, agents, services })
@@ -254,6 +272,7 @@ async fn first_token(auth: Auth, tokens: &Tokens) -> anyhow::Result<Option<Strin
 struct Front {
     forward: Forward,
     websocket: Arc<WebSocketFront>,
+    proxies: Arc<Proxies>,
     scheme: String,
 }
 
@@ -262,7 +281,7 @@ impl Front {
         if request.uri().path() == agents::PATH {
             self.websocket.accept(request, peer).await
         } else if head.is_plain(&request) {
-            visitors::serve(&self.forward, request, peer, &self.scheme).await
+            visitors::serve(&self.forward, request, peer.ip(), &self.proxies, &self.scheme).await
         } else {
             visitors::refuse(&request, "it says two things about its length")
         }

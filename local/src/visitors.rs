@@ -3,7 +3,7 @@
 //! What an event would carry is handed over as it is, because an event cannot carry a stream and payload 2.0 joins repeated
 //! fields. From there on the way is that of a function URL.
 
-use std::{net::SocketAddr, sync::atomic::Ordering};
+use std::{net::IpAddr, sync::atomic::Ordering};
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, header, uri::Scheme};
@@ -17,26 +17,27 @@ use tunnel_forward::{
 };
 use tunnel_shared::{limits::REQUEST_DEADLINE, routing::encode_path};
 
-use crate::strict::Noted;
+use crate::{proxies::Proxies, strict::Noted};
 
 /// Serves a visitor's request.
-pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: SocketAddr, scheme: &str) -> Response<AnswerBody> {
+pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: IpAddr, proxies: &Proxies, scheme: &str) -> Response<AnswerBody> {
     if is_absolute(request.uri()) {
         return refuse(&request, "its target is a whole address, as for a proxy");
     }
     let (head, body) = request.into_parts();
     let (body, is_read) = Noted::new(body);
+    let origin = proxies.origin(peer, &head.headers);
     let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
     let visit = Visit {
         front: Front::Streaming,
         patience: REQUEST_DEADLINE,
         method: head.method,
-        scheme: scheme.to_owned(),
-        host,
+        scheme: origin.scheme.unwrap_or_else(|| scheme.to_owned()),
+        host: origin.host.unwrap_or(host),
         path: encode_path(head.uri.path()),
         query: head.uri.query().map(str::to_owned),
         headers: head.headers,
-        source_ip: peer.ip().to_string(),
+        source_ip: origin.address,
         body: body.map_err(Into::into).boxed_unsync(),
     };
     let mut response = forward.serve(visit).await;

@@ -5,6 +5,8 @@
 //! adds what the Lambda functions share: settings, the DynamoDB tables, @connections, replies and telemetry. It is the only
 //! place in the workspace that names an AWS client.
 
+pub mod access;
+pub mod cidr;
 #[cfg(feature = "bodies")]
 pub mod gathering;
 pub mod headers;

@@ -35,14 +35,16 @@ pub enum Feature {
     ReplyTo,
     /// Takes bodies that are compressed; see [`Encoding`].
     Zstd,
+    /// Heeds `access` of `ready`. Of no meaning from an agent.
+    Access,
     /// A feature of a newer peer.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 6] =
-    [Feature::BodyParts, Feature::Cancel, Feature::Notices, Feature::Window, Feature::ReplyTo, Feature::Zstd];
+pub const FEATURES: [Feature; 7] =
+    [Feature::BodyParts, Feature::Cancel, Feature::Notices, Feature::Window, Feature::ReplyTo, Feature::Zstd, Feature::Access];
 
 /// Body bytes, which JSON carries in base64 (RFC 4648, 4: with padding).
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -159,6 +161,10 @@ pub struct Ready {
     /// The agent's own connection that this one takes over from. It is left to finish what it has, and is told nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<ConnectionId>,
+    /// Which visitors the tunnel lets in, as JSON of [`crate::access::Access`]; all of them if it is not there. It is kept as it
+    /// came, so that rules that cannot be read are refused, and not the message around them dropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access: Option<serde_json::Value>,
 }
 
 /// See [`ToAgent::ConnectionEstablished`]. The first services sent only the first three fields.
@@ -282,11 +288,18 @@ pub struct Window {
 /// A message of an agent as a reply connection hears it: with the connection it came from, as API Gateway reports it and not as
 /// the agent claims. The first one carries the reply connection's own id and its own `ready`.
 #[derive(Debug, Deserialize)]
-pub struct Relayed {
+pub struct Relayed<M = FromAgent> {
     /// The connection it came from.
     pub sender: ConnectionId,
     /// The message.
-    pub message: FromAgent,
+    pub message: M,
+}
+
+/// As much of a message as tells which request it is about, for one that cannot be read otherwise.
+#[derive(Debug, Deserialize)]
+pub struct Subject {
+    /// The request.
+    pub request_id: RequestId,
 }
 
 impl Relayed {

@@ -6,11 +6,12 @@
 
 mod relay;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::{debug, info, warn};
 use tunnel_shared::{
+    access::Access,
     cloud::{
         RouteResponse,
         connections::{Connection, Connections},
@@ -25,7 +26,7 @@ use tunnel_shared::{
     },
     id::{ConnectionId, TunnelId},
     limits::WEBSOCKET_LIFE,
-    protocol::{self, ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, ToAgent},
+    protocol::{self, ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent},
     routing::{PublicUrl, Routing},
 };
 
@@ -110,6 +111,9 @@ impl DefaultRoute {
             Ok(message) => self.take(sender, message).await,
             Err(error) => {
                 warn!(connection = %sender, error = &error as &dyn std::error::Error, "message dropped");
+                if let Ok(Subject { request_id }) = protocol::decode(text) {
+                    self.relay.deliver(sender, Reply::unreadable(request_id)).await?;
+                }
                 Ok(RouteResponse::refused(400, "invalid_message", "not a message of the tunnel protocol"))
             }
         }
@@ -148,7 +152,12 @@ impl DefaultRoute {
                 return Ok(RouteResponse::refused(410, "gone", "this connection is not recorded; connect again"));
             }
         };
-        let online = Online { connection_id: sender.clone(), features: ready.features };
+        let access = match ready.access.map(serde_json::from_value::<Access>).transpose() {
+            Ok(access) => access.map(Arc::new),
+            // Without them the tunnel would be open to everybody.
+            Err(error) => return self.refuse_access(sender, &error).await,
+        };
+        let online = Online { connection_id: sender.clone(), features: ready.features, access };
         let Some(before) = self.tunnels.go_online(&tunnel_id, &owner, &online, now()).await? else {
             self.agents.close(sender).await?;
             return Ok(RouteResponse::refused(409, "name_taken", "the tunnel belongs to somebody else by now"));
@@ -159,6 +168,15 @@ impl DefaultRoute {
         }
         self.post(sender, &ToAgent::ConnectionEstablished(self.address(sender, tunnel_id))).await?;
         Ok(RouteResponse::ok())
+    }
+
+    /// Says what is wrong with the rules, and closes the connection.
+    async fn refuse_access(&self, sender: &ConnectionId, fault: &serde_json::Error) -> Result<RouteResponse, Error> {
+        let message = format!("the service cannot keep to the rules in access: {fault}");
+        warn!(connection = %sender, message, "refused");
+        self.post(sender, &ToAgent::Error { message: message.clone() }).await?;
+        self.agents.close(sender).await?;
+        Ok(RouteResponse::refused(400, "invalid_access", &message))
     }
 
     fn address(&self, connection: &ConnectionId, tunnel_id: TunnelId) -> ConnectionEstablished {

@@ -1,6 +1,7 @@
 //! One request and its reply: out to the agent in as few messages as fit, back as a response whose body arrives in parts.
 
 use std::{
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -55,7 +56,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// Everything that leaves the visitor without a response.
 pub(crate) async fn run(
     function: &Arc<Parts>,
-    visit: Visit,
+    mut visit: Visit,
     tunnel: &TunnelId,
     prefix: &str,
     path: &str,
@@ -63,14 +64,16 @@ pub(crate) async fn run(
 ) -> Result<Replying, Refusal> {
     let head_deadline = Instant::now() + visit.patience;
     let deadline = matches!(visit.front, Front::HttpApi(_)).then_some(head_deadline);
-    let online = function.lookup.find(tunnel).await?;
+    let visitor = Visitor { address: visit.source_ip.parse().ok(), fields: std::mem::take(&mut visit.headers) };
+    let online = visitor.admitted(function, tunnel).await?;
+    record.place = Some(function.throttle.take(tunnel, Instant::now())?);
     let method = visit.method.clone();
-    let (mut message, length, rest) = first_message(visit, prefix, path, &online, function.packs).await?;
+    let (mut message, length, rest) = first_message(visit, &visitor.fields, prefix, path, &online, function.packs).await?;
     record.request = Some(message.request_id.clone());
     record.request_bytes.fetch_add(length as u64, Ordering::Relaxed);
     let may_repeat = rest.is_none() && message.body.0.is_empty() && matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);
 
-    let mut exchange = Exchange::start(function, tunnel, online, &mut message, deadline).await?;
+    let mut exchange = Exchange::start(function, tunnel, &visitor, online, &mut message, deadline).await?;
     record.connection = Some(exchange.online.connection_id.clone());
     let has_upload = rest.is_some();
     if let Some(rest) = rest {
@@ -80,12 +83,14 @@ pub(crate) async fn run(
         // The agent says that it has not passed the request on, or nothing can have come of it that matters.
         Err(refusal) if exchange.is_untouched(&refusal, has_upload, may_repeat) => {
             function.lookup.forget(tunnel, &exchange.online);
-            let Some(online) = function.lookup.find(tunnel).await.ok().filter(|online| *online != exchange.online) else {
-                return Err(refusal);
+            let online = match visitor.admitted(function, tunnel).await {
+                Ok(online) if online != exchange.online => online,
+                Err(denied @ (Refusal::Unauthorized(_) | Refusal::Forbidden(_))) => return Err(denied),
+                _ => return Err(refusal),
             };
             message.request_id = RequestId::generate();
             record.request = Some(message.request_id.clone());
-            exchange = Exchange::start(function, tunnel, online, &mut message, deadline).await?;
+            exchange = Exchange::start(function, tunnel, &visitor, online, &mut message, deadline).await?;
             record.connection = Some(exchange.online.connection_id.clone());
             exchange.next(Some(head_deadline)).await?
         }
@@ -100,6 +105,25 @@ pub(crate) async fn run(
     let has_no_body = method == Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
     let first = if has_no_body { Chunk { bytes: Bytes::new(), encoding: None, more: false } } else { first };
     Ok(Replying { exchange, status, fields: response_fields(head.headers), first })
+}
+
+/// Who asks to be let in. Each connection that a request may be sent to has its own rules.
+struct Visitor {
+    /// Not known when the front's word is no address.
+    address: Option<IpAddr>,
+    /// As they came, with what is meant for the service.
+    fields: HeaderMap,
+}
+
+impl Visitor {
+    /// The connection that serves the tunnel, if it lets this visitor in. Nothing is sent to one that was not asked for here.
+    async fn admitted(&self, function: &Parts, tunnel: &TunnelId) -> Result<Online, Refusal> {
+        let online = function.lookup.find(tunnel).await?;
+        if let Some(access) = &online.access {
+            access.admit(self.address, &self.fields).map_err(|denied| Refusal::of_denied(denied, tunnel))?;
+        }
+        Ok(online)
+    }
 }
 
 /// A reply that has begun.
@@ -141,12 +165,13 @@ async fn post(function: &Parts, to: &ConnectionId, message: &ToAgent) -> Result<
 /// The request's first message, with as much of the body as has come and fits; how many bytes of it those are; and the rest.
 async fn first_message(
     visit: Visit,
+    fields: &HeaderMap,
     prefix: &str,
     path: &str,
     online: &Online,
     packs: bool,
 ) -> Result<(HttpRequest, usize, Option<Gathering<VisitBody>>), Refusal> {
-    let packs = packs && online.features.contains(&Feature::Zstd) && packing::pays(&visit.headers);
+    let packs = packs && online.features.contains(&Feature::Zstd) && packing::pays(fields);
     let mut message = HttpRequest {
         request_id: RequestId::generate(),
         method: visit.method.to_string(),
@@ -154,7 +179,7 @@ async fn first_message(
             Some(query) => format!("{path}?{query}"),
             None => path.to_owned(),
         },
-        headers: forwarded(&visit, prefix),
+        headers: forwarded(&visit, fields, prefix),
         body: Body::default(),
         encoding: None,
         timestamp: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
@@ -189,8 +214,8 @@ fn broken_off(error: impl std::fmt::Display) -> Refusal {
 }
 
 /// The fields that the local service gets: the visitor's own, and ours about where the request comes from.
-fn forwarded(visit: &Visit, prefix: &str) -> HeaderMap {
-    let mut fields = visit.headers.clone();
+fn forwarded(visit: &Visit, fields: &HeaderMap, prefix: &str) -> HeaderMap {
+    let mut fields = fields.clone();
     headers::remove_hop_by_hop(&mut fields);
     headers::remove_forwarding(&mut fields);
     fields.remove(header::EXPECT);
@@ -227,6 +252,7 @@ impl Exchange {
     async fn start(
         function: &Arc<Parts>,
         tunnel: &TunnelId,
+        visitor: &Visitor,
         online: Online,
         message: &mut HttpRequest,
         deadline: Option<Instant>,
@@ -236,6 +262,9 @@ impl Exchange {
             let online = connections[connections.len() - 1].clone();
             let (source, reply_to) = function.way_back(online.features.contains(&Feature::ReplyTo)).await;
             message.reply_to = reply_to;
+            if let Some(access) = &online.access {
+                access.remove_secrets(&mut message.headers);
+            }
             // Before it is sent: the reply may be here before the answer to the post.
             let expected = function.replies.expect(online.connection_id.clone(), message.request_id.clone());
             match post(function, &online.connection_id, &ToAgent::HttpRequest(message.clone())).await {
@@ -245,7 +274,7 @@ impl Exchange {
                 }
                 Err(PostError::Gone) => {
                     function.lookup.lost(tunnel, &online).await?;
-                    let moved = function.lookup.find(tunnel).await?;
+                    let moved = visitor.admitted(function, tunnel).await?;
                     if connections.contains(&moved) {
                         return Err(Refusal::Offline);
                     }

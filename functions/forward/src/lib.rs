@@ -1,6 +1,7 @@
 //! Visitors' requests: route, find the tunnel, send to its agent, wait for the reply, answer.
 //!
-//! The life of a request is told by the files: [`visit`] reads what a front received, `lookup` finds the tunnel's connection,
+//! The life of a request is told by the files: [`visit`] reads what a front received, `lookup` finds the tunnel's connection and
+//! with it whom the tunnel lets in, `throttle` counts what it has already,
 //! `exchange` sends the request to the agent and puts the reply together, `reply` waits for the reply's parts, which come over
 //! `reply_connection`, [`answer`] gives it back to the front, and [`refusal`] is what the visitor sees when any of that fails;
 //! `record` tells the log and CloudWatch.
@@ -12,6 +13,7 @@ mod record;
 pub mod refusal;
 mod reply;
 mod reply_connection;
+mod throttle;
 pub mod visit;
 
 use std::{sync::Arc, time::Duration};
@@ -42,6 +44,7 @@ use crate::{
     refusal::Refusal,
     reply::Source,
     reply_connection::ReplyConnection,
+    throttle::{AT_ONCE, Throttle},
     visit::{BadEvent, Front, HEAD_START, Visit},
 };
 
@@ -52,6 +55,7 @@ pub struct Forward(Arc<Parts>);
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) lookup: Lookup,
+    pub(crate) throttle: Throttle,
     pub(crate) agents: WebSocketApi,
     pub(crate) replies: Replies,
     ways_back: WaysBack,
@@ -103,6 +107,8 @@ impl Forward {
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.optional("ROUTING", Routing::Path);
         let streaming_url = variables.possible("STREAMING_URL");
+        let at_once = variables.optional("MAX_CONCURRENT_REQUESTS", AT_ONCE);
+        let per_second = variables.optional("MAX_REQUESTS_PER_SECOND", 0);
         let lambda = variables.given_by_lambda("AWS_LAMBDA_FUNCTION_NAME");
         let replies = in_process.map(|in_process| in_process.replies.clone()).unwrap_or_default();
         variables.finish(|| {
@@ -117,6 +123,7 @@ impl Forward {
             };
             Some(Self(Arc::new(Parts {
                 lookup: Lookup::new(Tunnels::new(sdk, tunnels?)),
+                throttle: Throttle::new(at_once?, per_second?),
                 agents: agents?,
                 replies,
                 ways_back,

@@ -19,7 +19,7 @@ use tunnel_shared::{
     id::{ConnectionId, RequestId, TunnelId},
 };
 
-use crate::refusal::Refusal;
+use crate::{refusal::Refusal, throttle::Place};
 
 /// The figures of one request. Dropped, it is told.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub(crate) struct Record {
     tunnel: TunnelId,
     started: Instant,
     outcome: &'static str,
+    /// Its place among the tunnel's requests, which is free again once this is dropped.
+    pub(crate) place: Option<Place>,
     /// The connection that served it.
     pub(crate) connection: Option<ConnectionId>,
     /// Its id.
@@ -53,6 +55,7 @@ impl Record {
             started: Instant::now(),
             // Until something else is known: the visitor did not wait for the end.
             outcome: "visitor_left",
+            place: None,
             connection: None,
             request: None,
             status: None,

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use http::{HeaderValue, Response, StatusCode, header};
 use tunnel_shared::{
+    access::Denied,
     cloud::{store::StoreError, websocket::PostError},
     headers::TUNNEL_ERROR,
+    id::TunnelId,
     protocol::AgentErrorCode,
 };
 
@@ -23,6 +25,15 @@ pub enum Refusal {
     /// The tunnel exists, but no agent is connected.
     #[error("The tunnel exists, but its agent is not connected now. It may be back in a moment.")]
     Offline,
+    /// The tunnel asks for a name and a password, and the visitor has sent none that it knows.
+    #[error("This tunnel asks for a name and a password.")]
+    Unauthorized(TunnelId),
+    /// The tunnel does not let this visitor in.
+    #[error("This tunnel does not let this request in: {0}.")]
+    Forbidden(&'static str),
+    /// The tunnel has as many requests as the service lets it have. The next may come after this time.
+    #[error("This tunnel has more requests than the service lets it have. Try again in {} s.", seconds(*.0))]
+    RateLimited(Duration),
     /// The agent has not taken the request, because another connection serves the tunnel now.
     #[error("The tunnel has just moved to another connection of its agent. Try again.")]
     Moved,
@@ -57,6 +68,9 @@ impl Refusal {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::NoSuchTunnel => StatusCode::NOT_FOUND,
+            Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
+            Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Offline | Self::Moved | Self::AgentBusy => StatusCode::SERVICE_UNAVAILABLE,
             Self::AgentLost | Self::LocalUnreachable(_) | Self::InvalidReply(_) => StatusCode::BAD_GATEWAY,
             Self::LocalTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -70,6 +84,9 @@ impl Refusal {
     pub fn code(&self) -> &'static str {
         match self {
             Self::NoSuchTunnel => "tunnel_not_found",
+            Self::Unauthorized(_) => "visitor_unauthorized",
+            Self::Forbidden(_) => "visitor_forbidden",
+            Self::RateLimited(_) => "rate_limited",
             Self::Offline | Self::Moved => "tunnel_offline",
             Self::AgentLost => "agent_lost",
             Self::AgentBusy => "agent_busy",
@@ -109,11 +126,27 @@ impl Refusal {
         headers.insert(TUNNEL_ERROR, HeaderValue::from_static(code));
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            headers.insert(header::RETRY_AFTER, RETRY_AFTER.as_secs().into());
+        match self {
+            Self::RateLimited(pause) => {
+                headers.insert(header::RETRY_AFTER, seconds(pause).into());
+            }
+            // Named after the tunnel, so that a browser does not send its password to others of the same host.
+            Self::Unauthorized(tunnel) => {
+                let challenge = format!("Basic realm=\"{tunnel}\", charset=\"UTF-8\"");
+                headers.extend(HeaderValue::from_str(&challenge).map(|value| (header::WWW_AUTHENTICATE, value)));
+            }
+            _ if status == StatusCode::SERVICE_UNAVAILABLE => {
+                headers.insert(header::RETRY_AFTER, RETRY_AFTER.as_secs().into());
+            }
+            _ => {}
         }
         response
     }
+}
+
+/// Whole seconds, at least one: what `Retry-After` can say.
+fn seconds(pause: Duration) -> u64 {
+    pause.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX).max(1)
 }
 
 fn page(status: StatusCode, code: &str, sentence: &str) -> String {
@@ -123,6 +156,17 @@ fn page(status: StatusCode, code: &str, sentence: &str) -> String {
          <title>{status}</title>\n<style>body{{font:1rem/1.5 system-ui;margin:15vh auto;max-width:34rem;padding:0 1rem}}</style>\n\
          <h1>{status}</h1>\n<p>{escaped}</p>\n<p><code>{code}</code></p>\n</html>\n"
     )
+}
+
+impl Refusal {
+    /// What it means to a visitor of `tunnel` not to be let in.
+    pub fn of_denied(denied: Denied, tunnel: &TunnelId) -> Self {
+        match denied {
+            Denied::Unauthorized => Self::Unauthorized(tunnel.clone()),
+            Denied::Address => Self::Forbidden("it comes from an address that may not"),
+            Denied::Field => Self::Forbidden("a header that is asked for is missing or wrong"),
+        }
+    }
 }
 
 impl From<StoreError> for Refusal {

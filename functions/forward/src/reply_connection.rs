@@ -28,7 +28,7 @@ use tunnel_shared::{
     },
     id::ConnectionId,
     limits::{WEBSOCKET_FRAME, WEBSOCKET_IDLE, WEBSOCKET_MESSAGE},
-    protocol::{self, FromAgent, Ready, Relayed},
+    protocol::{self, FromAgent, Ready, Relayed, Subject},
 };
 
 /// How long opening may take.
@@ -165,7 +165,12 @@ impl ReplyConnection {
                         self.0.replies.deliver(&sender, reply);
                     }
                 }
-                Err(error) => warn!(error = &error as &dyn std::error::Error, "not a reply"),
+                Err(error) => {
+                    warn!(error = &error as &dyn std::error::Error, "not a reply");
+                    if let Ok(Relayed { sender, message: Subject { request_id } }) = protocol::decode(&text) {
+                        self.0.replies.deliver(&sender, Reply::unreadable(request_id));
+                    }
+                }
             }
         }
         let mut state = self.lock();

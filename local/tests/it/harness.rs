@@ -159,9 +159,14 @@ pub(crate) struct Agent {
 
 /// The settings of an agent that opens the tunnel `my-app` on `stack` for `target`.
 pub(crate) fn settings(stack: &Stack, target: SocketAddr) -> Settings {
+    settings_for(&stack.endpoint, target)
+}
+
+/// The same for the service at `endpoint`.
+pub(crate) fn settings_for(endpoint: &str, target: SocketAddr) -> Settings {
     Settings {
         name: "test".to_owned(),
-        endpoint: stack.endpoint.parse().expect("an endpoint"),
+        endpoint: endpoint.parse().expect("an endpoint"),
         token: None,
         tunnel_id: Some("my-app".parse().expect("an id")),
         target: target.to_string().parse().expect("a target"),
@@ -169,6 +174,7 @@ pub(crate) fn settings(stack: &Stack, target: SocketAddr) -> Settings {
         request_timeout: PATIENCE,
         max_concurrent: forwarder::settings::MAX_CONCURRENT,
         compression: true,
+        access: forwarder::access::Checked::default(),
     }
 }
 
@@ -288,6 +294,11 @@ pub(crate) async fn try_visit(request: Request<Bytes>) -> Result<Got, hyper::Err
     Ok(Got { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
 }
 
+/// Like [`get`], for stories in which the connection breaks off.
+pub(crate) async fn try_get(url: &str) -> Result<Got, hyper::Error> {
+    within("an answer", try_visit(Request::get(url).body(Bytes::new()).expect("a request"))).await
+}
+
 /// Sends bytes as they are to the stack's front and returns all that comes back until it closes.
 pub(crate) async fn raw(stack: &Stack, request: &[u8]) -> String {
     let authority = stack.public_url.to_string().split_off("http://".len());
@@ -298,7 +309,7 @@ pub(crate) async fn raw(stack: &Stack, request: &[u8]) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-/// An agent that says what the story wants it to say.
+/// An agent that says what the story wants it to say; or the connection to one of ours, of a service that does.
 pub(crate) struct ScriptedAgent(WebSocketStream<MaybeTlsStream<TcpStream>>);
 
 impl ScriptedAgent {
@@ -354,9 +365,35 @@ impl ScriptedAgent {
         }
     }
 
+    /// As a service: tells the agent that its tunnel is open.
+    pub(crate) async fn establish(&mut self, tunnel_id: &str, features: &[&str]) {
+        let url = format!("https://tunnel.example.com/{tunnel_id}");
+        self.say(&serde_json::json!({ "type": "connection_established", "connection_id": "c=", "tunnel_id": tunnel_id, "public_url": url, "features": features })).await;
+    }
+
     /// Becomes ready with these words and returns what the service answers.
     pub(crate) async fn ready(&mut self, ready: &serde_json::Value) -> serde_json::Value {
         self.say(ready).await;
         self.hear().await
+    }
+}
+
+/// A service that says what the story wants it to say.
+pub(crate) struct ScriptedService {
+    /// Where agents connect.
+    pub(crate) endpoint: String,
+    listener: TcpListener,
+}
+
+impl ScriptedService {
+    pub(crate) async fn listening() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        Self { endpoint: format!("ws://{}/_ws", listener.local_addr().expect("an address")), listener }
+    }
+
+    /// The next agent's connection.
+    pub(crate) async fn accept(&self) -> ScriptedAgent {
+        let (stream, _) = within("an agent", self.listener.accept()).await.expect("a connection");
+        ScriptedAgent(tokio_tungstenite::accept_async(MaybeTlsStream::Plain(stream)).await.expect("a handshake"))
     }
 }

@@ -3,9 +3,12 @@
 #![allow(clippy::panic, reason = "a story that goes wrong ends here")]
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "so does this")]
 
+mod access;
 mod events;
+mod faults;
 mod fidelity;
 mod harness;
+mod hostile;
 mod lifecycle;
 mod load;
 mod protocol;

@@ -96,6 +96,12 @@ impl From<Window> for Reply {
 }
 
 impl Reply {
+    /// What it means to a request that a message about it cannot be read.
+    pub fn unreadable(request_id: RequestId) -> Self {
+        let message = "a message of it has a header, a status or a body that cannot be read".to_owned();
+        Self { request_id, part: 0, content: ReplyPart::Failed { code: AgentErrorCode::InternalError, message } }
+    }
+
     /// A failure of one request; `None` when the agent named none.
     pub fn of_error(error: AgentError) -> Option<Self> {
         let content = ReplyPart::Failed { code: error.code, message: error.message };

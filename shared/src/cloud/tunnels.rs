@@ -1,12 +1,15 @@
 //! The tunnels table: who owns a name, and which connection serves it now.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 
 use super::sdk::SdkConfig;
 use super::store::{Item, StoreError, Table, is_live, number, read_number, read_text, text};
+use tracing::error;
+
 use crate::{
+    access::Access,
     id::{ConnectionId, TunnelId},
     protocol::Feature,
 };
@@ -32,6 +35,8 @@ pub struct Online {
     pub connection_id: ConnectionId,
     /// What its agent announced.
     pub features: Vec<Feature>,
+    /// Which visitors it lets in; all of them if there are no rules.
+    pub access: Option<Arc<Access>>,
 }
 
 /// The table.
@@ -98,15 +103,24 @@ impl Tunnels {
         now: Duration,
     ) -> Result<Option<Option<Online>>, StoreError> {
         let table = &self.0;
+        // In one write with the connection: there is no moment in which it is served without its rules.
+        let update = match &online.access {
+            Some(_) => "SET connectionId = :connection, features = :features, #access = :access, since = :now, #ttl = :ttl",
+            None => "SET connectionId = :connection, features = :features, since = :now, #ttl = :ttl REMOVE #access",
+        };
         let outcome = table
             .client
             .update_item()
             .table_name(&table.name)
             .key("tunnelId", text(id.as_str()))
-            .update_expression("SET connectionId = :connection, features = :features, since = :now, #ttl = :ttl")
+            .update_expression(update)
             .condition_expression("#owner = :owner")
+            .expression_attribute_names("#access", "access")
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_names("#ttl", "ttl")
+            .set_expression_attribute_values(
+                online.access.as_ref().map(|access| Item::from([(":access".to_owned(), access_to_text(access))])),
+            )
             .expression_attribute_values(":owner", text(owner))
             .expression_attribute_values(":connection", text(online.connection_id.as_str()))
             .expression_attribute_values(":features", AttributeValue::S(features_to_text(&online.features)))
@@ -159,8 +173,9 @@ impl Tunnels {
             .update_item()
             .table_name(&table.name)
             .key("tunnelId", text(id.as_str()))
-            .update_expression("REMOVE connectionId SET since = :now, #ttl = :ttl")
+            .update_expression("REMOVE connectionId, #access SET since = :now, #ttl = :ttl")
             .condition_expression("connectionId = :connection")
+            .expression_attribute_names("#access", "access")
             .expression_attribute_names("#ttl", "ttl")
             .expression_attribute_values(":connection", text(connection.as_str()))
             .expression_attribute_values(":now", number(now.as_secs()))
@@ -183,6 +198,7 @@ fn online_of(item: &Item) -> Option<Online> {
     Some(Online {
         connection_id: read_text(item, "connectionId")?.parse().ok()?,
         features: read_text(item, "features").map(features_of_text).unwrap_or_default(),
+        access: item.get("access").map(|rules| Arc::new(access_of(rules))),
     })
 }
 
@@ -192,4 +208,50 @@ fn features_to_text(features: &[Feature]) -> String {
 
 fn features_of_text(text: &str) -> Vec<Feature> {
     serde_json::from_str(text).unwrap_or_default()
+}
+
+fn access_to_text(access: &Access) -> AttributeValue {
+    AttributeValue::S(serde_json::to_string(access).expect("lists of texts have a JSON text"))
+}
+
+/// The rules of an item, which another version may have written: what cannot be read lets nobody in.
+fn access_of(rules: &AttributeValue) -> Access {
+    let read = rules.as_s().ok().and_then(|text| serde_json::from_str(text).ok());
+    read.unwrap_or_else(|| {
+        error!("the access rules of a tunnel cannot be read; no visitor is let in until its agent connects again");
+        Access::nobody()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use http::HeaderMap;
+
+    use super::*;
+
+    #[test]
+    fn rules_that_cannot_be_read_back_let_nobody_in() {
+        let address: IpAddr = "192.0.2.1".parse().expect("an address");
+        let admits = |rules: Option<AttributeValue>| {
+            let mut item = Item::from([("owner".to_owned(), text("open")), ("connectionId".to_owned(), text("abc="))]);
+            item.extend(rules.map(|rules| ("access".to_owned(), rules)));
+            let online = tunnel(&item).expect("a tunnel").online.expect("online");
+            online.access.is_none_or(|access| access.admit(Some(address), &HeaderMap::new()).is_ok())
+        };
+        assert!(admits(None));
+        assert!(admits(Some(text(r#"{"allow":["192.0.2.0/24"]}"#))));
+        for unreadable in [
+            text(""),
+            text("{}"),
+            text("null"),
+            text(r#"{"allow":["192.0.2.0/24"],"captcha":true}"#),
+            AttributeValue::Null(true),
+            AttributeValue::Bool(false),
+            AttributeValue::M(Item::new()),
+        ] {
+            assert!(!admits(Some(unreadable.clone())), "{unreadable:?}");
+        }
+    }
 }
