@@ -359,6 +359,31 @@ mod tests {
     }
 
     #[test]
+    fn rules_about_visitors_come_from_flags_or_the_file_and_faults_tell_no_secret() {
+        let file = file(
+            "endpoint = 'wss://x.example.com'\nbasic_auth = ['all:swordfish']\n\
+             [tunnels.api]\nbasic_auth = []\nallow = ['192.0.2.0/24']\n[tunnels.web]\nrequire_header = ['x-key: swordfish']\n",
+        );
+        let path = file.path().to_str().expect("a path");
+        let rules = |arguments: &[&str]| {
+            let tunnels = parse(&[arguments, &["--config", path]].concat()).expect("settings");
+            let access = tunnels[0].access.for_one_connection().expect("rules").to_json();
+            ["basic", "headers", "allow", "deny"].map(|kind| access[kind].as_array().map_or(0, Vec::len))
+        };
+        assert_eq!(rules(&["start", "api"]), [0, 0, 1, 0]);
+        assert_eq!(rules(&["start", "web"]), [1, 1, 0, 0]);
+        assert_eq!(rules(&["start", "web", "--basic-auth", "a:b", "--basic-auth", "c:d", "--deny", "::1,::2"]), [2, 1, 0, 2]);
+        let none = parse(&["-e", "wss://x.example.com"]).expect("settings");
+        assert!(none[0].access.is_empty());
+
+        for wrong in [&["--basic-auth", "swordfish"][..], &["--require-header", "swordfish"], &["--require-header", "host: swordfish"]] {
+            let Err(Usage(text)) = parse(&[wrong, &["-e", "wss://x.example.com"]].concat()) else { panic!("accepted: {wrong:?}") };
+            assert!(text.contains("basic_auth") || text.contains("require_header"), "{text}");
+            assert!(!text.contains("sword"), "{text}");
+        }
+    }
+
+    #[test]
     fn a_missing_endpoint_is_named() {
         let Err(Usage(text)) = parse(&["http", "3000"]) else { panic!("settings without endpoint") };
         assert!(text.contains("--endpoint") && text.contains("TTF_ENDPOINT"), "{text}");
