@@ -28,7 +28,7 @@ use tunnel_shared::{
     id::{ConnectionId, RequestId},
     limits::{PARTS_AHEAD, WINDOW},
     parts::{self, Reorder},
-    protocol::{self, AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest, ToAgent},
+    protocol::{self, AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest, Subject, ToAgent},
 };
 
 use crate::{
@@ -252,7 +252,12 @@ impl Session {
             Ok(ToAgent::Error { message }) => warn!(message, "the service refused a message"),
             Ok(ToAgent::Pong | ToAgent::ConnectionEstablished(_) | ToAgent::Unknown) => {}
             // API Gateway itself may speak up: {"message": "Internal server error", ..}
-            Err(error) => warn!(error = &error as &dyn std::error::Error, "message ignored"),
+            Err(error) => {
+                warn!(error = &error as &dyn std::error::Error, "message ignored");
+                if let Ok(Subject { request_id }) = protocol::decode(text) {
+                    self.refuse(request_id, None, AgentErrorCode::InvalidRequest, "the agent cannot read it");
+                }
+            }
         }
     }
 

@@ -167,8 +167,14 @@ impl FromStr for HostHeader {
 }
 
 /// A secret that no log or message can show.
-#[derive(Clone, Deserialize)]
+#[derive(Clone)]
 pub struct Secret(String);
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer).map(Self).map_err(|_| D::Error::custom("must be a text in quotes"))
+    }
+}
 
 impl Secret {
     /// The secret itself.
@@ -217,12 +223,14 @@ pub struct File {
     /// See [`Settings::compression`].
     pub compression: Option<bool>,
     /// Default for all tunnels; see [`Rules`], as the next three.
+    #[serde(default, deserialize_with = "secrets")]
     pub basic_auth: Option<Vec<Secret>>,
     /// Default for all tunnels.
     pub allow: Option<Vec<Cidr>>,
     /// Default for all tunnels.
     pub deny: Option<Vec<Cidr>>,
     /// Default for all tunnels.
+    #[serde(default, deserialize_with = "secrets")]
     pub require_header: Option<Vec<Secret>>,
     /// Tunnels by name, for `ttf start`.
     #[serde(default)]
@@ -248,12 +256,14 @@ pub struct FileTunnel {
     /// See [`Settings::max_concurrent`].
     pub max_concurrent: Option<usize>,
     /// See [`Rules`], as the next three.
+    #[serde(default, deserialize_with = "secrets")]
     pub basic_auth: Option<Vec<Secret>>,
     /// See [`Rules`].
     pub allow: Option<Vec<Cidr>>,
     /// See [`Rules`].
     pub deny: Option<Vec<Cidr>>,
     /// See [`Rules`].
+    #[serde(default, deserialize_with = "secrets")]
     pub require_header: Option<Vec<Secret>>,
 }
 
@@ -281,12 +291,14 @@ pub enum FileError {
         source: std::io::Error,
     },
     /// It is not TOML, or has keys or values it may not have.
-    #[error("{path}: {source}")]
+    #[error("{path}, line {line}: {message}")]
     Invalid {
         /// The file.
         path: String,
-        /// Where and why.
-        source: Box<toml::de::Error>,
+        /// Where.
+        line: usize,
+        /// Why, without what stands there: it may be a secret.
+        message: String,
     },
 }
 
@@ -307,8 +319,21 @@ impl File {
     /// When it cannot be read or has a fault: the text names line and key.
     pub fn read(path: &Path) -> Result<Self, FileError> {
         let text = std::fs::read_to_string(path).map_err(|source| FileError::Unreadable { path: path.display().to_string(), source })?;
-        toml::from_str(&text).map_err(|source| FileError::Invalid { path: path.display().to_string(), source: Box::new(source) })
+        Self::parse(&text).map_err(|(line, message)| FileError::Invalid { path: path.display().to_string(), line, message })
     }
+
+    /// Reads a text; a fault comes with its line.
+    fn parse(text: &str) -> Result<Self, (usize, String)> {
+        toml::from_str(text).map_err(|fault: toml::de::Error| {
+            let before = fault.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            (before.matches('\n').count() + 1, fault.message().to_owned())
+        })
+    }
+}
+
+/// A list of secrets, whose faults do not show them.
+fn secrets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Secret>>, D::Error> {
+    Vec::deserialize(deserializer).map(Some).map_err(|_| D::Error::custom("must be a list of texts in quotes"))
 }
 
 fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(deserializer: D) -> Result<Option<T>, D::Error> {
@@ -378,12 +403,15 @@ mod tests {
         assert_eq!(web.host_header, Some(HostHeader::Preserve));
 
         for (text, line, key) in [
-            ("endpoint = 'wss://x'\nendpiont = 1\n", "line 2", "endpiont"),
-            ("[tunnels.web]\nport = 1\n", "line 2", "port"),
-            ("\n\ntunnel_id = 'NO'\n", "line 3", "tunnel id"),
+            ("endpoint = 'wss://x'\nendpiont = 1\n", 2, "endpiont"),
+            ("[tunnels.web]\nport = 1\n", 2, "port"),
+            ("\n\ntunnel_id = 'NO'\n", 3, "tunnel id"),
+            ("basic_auth = 'alice:swordfish'\n", 1, "a list"),
+            ("token = ['swordfish']\n", 1, "a text"),
+            ("token = 'swordfish\n", 1, ""),
         ] {
-            let fault = toml::from_str::<File>(text).expect_err("a bad file").to_string();
-            assert!(fault.contains(line) && fault.contains(key), "{fault}");
+            let (at, fault) = File::parse(text).expect_err("a bad file");
+            assert!(at == line && fault.contains(key) && !fault.contains("sword"), "{at}: {fault}");
         }
     }
 }

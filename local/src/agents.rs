@@ -185,27 +185,32 @@ impl WebSocketFront {
             .max_frame_size(Some(self.quotas.frame))
             .max_message_size(Some(self.quotas.message));
         let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
-        let (sink, stream) = socket.split();
+        let (sink, mut stream) = socket.split();
         let (commands, queue) = mpsc::channel(self.quotas.queue);
         let used = Arc::new(Used::new());
         self.connections.insert(source.connection_id.clone(), commands.clone());
         let writer = self.tasks.spawn(write(sink, queue, used.clone()));
-        let (code, reason) = self.read(stream, &source, &used, &commands).await;
+        let (code, reason) = self.read(&mut stream, &source, &used, &commands).await;
         self.connections.remove(&source.connection_id);
         self.replies.lose(&source.connection_id);
         drop(commands);
         // The writer ends by itself once the queue is closed, unless the agent does not read.
         let stuck = writer.abort_handle();
-        if timeout(LAST_WORDS, writer).await.is_err() {
-            stuck.abort();
-        }
+        let written = timeout(LAST_WORDS, writer).await;
+        stuck.abort();
         self.disconnected(&source, code, reason).await;
+        if let Ok(Ok(sink)) = written
+            && let Ok(mut socket) = stream.reunite(sink)
+        {
+            // Closed with bytes unread, the agent would be sent a reset, and might never see the close frame before it.
+            let _ = timeout(LAST_WORDS, tokio::io::copy(socket.get_mut(), &mut tokio::io::sink())).await;
+        }
     }
 
     /// Reads messages until the connection ends, and returns the close code and reason of its end.
     async fn read(
         self: &Arc<Self>,
-        mut stream: SplitStream<Socket>,
+        stream: &mut SplitStream<Socket>,
         source: &Source,
         used: &Used,
         commands: &mpsc::Sender<Command>,
@@ -360,7 +365,7 @@ fn connection_id() -> ConnectionId {
 }
 
 /// Writes what the functions send, in frames no longer than API Gateway's, until the queue is closed or says so.
-async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<Command>, used: Arc<Used>) {
+async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<Command>, used: Arc<Used>) -> SplitSink<Socket, Message> {
     let mut ping = interval(PING);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -368,7 +373,7 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<C
             command = queue.recv() => command,
             _ = ping.tick() => {
                 if sink.send(Message::Ping(Bytes::new())).await.is_err() {
-                    return;
+                    return sink;
                 }
                 continue;
             }
@@ -376,7 +381,7 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<C
         match command {
             Some(Command::Send(text)) => {
                 if send(&mut sink, text).await.is_err() {
-                    return;
+                    return sink;
                 }
                 used.now();
             }
@@ -389,6 +394,7 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<C
         }
     }
     let _ = sink.close().await;
+    sink
 }
 
 async fn send(sink: &mut SplitSink<Socket, Message>, text: String) -> Result<(), tungstenite::Error> {

@@ -260,6 +260,11 @@ impl Exchange {
         let mut connections = vec![online];
         loop {
             let online = connections[connections.len() - 1].clone();
+            let lacks = |is_needed: bool, feature| is_needed && !online.features.contains(&feature);
+            if lacks(message.more, Feature::BodyParts) || lacks(message.encoding.is_some(), Feature::Zstd) {
+                // Made for a connection that is gone, and this one could not read it.
+                return Err(Refusal::Moved);
+            }
             let (source, reply_to) = function.way_back(online.features.contains(&Feature::ReplyTo)).await;
             message.reply_to = reply_to;
             if let Some(access) = &online.access {
