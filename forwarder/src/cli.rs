@@ -10,6 +10,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
+use etcetera::{BaseStrategy, choose_base_strategy};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
@@ -66,7 +67,7 @@ struct Options {
     /// The agent's token; better in the environment than on the command line
     #[arg(long, global = true, env = "TTF_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: Option<String>,
-    /// The tunnel id to ask for; random if none is given
+    /// The tunnel id to ask for; if none is given a random one, the same each time for the same endpoint and target
     #[arg(short = 's', long, global = true, env = "TTF_TUNNEL_ID", visible_alias = "subdomain", value_name = "ID")]
     tunnel_id: Option<TunnelId>,
     /// The local service, if no command names it [default: 127.0.0.1:3000]
@@ -84,6 +85,9 @@ struct Options {
     /// Compress bodies between the service and this agent where it pays [default: true]
     #[arg(long, global = true, env = "TTF_COMPRESSION", value_name = "BOOL")]
     compression: Option<bool>,
+    /// Remember a random tunnel id for the next start [default: true]
+    #[arg(long, global = true, env = "TTF_REMEMBER", value_name = "BOOL")]
+    remember: Option<bool>,
     /// A config file in TOML
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -161,6 +165,7 @@ impl Options {
             endpoint,
             token: self.token.clone().map(Secret::from).or(file.token.clone()),
             tunnel_id: self.tunnel_id.clone().or(tunnel.tunnel_id.clone()),
+            memory: memory_file().filter(|_| self.remember.or(file.remember).unwrap_or(true)),
             target: target
                 .or(self.target.clone())
                 .or(tunnel.target.clone())
@@ -172,6 +177,11 @@ impl Options {
             compression: self.compression.or(file.compression).unwrap_or(true),
         })
     }
+}
+
+/// The file of [`crate::memory`]. A user without a home remembers nothing.
+fn memory_file() -> Option<PathBuf> {
+    Some(choose_base_strategy().ok()?.config_dir().join("ttf").join("tunnels.toml"))
 }
 
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
@@ -326,6 +336,16 @@ mod tests {
         assert_eq!(from_flags[0].endpoint.to_string(), "wss://flag.example.com/");
         assert_eq!(from_flags[0].target.to_string(), "http://127.0.0.1:2");
         assert_eq!(from_flags[0].tunnel_id.as_ref().map(TunnelId::as_str), Some("from-file"));
+    }
+
+    #[test]
+    fn a_random_id_is_remembered_unless_that_is_switched_off() {
+        let arguments = ["-e", "ws://127.0.0.1:1"];
+        let memory = |more: &[&str]| parse(&[&arguments[..], more].concat()).expect("settings")[0].memory.clone();
+        assert!(memory(&[]).is_none_or(|file| file.ends_with("ttf/tunnels.toml")));
+        assert_eq!(memory(&["--remember", "false"]), None);
+        let file = file("remember = false\n");
+        assert_eq!(memory(&["--config", file.path().to_str().expect("a path")]), None);
     }
 
     #[test]

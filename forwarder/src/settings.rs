@@ -1,6 +1,12 @@
 //! What an agent is told to do: checked values, and the file they may come from.
 
-use std::{collections::BTreeMap, fmt, path::Path, str::FromStr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 
 use http::{
     HeaderValue,
@@ -27,6 +33,8 @@ pub struct Settings {
     pub token: Option<Secret>,
     /// The tunnel id to ask for; the service picks one if there is none.
     pub tunnel_id: Option<TunnelId>,
+    /// The file that remembers ids that the service picked; none forgets them with the process. See [`crate::memory`].
+    pub memory: Option<PathBuf>,
     /// The local service.
     pub target: Target,
     /// Which `Host` the local service sees.
@@ -217,6 +225,8 @@ pub struct File {
     pub max_concurrent: Option<usize>,
     /// See [`Settings::compression`].
     pub compression: Option<bool>,
+    /// Whether tunnel ids that the service picked are remembered.
+    pub remember: Option<bool>,
     /// Tunnels by name, for `ttf start`.
     #[serde(default)]
     pub tunnels: BTreeMap<String, FileTunnel>,

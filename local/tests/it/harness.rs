@@ -164,6 +164,7 @@ pub(crate) fn settings(stack: &Stack, target: SocketAddr) -> Settings {
         endpoint: stack.endpoint.parse().expect("an endpoint"),
         token: None,
         tunnel_id: Some("my-app".parse().expect("an id")),
+        memory: None,
         target: target.to_string().parse().expect("a target"),
         host_header: forwarder::settings::HostHeader::Rewrite,
         request_timeout: PATIENCE,
