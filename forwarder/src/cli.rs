@@ -19,6 +19,8 @@ use tunnel_shared::id::TunnelId;
 use crate::{
     Observer,
     event::Event,
+    handshake::{self, Failed},
+    memory,
     settings::{DEFAULT_TARGET, Endpoint, File, FileTunnel, HostHeader, MAX_CONCURRENT, REQUEST_TIMEOUT, Secret, Settings, Target},
     tunnel::Failure,
 };
@@ -28,7 +30,7 @@ The public URL is printed on stdout, one line for each tunnel; everything else g
 Flags win over environment variables, and those over the config file.
 
 Exit codes: 0 stopped on request, 1 failed, 2 wrong usage or config, 3 token refused, 4 tunnel id taken,
-5 replaced by another agent of the same owner.";
+5 replaced by another agent of the same owner, or the tunnel id was released.";
 
 /// Gives a local service a public URL.
 #[derive(Debug, Parser)]
@@ -56,6 +58,12 @@ enum Command {
         /// These
         #[arg(value_name = "NAME")]
         names: Vec<String>,
+    },
+    /// Give a tunnel id up, so that anybody may take it; the agent that serves it ends
+    Release {
+        /// The tunnel id
+        #[arg(id = "released", value_name = "ID")]
+        tunnel_id: TunnelId,
     },
 }
 
@@ -101,7 +109,15 @@ struct Options {
 pub struct Usage(String);
 
 impl Cli {
-    /// The tunnels to open, and the log's filter.
+    /// The tunnel id that is to be given up, where that is what the command is.
+    fn released(&self) -> Option<TunnelId> {
+        match &self.command {
+            Some(Command::Release { tunnel_id }) => Some(tunnel_id.clone()),
+            _ => None,
+        }
+    }
+
+    /// The tunnels to open, or the one to release, and the log's filter.
     ///
     /// # Errors
     /// When something is missing or contradicts.
@@ -118,6 +134,10 @@ impl Cli {
         let tunnels = match &self.command {
             Some(Command::Http { target }) => single(target.clone())?,
             Some(Command::Start { all, names }) => self.options.start(*all, names, &file)?,
+            Some(Command::Release { tunnel_id }) => {
+                let settings = self.options.settings("release", None, &FileTunnel::default(), &file)?;
+                vec![Settings { tunnel_id: Some(tunnel_id.clone()), ..settings }]
+            }
             None if !file.tunnels.is_empty() => {
                 return Err(Usage("the config file has [tunnels]: open them with `ttf start --all` or `ttf start NAME`".to_owned()));
             }
@@ -193,7 +213,9 @@ pub fn main() -> ExitCode {
 }
 
 async fn run() -> ExitCode {
-    let (tunnels, log_level) = match Cli::parse().settings() {
+    let cli = Cli::parse();
+    let released = cli.released();
+    let (tunnels, log_level) = match cli.settings() {
         Ok(settings) => settings,
         Err(Usage(text)) => return fail(2, &text),
     };
@@ -202,6 +224,9 @@ async fn run() -> ExitCode {
         Err(error) => return fail(2, &format!("log_level {log_level}: {error}")),
     };
     tracing_subscriber::registry().with(fmt::layer().with_writer(std::io::stderr)).with(filter).init();
+    if let (Some(tunnel_id), [settings]) = (&released, &tunnels[..]) {
+        return release(settings, tunnel_id).await;
+    }
     let stop = CancellationToken::new();
     let name_tunnels = tunnels.len() > 1;
     let printed = Mutex::new(HashMap::new());
@@ -231,6 +256,24 @@ async fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => fail(code(&failure), &failure.to_string()),
     }
+}
+
+async fn release(settings: &Settings, tunnel_id: &TunnelId) -> ExitCode {
+    let existed = match handshake::release(settings, tunnel_id).await {
+        Ok(existed) => existed,
+        Err(Failed::NameTaken) => {
+            return fail(4, &format!("the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"));
+        }
+        Err(Failed::Unauthorized) => return fail(code(&Failure::Unauthorized), &Failure::Unauthorized.to_string()),
+        Err(Failed::Invalid(said)) => return fail(2, &Failure::Invalid(said).to_string()),
+        Err(Failed::Unreachable(reason)) => return fail(1, &reason),
+    };
+    if let Some(file) = &settings.memory {
+        memory::forget(file, &settings.endpoint, tunnel_id).await;
+    }
+    let done = if existed { "is released: anybody may take it now" } else { "was nobody's: there was nothing to release" };
+    let _ = writeln!(std::io::stdout(), "{tunnel_id} {done}");
+    ExitCode::SUCCESS
 }
 
 fn code(failure: &Failure) -> u8 {

@@ -82,11 +82,17 @@ impl Endpoint {
 
     /// The address with a query that asks for a tunnel by name.
     pub fn asking_for(&self, tunnel_id: Option<&TunnelId>) -> String {
+        tunnel_id.map_or_else(|| self.0.to_string(), |id| self.with_query("tunnel_id", id))
+    }
+
+    /// The address with a query that says which tunnel's name is to be given up.
+    pub fn releasing(&self, tunnel_id: &TunnelId) -> String {
+        self.with_query("release", tunnel_id)
+    }
+
+    fn with_query(&self, name: &str, id: &TunnelId) -> String {
         let separator = if self.0.query().is_some() { '&' } else { '?' };
-        match tunnel_id {
-            Some(id) => format!("{}{separator}tunnel_id={id}", self.0),
-            None => self.0.to_string(),
-        }
+        format!("{}{separator}{name}={id}", self.0)
     }
 }
 

@@ -19,6 +19,9 @@ pub struct Quotas {
     pub queue: usize,
     /// Messages of one connection that are handled at once; an agent that sends more waits.
     pub handled_at_once: usize,
+    /// How often each open connection is checked: whether its token is still good and its tunnel still its own. API Gateway does
+    /// not; there an agent's `ping` and its tunnel's visitors cause the check.
+    pub recheck: Duration,
 }
 
 impl Default for Quotas {
@@ -30,6 +33,7 @@ impl Default for Quotas {
             life: limits::WEBSOCKET_LIFE,
             queue: 128,
             handled_at_once: 64,
+            recheck: Duration::from_secs(20),
         }
     }
 }

@@ -22,6 +22,7 @@ use tunnel_shared::{
         sdk,
         settings::Variables,
         tokens::Tokens,
+        tunnels::Tunnels,
         websocket::{InProcess, OpenConnections, PostError},
     },
     id::ConnectionId,
@@ -96,6 +97,7 @@ pub struct Stack {
     /// The agent token that was made because there was none; it is not stored and cannot be shown again.
     pub first_token: Option<String>,
     tokens: Tokens,
+    tunnels: Tunnels,
     connections: Connections,
     forward: Forward,
     visitors: Subsystem,
@@ -189,12 +191,14 @@ impl Stack {
                 }
             });
         }
+        agents.tasks.spawn(websocket.clone().recheck(agents.stop.clone()));
         let tokens = Tokens::new(&sdk, dynamodb::TOKENS.to_owned());
+        let tunnels = Tunnels::new(&sdk, dynamodb::TUNNELS.to_owned());
         let first_token = first_token(options.auth, &tokens).await?;
         let front = Front { forward: forward.clone(), websocket, scheme: public_url.scheme().to_owned() };
         visitors.tasks.spawn(listen(listener, front, visitors.clone()));
         let endpoint = format!("{}{}", websocket_scheme(&public_url), agents::PATH);
-        Ok(Self { public_url, endpoint, first_token, tokens, connections, forward, visitors, agents, services })
+        Ok(Self { public_url, endpoint, first_token, tokens, tunnels, connections, forward, visitors, agents, services })
     }
 
     /// Makes an agent token for somebody and returns it.
@@ -203,6 +207,16 @@ impl Stack {
     /// When the engine does not answer.
     pub async fn create_token(&self, name: &str) -> anyhow::Result<String> {
         Ok(self.tokens.create(name, None, now()).await?)
+    }
+
+    /// The table of agents' tokens.
+    pub fn tokens(&self) -> &Tokens {
+        &self.tokens
+    }
+
+    /// The table of tunnels.
+    pub fn tunnels(&self) -> &Tunnels {
+        &self.tunnels
     }
 
     /// Closes a connection, an agent's or a function's.

@@ -20,6 +20,9 @@ pub enum Refusal {
     /// The address names no tunnel that exists.
     #[error("There is no tunnel at this address. Check the address, or start the agent with this tunnel id.")]
     NoSuchTunnel,
+    /// Whoever asks for a tunnel's status does not say who that is.
+    #[error("Only the tunnel's owner may see this. Ask with its token, in a header: Authorization: Bearer TOKEN")]
+    Unauthorized,
     /// The tunnel exists, but no agent is connected.
     #[error("The tunnel exists, but its agent is not connected now. It may be back in a moment.")]
     Offline,
@@ -57,6 +60,7 @@ impl Refusal {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::NoSuchTunnel => StatusCode::NOT_FOUND,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Offline | Self::Moved | Self::AgentBusy => StatusCode::SERVICE_UNAVAILABLE,
             Self::AgentLost | Self::LocalUnreachable(_) | Self::InvalidReply(_) => StatusCode::BAD_GATEWAY,
             Self::LocalTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -70,6 +74,7 @@ impl Refusal {
     pub fn code(&self) -> &'static str {
         match self {
             Self::NoSuchTunnel => "tunnel_not_found",
+            Self::Unauthorized => "unauthorized",
             Self::Offline | Self::Moved => "tunnel_offline",
             Self::AgentLost => "agent_lost",
             Self::AgentBusy => "agent_busy",
@@ -109,6 +114,9 @@ impl Refusal {
         headers.insert(TUNNEL_ERROR, HeaderValue::from_static(code));
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER.as_secs().into());
         }

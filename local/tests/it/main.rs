@@ -8,6 +8,7 @@ mod fidelity;
 mod harness;
 mod lifecycle;
 mod load;
+mod ownership;
 mod protocol;
 mod quotas;
 mod replies;

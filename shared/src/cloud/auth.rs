@@ -52,6 +52,11 @@ pub fn owner_of(token_hash: &str) -> String {
     format!("token:{token_hash}")
 }
 
+/// The hash of the token that an owner stands for; none if it stands for no token.
+pub fn token_hash_of(owner: &str) -> Option<&str> {
+    owner.strip_prefix("token:")
+}
+
 /// The token of an `Authorization` header: RFC 6750, 2.1.
 pub fn bearer_token(authorization: &str) -> Option<&str> {
     let (scheme, token) = authorization.split_once(' ')?;

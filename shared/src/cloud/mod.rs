@@ -1,5 +1,6 @@
 //! What the Lambda functions share, and nothing else uses but `local`, which runs them in process.
 
+pub mod access;
 pub mod auth;
 pub mod connections;
 pub mod event;
