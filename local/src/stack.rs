@@ -1,6 +1,6 @@
 //! The parts put together, started and stopped.
 
-use std::{convert::Infallible, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, fmt, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use aws_sdk_dynamodb::Client;
@@ -54,12 +54,33 @@ pub struct Options {
     pub data: Option<PathBuf>,
     /// How agents prove who they are.
     pub auth: Auth,
+    /// What makes agents' JSON Web Tokens good, with [`Auth::Jwt`].
+    pub jwt: Option<JwtIssuer>,
     /// How visitors name a tunnel.
     pub routing: Routing,
     /// What agents' connections may do.
     pub quotas: Quotas,
     /// Which way the functions reach each other and agents.
     pub shape: Shape,
+}
+
+/// Who makes agents' JSON Web Tokens, and how it is known that it did.
+#[derive(Clone)]
+pub struct JwtIssuer {
+    /// `iss` of its tokens.
+    pub issuer: String,
+    /// What `aud` of tokens for this service has.
+    pub audience: String,
+    /// Where it publishes its keys; empty if it signs with the secret.
+    pub jwks_url: String,
+    /// What it signs with; empty if it publishes keys.
+    pub secret: String,
+}
+
+impl fmt::Debug for JwtIssuer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "JwtIssuer({})", self.issuer)
+    }
 }
 
 /// How much of AWS's shape requests see on their way.
@@ -80,6 +101,7 @@ impl Default for Options {
             public_url: None,
             data: None,
             auth: Auth::Open,
+            jwt: None,
             routing: Routing::Path,
             quotas: Quotas::default(),
             shape: Shape::default(),
@@ -163,7 +185,11 @@ impl Stack {
                     "WEBSOCKET_API_ENDPOINT" => websocket_api.clone(),
                     "PUBLIC_URL" => public_url.to_string(),
                     "ROUTING" => if options.routing == Routing::Path { "path" } else { "subdomain" }.to_owned(),
-                    "AUTH" => if options.auth == Auth::Open { "open" } else { "token" }.to_owned(),
+                    "AUTH" => options.auth.word().to_owned(),
+                    "JWT_ISSUER" => options.jwt.as_ref()?.issuer.clone(),
+                    "JWT_AUDIENCE" => options.jwt.as_ref()?.audience.clone(),
+                    "JWT_JWKS_URL" => options.jwt.as_ref()?.jwks_url.clone(),
+                    "JWT_SECRET" => options.jwt.as_ref()?.secret.clone(),
                     table => return dynamodb::table_of_variable(table).map(str::to_owned),
                 })
             })
@@ -246,7 +272,7 @@ fn websocket_scheme(public_url: &PublicUrl) -> String {
 
 /// Where agents need tokens and none exists, makes the first.
 async fn first_token(auth: Auth, tokens: &Tokens) -> anyhow::Result<Option<String>> {
-    if auth == Auth::Open || !tokens.list().await?.is_empty() {
+    if auth != Auth::Token || !tokens.list().await?.is_empty() {
         return Ok(None);
     }
     Ok(Some(tokens.create("first", None, now()).await?))

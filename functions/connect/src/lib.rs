@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use tunnel_shared::{
     cloud::{
         RouteResponse,
-        access::{Access, Identity},
+        access::{Access, AccessError, Identity},
         auth,
         connections::{Connection, Connections},
         event::{WrongEvent, connection_of},
@@ -49,6 +49,9 @@ pub enum Error {
     /// The event is of another kind.
     #[error(transparent)]
     Event(#[from] WrongEvent),
+    /// It cannot be told who the agent is.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// The tables do not answer.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -14,7 +14,7 @@ use tracing::{debug, info, warn};
 use tunnel_shared::{
     cloud::{
         RouteResponse,
-        access::Access,
+        access::Standing,
         connections::{Connection, Connections, Opened},
         event::{WrongEvent, connection_of},
         now,
@@ -40,7 +40,7 @@ const RELEASED: &str = "the tunnel id was released: it is this agent's no longer
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct DefaultRoute {
-    access: Access,
+    standing: Standing,
     tunnels: Tunnels,
     connections: Connections,
     relay: Relay,
@@ -71,7 +71,7 @@ impl DefaultRoute {
     /// # Errors
     /// All variables that are missing or faulty.
     pub fn load(variables: Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Result<Self, Faults> {
-        let access = Access::load(&variables, sdk);
+        let standing = Standing::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE").map(|name| Connections::new(sdk, name));
         let agents = WebSocketApi::load(&variables, sdk, in_process);
@@ -80,7 +80,7 @@ impl DefaultRoute {
         let routing = variables.optional("ROUTING", Routing::Path);
         variables.finish(|| {
             Some(Self {
-                access: access?,
+                standing: standing?,
                 tunnels: Tunnels::new(sdk, tunnels?),
                 connections: connections?,
                 relay: relay?,
@@ -152,7 +152,7 @@ impl DefaultRoute {
             }
             None => return Ok(unknown(sender)),
         };
-        if !self.access.is_good(&identity, now()).await? {
+        if !self.standing.is_good(&identity, now()).await? {
             return self.turn_out(sender, &tunnel_id).await;
         }
         let online = Online { connection_id: sender.clone(), features: ready.features };
@@ -176,7 +176,7 @@ impl DefaultRoute {
         let Some(Connection::Agent { tunnel_id, identity, .. }) = self.connections.get(sender, now()).await? else {
             return Ok(unknown(sender));
         };
-        if !self.access.is_good(&identity, now()).await? {
+        if !self.standing.is_good(&identity, now()).await? {
             return self.turn_out(sender, &tunnel_id).await;
         }
         let released = self.tunnels.give_up(&tunnel_id, &identity.owner).await?;
@@ -198,7 +198,7 @@ impl DefaultRoute {
         let Some(Connection::Agent { tunnel_id, identity, opened }) = self.connections.get(connection, now()).await? else {
             return Ok(true);
         };
-        if !self.access.is_good(&identity, now()).await? {
+        if !self.standing.is_good(&identity, now()).await? {
             self.turn_out(connection, &tunnel_id).await?;
             return Ok(false);
         }
@@ -207,11 +207,12 @@ impl DefaultRoute {
                 self.check_url(connection, &tunnel_id, opened).await?;
                 Ok(true)
             }
-            // It has not opened its tunnel yet, or another connection of the owner serves it.
+            // Another connection of the owner serves it.
             Some(_) => Ok(true),
             None => {
+                // One that has not opened its tunnel, such as to release it, has none to lose.
+                let Some(Opened { features, .. }) = opened else { return Ok(true) };
                 info!(%connection, tunnel = %tunnel_id, "its tunnel id was released");
-                let features = opened.map(|opened| opened.features).unwrap_or_default();
                 let takes_notices = features.contains(&Feature::Notices);
                 self.retire(&Online { connection_id: connection.clone(), features }, RELEASED).await;
                 Ok(takes_notices)

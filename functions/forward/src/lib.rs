@@ -122,7 +122,7 @@ impl Forward {
             };
             let (access, tunnels, agents) = (access?, Tunnels::new(sdk, tunnels?), agents?);
             Some(Self(Arc::new(Parts {
-                lookup: Lookup::new(tunnels.clone(), access.clone(), agents.clone()),
+                lookup: Lookup::new(tunnels.clone(), access.standing().clone(), agents.clone()),
                 agents,
                 replies,
                 ways_back,

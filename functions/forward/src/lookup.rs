@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tracing::warn;
 use tunnel_shared::{
     cloud::{
-        access::{Access, Identity},
+        access::{Identity, Standing},
         now,
         store::StoreError,
         tunnels::{Online, Tunnels},
@@ -34,7 +34,7 @@ const REMEMBERED: usize = 10_000;
 #[derive(Debug)]
 pub(crate) struct Lookup {
     tunnels: Tunnels,
-    access: Access,
+    standing: Standing,
     agents: WebSocketApi,
     /// Owners whose token was good, and when that was.
     verified: Mutex<HashMap<String, Instant>>,
@@ -42,8 +42,8 @@ pub(crate) struct Lookup {
 }
 
 impl Lookup {
-    pub(crate) fn new(tunnels: Tunnels, access: Access, agents: WebSocketApi) -> Self {
-        Self { tunnels, access, agents, verified: Mutex::default(), known: Mutex::default() }
+    pub(crate) fn new(tunnels: Tunnels, standing: Standing, agents: WebSocketApi) -> Self {
+        Self { tunnels, standing, agents, verified: Mutex::default(), known: Mutex::default() }
     }
 
     /// The connection that serves a tunnel. One whose token is good no longer serves none: it is closed.
@@ -77,7 +77,7 @@ impl Lookup {
         if since.is_some_and(|since| since.elapsed() < VERIFIED) {
             return Ok(!identity.is_expired(now()));
         }
-        let is_good = self.access.is_good(identity, now()).await?;
+        let is_good = self.standing.is_good(identity, now()).await?;
         let mut verified = self.verified();
         if is_good {
             if verified.len() >= REMEMBERED {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use http::{HeaderValue, Response, StatusCode, header};
 use tunnel_shared::{
-    cloud::{store::StoreError, websocket::PostError},
+    cloud::{access::AccessError, store::StoreError, websocket::PostError},
     headers::TUNNEL_ERROR,
     protocol::AgentErrorCode,
 };
@@ -135,6 +135,12 @@ fn page(status: StatusCode, code: &str, sentence: &str) -> String {
 
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
+        Self::Internal(Box::new(error))
+    }
+}
+
+impl From<AccessError> for Refusal {
+    fn from(error: AccessError) -> Self {
         Self::Internal(Box::new(error))
     }
 }

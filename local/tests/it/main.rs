@@ -6,6 +6,7 @@
 mod events;
 mod fidelity;
 mod harness;
+mod jwt;
 mod lifecycle;
 mod load;
 mod ownership;

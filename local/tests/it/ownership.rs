@@ -364,8 +364,9 @@ async fn own(stack: &Stack, name: &str, token: &str, round: usize) {
         1 => assert_eq!(connect().await.ready(&json!({ "type": "ready" })).await["tunnel_id"], name),
         2 => {
             let (mut first, mut second) = tokio::join!(connect(), connect());
-            first.say(&json!({ "type": "ready" })).await;
-            assert_eq!(second.ready(&json!({ "type": "ready" })).await["tunnel_id"], name);
+            for connection in [&mut first, &mut second] {
+                assert_eq!(connection.ready(&json!({ "type": "ready" })).await["tunnel_id"], name);
+            }
         }
         _ => assert_eq!(status(stack, name, Some(token)).await.status, StatusCode::OK),
     }

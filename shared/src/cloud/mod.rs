@@ -4,6 +4,7 @@ pub mod access;
 pub mod auth;
 pub mod connections;
 pub mod event;
+pub mod jwt;
 pub mod mailbox;
 pub mod replies;
 pub mod sdk;
