@@ -10,6 +10,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
+use etcetera::{BaseStrategy, choose_base_strategy};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
@@ -19,6 +20,8 @@ use crate::{
     Observer,
     access::Rules,
     event::Event,
+    handshake::{self, Failed},
+    memory,
     settings::{DEFAULT_TARGET, Endpoint, File, FileTunnel, HostHeader, MAX_CONCURRENT, REQUEST_TIMEOUT, Secret, Settings, Target},
     tunnel::Failure,
 };
@@ -28,7 +31,7 @@ The public URL is printed on stdout, one line for each tunnel; everything else g
 Flags win over environment variables, and those over the config file.
 
 Exit codes: 0 stopped on request, 1 failed, 2 wrong usage or config, 3 token refused, 4 tunnel id taken,
-5 replaced by another agent of the same owner, 6 the service cannot keep visitors out.";
+5 replaced by another agent of the same owner, or the tunnel id was released, 6 the service cannot keep visitors out.";
 
 /// Gives a local service a public URL.
 #[derive(Debug, Parser)]
@@ -57,6 +60,12 @@ enum Command {
         #[arg(value_name = "NAME")]
         names: Vec<String>,
     },
+    /// Give a tunnel id up, so that anybody may take it; the agent that serves it ends
+    Release {
+        /// The tunnel id
+        #[arg(id = "released", value_name = "ID")]
+        tunnel_id: TunnelId,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -67,7 +76,7 @@ struct Options {
     /// The agent's token; better in the environment than on the command line
     #[arg(long, global = true, env = "TTF_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: Option<String>,
-    /// The tunnel id to ask for; random if none is given
+    /// The tunnel id to ask for; if none is given a random one, the same each time for the same endpoint and target
     #[arg(short = 's', long, global = true, env = "TTF_TUNNEL_ID", visible_alias = "subdomain", value_name = "ID")]
     tunnel_id: Option<TunnelId>,
     /// The local service, if no command names it [default: 127.0.0.1:3000]
@@ -87,6 +96,9 @@ struct Options {
     compression: Option<bool>,
     #[command(flatten)]
     rules: Rules,
+    /// Remember a random tunnel id for the next start [default: true]
+    #[arg(long, global = true, env = "TTF_REMEMBER", value_name = "BOOL")]
+    remember: Option<bool>,
     /// A config file in TOML
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -100,7 +112,15 @@ struct Options {
 pub struct Usage(String);
 
 impl Cli {
-    /// The tunnels to open, and the log's filter.
+    /// The tunnel id that is to be given up, where that is what the command is.
+    fn released(&self) -> Option<TunnelId> {
+        match &self.command {
+            Some(Command::Release { tunnel_id }) => Some(tunnel_id.clone()),
+            _ => None,
+        }
+    }
+
+    /// The tunnels to open, or the one to release, and the log's filter.
     ///
     /// # Errors
     /// When something is missing or contradicts.
@@ -117,6 +137,10 @@ impl Cli {
         let tunnels = match &self.command {
             Some(Command::Http { target }) => single(target.clone())?,
             Some(Command::Start { all, names }) => self.options.start(*all, names, &file)?,
+            Some(Command::Release { tunnel_id }) => {
+                let settings = self.options.settings("release", None, &FileTunnel::default(), &file)?;
+                vec![Settings { tunnel_id: Some(tunnel_id.clone()), ..settings }]
+            }
             None if !file.tunnels.is_empty() => {
                 return Err(Usage("the config file has [tunnels]: open them with `ttf start --all` or `ttf start NAME`".to_owned()));
             }
@@ -164,6 +188,7 @@ impl Options {
             endpoint,
             token: self.token.clone().map(Secret::from).or(file.token.clone()),
             tunnel_id: self.tunnel_id.clone().or(tunnel.tunnel_id.clone()),
+            memory: memory_file().filter(|_| self.remember.or(file.remember).unwrap_or(true)),
             target: target
                 .or(self.target.clone())
                 .or(tunnel.target.clone())
@@ -178,6 +203,11 @@ impl Options {
     }
 }
 
+/// The file of [`crate::memory`]. A user without a home remembers nothing.
+fn memory_file() -> Option<PathBuf> {
+    Some(choose_base_strategy().ok()?.config_dir().join("ttf").join("tunnels.toml"))
+}
+
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
 pub fn main() -> ExitCode {
     match Runtime::new() {
@@ -187,7 +217,9 @@ pub fn main() -> ExitCode {
 }
 
 async fn run() -> ExitCode {
-    let (tunnels, log_level) = match Cli::parse().settings() {
+    let cli = Cli::parse();
+    let released = cli.released();
+    let (tunnels, log_level) = match cli.settings() {
         Ok(settings) => settings,
         Err(Usage(text)) => return fail(2, &text),
     };
@@ -196,6 +228,9 @@ async fn run() -> ExitCode {
         Err(error) => return fail(2, &format!("log_level {log_level}: {error}")),
     };
     tracing_subscriber::registry().with(fmt::layer().with_writer(std::io::stderr)).with(filter).init();
+    if let (Some(tunnel_id), [settings]) = (&released, &tunnels[..]) {
+        return release(settings, tunnel_id).await;
+    }
     let stop = CancellationToken::new();
     let name_tunnels = tunnels.len() > 1;
     let printed = Mutex::new(HashMap::new());
@@ -225,6 +260,25 @@ async fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => fail(code(&failure), &failure.to_string()),
     }
+}
+
+async fn release(settings: &Settings, tunnel_id: &TunnelId) -> ExitCode {
+    let existed = match handshake::release(settings, tunnel_id).await {
+        Ok(existed) => existed,
+        Err(Failed::NameTaken) => {
+            return fail(4, &format!("the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"));
+        }
+        Err(Failed::Unauthorized) => return fail(code(&Failure::Unauthorized), &Failure::Unauthorized.to_string()),
+        Err(Failed::Unprotected) => return fail(code(&Failure::Unprotected), &Failure::Unprotected.to_string()),
+        Err(Failed::Invalid(said)) => return fail(2, &Failure::Invalid(said).to_string()),
+        Err(Failed::Unreachable(reason)) => return fail(1, &reason),
+    };
+    if let Some(file) = &settings.memory {
+        memory::forget(file, &settings.endpoint, tunnel_id).await;
+    }
+    let done = if existed { "is released: anybody may take it now" } else { "was nobody's: there was nothing to release" };
+    let _ = writeln!(std::io::stdout(), "{tunnel_id} {done}");
+    ExitCode::SUCCESS
 }
 
 fn code(failure: &Failure) -> u8 {
@@ -331,6 +385,16 @@ mod tests {
         assert_eq!(from_flags[0].endpoint.to_string(), "wss://flag.example.com/");
         assert_eq!(from_flags[0].target.to_string(), "http://127.0.0.1:2");
         assert_eq!(from_flags[0].tunnel_id.as_ref().map(TunnelId::as_str), Some("from-file"));
+    }
+
+    #[test]
+    fn a_random_id_is_remembered_unless_that_is_switched_off() {
+        let arguments = ["-e", "ws://127.0.0.1:1"];
+        let memory = |more: &[&str]| parse(&[&arguments[..], more].concat()).expect("settings")[0].memory.clone();
+        assert!(memory(&[]).is_none_or(|file| file.ends_with("ttf/tunnels.toml")));
+        assert_eq!(memory(&["--remember", "false"]), None);
+        let file = file("remember = false\n");
+        assert_eq!(memory(&["--config", file.path().to_str().expect("a path")]), None);
     }
 
     #[test]

@@ -69,9 +69,51 @@ pub async fn open(settings: &Settings, tunnel_id: Option<&TunnelId>, previous: O
     }
 }
 
+/// Gives a tunnel id up, and tells whether it was this agent's; otherwise it was nobody's.
+///
+/// # Errors
+/// When the service cannot be reached or refuses.
+pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, Failed> {
+    let released = async {
+        let mut socket = connect(settings, settings.endpoint.releasing(tunnel_id)).await?;
+        socket.send(Message::text(protocol::encode(&FromAgent::Release))).await.map_err(failed)?;
+        loop {
+            if let ToAgent::Released { existed, .. } = first_word(&mut socket).await? {
+                return Ok(existed);
+            }
+        }
+    };
+    let no_answer = || Failed::Unreachable(format!("the service did not answer within {HANDSHAKE:?}; it may be one that cannot release"));
+    timeout(HANDSHAKE, released).await.unwrap_or_else(|_| Err(no_answer()))
+}
+
 async fn shake_hands(settings: &Settings, tunnel_id: Option<&TunnelId>, previous: Option<&ConnectionId>) -> Result<Opened, Failed> {
+    let mut socket = connect(settings, settings.endpoint.asking_for(tunnel_id)).await?;
+    let access = settings.access.for_one_connection();
+    let ready = Ready {
+        protocol: Some(protocol::VERSION),
+        features: FEATURES.into_iter().filter(|feature| settings.compression || *feature != Feature::Zstd).collect(),
+        agent: Some(concat!("ttf/", env!("CARGO_PKG_VERSION")).to_owned()),
+        previous: previous.cloned(),
+        access: access.as_ref().map(Access::to_json),
+    };
+    socket.send(Message::text(protocol::encode(&FromAgent::Ready(ready)))).await.map_err(failed)?;
+    loop {
+        if let ToAgent::ConnectionEstablished(established) = first_word(&mut socket).await? {
+            if access.is_some() && !established.features.contains(&Feature::Access) {
+                // No request is taken from a service that has not read the rules.
+                let _ = timeout(CLOSE, socket.close(None)).await;
+                return Err(Failed::Unprotected);
+            }
+            return Ok(Opened { socket, established, at: Instant::now() });
+        }
+    }
+}
+
+/// Opens a connection at an address of the endpoint's.
+async fn connect(settings: &Settings, address: String) -> Result<Socket, Failed> {
     let endpoint = &settings.endpoint;
-    let mut request = endpoint.asking_for(tunnel_id).into_client_request().map_err(|error| Failed::Unreachable(error.to_string()))?;
+    let mut request = address.into_client_request().map_err(|error| Failed::Unreachable(error.to_string()))?;
     if let Some(token) = &settings.token {
         let mut value = HeaderValue::from_str(&format!("Bearer {}", token.reveal()))
             .map_err(|_| Failed::Invalid("the token has characters that no token has".to_owned()))?;
@@ -89,27 +131,18 @@ async fn shake_hands(settings: &Settings, tunnel_id: Option<&TunnelId>, previous
         .map_err(|error| Failed::Unreachable(format!("cannot connect to {}: {error}", endpoint.address())))?;
     // Without it a connection only has more latency.
     let _ = stream.set_nodelay(true);
-    let (mut socket, _) = client_async_tls_with_config(request, stream, Some(config), None).await.map_err(failed)?;
-    let access = settings.access.for_one_connection();
-    let ready = Ready {
-        protocol: Some(protocol::VERSION),
-        features: FEATURES.into_iter().filter(|feature| settings.compression || *feature != Feature::Zstd).collect(),
-        agent: Some(concat!("ttf/", env!("CARGO_PKG_VERSION")).to_owned()),
-        previous: previous.cloned(),
-        access: access.as_ref().map(Access::to_json),
-    };
-    socket.send(Message::text(protocol::encode(&FromAgent::Ready(ready)))).await.map_err(failed)?;
+    let (socket, _) = client_async_tls_with_config(request, stream, Some(config), None).await.map_err(failed)?;
+    Ok(socket)
+}
+
+/// The next message of a service that has not answered yet.
+async fn first_word(socket: &mut Socket) -> Result<ToAgent, Failed> {
     loop {
         match socket.next().await {
             Some(Ok(Message::Text(text))) => match protocol::decode(&text) {
-                // No request is taken from a service that has not read the rules.
-                Ok(ToAgent::ConnectionEstablished(established)) if access.is_some() && !established.features.contains(&Feature::Access) => {
-                    let _ = timeout(CLOSE, socket.close(None)).await;
-                    return Err(Failed::Unprotected);
-                }
-                Ok(ToAgent::ConnectionEstablished(established)) => return Ok(Opened { socket, established, at: Instant::now() }),
                 Ok(ToAgent::Error { message }) => return Err(Failed::Unreachable(message)),
-                _ => debug!("message before connection_established ignored"),
+                Ok(message) => return Ok(message),
+                Err(error) => debug!(error = &error as &dyn std::error::Error, "message ignored"),
             },
             Some(Ok(Message::Close(frame))) => {
                 let reason = frame.map(|frame| format!(" ({}: {})", frame.code, frame.reason)).unwrap_or_default();

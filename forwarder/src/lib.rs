@@ -1,8 +1,8 @@
 //! The agent: keeps a tunnel open and passes its visitors' requests to a local service.
 //!
-//! [`settings`] says what to do, [`access`] which visitors may come, [`tunnel`] keeps one tunnel open over as many connections as it takes, [`handshake`] opens a
-//! connection and [`session`] serves it, [`exchange`] is one request with its response, [`origin`] the local service. [`event`] is
-//! what a user learns of it.
+//! [`settings`] says what to do and [`access`] which visitors may come; [`tunnel`] keeps one tunnel open over as many connections as
+//! it takes, [`handshake`] opens a connection and [`session`] serves it, [`exchange`] is one request with its response, [`origin`]
+//! the local service. [`memory`] keeps the tunnel's address over restarts. [`event`] is what a user learns of it.
 
 pub mod access;
 pub mod backoff;
@@ -10,6 +10,7 @@ pub mod cli;
 pub mod event;
 pub mod exchange;
 pub mod handshake;
+pub mod memory;
 pub mod origin;
 pub mod rewrite;
 pub mod session;

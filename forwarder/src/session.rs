@@ -250,7 +250,7 @@ impl Session {
                 self.observe(Event::Online { public_url, target: self.context.origin.target().to_string() });
             }
             Ok(ToAgent::Error { message }) => warn!(message, "the service refused a message"),
-            Ok(ToAgent::Pong | ToAgent::ConnectionEstablished(_) | ToAgent::Unknown) => {}
+            Ok(ToAgent::Pong | ToAgent::ConnectionEstablished(_) | ToAgent::Released { .. } | ToAgent::Unknown) => {}
             // API Gateway itself may speak up: {"message": "Internal server error", ..}
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "message ignored");

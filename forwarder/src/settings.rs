@@ -1,6 +1,12 @@
 //! What an agent is told to do: checked values, and the file they may come from.
 
-use std::{collections::BTreeMap, fmt, path::Path, str::FromStr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 
 use http::{
     HeaderValue,
@@ -29,6 +35,8 @@ pub struct Settings {
     pub token: Option<Secret>,
     /// The tunnel id to ask for; the service picks one if there is none.
     pub tunnel_id: Option<TunnelId>,
+    /// The file that remembers ids that the service picked; none forgets them with the process. See [`crate::memory`].
+    pub memory: Option<PathBuf>,
     /// The local service.
     pub target: Target,
     /// Which `Host` the local service sees.
@@ -73,11 +81,17 @@ impl Endpoint {
 
     /// The address with a query that asks for a tunnel by name.
     pub fn asking_for(&self, tunnel_id: Option<&TunnelId>) -> String {
+        tunnel_id.map_or_else(|| self.0.to_string(), |id| self.with_query("tunnel_id", id))
+    }
+
+    /// The address with a query that says which tunnel's name is to be given up.
+    pub fn releasing(&self, tunnel_id: &TunnelId) -> String {
+        self.with_query("release", tunnel_id)
+    }
+
+    fn with_query(&self, name: &str, id: &TunnelId) -> String {
         let separator = if self.0.query().is_some() { '&' } else { '?' };
-        match tunnel_id {
-            Some(id) => format!("{}{separator}tunnel_id={id}", self.0),
-            None => self.0.to_string(),
-        }
+        format!("{}{separator}{name}={id}", self.0)
     }
 }
 
@@ -232,6 +246,8 @@ pub struct File {
     /// Default for all tunnels.
     #[serde(default, deserialize_with = "secrets")]
     pub require_header: Option<Vec<Secret>>,
+    /// Whether tunnel ids that the service picked are remembered.
+    pub remember: Option<bool>,
     /// Tunnels by name, for `ttf start`.
     #[serde(default)]
     pub tunnels: BTreeMap<String, FileTunnel>,

@@ -8,6 +8,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 use tunnel_shared::{
     id::{ConnectionId, TunnelId},
     protocol::ConnectionEstablished,
@@ -18,6 +19,7 @@ use crate::{
     backoff::Backoff,
     event::Event,
     handshake::{self, Failed, Opened},
+    memory::Memory,
     origin::Origin,
     session::{End, Session},
     settings::Settings,
@@ -57,7 +59,13 @@ pub enum Failure {
 pub async fn run(settings: Settings, observer: Observer, stop: CancellationToken) -> Result<(), Failure> {
     let origin = Origin::new(&settings);
     let stop = stop.child_token();
-    let mut tunnel = Tunnel { tunnel_id: settings.tunnel_id.clone(), settings, observer, origin, stop, sessions: JoinSet::new() };
+    let memory = match &settings.memory {
+        Some(file) if settings.tunnel_id.is_none() => Memory::open(file, &settings.endpoint, &settings.target).await,
+        _ => None,
+    };
+    let recalled = memory.as_ref().and_then(Memory::tunnel_id).cloned();
+    let tunnel_id = settings.tunnel_id.clone().or(recalled.clone());
+    let mut tunnel = Tunnel { tunnel_id, recalled, memory, settings, observer, origin, stop, sessions: JoinSet::new() };
     let outcome = tunnel.keep_open().await;
     if outcome.is_err() {
         // What serves still takes nothing new: this agent is about to end.
@@ -75,6 +83,9 @@ struct Tunnel {
     stop: CancellationToken,
     /// What is asked for: in the end what the service gave.
     tunnel_id: Option<TunnelId>,
+    /// What the memory had, until the service has said whose it is.
+    recalled: Option<TunnelId>,
+    memory: Option<Memory>,
     /// The one that serves the tunnel, and those it took over from.
     sessions: JoinSet<End>,
 }
@@ -128,7 +139,9 @@ impl Tunnel {
                         old.retire.cancel();
                     }
                     current = Some(self.serve(opened));
+                    self.remember().await;
                 }
+                (Err(Failed::NameTaken), None) if self.recalled.take().is_some() => self.forget().await,
                 (Err(Failed::Unauthorized), _) => return Err(Failure::Unauthorized),
                 (Err(Failed::NameTaken), _) => {
                     return Err(Failure::NameTaken(self.tunnel_id.take().map(String::from).unwrap_or_default()));
@@ -151,6 +164,22 @@ impl Tunnel {
         let session = Session::new(&self.settings, &self.origin, self.observer.clone(), &opened.established);
         let task = self.sessions.spawn(session.serve(opened.socket, self.stop.clone(), retire.clone())).id();
         Current { task, connection: connection_id, opened: at, retire, move_at: life_ms.map(|life| at + move_after(life)) }
+    }
+
+    async fn remember(&mut self) {
+        self.recalled = None;
+        if let (Some(memory), Some(tunnel_id)) = (&mut self.memory, &self.tunnel_id) {
+            memory.remember(tunnel_id).await;
+        }
+    }
+
+    /// Forgets an id that has become somebody else's since the last run, and lets the service pick another.
+    async fn forget(&mut self) {
+        let forgotten = self.tunnel_id.take();
+        warn!(tunnel_id = forgotten.map(String::from), "the tunnel id of the last run is somebody else's now");
+        if let Some(memory) = &mut self.memory {
+            memory.forget().await;
+        }
     }
 
     async fn pause(&self, backoff: &mut Backoff, reason: String) {

@@ -12,7 +12,7 @@ use tunnel_shared::{
         auth, now,
         sdk::{self, SdkConfig},
         settings::Variables,
-        tokens::{Token, Tokens},
+        tokens::Tokens,
         tunnels::Tunnels,
     },
     id::TunnelId,
@@ -129,11 +129,7 @@ async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyh
             }
         }
         Command::RevokeToken { name } => {
-            let mut revoked = 0;
-            for token in tokens.list().await?.into_iter().filter(|token| token.name == name && !token.revoked) {
-                tokens.put(&Token { revoked: true, ..token }).await?;
-                revoked += 1;
-            }
+            let revoked = tokens.revoke(&name).await?;
             if revoked == 0 {
                 bail!("there is no good token of the name {name}");
             }
@@ -142,8 +138,8 @@ async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyh
         Command::ListTunnels => {
             let names = tokens.list().await?;
             for (id, tunnel) in tunnels.list(now()).await? {
-                let owner = names.iter().find(|token| auth::owner_of(&token.hash) == tunnel.owner);
-                let owner = owner.map_or_else(|| short(&tunnel.owner).to_owned(), |token| token.name.clone());
+                let owner = names.iter().find(|token| auth::owner_of(&token.hash) == tunnel.identity.owner);
+                let owner = owner.map_or_else(|| short(&tunnel.identity.owner).to_owned(), |token| token.name.clone());
                 writeln!(out, "{id}\t{}\t{owner}", if tunnel.online.is_some() { "online" } else { "offline" })?;
             }
         }

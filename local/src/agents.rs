@@ -43,7 +43,7 @@ use tokio_tungstenite::{
         },
     },
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, warn};
 use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
@@ -74,6 +74,8 @@ pub const PATH: &str = "/_ws";
 const PING: Duration = Duration::from_secs(10);
 /// An agent that has not said anything for this long, though it was asked, is gone.
 const SILENCE: Duration = Duration::from_secs(30);
+/// Shortest pause between two checks of all connections.
+const SHORTEST_RECHECK: Duration = Duration::from_millis(1);
 /// How long the last messages of a connection may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -260,6 +262,24 @@ impl WebSocketFront {
                 Some(Err(tungstenite::Error::Utf8(_))) => return close(1007, "text that is not UTF-8").await,
                 Some(Err(tungstenite::Error::Protocol(_))) => return close(1002, "not WebSocket").await,
                 Some(Err(_)) | None => return (1006, "the connection broke"),
+            }
+        }
+    }
+
+    /// Checks the open connections again and again until `stop` is cancelled, so that one whose token was revoked ends though it
+    /// says nothing and nobody visits it.
+    pub async fn recheck(self: Arc<Self>, stop: CancellationToken) {
+        let mut due = interval(self.quotas.recheck.max(SHORTEST_RECHECK));
+        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = due.tick() => {}
+            }
+            for connection in self.connections.ids() {
+                if let Err(error) = self.default.check(&connection).await {
+                    error!(%connection, error = &error as &dyn std::error::Error, "could not be checked");
+                }
             }
         }
     }

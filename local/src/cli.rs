@@ -12,10 +12,15 @@ use tunnel_shared::{
     routing::{PublicUrl, Routing},
 };
 
-use crate::{Options, Stack, quotas::Quotas, samples, stack::MAX_CONCURRENT_REQUESTS};
+use crate::{
+    Options, Stack,
+    quotas::Quotas,
+    samples,
+    stack::{JwtIssuer, MAX_CONCURRENT_REQUESTS},
+};
 
 /// Runs the whole tunnel on this machine: visitors and agents connect to one address.
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(name = "tunnel-local", version)]
 struct Cli {
     /// Where visitors and agents connect; port 0 picks a free one
@@ -30,6 +35,18 @@ struct Cli {
     /// How agents prove who they are [default: open if only this machine can connect, token otherwise]
     #[arg(long, env = "TUNNEL_AUTH")]
     auth: Option<AuthWord>,
+    /// With --auth jwt: who makes agents' JSON Web Tokens, their `iss`
+    #[arg(long, env = "TUNNEL_JWT_ISSUER", value_name = "TEXT")]
+    jwt_issuer: Option<String>,
+    /// With --auth jwt: whom they are for, their `aud`
+    #[arg(long, env = "TUNNEL_JWT_AUDIENCE", value_name = "TEXT")]
+    jwt_audience: Option<String>,
+    /// With --auth jwt: where the issuer publishes its keys
+    #[arg(long, env = "TUNNEL_JWT_JWKS_URL", value_name = "URL")]
+    jwt_jwks_url: Option<String>,
+    /// With --auth jwt: what the issuer signs with instead, at least 32 bytes; better in the environment than on the command line
+    #[arg(long, env = "TUNNEL_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
+    jwt_secret: Option<String>,
     /// How visitors name a tunnel
     #[arg(long, env = "TUNNEL_ROUTING", value_enum, default_value = "path")]
     routing: RoutingWord,
@@ -62,6 +79,8 @@ enum AuthWord {
     Open,
     /// With a token; the first one is made and printed on the first start
     Token,
+    /// With a JSON Web Token
+    Jwt,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -77,6 +96,7 @@ impl Cli {
         let auth = match self.auth {
             Some(AuthWord::Open) => Auth::Open,
             Some(AuthWord::Token) => Auth::Token,
+            Some(AuthWord::Jwt) => Auth::Jwt,
             None if self.listen.ip().is_loopback() && self.public_url.as_ref().is_none_or(PublicUrl::is_loopback) => Auth::Open,
             None => Auth::Token,
         };
@@ -84,11 +104,19 @@ impl Cli {
             RoutingWord::Path => Routing::Path,
             RoutingWord::Subdomain => Routing::Subdomain,
         };
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let jwt = JwtIssuer {
+            issuer: text(&self.jwt_issuer),
+            audience: text(&self.jwt_audience),
+            jwks_url: text(&self.jwt_jwks_url),
+            secret: text(&self.jwt_secret),
+        };
         Options {
             listen: self.listen,
             public_url: self.public_url.clone(),
             data: self.data.clone(),
             auth,
+            jwt: Some(jwt),
             routing,
             quotas: Quotas {
                 life: self.max_connection_age.unwrap_or(WEBSOCKET_LIFE),

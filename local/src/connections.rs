@@ -48,6 +48,11 @@ impl Connections {
         self.lock().remove(id);
     }
 
+    /// Those that are open now.
+    pub fn ids(&self) -> Vec<ConnectionId> {
+        self.lock().keys().cloned().collect()
+    }
+
     /// Closes all connections with 1001, "going away".
     pub fn close_all(&self) {
         for commands in self.lock().values() {

@@ -21,6 +21,9 @@ pub struct Quotas {
     pub handled_at_once: usize,
     /// Open connections of agents with one token; over it the handshake is answered 429. Where agents do not authenticate, of all.
     pub agents_of_one: usize,
+    /// How often each open connection is checked: whether its token is still good and its tunnel still its own. API Gateway does
+    /// not; there an agent's `ping` and its tunnel's visitors cause the check.
+    pub recheck: Duration,
 }
 
 impl Default for Quotas {
@@ -33,6 +36,7 @@ impl Default for Quotas {
             queue: 128,
             handled_at_once: 64,
             agents_of_one: 100,
+            recheck: Duration::from_secs(20),
         }
     }
 }

@@ -13,6 +13,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 use tunnel_shared::{
     cloud::{
+        access::Identity,
         auth,
         connections::{Connection, Connections as ConnectionsTable},
         mailbox::Mailbox,
@@ -101,15 +102,15 @@ async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
 
 async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
     let hash = auth::hash_token(TOKEN);
-    let owner = auth::owner_of(&hash);
+    let identity = Identity { owner: auth::owner_of(&hash), expires_at: None };
     let (connection_id, tunnel_id): (ConnectionId, _) = (CONNECTION.parse()?, TUNNEL.parse()?);
     let token = Token { hash, name: "sample".to_owned(), created_at: now().as_secs(), expires_at: None, revoked: false };
     Tokens::new(sdk, dynamodb::TOKENS.to_owned()).put(&token).await?;
     let tunnels = Tunnels::new(sdk, dynamodb::TUNNELS.to_owned());
-    tunnels.claim(&tunnel_id, &owner, now()).await?;
+    tunnels.claim(&tunnel_id, &identity.owner, now()).await?;
     let online = Online { connection_id: connection_id.clone(), features: FEATURES.to_vec(), access: None };
-    tunnels.go_online(&tunnel_id, &owner, &online, now()).await?;
-    let connection = Connection::Agent { tunnel_id, owner };
+    tunnels.go_online(&tunnel_id, &identity, &online, now()).await?;
+    let connection = Connection::Agent { tunnel_id, identity, opened: None };
     ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned()).put(&connection_id, &connection, now()).await?;
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The parts put together, started and stopped.
 
-use std::{convert::Infallible, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, fmt, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use aws_sdk_dynamodb::Client;
@@ -23,6 +23,7 @@ use tunnel_shared::{
         sdk,
         settings::Variables,
         tokens::Tokens,
+        tunnels::Tunnels,
         websocket::{InProcess, OpenConnections, PostError},
     },
     id::ConnectionId,
@@ -67,6 +68,8 @@ pub struct Options {
     pub data: Option<PathBuf>,
     /// How agents prove who they are.
     pub auth: Auth,
+    /// What makes agents' JSON Web Tokens good, with [`Auth::Jwt`].
+    pub jwt: Option<JwtIssuer>,
     /// How visitors name a tunnel.
     pub routing: Routing,
     /// What agents' connections may do.
@@ -79,6 +82,25 @@ pub struct Options {
     pub trusted_proxies: Vec<Cidr>,
     /// Which way the functions reach each other and agents.
     pub shape: Shape,
+}
+
+/// Who makes agents' JSON Web Tokens, and how it is known that it did.
+#[derive(Clone)]
+pub struct JwtIssuer {
+    /// `iss` of its tokens.
+    pub issuer: String,
+    /// What `aud` of tokens for this service has.
+    pub audience: String,
+    /// Where it publishes its keys; empty if it signs with the secret.
+    pub jwks_url: String,
+    /// What it signs with; empty if it publishes keys.
+    pub secret: String,
+}
+
+impl fmt::Debug for JwtIssuer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "JwtIssuer({})", self.issuer)
+    }
 }
 
 /// How much of AWS's shape requests see on their way.
@@ -99,6 +121,7 @@ impl Default for Options {
             public_url: None,
             data: None,
             auth: Auth::Open,
+            jwt: None,
             routing: Routing::Path,
             quotas: Quotas::default(),
             max_concurrent_requests: MAX_CONCURRENT_REQUESTS,
@@ -119,6 +142,7 @@ pub struct Stack {
     /// The agent token that was made because there was none; it is not stored and cannot be shown again.
     pub first_token: Option<String>,
     tokens: Tokens,
+    tunnels: Tunnels,
     connections: Connections,
     forward: Forward,
     visitors: Subsystem,
@@ -187,7 +211,11 @@ impl Stack {
                     "ROUTING" => if options.routing == Routing::Path { "path" } else { "subdomain" }.to_owned(),
                     "MAX_CONCURRENT_REQUESTS" => options.max_concurrent_requests.to_string(),
                     "MAX_REQUESTS_PER_SECOND" => options.max_requests_per_second.to_string(),
-                    "AUTH" => if options.auth == Auth::Open { "open" } else { "token" }.to_owned(),
+                    "AUTH" => options.auth.word().to_owned(),
+                    "JWT_ISSUER" => options.jwt.as_ref()?.issuer.clone(),
+                    "JWT_AUDIENCE" => options.jwt.as_ref()?.audience.clone(),
+                    "JWT_JWKS_URL" => options.jwt.as_ref()?.jwks_url.clone(),
+                    "JWT_SECRET" => options.jwt.as_ref()?.secret.clone(),
                     table => return dynamodb::table_of_variable(table).map(str::to_owned),
                 })
             })
@@ -217,13 +245,15 @@ impl Stack {
                 }
             });
         }
+        agents.tasks.spawn(websocket.clone().recheck(agents.stop.clone()));
         let tokens = Tokens::new(&sdk, dynamodb::TOKENS.to_owned());
+        let tunnels = Tunnels::new(&sdk, dynamodb::TUNNELS.to_owned());
         let first_token = first_token(options.auth, &tokens).await?;
         let proxies = Arc::new(Proxies::new(options.trusted_proxies));
         let front = Front { forward: forward.clone(), websocket, proxies, scheme: public_url.scheme().to_owned() };
         visitors.tasks.spawn(listen(listener, front, visitors.clone()));
         let endpoint = format!("{}{}", websocket_scheme(&public_url), agents::PATH);
-        Ok(Self { public_url, endpoint, first_token, tokens, connections, forward, visitors, agents, services })
+        Ok(Self { public_url, endpoint, first_token, tokens, tunnels, connections, forward, visitors, agents, services })
     }
 
     /// Makes an agent token for somebody and returns it.
@@ -232,6 +262,16 @@ impl Stack {
     /// When the engine does not answer.
     pub async fn create_token(&self, name: &str) -> anyhow::Result<String> {
         Ok(self.tokens.create(name, None, now()).await?)
+    }
+
+    /// The table of agents' tokens.
+    pub fn tokens(&self) -> &Tokens {
+        &self.tokens
+    }
+
+    /// The table of tunnels.
+    pub fn tunnels(&self) -> &Tunnels {
+        &self.tunnels
     }
 
     /// Closes a connection, an agent's or a function's.
@@ -261,7 +301,7 @@ fn websocket_scheme(public_url: &PublicUrl) -> String {
 
 /// Where agents need tokens and none exists, makes the first.
 async fn first_token(auth: Auth, tokens: &Tokens) -> anyhow::Result<Option<String>> {
-    if auth == Auth::Open || !tokens.list().await?.is_empty() {
+    if auth != Auth::Token || !tokens.list().await?.is_empty() {
         return Ok(None);
     }
     Ok(Some(tokens.create("first", None, now()).await?))

@@ -101,6 +101,8 @@ pub enum FromAgent {
     Error(AgentError),
     /// Keeps an idle connection open and asks for `pong`.
     Ping,
+    /// Gives the connection's tunnel id up, so that anybody may take it.
+    Release,
     /// A type this code does not know.
     #[serde(other)]
     Unknown,
@@ -130,8 +132,15 @@ pub enum ToAgent {
         /// The new address.
         public_url: String,
     },
-    /// Another connection of the tunnel's owner has taken the tunnel over; requests come only until
-    /// those who remember the old one have heard.
+    /// Answers `release`.
+    Released {
+        /// The tunnel id that is nobody's now.
+        tunnel_id: TunnelId,
+        /// Whether it was the agent's before. If not, it was nobody's already.
+        existed: bool,
+    },
+    /// The connection serves the tunnel no longer: another of the owner has taken it over, or the tunnel id was released. Requests
+    /// come only until those who remember the old one have heard.
     Replaced {
         /// What happened, for the user.
         reason: String,

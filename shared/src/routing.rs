@@ -80,6 +80,14 @@ impl PublicUrl {
         format!("{self}/{id}")
     }
 
+    /// Where a tunnel is reached, as its agent and its owner are told.
+    pub fn of(&self, id: &TunnelId, routing: Routing) -> String {
+        match routing {
+            Routing::Path => self.by_path(id),
+            Routing::Subdomain => self.by_subdomain(id),
+        }
+    }
+
     /// Where a tunnel is reached by host name.
     pub fn by_subdomain(&self, id: &TunnelId) -> String {
         format!("{}://{id}.{}", self.scheme, self.authority)

@@ -8,14 +8,14 @@ use tracing::{info, warn};
 use tunnel_shared::{
     cloud::{
         RouteResponse,
-        auth::{self, Auth},
+        access::{Access, AccessError, Identity},
+        auth,
         connections::{Connection, Connections},
         event::{WrongEvent, connection_of},
         now,
         sdk::SdkConfig,
         settings::{Faults, Variables},
         store::StoreError,
-        tokens::Tokens,
         tunnels::Tunnels,
     },
     id::{ConnectionId, TunnelId},
@@ -23,16 +23,17 @@ use tunnel_shared::{
 
 /// The query parameter with which an agent asks for a tunnel by name.
 const TUNNEL_ID: &str = "tunnel_id";
+/// The query parameter that names a tunnel in its stead, for a connection that is to give it up.
+const RELEASE: &str = "release";
 /// The query parameter by which `forward`'s reply connections are known. Their ticket stands where agents have their token.
 const REPLY: &str = "reply";
 
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct Connect {
-    auth: Auth,
+    access: Access,
     tunnels: Tunnels,
     connections: Connections,
-    tokens: Tokens,
 }
 
 /// Why an agent is not let in.
@@ -48,6 +49,9 @@ pub enum Error {
     /// The event is of another kind.
     #[error(transparent)]
     Event(#[from] WrongEvent),
+    /// It cannot be told who the agent is.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// The tables do not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -59,17 +63,11 @@ impl Connect {
     /// # Errors
     /// All variables that are missing or faulty.
     pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, Faults> {
-        let auth = variables.optional("AUTH", Auth::Token);
+        let access = Access::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
-        let tokens = variables.required("TOKENS_TABLE");
         variables.finish(|| {
-            Some(Self {
-                auth: auth?,
-                tunnels: Tunnels::new(sdk, tunnels?),
-                connections: Connections::new(sdk, connections?),
-                tokens: Tokens::new(sdk, tokens?),
-            })
+            Some(Self { access: access?, tunnels: Tunnels::new(sdk, tunnels?), connections: Connections::new(sdk, connections?) })
         })
     }
 
@@ -99,19 +97,30 @@ impl Connect {
     }
 
     async fn admit(&self, event: &ApiGatewayWebsocketProxyRequest, connection: &ConnectionId) -> Result<Result<TunnelId, Refusal>, Error> {
-        let Some(owner) = self.authenticate(event).await? else { return Ok(Err(Refusal::NotAuthorized)) };
-        let tunnel_id = match event.query_string_parameters.first(TUNNEL_ID) {
+        let Some(identity) = self.access.identify(bearer_token(event), now()).await? else { return Ok(Err(Refusal::NotAuthorized)) };
+        let query = &event.query_string_parameters;
+        let released = query.first(RELEASE);
+        let tunnel_id = match released.or(query.first(TUNNEL_ID)) {
             None => TunnelId::generate(),
             Some(name) => match name.parse() {
                 Ok(id) => id,
                 Err(invalid) => return Ok(Err(Refusal::InvalidTunnelId(format!("{invalid}")))),
             },
         };
-        if !self.tunnels.claim(&tunnel_id, &owner, now()).await? {
+        let may_have_it = match released {
+            None => self.tunnels.claim(&tunnel_id, &identity.owner, now()).await?,
+            Some(_) => self.may_release(&tunnel_id, &identity).await?,
+        };
+        if !may_have_it {
             return Ok(Err(Refusal::NameTaken(tunnel_id)));
         }
-        self.connections.put(connection, &Connection::Agent { tunnel_id: tunnel_id.clone(), owner }, now()).await?;
+        self.connections.put(connection, &Connection::Agent { tunnel_id: tunnel_id.clone(), identity, opened: None }, now()).await?;
         Ok(Ok(tunnel_id))
+    }
+
+    /// Whether a tunnel is nobody else's. It is not claimed, so that it is not left behind as somebody's.
+    async fn may_release(&self, tunnel_id: &TunnelId, identity: &Identity) -> Result<bool, StoreError> {
+        Ok(self.tunnels.get(tunnel_id, now()).await?.is_none_or(|tunnel| tunnel.identity.owner == identity.owner))
     }
 
     /// Lets a connection in that serves no tunnel, for a ticket that only a function can have written.
@@ -126,18 +135,6 @@ impl Connect {
         }
         self.connections.put(connection, &Connection::Reply, now()).await?;
         Ok(Ok(None))
-    }
-
-    /// The owner that the agent proved to be.
-    async fn authenticate(&self, event: &ApiGatewayWebsocketProxyRequest) -> Result<Option<String>, StoreError> {
-        match self.auth {
-            Auth::Open => Ok(Some(auth::ANYBODY.to_owned())),
-            Auth::Token => {
-                let Some(token) = bearer_token(event) else { return Ok(None) };
-                let hash = auth::hash_token(token);
-                Ok(self.tokens.is_good(&hash, now()).await?.then(|| auth::owner_of(&hash)))
-            }
-        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! The `$default` route: everything an agent sends.
 //!
 //! `ready` puts the tunnel online and is answered with its address. Replies to visitors' requests are passed on to where `forward`
-//! waits for them: `relay` tells how. What cannot be read is logged and dropped: an agent learns of it from the visitor's
+//! waits for them: `relay` tells how. Whoever is heard from is checked: whether its token is still good, its tunnel still its own,
+//! and the address that it was told still right. What cannot be read is logged and dropped: an agent learns of it from the visitor's
 //! time-out.
 
 mod relay;
@@ -14,14 +15,15 @@ use tunnel_shared::{
     access::Access,
     cloud::{
         RouteResponse,
-        connections::{Connection, Connections},
+        access::Standing,
+        connections::{Connection, Connections, Opened},
         event::{WrongEvent, connection_of},
         now,
         replies::Reply,
         sdk::SdkConfig,
         settings::{Faults, Variables},
         store::StoreError,
-        tunnels::{Online, Tunnels},
+        tunnels::{Online, Tunnel, Tunnels},
         websocket::{InProcess, PostError, WebSocketApi, packing_pays},
     },
     id::{ConnectionId, TunnelId},
@@ -32,9 +34,14 @@ use tunnel_shared::{
 
 use crate::relay::Relay;
 
+/// Why a connection serves its tunnel no longer.
+const TAKEN_OVER: &str = "another connection of the tunnel's owner has taken it over";
+const RELEASED: &str = "the tunnel id was released: it is this agent's no longer";
+
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct DefaultRoute {
+    standing: Standing,
     tunnels: Tunnels,
     connections: Connections,
     relay: Relay,
@@ -67,6 +74,7 @@ impl DefaultRoute {
     /// # Errors
     /// All variables that are missing or faulty.
     pub fn load(variables: Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Result<Self, Faults> {
+        let standing = Standing::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE").map(|name| Connections::new(sdk, name));
         let agents = WebSocketApi::load(&variables, sdk, in_process);
@@ -77,6 +85,7 @@ impl DefaultRoute {
             let public_url: PublicUrl = public_url?;
             let packs = packing_pays(in_process, &public_url);
             Some(Self {
+                standing: standing?,
                 tunnels: Tunnels::new(sdk, tunnels?),
                 connections: connections?,
                 relay: relay?,
@@ -125,8 +134,11 @@ impl DefaultRoute {
             FromAgent::Ping => {
                 // The dashboard counts live agents by this line.
                 info!(connection = %sender, "ping");
-                self.post(sender, &ToAgent::Pong).await?;
+                if self.check(sender).await? {
+                    self.post(sender, &ToAgent::Pong).await?;
+                }
             }
+            FromAgent::Release => return self.release(sender).await,
             FromAgent::HttpResponse(response) => self.relay.deliver(sender, response.into()).await?,
             FromAgent::BodyPart(part) => self.relay.deliver(sender, part.into()).await?,
             FromAgent::Window(window) => self.relay.deliver(sender, window.into()).await?,
@@ -141,32 +153,35 @@ impl DefaultRoute {
 
     /// Puts the sender's tunnel online and tells it the address.
     async fn open(&self, sender: &ConnectionId, ready: Ready) -> Result<RouteResponse, Error> {
-        let (tunnel_id, owner) = match self.connections.get(sender, now()).await? {
-            Some(Connection::Agent { tunnel_id, owner }) => (tunnel_id, owner),
+        let (tunnel_id, identity) = match self.connections.get(sender, now()).await? {
+            Some(Connection::Agent { tunnel_id, identity, .. }) => (tunnel_id, identity),
             Some(Connection::Reply) => {
                 self.relay.open(sender).await?;
                 return Ok(RouteResponse::ok());
             }
-            None => {
-                warn!(connection = %sender, "ready from a connection that is not recorded");
-                return Ok(RouteResponse::refused(410, "gone", "this connection is not recorded; connect again"));
-            }
+            None => return Ok(unknown(sender)),
         };
+        if !self.standing.is_good(&identity, now()).await? {
+            return self.turn_out(sender, &tunnel_id).await;
+        }
         let access = match ready.access.map(serde_json::from_value::<Access>).transpose() {
             Ok(access) => access.map(Arc::new),
             // Without them the tunnel would be open to everybody.
             Err(error) => return self.refuse_access(sender, &error).await,
         };
         let online = Online { connection_id: sender.clone(), features: ready.features, access };
-        let Some(before) = self.tunnels.go_online(&tunnel_id, &owner, &online, now()).await? else {
+        let Some(before) = self.tunnels.go_online(&tunnel_id, &identity, &online, now()).await? else {
             self.agents.close(sender).await?;
             return Ok(RouteResponse::refused(409, "name_taken", "the tunnel belongs to somebody else by now"));
         };
         info!(connection = %sender, tunnel = %tunnel_id, agent = ready.agent, "online");
         if let Some(before) = before.filter(|before| ready.previous.as_ref() != Some(&before.connection_id)) {
-            self.retire(&before).await;
+            self.retire(&before, TAKEN_OVER).await;
         }
-        self.post(sender, &ToAgent::ConnectionEstablished(self.address(sender, tunnel_id))).await?;
+        let address = self.address(sender, tunnel_id);
+        let opened = Opened { features: online.features, public_url: address.public_url.clone() };
+        self.post(sender, &ToAgent::ConnectionEstablished(address)).await?;
+        self.connections.note_opened(sender, &opened).await?;
         Ok(RouteResponse::ok())
     }
 
@@ -179,12 +194,80 @@ impl DefaultRoute {
         Ok(RouteResponse::refused(400, "invalid_access", &message))
     }
 
+    /// Makes the sender's tunnel nobody's, and tells whoever served it.
+    async fn release(&self, sender: &ConnectionId) -> Result<RouteResponse, Error> {
+        let Some(Connection::Agent { tunnel_id, identity, .. }) = self.connections.get(sender, now()).await? else {
+            return Ok(unknown(sender));
+        };
+        if !self.standing.is_good(&identity, now()).await? {
+            return self.turn_out(sender, &tunnel_id).await;
+        }
+        let released = self.tunnels.give_up(&tunnel_id, &identity.owner).await?;
+        let existed = released.is_some();
+        info!(connection = %sender, tunnel = %tunnel_id, existed, "released");
+        if let Some(online) = released.and_then(|tunnel| tunnel.online).filter(|online| online.connection_id != *sender) {
+            self.retire(&online, RELEASED).await;
+        }
+        self.post(sender, &ToAgent::Released { tunnel_id, existed }).await?;
+        Ok(RouteResponse::ok())
+    }
+
+    /// Checks an agent's open connection, and tells whether it may stay. One whose token is good no longer is closed; one whose
+    /// tunnel is its own no longer is told or closed; one that was told another address than the tunnel's is told that.
+    ///
+    /// # Errors
+    /// When the tables or @connections do not answer.
+    pub async fn check(&self, connection: &ConnectionId) -> Result<bool, Error> {
+        let Some(Connection::Agent { tunnel_id, identity, opened }) = self.connections.get(connection, now()).await? else {
+            return Ok(true);
+        };
+        if !self.standing.is_good(&identity, now()).await? {
+            self.turn_out(connection, &tunnel_id).await?;
+            return Ok(false);
+        }
+        match self.tunnels.get(&tunnel_id, now()).await?.filter(|tunnel| tunnel.identity.owner == identity.owner) {
+            Some(Tunnel { online: Some(online), .. }) if online.connection_id == *connection => {
+                self.check_url(connection, &tunnel_id, opened).await?;
+                Ok(true)
+            }
+            // Another connection of the owner serves it.
+            Some(_) => Ok(true),
+            None => {
+                // One that has not opened its tunnel, such as to release it, has none to lose.
+                let Some(Opened { features, .. }) = opened else { return Ok(true) };
+                info!(%connection, tunnel = %tunnel_id, "its tunnel id was released");
+                let takes_notices = features.contains(&Feature::Notices);
+                self.retire(&Online { connection_id: connection.clone(), features, access: None }, RELEASED).await;
+                Ok(takes_notices)
+            }
+        }
+    }
+
+    /// Tells the agent that serves a tunnel if the tunnel's address is another than it was told.
+    async fn check_url(&self, connection: &ConnectionId, tunnel_id: &TunnelId, opened: Option<Opened>) -> Result<(), Error> {
+        let public_url = self.public_url.of(tunnel_id, self.routing);
+        let told_another = |opened: &Opened| opened.public_url != public_url && opened.features.contains(&Feature::Notices);
+        let Some(opened) = opened.filter(told_another) else { return Ok(()) };
+        info!(%connection, tunnel = %tunnel_id, "told the new address");
+        self.post(connection, &ToAgent::UrlUpdated { public_url: public_url.clone() }).await?;
+        self.connections.note_opened(connection, &Opened { public_url, ..opened }).await?;
+        Ok(())
+    }
+
+    /// Closes a connection whose token is good no longer.
+    async fn turn_out(&self, connection: &ConnectionId, tunnel_id: &TunnelId) -> Result<RouteResponse, Error> {
+        warn!(%connection, tunnel = %tunnel_id, "closed: its token is revoked or expired");
+        self.tunnels.go_offline(tunnel_id, connection, now()).await?;
+        self.agents.close(connection).await?;
+        Ok(RouteResponse::refused(401, "unauthorized", "the token of this connection is good no longer"))
+    }
+
     fn address(&self, connection: &ConnectionId, tunnel_id: TunnelId) -> ConnectionEstablished {
         let by_path = self.public_url.by_path(&tunnel_id);
         let by_subdomain = (self.routing == Routing::Subdomain).then(|| self.public_url.by_subdomain(&tunnel_id));
         ConnectionEstablished {
             connection_id: connection.clone(),
-            public_url: by_subdomain.clone().unwrap_or_else(|| by_path.clone()),
+            public_url: self.public_url.of(&tunnel_id, self.routing),
             subdomain_url: by_subdomain,
             path_based_url: Some(by_path),
             tunnel_id,
@@ -194,16 +277,15 @@ impl DefaultRoute {
         }
     }
 
-    /// Tells the connection that served the tunnel until now. The new one is online already, so a failure only matters to the log.
-    async fn retire(&self, before: &Online) {
+    /// Tells a connection that it serves the tunnel no longer. That is decided already, so a failure only matters to the log.
+    async fn retire(&self, before: &Online, reason: &str) {
         let outcome = if before.features.contains(&Feature::Notices) {
-            let reason = "another connection of the tunnel's owner has taken it over".to_owned();
-            self.post(&before.connection_id, &ToAgent::Replaced { reason }).await
+            self.post(&before.connection_id, &ToAgent::Replaced { reason: reason.to_owned() }).await
         } else {
             self.agents.close(&before.connection_id).await
         };
         if let Err(error) = outcome {
-            warn!(connection = %before.connection_id, error = &error as &dyn std::error::Error, "could not tell the replaced connection");
+            warn!(connection = %before.connection_id, error = &error as &dyn std::error::Error, "could not tell the connection");
         }
     }
 
@@ -217,4 +299,9 @@ impl DefaultRoute {
             outcome => outcome,
         }
     }
+}
+
+fn unknown(sender: &ConnectionId) -> RouteResponse {
+    warn!(connection = %sender, "message from a connection that is not recorded");
+    RouteResponse::refused(410, "gone", "this connection is not recorded; connect again")
 }

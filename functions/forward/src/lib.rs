@@ -4,7 +4,7 @@
 //! with it whom the tunnel lets in, `throttle` counts what it has already,
 //! `exchange` sends the request to the agent and puts the reply together, `reply` waits for the reply's parts, which come over
 //! `reply_connection`, [`answer`] gives it back to the front, and [`refusal`] is what the visitor sees when any of that fails;
-//! `record` tells the log and CloudWatch.
+//! `record` tells the log and CloudWatch. `status` answers owners who ask how their tunnel is.
 
 pub mod answer;
 mod exchange;
@@ -13,6 +13,7 @@ mod record;
 pub mod refusal;
 mod reply;
 mod reply_connection;
+mod status;
 mod throttle;
 pub mod visit;
 
@@ -25,6 +26,7 @@ use tokio_util::task::TaskTracker;
 use tracing::error;
 use tunnel_shared::{
     cloud::{
+        access::Access,
         connections::Connections,
         mailbox::Mailbox,
         replies::Replies,
@@ -44,9 +46,13 @@ use crate::{
     refusal::Refusal,
     reply::Source,
     reply_connection::ReplyConnection,
+    status::Status,
     throttle::{AT_ONCE, Throttle},
     visit::{BadEvent, Front, HEAD_START, Visit},
 };
+
+/// Where an owner asks how a tunnel is: its id follows.
+const STATUS: &str = "/_status/";
 
 /// The function: its settings and clients, made once per execution environment. Clones share everything.
 #[derive(Clone, Debug)]
@@ -59,10 +65,9 @@ pub(crate) struct Parts {
     pub(crate) agents: WebSocketApi,
     pub(crate) replies: Replies,
     ways_back: WaysBack,
-    public_url: PublicUrl,
+    status: Status,
     /// Request bodies are packed where it pays.
     pub(crate) packs: bool,
-    routing: Routing,
     /// The function URL, for visitors whose response is too long for the HTTP API.
     streaming_url: Option<PublicUrl>,
     /// The Lambda function's name; none outside Lambda.
@@ -99,6 +104,7 @@ impl Forward {
     /// # Errors
     /// All variables that are missing or faulty.
     pub fn load(variables: Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Result<Self, Faults> {
+        let access = Access::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
         let mailbox = variables.required("PENDING_REQUESTS_TABLE");
@@ -121,15 +127,15 @@ impl Forward {
                     WaysBack::Cloud { mailbox, connections, reply_connection }
                 }
             };
+            let (access, tunnels, agents) = (access?, Tunnels::new(sdk, tunnels?), agents?);
             Some(Self(Arc::new(Parts {
-                lookup: Lookup::new(Tunnels::new(sdk, tunnels?)),
+                lookup: Lookup::new(tunnels.clone(), access.standing().clone(), agents.clone()),
                 throttle: Throttle::new(at_once?, per_second?),
-                agents: agents?,
+                agents,
                 replies,
                 ways_back,
                 packs: packing_pays(in_process, &public_url),
-                public_url,
-                routing: routing?,
+                status: Status { access, tunnels, public_url, routing: routing? },
                 streaming_url: streaming_url?,
                 lambda,
                 tasks: TaskTracker::new(),
@@ -168,7 +174,8 @@ impl Forward {
     /// Serves a visit. What cannot be served is answered with a [`Refusal`].
     pub async fn serve(&self, visit: Visit) -> Response<AnswerBody> {
         let wants_html = visit.wants_html();
-        match Route::of(self.0.routing, &self.0.public_url, &visit.host, &visit.path) {
+        let Status { routing, public_url, .. } = &self.0.status;
+        match Route::of(*routing, public_url, &visit.host, &visit.path) {
             Route::Tunnel { id, prefix, path } => {
                 let mut record = Record::new(self.0.lambda.clone(), id.clone());
                 // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
@@ -187,6 +194,15 @@ impl Forward {
                 let mut response = Response::new(answer::whole(r#"{"status":"ok"}"#));
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
                 response
+            }
+            Route::Own(path) if path.starts_with(STATUS) && matches!(visit.method, Method::GET | Method::HEAD) => {
+                let answer = self.0.status.answer(&path[STATUS.len()..], &visit.headers).await;
+                answer.unwrap_or_else(|refusal| {
+                    if let Refusal::Internal(cause) = &refusal {
+                        error!(error = &**cause as &dyn std::error::Error, "status failed");
+                    }
+                    refusal.into_response(wants_html)
+                })
             }
             Route::Own(_) | Route::None => Refusal::NoSuchTunnel.into_response(wants_html),
         }

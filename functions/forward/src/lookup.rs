@@ -10,10 +10,14 @@ use std::{
 };
 
 use tokio::time::Instant;
+use tracing::warn;
 use tunnel_shared::{
     cloud::{
+        access::{Identity, Standing},
         now,
+        store::StoreError,
         tunnels::{Online, Tunnels},
+        websocket::WebSocketApi,
     },
     id::TunnelId,
 };
@@ -22,21 +26,27 @@ use crate::refusal::Refusal;
 
 /// How long a lookup is good. An agent that moves to another connection keeps the old one open for longer.
 const GOOD: Duration = Duration::from_secs(5);
-/// Most tunnels remembered by one process.
+/// How long it is not asked again whether an owner's token is revoked.
+const VERIFIED: Duration = Duration::from_secs(30);
+/// Most tunnels, and most owners, remembered by one process.
 const REMEMBERED: usize = 10_000;
 
 #[derive(Debug)]
 pub(crate) struct Lookup {
     tunnels: Tunnels,
+    standing: Standing,
+    agents: WebSocketApi,
+    /// Owners whose token was good, and when that was.
+    verified: Mutex<HashMap<String, Instant>>,
     known: Mutex<HashMap<TunnelId, (Online, Instant)>>,
 }
 
 impl Lookup {
-    pub(crate) fn new(tunnels: Tunnels) -> Self {
-        Self { tunnels, known: Mutex::default() }
+    pub(crate) fn new(tunnels: Tunnels, standing: Standing, agents: WebSocketApi) -> Self {
+        Self { tunnels, standing, agents, verified: Mutex::default(), known: Mutex::default() }
     }
 
-    /// The connection that serves a tunnel.
+    /// The connection that serves a tunnel. One whose token is good no longer serves none: it is closed.
     ///
     /// # Errors
     /// When there is none, or DynamoDB does not answer.
@@ -48,12 +58,36 @@ impl Lookup {
         }
         let found = Box::pin(self.tunnels.get(id, now())).await?.ok_or(Refusal::NoSuchTunnel)?;
         let online = found.online.ok_or(Refusal::Offline)?;
+        if !Box::pin(self.is_good(&found.identity)).await? {
+            warn!(tunnel = %id, connection = %online.connection_id, "closed: its token is revoked or expired");
+            self.lost(id, &online).await?;
+            self.agents.close(&online.connection_id).await?;
+            return Err(Refusal::Offline);
+        }
         let mut known = self.lock();
         if known.len() >= REMEMBERED {
             known.clear();
         }
         known.insert(id.clone(), (online.clone(), Instant::now()));
         Ok(online)
+    }
+
+    async fn is_good(&self, identity: &Identity) -> Result<bool, StoreError> {
+        let since = self.verified().get(&identity.owner).copied();
+        if since.is_some_and(|since| since.elapsed() < VERIFIED) {
+            return Ok(!identity.is_expired(now()));
+        }
+        let is_good = self.standing.is_good(identity, now()).await?;
+        let mut verified = self.verified();
+        if is_good {
+            if verified.len() >= REMEMBERED {
+                verified.clear();
+            }
+            verified.insert(identity.owner.clone(), Instant::now());
+        } else {
+            verified.remove(&identity.owner);
+        }
+        Ok(is_good)
     }
 
     /// Forgets that `online` serves a tunnel.
@@ -72,6 +106,11 @@ impl Lookup {
         self.forget(id, gone);
         Box::pin(self.tunnels.go_offline(id, &gone.connection_id, now())).await?;
         Ok(())
+    }
+
+    /// Held between awaits only.
+    fn verified(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Held between awaits only.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::{HeaderValue, Response, StatusCode, header};
 use tunnel_shared::{
     access::Denied,
-    cloud::{store::StoreError, websocket::PostError},
+    cloud::{access::AccessError, store::StoreError, websocket::PostError},
     headers::TUNNEL_ERROR,
     id::TunnelId,
     protocol::AgentErrorCode,
@@ -22,6 +22,9 @@ pub enum Refusal {
     /// The address names no tunnel that exists.
     #[error("There is no tunnel at this address. Check the address, or start the agent with this tunnel id.")]
     NoSuchTunnel,
+    /// Whoever asks for a tunnel's status does not say who that is.
+    #[error("Only the tunnel's owner may see this. Ask with its token, in a header: Authorization: Bearer TOKEN")]
+    NotTheOwner,
     /// The tunnel exists, but no agent is connected.
     #[error("The tunnel exists, but its agent is not connected now. It may be back in a moment.")]
     Offline,
@@ -68,7 +71,7 @@ impl Refusal {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::NoSuchTunnel => StatusCode::NOT_FOUND,
-            Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            Self::Unauthorized(_) | Self::NotTheOwner => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Offline | Self::Moved | Self::AgentBusy => StatusCode::SERVICE_UNAVAILABLE,
@@ -87,6 +90,7 @@ impl Refusal {
             Self::Unauthorized(_) => "visitor_unauthorized",
             Self::Forbidden(_) => "visitor_forbidden",
             Self::RateLimited(_) => "rate_limited",
+            Self::NotTheOwner => "unauthorized",
             Self::Offline | Self::Moved => "tunnel_offline",
             Self::AgentLost => "agent_lost",
             Self::AgentBusy => "agent_busy",
@@ -135,6 +139,9 @@ impl Refusal {
                 let challenge = format!("Basic realm=\"{tunnel}\", charset=\"UTF-8\"");
                 headers.extend(HeaderValue::from_str(&challenge).map(|value| (header::WWW_AUTHENTICATE, value)));
             }
+            Self::NotTheOwner => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
             _ if status == StatusCode::SERVICE_UNAVAILABLE => {
                 headers.insert(header::RETRY_AFTER, RETRY_AFTER.as_secs().into());
             }
@@ -171,6 +178,12 @@ impl Refusal {
 
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
+        Self::Internal(Box::new(error))
+    }
+}
+
+impl From<AccessError> for Refusal {
+    fn from(error: AccessError) -> Self {
         Self::Internal(Box::new(error))
     }
 }

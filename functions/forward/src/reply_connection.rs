@@ -191,6 +191,6 @@ fn reply(message: FromAgent) -> Option<Reply> {
         FromAgent::BodyPart(part) => Some(part.into()),
         FromAgent::Window(window) => Some(window.into()),
         FromAgent::Error(error) => Reply::of_error(error),
-        FromAgent::Ready(_) | FromAgent::Ping | FromAgent::Unknown => None,
+        FromAgent::Ready(_) | FromAgent::Ping | FromAgent::Release | FromAgent::Unknown => None,
     }
 }

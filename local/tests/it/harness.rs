@@ -169,6 +169,7 @@ pub(crate) fn settings_for(endpoint: &str, target: SocketAddr) -> Settings {
         endpoint: endpoint.parse().expect("an endpoint"),
         token: None,
         tunnel_id: Some("my-app".parse().expect("an id")),
+        memory: None,
         target: target.to_string().parse().expect("a target"),
         host_header: forwarder::settings::HostHeader::Rewrite,
         request_timeout: PATIENCE,

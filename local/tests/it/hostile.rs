@@ -220,6 +220,9 @@ async fn nonsense_of_a_service_harms_no_agent() {
     ] {
         connection.say(&nonsense).await;
     }
+    // What names its request is answered.
+    let heard = connection.hear().await;
+    assert_eq!((&heard["request_id"], &heard["code"]), (&json!("r1"), &json!("invalid_request")));
     for (id, method, uri) in [("r2", "GET", "http://elsewhere.example/"), ("r3", "CONNECT", "/"), ("r4", "GE T", "/"), ("r5", "GET", "//[")]
     {
         connection.say(&json!({ "type": "http_request", "request_id": id, "method": method, "uri": uri })).await;

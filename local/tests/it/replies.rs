@@ -104,7 +104,8 @@ async fn a_reply_connection_that_is_killed_costs_no_request() {
     .await;
     assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
 
-    assert_ne!(reply_connection(&mut agent, &url).await, first, "another one is opened");
+    // Until this side has seen its end, requests may still name it, and are answered all the same.
+    within("another one to be opened", async { while reply_connection(&mut agent, &url).await == first {} }).await;
 }
 
 #[tokio::test]

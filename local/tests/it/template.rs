@@ -218,7 +218,8 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
         expires_at: None,
         revoked: false,
     };
-    tunnel_shared::cloud::tokens::Tokens::new(&direct, dynamodb::TOKENS.to_owned()).put(&token).await.expect("a token");
+    let tokens = tunnel_shared::cloud::tokens::Tokens::new(&direct, dynamodb::TOKENS.to_owned());
+    tokens.put(&token).await.expect("a token");
     let mut made = BTreeMap::new();
 
     const CONNECT: &str = include_str!("../../../events/connect.json");
@@ -229,6 +230,8 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     for id in [ID, "second=", "third=", "gone"] {
         assert_eq!(connect.handle(websocket(CONNECT, &[(ID, id)])).await.expect("handled").status_code, 200);
     }
+    let releases = [(ID, "releases="), ("\"tunnel_id\"", "\"release\"")];
+    assert_eq!(connect.handle(websocket(CONNECT, &releases)).await.expect("handled").status_code, 200);
     let ticket = Connections::new(&direct, dynamodb::CONNECTIONS.to_owned()).issue_ticket(now()).await.expect("a ticket");
     let reply_connection = [(ID, "reply="), ("tunnel_id", "reply"), ("Bearer sample", &format!("Bearer {ticket}"))];
     for status in [200, 401] {
@@ -250,6 +253,12 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
         default.handle(websocket(READY, &[(ID, id), ("ready", ready)])).await.expect("handled");
     }
     default.handle(websocket(include_str!("../../../events/http-response.json"), &[])).await.expect("handled");
+    default.handle(websocket(include_str!("../../../events/ping.json"), &[(ID, "third=")])).await.expect("handled");
+    let release = default.handle(websocket(READY, &[(ID, "releases="), ("ready", "release")])).await.expect("handled");
+    assert_eq!(release.status_code, 200);
+    // The tunnel is nobody's now; the next steps need it again.
+    assert_eq!(connect.handle(websocket(CONNECT, &[(ID, "gone")])).await.expect("handled").status_code, 200);
+    default.handle(websocket(READY, &[(ID, "gone")])).await.expect("handled");
     made.insert(FUNCTIONS[2], at.calls);
 
     let at = surroundings(&address).await;
@@ -273,6 +282,12 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
         disconnect.load(Disconnect::load).handle(event).await.expect("handled");
     });
     assert!(answer.is_ok(), "the agent is lost, which is an answer");
+    // One whose token is revoked is closed; a function that starts afresh has not seen the token when it was good.
+    assert_eq!(connect.handle(websocket(CONNECT, &[(ID, "third=")])).await.expect("handled").status_code, 200);
+    default.handle(websocket(READY, &[(ID, "third="), ("ready", ready)])).await.expect("handled");
+    tokens.revoke("sample").await.expect("revoked");
+    let afresh = at.load(|variables, sdk| Forward::load(variables, sdk, None));
+    assert!(afresh.handle(visit(), LAMBDA_RUN).await.is_ok(), "the tunnel is offline, which is an answer");
     made.insert(FUNCTIONS[3], at.calls);
     made.insert(FUNCTIONS[1], disconnect.calls);
 

@@ -1,6 +1,7 @@
 //! Who an agent is.
 //!
-//! An owner is a text: `token:` and the SHA-256 of the agent's token, or `open` where everybody may connect.
+//! An owner is a text: `token:` and the SHA-256 of the agent's token, `jwt:` and one of the issuer and subject of its JSON Web Token,
+//! or `open` where everybody may connect.
 
 use std::{fmt::Write, str::FromStr};
 
@@ -15,13 +16,26 @@ pub const ANYBODY: &str = "open";
 pub enum Auth {
     /// With a bearer token whose hash the tokens table knows.
     Token,
+    /// With a JSON Web Token of an issuer that is trusted; see [`super::jwt`].
+    Jwt,
     /// Not at all. For one user on a loopback address.
     Open,
 }
 
+impl Auth {
+    /// The word that is parsed as this.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Token => "token",
+            Self::Jwt => "jwt",
+            Self::Open => "open",
+        }
+    }
+}
+
 /// A setting that names no way to authenticate.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("must be token or open")]
+#[error("must be token, jwt or open")]
 pub struct InvalidAuth;
 
 impl FromStr for Auth {
@@ -30,6 +44,7 @@ impl FromStr for Auth {
     fn from_str(word: &str) -> Result<Self, InvalidAuth> {
         match word {
             "token" => Ok(Self::Token),
+            "jwt" => Ok(Self::Jwt),
             "open" => Ok(Self::Open),
             _ => Err(InvalidAuth),
         }
@@ -50,6 +65,24 @@ pub fn hash_token(token: &str) -> String {
 /// The owner that the token of this hash stands for.
 pub fn owner_of(token_hash: &str) -> String {
     format!("token:{token_hash}")
+}
+
+/// What owners that a JSON Web Token proved begin with.
+const JWT: &str = "jwt:";
+
+/// The owner that an issuer's subject is. Both are hashed in a form that tells where one ends and the other begins.
+pub(super) fn owner_of_subject(issuer: &str, subject: &str) -> String {
+    format!("{JWT}{}", hash_token(&serde_json::json!([issuer, subject]).to_string()))
+}
+
+/// Whether an owner is an issuer's subject.
+pub(super) fn is_subject(owner: &str) -> bool {
+    owner.starts_with(JWT)
+}
+
+/// The hash of the token that an owner stands for; none if it stands for no token.
+pub fn token_hash_of(owner: &str) -> Option<&str> {
+    owner.strip_prefix("token:")
 }
 
 /// The token of an `Authorization` header: RFC 6750, 2.1.

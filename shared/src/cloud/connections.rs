@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use aws_sdk_dynamodb::types::ReturnValue;
 
-use super::store::{Item, StoreError, Table, is_live, number, read_text, text};
-use super::{auth, sdk::SdkConfig};
+use super::store::{Item, StoreError, Table, is_live, number, read_number, read_text, text};
+use super::tunnels::{features_of_text, features_to_text};
+use super::{access::Identity, auth, sdk::SdkConfig};
 use crate::{
     id::{ConnectionId, TunnelId},
     limits::WEBSOCKET_LIFE,
+    protocol::Feature,
 };
 
 /// How much longer than its connection a record lives, for a $disconnect that comes late or not at all.
@@ -25,11 +27,22 @@ pub enum Connection {
     Agent {
         /// The tunnel it asked for.
         tunnel_id: TunnelId,
-        /// Who it authenticated as; see [`super::auth`].
-        owner: String,
+        /// Who it authenticated as.
+        identity: Identity,
+        /// What was said when its tunnel opened; none before that.
+        opened: Option<Opened>,
     },
     /// One of `forward`'s, to which replies may be passed on.
     Reply,
+}
+
+/// What an agent and the service said to each other when its tunnel opened.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Opened {
+    /// What the agent announced.
+    pub features: Vec<Feature>,
+    /// The address that it was told.
+    pub public_url: String,
 }
 
 /// The table.
@@ -42,7 +55,7 @@ impl Connections {
         Self(Table::new(sdk, name))
     }
 
-    /// Records a connection.
+    /// Records a connection, which is not opened yet.
     ///
     /// # Errors
     /// When DynamoDB does not answer.
@@ -56,13 +69,35 @@ impl Connections {
             .item("connectedAt", number(now.as_secs()))
             .item("ttl", number((now + WEBSOCKET_LIFE + GRACE).as_secs()));
         let put = match connection {
-            Connection::Agent { tunnel_id, owner } => {
-                put.item("kind", text("agent")).item("tunnelId", text(tunnel_id.as_str())).item("owner", text(owner))
+            Connection::Agent { tunnel_id, identity, .. } => {
+                let put = put.item("kind", text("agent")).item("tunnelId", text(tunnel_id.as_str())).item("owner", text(&identity.owner));
+                identity.expires_at.into_iter().fold(put, |put, at| put.item("expiresAt", number(at)))
             }
             Connection::Reply => put.item("kind", text("reply")),
         };
         put.send().await.map_err(table.failed("PutItem"))?;
         Ok(())
+    }
+
+    /// Notes what was said when an agent's tunnel opened, or since, and tells whether the connection is still recorded.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn note_opened(&self, id: &ConnectionId, opened: &Opened) -> Result<bool, StoreError> {
+        let table = &self.0;
+        let outcome = table
+            .client
+            .update_item()
+            .table_name(&table.name)
+            .key("connectionId", text(id.as_str()))
+            .update_expression("SET features = :features, publicUrl = :url")
+            // A connection that has ended meanwhile stays forgotten.
+            .condition_expression("attribute_exists(connectionId)")
+            .expression_attribute_values(":features", text(features_to_text(&opened.features)))
+            .expression_attribute_values(":url", text(&opened.public_url))
+            .send()
+            .await;
+        Ok(table.conditional(outcome)?.is_some())
     }
 
     /// Looks a connection up, with all writes that were answered before.
@@ -142,7 +177,12 @@ fn ticket_key(ticket: &str) -> String {
 fn connection(item: &Item) -> Option<Connection> {
     match read_text(item, "kind")? {
         "agent" => {
-            Some(Connection::Agent { tunnel_id: read_text(item, "tunnelId")?.parse().ok()?, owner: read_text(item, "owner")?.to_owned() })
+            let identity = Identity { owner: read_text(item, "owner")?.to_owned(), expires_at: read_number(item, "expiresAt") };
+            let opened = || {
+                let features = features_of_text(read_text(item, "features")?);
+                Some(Opened { features, public_url: read_text(item, "publicUrl")?.to_owned() })
+            };
+            Some(Connection::Agent { tunnel_id: read_text(item, "tunnelId")?.parse().ok()?, identity, opened: opened() })
         }
         "reply" => Some(Connection::Reply),
         _ => None,

@@ -1,8 +1,10 @@
 //! What the Lambda functions share, and nothing else uses but `local`, which runs them in process.
 
+pub mod access;
 pub mod auth;
 pub mod connections;
 pub mod event;
+pub mod jwt;
 pub mod mailbox;
 pub mod replies;
 pub mod sdk;

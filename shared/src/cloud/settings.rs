@@ -68,6 +68,12 @@ impl<'a> Variables<'a> {
         }
     }
 
+    /// Notes a fault that no single text has. It is `None`, as what a faulty variable is read as.
+    pub(super) fn fault<T>(&self, name: &str, fault: &str) -> Option<T> {
+        self.faults.borrow_mut().push(format!("{name}: {fault}"));
+        None
+    }
+
     /// A variable that Lambda itself sets, and so is no setting.
     pub fn given_by_lambda(&self, name: &str) -> Option<String> {
         (self.read)(name)

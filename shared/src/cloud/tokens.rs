@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use aws_sdk_dynamodb::types::AttributeValue;
 
-use super::store::{StoreError, Table, number, read_flag, read_number, read_text, text};
+use super::store::{Item, StoreError, Table, number, read_flag, read_number, read_text, text};
 use super::{auth, sdk::SdkConfig};
 
 /// The table.
@@ -17,11 +17,11 @@ impl Tokens {
         Self(Table::new(sdk, name))
     }
 
-    /// Tells whether the token of this hash is known, not revoked and not expired.
+    /// The token of this hash, if it is known, not revoked and not expired.
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn is_good(&self, hash: &str, now: Duration) -> Result<bool, StoreError> {
+    pub async fn good(&self, hash: &str, now: Duration) -> Result<Option<Token>, StoreError> {
         let table = &self.0;
         let output = table
             .client
@@ -32,10 +32,8 @@ impl Tokens {
             .send()
             .await
             .map_err(table.failed("GetItem"))?;
-        Ok(output.item.is_some_and(|item| {
-            let unexpired = read_number(&item, "expiresAt").is_none_or(|at| at > now.as_secs());
-            unexpired && !read_flag(&item, "revoked")
-        }))
+        let is_good = |token: &Token| !token.revoked && token.expires_at.is_none_or(|at| at > now.as_secs());
+        Ok(output.item.as_ref().and_then(token).filter(is_good))
     }
 
     /// Makes a new token for somebody and returns it: it is not kept, and cannot be shown again.
@@ -75,19 +73,31 @@ impl Tokens {
     /// When DynamoDB does not answer.
     pub async fn list(&self) -> Result<Vec<Token>, StoreError> {
         let items = self.0.scan().await?;
-        Ok(items
-            .iter()
-            .filter_map(|item| {
-                Some(Token {
-                    hash: read_text(item, "tokenHash")?.to_owned(),
-                    name: read_text(item, "name").unwrap_or_default().to_owned(),
-                    created_at: read_number(item, "createdAt").unwrap_or_default(),
-                    expires_at: read_number(item, "expiresAt"),
-                    revoked: read_flag(item, "revoked"),
-                })
-            })
-            .collect())
+        Ok(items.iter().filter_map(token).collect())
     }
+
+    /// Makes the tokens of this name good no longer, and returns how many that were.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn revoke(&self, name: &str) -> Result<usize, StoreError> {
+        let mut revoked = 0;
+        for token in self.list().await?.into_iter().filter(|token| token.name == name && !token.revoked) {
+            self.put(&Token { revoked: true, ..token }).await?;
+            revoked += 1;
+        }
+        Ok(revoked)
+    }
+}
+
+fn token(item: &Item) -> Option<Token> {
+    Some(Token {
+        hash: read_text(item, "tokenHash")?.to_owned(),
+        name: read_text(item, "name").unwrap_or_default().to_owned(),
+        created_at: read_number(item, "createdAt").unwrap_or_default(),
+        expires_at: read_number(item, "expiresAt"),
+        revoked: read_flag(item, "revoked"),
+    })
 }
 
 /// What is kept of an agent's token.

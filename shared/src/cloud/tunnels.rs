@@ -2,12 +2,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
+use aws_sdk_dynamodb::{
+    operation::delete_item::DeleteItemError,
+    types::{AttributeValue, ReturnValue},
+};
 
-use super::sdk::SdkConfig;
 use super::store::{Item, StoreError, Table, is_live, number, read_number, read_text, text};
 use tracing::error;
 
+use super::{access::Identity, sdk::SdkConfig};
 use crate::{
     access::Access,
     id::{ConnectionId, TunnelId},
@@ -20,11 +23,11 @@ pub const UNUSED: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// A tunnel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tunnel {
-    /// Whose it is; see [`super::auth`].
-    pub owner: String,
+    /// Whose it is. `expires_at` is of the proof with which it last went online.
+    pub identity: Identity,
     /// The connection that serves it; none while it is offline.
     pub online: Option<Online>,
-    /// When it last went online or offline, in seconds since 1970.
+    /// When it last went online or offline, in seconds since 1970; 0 if it never was online.
     pub since: u64,
 }
 
@@ -91,23 +94,26 @@ impl Tunnels {
     }
 
     /// Lets `online` serve the tunnel, and returns the connection that served it until then. `None` when the tunnel is no
-    /// longer `owner`'s.
+    /// longer its owner's.
     ///
     /// # Errors
     /// When DynamoDB does not answer.
     pub async fn go_online(
         &self,
         id: &TunnelId,
-        owner: &str,
+        identity: &Identity,
         online: &Online,
         now: Duration,
     ) -> Result<Option<Option<Online>>, StoreError> {
         let table = &self.0;
         // In one write with the connection: there is no moment in which it is served without its rules.
         let update = match &online.access {
-            Some(_) => "SET connectionId = :connection, features = :features, #access = :access, since = :now, #ttl = :ttl",
-            None => "SET connectionId = :connection, features = :features, since = :now, #ttl = :ttl REMOVE #access",
+            Some(_) => {
+                "SET connectionId = :connection, features = :features, #access = :access, expiresAt = :expires, since = :now, #ttl = :ttl"
+            }
+            None => "SET connectionId = :connection, features = :features, expiresAt = :expires, since = :now, #ttl = :ttl REMOVE #access",
         };
+        let expires_at = identity.expires_at.map_or(AttributeValue::Null(true), number);
         let outcome = table
             .client
             .update_item()
@@ -121,7 +127,8 @@ impl Tunnels {
             .set_expression_attribute_values(
                 online.access.as_ref().map(|access| Item::from([(":access".to_owned(), access_to_text(access))])),
             )
-            .expression_attribute_values(":owner", text(owner))
+            .expression_attribute_values(":owner", text(&identity.owner))
+            .expression_attribute_values(":expires", expires_at)
             .expression_attribute_values(":connection", text(online.connection_id.as_str()))
             .expression_attribute_values(":features", AttributeValue::S(features_to_text(&online.features)))
             .expression_attribute_values(":now", number(now.as_secs()))
@@ -142,6 +149,30 @@ impl Tunnels {
         let items = self.0.scan().await?;
         let named = |item: &Item| Some((read_text(item, "tunnelId")?.parse().ok()?, tunnel(item)?));
         Ok(items.iter().filter(|item| is_live(item, now)).filter_map(named).collect())
+    }
+
+    /// Makes the name nobody's if it is `owner`'s, and returns what it was. `None` when it is not `owner`'s.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn give_up(&self, id: &TunnelId, owner: &str) -> Result<Option<Tunnel>, StoreError> {
+        let table = &self.0;
+        let outcome = table
+            .client
+            .delete_item()
+            .table_name(&table.name)
+            .key("tunnelId", text(id.as_str()))
+            .condition_expression("#owner = :owner")
+            .expression_attribute_names("#owner", "owner")
+            .expression_attribute_values(":owner", text(owner))
+            .return_values(ReturnValue::AllOld)
+            .send()
+            .await;
+        match outcome {
+            Ok(output) => Ok(output.attributes.as_ref().and_then(tunnel)),
+            Err(error) if error.as_service_error().is_some_and(DeleteItemError::is_conditional_check_failed_exception) => Ok(None),
+            Err(error) => Err(table.failed("DeleteItem")(error)),
+        }
     }
 
     /// Makes the name nobody's, and tells whether it was somebody's.
@@ -188,7 +219,7 @@ impl Tunnels {
 
 fn tunnel(item: &Item) -> Option<Tunnel> {
     Some(Tunnel {
-        owner: read_text(item, "owner")?.to_owned(),
+        identity: Identity { owner: read_text(item, "owner")?.to_owned(), expires_at: read_number(item, "expiresAt") },
         online: online_of(item),
         since: read_number(item, "since").unwrap_or_default(),
     })
@@ -202,11 +233,11 @@ fn online_of(item: &Item) -> Option<Online> {
     })
 }
 
-fn features_to_text(features: &[Feature]) -> String {
+pub(super) fn features_to_text(features: &[Feature]) -> String {
     serde_json::to_string(features).expect("a list of words has a JSON text")
 }
 
-fn features_of_text(text: &str) -> Vec<Feature> {
+pub(super) fn features_of_text(text: &str) -> Vec<Feature> {
     serde_json::from_str(text).unwrap_or_default()
 }
 
