@@ -2,6 +2,7 @@
 # make run TARGET=3000                                ... in front of your own
 # make test           all tests
 # make check          all that CI checks: formatting, lints, docs, tests, licences, a start of the built executables
+# make bench          measures everything and writes docs/performance.md; needs wrk (apt install wrk) or oha
 
 LISTEN ?= 127.0.0.1:8080
 DEMO ?= 127.0.0.1:3999
@@ -34,7 +35,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than a message may be. For the others libFuzzer's own 4,096 bytes are enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-.PHONY: run test check build fmt clippy doc deny smoke tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers fuzz $(FUZZ)
+.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -73,6 +74,9 @@ deny: tools
 
 smoke: build
 	.ci/smoke $(BIN)
+
+bench: build
+	cargo bench --locked -p tunnel-bench --bench performance $(if $(PART),-- $(PART))
 
 token: build
 	@$(ADMIN) create-token $(or $(NAME),$(error say whom it is for: NAME=alice)) $(if $(EXPIRES),--expires $(EXPIRES))

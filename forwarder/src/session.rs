@@ -43,10 +43,10 @@ use crate::{
 /// How often a ping frame asks whether the service is still there.
 const PING_FRAME: Duration = Duration::from_secs(5);
 /// How often a `ping` message does so where pings are answered: under API Gateway's 10 minutes without a message.
-const PING_MESSAGE: Duration = Duration::from_secs(5 * 60);
+pub const PING_MESSAGE: Duration = Duration::from_secs(5 * 60);
 /// How often a `ping` message does so where ping frames are not answered. Each is billed, so no more often than it takes to
 /// notice a dead connection within half a minute.
-const PING_MESSAGE_ALONE: Duration = Duration::from_secs(15);
+pub const PING_MESSAGE_ALONE: Duration = Duration::from_secs(15);
 /// A connection on which nothing was heard for this long, though it was asked, is dead.
 const SILENCE: Duration = Duration::from_secs(25);
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which

@@ -1,0 +1,196 @@
+//! The bill: prices, what a request uses, and the tables of docs/cost.md.
+
+use forwarder::session::{PING_MESSAGE, PING_MESSAGE_ALONE};
+use tunnel_shared::{limits::PART_BODY, parts::room_beside};
+
+use crate::{lambda::MEMORY, meter::Counts, visitors::CALL, websocket::units};
+
+/// List prices of us-east-1 in USD, without free tiers and volume discounts. docs/cost.md has their sources and date.
+pub mod price {
+    /// A call of an HTTP API, for each 512 KB begun.
+    pub const HTTP_API_CALL: f64 = 1.00e-6;
+    /// A message of a WebSocket API, for each 32 KB begun.
+    pub const WEBSOCKET_MESSAGE: f64 = 1.00e-6;
+    /// A minute of a WebSocket connection.
+    pub const CONNECTION_MINUTE: f64 = 0.25e-6;
+    /// A call of a function.
+    pub const LAMBDA_CALL: f64 = 0.20e-6;
+    /// A second of a function with 1 GB, x86_64.
+    pub const LAMBDA_GB_SECOND: f64 = 16.6667e-6;
+    /// A DynamoDB read unit, on demand.
+    pub const READ_UNIT: f64 = 0.125e-6;
+    /// A DynamoDB write unit, on demand.
+    pub const WRITE_UNIT: f64 = 0.625e-6;
+    /// A GB to the internet.
+    pub const GB_OUT: f64 = 0.09;
+}
+
+/// What is billed, of one request or of many.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Usage {
+    /// Calls of the HTTP API.
+    pub http_calls: f64,
+    /// Message units of the WebSocket API.
+    pub messages: f64,
+    /// Calls of functions.
+    pub calls: f64,
+    /// How long functions ran, in milliseconds.
+    pub milliseconds: f64,
+    /// DynamoDB read units.
+    pub reads: f64,
+    /// DynamoDB write units.
+    pub writes: f64,
+}
+
+impl Usage {
+    /// What was counted, for each of `requests`.
+    pub fn of(counts: &Counts, requests: usize) -> Self {
+        let runs = || counts.functions.values().flat_map(|runs| &runs.calls);
+        // Lambda bills each call's time, and each start's, in whole milliseconds.
+        let billed = counts.functions.values().flat_map(|runs| runs.calls.iter().chain(&runs.starts));
+        let each = requests as f64;
+        Self {
+            http_calls: counts.http_calls as f64 / each,
+            messages: counts.units() as f64 / each,
+            calls: runs().count() as f64 / each,
+            milliseconds: billed.map(|took| (took.as_secs_f64() * 1e3).ceil()).sum::<f64>() / each,
+            reads: counts.reads / each,
+            writes: counts.writes / each,
+        }
+    }
+
+    /// The formula: a request without a body, whose response has a body of `bytes`, of which `sent` go over the WebSocket. It is
+    /// for a tunnel that has been visited in the last seconds.
+    pub fn of_response(bytes: usize, sent: usize, forward: f64, default: f64) -> Self {
+        let parts = parts_of(sent);
+        let (to_service, to_forward): (u64, u64) = parts
+            .iter()
+            .map(|bytes| (units(encoded(*bytes)), units(encoded(*bytes) + RELAYED)))
+            .fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
+        Self {
+            http_calls: bytes.div_ceil(CALL).max(1) as f64,
+            messages: (1 + to_service + to_forward) as f64,
+            calls: (1 + parts.len()) as f64,
+            milliseconds: forward + parts.len() as f64 * default,
+            reads: 0.0,
+            writes: 0.0,
+        }
+    }
+
+    /// What it costs, in USD.
+    pub fn bill(&self) -> Bill {
+        let seconds = self.milliseconds / 1e3 * f64::from(MEMORY) / 1024.0;
+        Bill {
+            http_api: self.http_calls * price::HTTP_API_CALL,
+            websocket: self.messages * price::WEBSOCKET_MESSAGE,
+            lambda: self.calls * price::LAMBDA_CALL + seconds * price::LAMBDA_GB_SECOND,
+            dynamodb: self.reads * price::READ_UNIT + self.writes * price::WRITE_UNIT,
+        }
+    }
+}
+
+/// A bill in USD, by service.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bill {
+    /// The HTTP API.
+    pub http_api: f64,
+    /// The WebSocket API.
+    pub websocket: f64,
+    /// Lambda.
+    pub lambda: f64,
+    /// DynamoDB.
+    pub dynamodb: f64,
+}
+
+impl Bill {
+    /// All of it.
+    pub fn sum(&self) -> f64 {
+        self.http_api + self.websocket + self.lambda + self.dynamodb
+    }
+}
+
+/// About how many bytes of JSON are around a response's first piece of body: its header is most of it.
+const HEAD: usize = 500;
+/// About how many are around any later piece.
+const PART: usize = 200;
+/// About how many `default` adds before it passes a message on.
+const RELAYED: usize = 60;
+
+/// The pieces in which a body is sent.
+fn parts_of(bytes: usize) -> Vec<usize> {
+    let first = bytes.min(room_beside(HEAD).unwrap_or_default());
+    let (full, rest) = ((bytes - first) / PART_BODY, (bytes - first) % PART_BODY);
+    std::iter::once(first).chain(std::iter::repeat_n(PART_BODY, full)).chain((rest > 0).then_some(rest)).collect()
+}
+
+/// How long a message with a piece is.
+fn encoded(bytes: usize) -> usize {
+    bytes.div_ceil(3) * 4 + if bytes == PART_BODY { PART } else { HEAD }
+}
+
+/// A line of the table in docs/cost.md.
+pub struct Example {
+    /// What the body is.
+    pub name: &'static str,
+    /// How long it is.
+    pub bytes: usize,
+    /// How many bytes of it go over the WebSocket.
+    pub sent: usize,
+    /// How long `forward` runs, in milliseconds, as docs/performance.md has it.
+    pub forward: f64,
+}
+
+/// How long `default` runs for each message, in milliseconds, as docs/performance.md has it.
+pub const DEFAULT: f64 = 15.0;
+
+/// The lines of the table.
+pub const EXAMPLES: [Example; 5] = [
+    Example { name: "1 KB", bytes: 1024, sent: 1024, forward: 45.0 },
+    Example { name: "32 KB", bytes: 32 * 1024, sent: 32 * 1024, forward: 50.0 },
+    Example { name: "100 KB", bytes: 100 * 1024, sent: 100 * 1024, forward: 50.0 },
+    Example { name: "100 KB of JSON", bytes: 100 * 1024, sent: 20 * 1024, forward: 50.0 },
+    Example { name: "1 MB", bytes: 1024 * 1024, sent: 1024 * 1024, forward: 80.0 },
+];
+
+const MILLION: f64 = 1e6;
+
+/// The table of docs/cost.md: what a million responses cost.
+pub fn table() -> String {
+    let mut table = String::from(
+        "| response body | messages | calls | HTTP API | WebSocket | Lambda | sum | traffic out |\n|---|---|---|---|---|---|---|---|\n",
+    );
+    for Example { name, bytes, sent, forward } in EXAMPLES {
+        let usage = Usage::of_response(bytes, sent, forward, DEFAULT);
+        let bill = usage.bill();
+        let out = bytes as f64 / 1e9 * price::GB_OUT * MILLION;
+        let [http, websocket, lambda, sum] = [bill.http_api, bill.websocket, bill.lambda, bill.sum()].map(|usd| usd * MILLION);
+        table += &format!(
+            "| {name} | {} | {} | {http:.2} | {websocket:.2} | {lambda:.2} | **{sum:.2}** | {out:.2} |\n",
+            usage.messages, usage.calls
+        );
+    }
+    table
+}
+
+/// The other table: what an agent without visitors costs in 30 days.
+pub fn idle_table() -> String {
+    let seconds = 30.0 * 24.0 * 3600.0;
+    let minutes = seconds / 60.0 * price::CONNECTION_MINUTE;
+    let mut table = String::from(
+        "| ping frames are | a `ping` every | messages | WebSocket | Lambda | connection | sum |\n|---|---|---|---|---|---|---|\n",
+    );
+    for (are, every) in [("answered", PING_MESSAGE), ("not answered", PING_MESSAGE_ALONE)] {
+        let pings = seconds / every.as_secs_f64();
+        // Each is answered with a `pong`.
+        let bill = Usage { messages: 2.0 * pings, calls: pings, milliseconds: pings * DEFAULT, ..Usage::default() }.bill();
+        table += &format!(
+            "| {are} | {} s | {} | {:.2} | {:.2} | {minutes:.2} | **{:.2}** |\n",
+            every.as_secs(),
+            2.0 * pings,
+            bill.websocket,
+            bill.lambda,
+            bill.sum() + minutes
+        );
+    }
+    table
+}

@@ -1,0 +1,112 @@
+//! Executables: where they are, started, and how much processor time they took.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::Context;
+use tokio::{sync::mpsc, time::timeout};
+
+/// Longer than any of them takes to start.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Linux counts processor time in hundredths of a second, on every architecture.
+const TICKS: f64 = 100.0;
+
+/// The directory in which cargo leaves executables: two above a test's or benchmark's own.
+///
+/// # Errors
+/// When this is none of them.
+pub fn built() -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    own.parent().and_then(Path::parent).map(Path::to_owned).context("not in a target directory")
+}
+
+/// A process that ends when it is dropped.
+pub struct Process {
+    child: Child,
+    lines: mpsc::UnboundedReceiver<String>,
+}
+
+impl Process {
+    /// Starts an executable, of which the lines of one output can be heard.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(command: &mut Command, heard: Output) -> anyhow::Result<Self> {
+        let pipe = |output| if output == heard { Stdio::piped() } else { Stdio::null() };
+        command.stdin(Stdio::null()).stdout(pipe(Output::Stdout)).stderr(pipe(Output::Stderr));
+        let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+        let (said, lines) = mpsc::unbounded_channel();
+        let stdout = child.stdout.take().map(|stdout| Box::new(stdout) as Box<dyn Read + Send>);
+        let output = stdout.or(child.stderr.take().map(|stderr| Box::new(stderr) as Box<dyn Read + Send>));
+        if let Some(output) = output {
+            // Ends with the process, and reads on when nobody listens, so that the process never waits for it.
+            std::thread::spawn(move || BufReader::new(output).lines().map_while(Result::ok).for_each(|line| drop(said.send(line))));
+        }
+        Ok(Self { child, lines })
+    }
+
+    /// Waits for a line in which `find` finds something.
+    ///
+    /// # Errors
+    /// When no such line comes in time.
+    pub async fn hear<T>(&mut self, what: &str, find: impl Fn(&str) -> Option<T>) -> anyhow::Result<T> {
+        let heard = timeout(PATIENCE, async {
+            while let Some(line) = self.lines.recv().await {
+                if let Some(found) = find(&line) {
+                    return Some(found);
+                }
+            }
+            None
+        });
+        heard.await.ok().flatten().with_context(|| format!("waited in vain for {what}"))
+    }
+
+    /// The processor time it has taken so far, in user and kernel mode, in seconds.
+    ///
+    /// # Errors
+    /// When it has ended, or this is not Linux.
+    pub fn processor_time(&self) -> anyhow::Result<f64> {
+        let id = self.child.id();
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).context("processor times are read from /proc")?;
+        // The name, in brackets, may have spaces; utime and stime are the 14th and 15th field.
+        let (_, fields) = stat.rsplit_once(')').context("not a stat file")?;
+        let ticks: f64 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
+        Ok(ticks / TICKS)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An output of a process.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Output {
+    /// What it prints.
+    Stdout,
+    /// What it tells.
+    Stderr,
+    /// Neither.
+    None,
+}
+
+/// Starts the agent for a local service at `target`, and returns it with the tunnel's public URL.
+///
+/// # Errors
+/// When the tunnel does not open.
+pub async fn agent(executables: &Path, endpoint: &str, token: Option<&str>, target: &str) -> anyhow::Result<(Process, String)> {
+    let mut command = Command::new(executables.join("ttf"));
+    command.args(["http", target, "--endpoint", endpoint, "--tunnel-id", "bench"]);
+    command.envs(token.map(|token| ("TTF_TOKEN", token)));
+    let mut agent = Process::start(&mut command, Output::Stdout)?;
+    let url = agent.hear("the tunnel to open", |line| line.starts_with("http").then(|| line.to_owned())).await?;
+    Ok((agent, url))
+}

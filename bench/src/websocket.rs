@@ -1,0 +1,249 @@
+//! The WebSocket API and its @connections: agents' connections and the functions' reply connections, with API Gateway's quotas.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderValue, Method, StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing,
+};
+use futures_util::{SinkExt, StreamExt};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use local::{
+    access::AccessKey,
+    connections::{self, Command, Connections, STAGE},
+    event::Source,
+    quotas::Quotas,
+};
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        self, Message,
+        handshake::derive_accept_key,
+        protocol::{
+            CloseFrame, Role, WebSocketConfig,
+            frame::{
+                Frame,
+                coding::{CloseCode, Data, OpCode},
+            },
+        },
+    },
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tunnel_shared::{
+    cloud::now,
+    id::{ConnectionId, RequestId},
+    limits::WEBSOCKET_INTEGRATION,
+    parts,
+    protocol::{self, FromAgent, ToAgent},
+};
+
+use crate::{
+    lambda::{Lambda, Outcome},
+    latency::{self, Latency},
+    meter::Meter,
+};
+
+/// What a WebSocket API counts as one message, in bytes.
+pub const UNIT: usize = 32 * 1024;
+
+/// The API.
+pub struct WebSocketApi {
+    lambda: Arc<Lambda>,
+    latency: Latency,
+    meter: Meter,
+    quotas: Quotas,
+    connections: Connections,
+    /// Reply connections, and what breaks them.
+    reply_connections: Mutex<HashMap<ConnectionId, CancellationToken>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl WebSocketApi {
+    /// An API with the routes' functions.
+    pub fn new(lambda: Arc<Lambda>, latency: Latency, meter: Meter) -> Arc<Self> {
+        let (connections, reply_connections, tasks, stop) = Default::default();
+        Arc::new(Self { lambda, latency, meter, quotas: Quotas::default(), connections, reply_connections, tasks, stop })
+    }
+
+    /// Breaks all reply connections without a word, and returns how many there were.
+    pub fn break_reply_connections(&self) -> usize {
+        let broken: Vec<CancellationToken> = self.reply_connections().drain().map(|(_, connection)| connection).collect();
+        broken.iter().for_each(CancellationToken::cancel);
+        broken.len()
+    }
+
+    /// Breaks all connections.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Held between awaits only.
+    fn reply_connections(&self) -> MutexGuard<'_, HashMap<ConnectionId, CancellationToken>> {
+        self.reply_connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn call(&self, function: &'static str, event: &impl serde::Serialize) -> Outcome {
+        let _under_way = self.meter.begin();
+        self.latency.pause(latency::WEBSOCKET_API).await;
+        self.lambda.invoke(function, event, WEBSOCKET_INTEGRATION).await
+    }
+
+    async fn connect(self: &Arc<Self>, mut request: Request) -> Response {
+        let _under_way = self.meter.begin();
+        self.latency.pause(latency::HANDSHAKE).await;
+        let Some(key) = request.headers().get(header::SEC_WEBSOCKET_KEY).cloned() else {
+            return StatusCode::UPGRADE_REQUIRED.into_response();
+        };
+        let id = RequestId::generate().to_string();
+        let source = Source {
+            connection_id: id.parse().expect("a request id is a connection id, too"),
+            connected_at: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
+            source_ip: "203.0.113.10".to_owned(),
+            stage: STAGE,
+        };
+        let outcome = self.call("tunnel-connect", &source.connect(request.headers(), request.uri())).await;
+        let status = match outcome {
+            Outcome::Whole(answer) => {
+                serde_json::from_slice::<serde_json::Value>(&answer).ok().and_then(|answer| answer["statusCode"].as_u64())
+            }
+            Outcome::Stream(_) | Outcome::Failed(_) => None,
+        };
+        let status = status.and_then(|status| StatusCode::from_u16(u16::try_from(status).ok()?).ok());
+        let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        if !status.is_success() {
+            return status.into_response();
+        }
+        let is_reply_connection = request.uri().query().is_some_and(|query| query.contains("reply="));
+        let broken = self.stop.child_token();
+        if is_reply_connection {
+            self.reply_connections().insert(source.connection_id.clone(), broken.clone());
+        }
+        let upgrade = hyper::upgrade::on(&mut request);
+        let api = self.clone();
+        self.tasks.spawn(async move {
+            if let Ok(upgraded) = upgrade.await {
+                api.serve(upgraded, &source, &broken).await;
+            }
+            api.connections.remove(&source.connection_id);
+            api.reply_connections().remove(&source.connection_id);
+            if !api.stop.is_cancelled() {
+                api.call("tunnel-disconnect", &source.disconnect(1006, "")).await;
+            }
+        });
+        let mut response =
+            (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "websocket"), (header::CONNECTION, "Upgrade")]).into_response();
+        let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes())).expect("base64 is a header value");
+        response.headers_mut().insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+        response
+    }
+
+    /// Serves a connection until it ends or is broken.
+    async fn serve(self: &Arc<Self>, upgraded: Upgraded, source: &Source, broken: &CancellationToken) {
+        let config = WebSocketConfig::default().max_frame_size(Some(self.quotas.frame)).max_message_size(Some(self.quotas.message));
+        let mut socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+        let (commands, mut queue) = mpsc::channel(self.quotas.queue);
+        self.connections.insert(source.connection_id.clone(), commands.clone());
+        loop {
+            tokio::select! {
+                () = broken.cancelled() => return,
+                message = socket.next() => match message {
+                    Some(Ok(Message::Text(text))) => {
+                        let (api, source, commands) = (self.clone(), source.clone(), commands.clone());
+                        self.tasks.spawn(async move { api.message(&source, text.as_str(), &commands).await });
+                    }
+                    Some(Ok(Message::Binary(_))) => return close(&mut socket, 1003).await,
+                    Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
+                    Some(Err(tungstenite::Error::Capacity(_))) => return close(&mut socket, 1009).await,
+                    Some(Ok(Message::Close(_)) | Err(_)) | None => return,
+                },
+                Some(command) = queue.recv() => match command {
+                    Command::Send(text) => {
+                        if send(&mut socket, text).await.is_err() {
+                            return;
+                        }
+                    }
+                    Command::Close(code, _) => return close(&mut socket, code).await,
+                },
+            }
+        }
+    }
+
+    async fn message(&self, source: &Source, text: &str, commands: &mpsc::Sender<Command>) {
+        let _under_way = self.meter.begin();
+        let units = units(text.len());
+        let is_ping = matches!(protocol::decode(text), Ok(FromAgent::Ping));
+        self.meter.count(|counts| *(if is_ping { &mut counts.units_of_pings } else { &mut counts.units_in }) += units);
+        if let Outcome::Failed(_) = self.call("tunnel-default", &source.message(text.to_owned())).await {
+            let said = json!({ "message": "Internal server error", "connectionId": source.connection_id.as_str() });
+            let _ = commands.try_send(Command::Send(said.to_string()));
+        }
+    }
+
+    /// @connections: takes its time, does as told, and counts what was sent.
+    async fn manage(self: &Arc<Self>, request: Request, next: Next) -> Response {
+        let _under_way = self.meter.begin();
+        self.latency.pause(latency::POST).await;
+        let is_post = request.method() == Method::POST;
+        let id = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+        let (head, body) = request.into_parts();
+        let Ok(body) = axum::body::to_bytes(body, 2 * self.quotas.message).await else {
+            return StatusCode::PAYLOAD_TOO_LARGE.into_response();
+        };
+        let units = units(body.len());
+        let is_pong = matches!(std::str::from_utf8(&body).map(protocol::decode), Ok(Ok(ToAgent::Pong)));
+        let is_relayed = id.parse().is_ok_and(|id: ConnectionId| self.reply_connections().contains_key(&id));
+        let response = next.run(Request::from_parts(head, Body::from(body))).await;
+        if is_post && response.status().is_success() {
+            self.meter.count(|counts| match (is_pong, is_relayed) {
+                (true, _) => counts.units_of_pings += units,
+                (false, true) => counts.units_relayed += units,
+                (false, false) => counts.units_out += units,
+            });
+        }
+        response
+    }
+}
+
+/// The API under its stage, and @connections below it.
+pub fn router(api: &Arc<WebSocketApi>) -> Router {
+    let connect = async |State(api): State<Arc<WebSocketApi>>, request: Request| api.connect(request).await;
+    let manage = async |State(api): State<Arc<WebSocketApi>>, request: Request, next: Next| api.manage(request, next).await;
+    let management = connections::router(api.connections.clone(), api.quotas, AccessKey::any())
+        .layer(middleware::from_fn_with_state(api.clone(), manage));
+    Router::new().route(&format!("/{STAGE}"), routing::get(connect)).with_state(api.clone()).merge(management)
+}
+
+/// How many messages a text counts as.
+pub fn units(bytes: usize) -> u64 {
+    bytes.div_ceil(UNIT).max(1) as u64
+}
+
+type Socket = WebSocketStream<TokioIo<Upgraded>>;
+
+async fn close(socket: &mut Socket, code: u16) {
+    // The other side may be gone already.
+    let _ = socket.close(Some(CloseFrame { code: CloseCode::from(code), reason: "".into() })).await;
+}
+
+async fn send(socket: &mut Socket, text: String) -> Result<(), tungstenite::Error> {
+    let mut data = Data::Text;
+    for (frame, is_last) in parts::frames(text) {
+        socket.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))).await?;
+        data = Data::Continue;
+    }
+    socket.flush().await
+}
