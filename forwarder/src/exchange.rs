@@ -66,7 +66,8 @@ impl Context {
     }
 }
 
-/// The parts of a request's body that follow its first message; closed at the end. A body that breaks off ends the exchange.
+/// The parts of a request's body that follow its first message, up to the one that says it is the last. Closed before that, the body
+/// has broken off.
 #[derive(Debug)]
 pub struct Upload {
     /// In order.
@@ -127,12 +128,21 @@ fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> io::Result<Bytes> {
 /// The body as the local service gets it. Each part that it takes lets the service send more, as `windows` tells it.
 fn body(first: Bytes, more: Option<Upload>, windows: Option<Outgoing>) -> RequestBody {
     let Some(Upload { parts }) = more else { return Full::new(first).map_err(|never| match never {}).boxed_unsync() };
-    let rest = stream::unfold((parts, windows, Allowance::default()), |(mut parts, windows, mut allowance)| async move {
-        let part = parts.recv().await?;
+    let start = (parts, windows, Allowance::default(), true);
+    let rest = stream::unfold(start, |(mut parts, windows, mut allowance, more)| async move {
+        if !more {
+            return None;
+        }
+        let Some(part) = parts.recv().await else {
+            // Nobody sends the rest. Only an error tells the local service so: it takes an end for the body's end.
+            let broken_off = io::Error::new(io::ErrorKind::UnexpectedEof, "the upload broke off");
+            return Some((Err(broken_off), (parts, windows, allowance, false)));
+        };
         if let (Some(outgoing), Some(allowed)) = (&windows, allowance.use_part()) {
             outgoing.window(allowed).await;
         }
-        Some((unpack(part.body.0, part.encoding).map(Frame::data), (parts, windows, allowance)))
+        let more = part.more;
+        Some((unpack(part.body.0, part.encoding).map(Frame::data), (parts, windows, allowance, more)))
     });
     StreamBody::new(stream::iter([Ok(Frame::data(first))]).chain(rest)).boxed_unsync()
 }
