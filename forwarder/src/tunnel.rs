@@ -115,6 +115,7 @@ impl Tunnel {
             match (opened, &mut current) {
                 (Ok(opened), _) => {
                     if let Some(old) = current.take() {
+                        backoff.reset();
                         old.retire.cancel();
                     }
                     current = Some(self.serve(opened));
