@@ -18,6 +18,9 @@ use crate::{
 const BACK_WITHIN: Duration = Duration::from_secs(5);
 /// A connection that was forgotten on the way is only noticed by asking: within this time.
 const NOTICED_WITHIN: Duration = Duration::from_secs(30);
+/// How long agents' connections live while there are faults: the agent moves after 6 s, and what a fault delays that for leaves
+/// time for the requests in flight.
+pub(crate) const AGE: &str = "20s";
 /// How many requests fill the agent, and how long each stays.
 const FILLING: usize = 300;
 const FILLING_MS: u64 = 2000;
@@ -130,7 +133,7 @@ impl Fault {
         match self {
             Self::KillAgent => kill(world, Place::Agent, time.min(Duration::from_secs(2)), None).await,
             Self::KillService => {
-                let age = ["10s", "10s", "2h"][random.random_range(0..3)];
+                let age = [AGE, AGE, "2h"][random.random_range(0..3)];
                 kill(world, Place::Service, time.min(Duration::from_secs(2)), Some(age)).await
             }
             Self::KillLocalService => kill(world, Place::LocalService, time.min(Duration::from_secs(2)), None).await,
@@ -238,7 +241,8 @@ impl Spell {
             tokio::join!(async { if let Some(fault) = faults.first() { fault.run(world, time, random).await } else { Ok(()) } }, async {
                 if let Some(fault) = faults.get(1) { fault.run(world, time.mul_f64(0.7), &mut other).await } else { Ok(()) }
             },);
-        (first?, second?);
+        first?;
+        second?;
         let ended = Instant::now();
         let back_after = world.until_it_answers(Duration::from_secs(90)).await;
         // What was forgotten on the way may be noticed later than the tunnel is back, because the agent moves to other connections.

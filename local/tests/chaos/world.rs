@@ -13,7 +13,8 @@ use anyhow::{Context, ensure};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    time::{Instant, sleep, timeout},
+    task::JoinSet,
+    time::{Instant, interval, timeout},
 };
 
 use crate::{Cli, load::Load, process::Process, proxy::Proxy, service};
@@ -24,6 +25,9 @@ const TUNNEL: &str = "chaos";
 const MAX_CONCURRENT: u32 = 128;
 /// Longer than any answer takes without a fault.
 const REQUEST_TIMEOUT: &str = "20s";
+
+/// How often a request is made to see whether the tunnel answers.
+const PROBE: Duration = Duration::from_millis(100);
 
 /// Everything that a scenario acts on.
 #[derive(Debug)]
@@ -37,6 +41,7 @@ pub(crate) struct World {
     pub(crate) logs: PathBuf,
     pub(crate) ledger: PathBuf,
     pub(crate) can_drop_packets: bool,
+    visitors_at: SocketAddr,
     local_service_at: SocketAddr,
 }
 
@@ -83,6 +88,7 @@ impl World {
             logs,
             ledger,
             can_drop_packets: cli.isolated,
+            visitors_at,
             local_service_at,
         };
         let found = world.until_it_answers(Duration::from_secs(20)).await;
@@ -94,21 +100,22 @@ impl World {
     /// How long it takes from now until a request is answered.
     pub(crate) async fn until_it_answers(&self, limit: Duration) -> Option<Duration> {
         let since = Instant::now();
-        let mut probes = tokio::task::JoinSet::new();
-        loop {
-            let load = self.load.clone();
-            probes.spawn(async move { load.probe(Duration::from_secs(30)).await });
-            let next = sleep(Duration::from_millis(100));
+        let (mut probes, mut tick) = (JoinSet::new(), interval(PROBE));
+        while since.elapsed() < limit {
             tokio::select! {
-                () = next => {}
-                () = async { while let Some(probe) = probes.join_next().await {
-                    if probe.is_ok_and(|is_right| is_right) { return; }
-                } std::future::pending().await } => return Some(since.elapsed()),
-            }
-            if since.elapsed() > limit {
-                return None;
+                Some(probe) = probes.join_next() => {
+                    if probe.is_ok_and(|is_right| is_right) {
+                        return Some(since.elapsed());
+                    }
+                }
+                _ = tick.tick() => {
+                    let load = self.load.clone();
+                    // Each by itself: one that hangs tells nothing of the next.
+                    probes.spawn(async move { load.probe(limit).await });
+                }
             }
         }
+        None
     }
 
     /// Drops every packet between agent and service without a word, or lets them pass again.
@@ -140,6 +147,21 @@ impl World {
         };
         let answer = timeout(Duration::from_secs(2), ask).await.ok()?.ok()?;
         answer.rsplit("\r\n\r\n").next()?.trim().parse().ok()
+    }
+
+    /// How many connections the service and the local service have accepted and not closed.
+    pub(crate) fn accepted(&self) -> [usize; 2] {
+        /// Established, and closed by the other side only.
+        const OPEN: [&str; 2] = ["01", "08"];
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+        [self.visitors_at, self.local_service_at].map(|address| {
+            let port = format!(":{:04X}", address.port());
+            let is_open = |line: &&str| {
+                let mut cells = line.split_whitespace().skip(1);
+                cells.next().is_some_and(|local| local.ends_with(&port)) && cells.nth(1).is_some_and(|state| OPEN.contains(&state))
+            };
+            table.lines().filter(is_open).count()
+        })
     }
 
     /// Seconds since the scenario began.
