@@ -24,6 +24,9 @@ CARGO_FUZZ := 0.13.2
 # make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with what they give directly
 # make fuzz                 FUZZ_SECONDS on each target under fuzz/fuzz_targets; make fuzz-decode on one of them
 #                           what is found is in fuzz/artifacts, what was tried in fuzz/corpus
+# make chaos                kills, stops and cuts the built executables at random while visitors use the tunnel, for CHAOS_SECONDS;
+#                           CHAOS_SEED repeats what was random, CHAOS_RATE is requests a second, CHAOS_ONLY=kill,hold picks faults
+# make chaos SCENARIO=...   rollovers, outage or soak instead
 # make e2e-deploy           deploys to an emulator of AWS and goes through the tunnel
 
 ADMIN = $(BIN)/tunnel-admin $(if $(DATA),--data $(DATA),--stack $(or $(STACK),tunnel))
@@ -35,7 +38,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than a message may be. For the others libFuzzer's own 4,096 bytes are enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers fuzz $(FUZZ)
+.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers chaos fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -101,6 +104,9 @@ e2e-deploy: tools
 
 servers: build
 	.ci/servers $(BIN)
+
+chaos: build
+	$(BIN)/examples/chaos $(SCENARIO)
 
 fuzz: $(FUZZ)
 

@@ -66,7 +66,8 @@ impl Context {
     }
 }
 
-/// The parts of a request's body that follow its first message; closed at the end. A body that breaks off ends the exchange.
+/// The parts of a request's body that follow its first message, up to the one that says it is the last. Closed before that, the body
+/// has broken off.
 #[derive(Debug)]
 pub struct Upload {
     /// In order.
@@ -130,12 +131,20 @@ fn body(first: Bytes, more: Option<Upload>, windows: Option<Outgoing>) -> Reques
     let mut allowance = Allowance::default();
     // The first message had a part too, and is used up at once.
     allowance.use_part();
-    let rest = stream::unfold((parts, windows, allowance), |(mut parts, windows, mut allowance)| async move {
-        let part = parts.recv().await?;
+    let rest = stream::unfold((parts, windows, allowance, true), |(mut parts, windows, mut allowance, more)| async move {
+        if !more {
+            return None;
+        }
+        let Some(part) = parts.recv().await else {
+            // Nobody sends the rest. Only an error tells the local service so: it takes an end for the body's end.
+            let broken_off = io::Error::new(io::ErrorKind::UnexpectedEof, "the upload broke off");
+            return Some((Err(broken_off), (parts, windows, allowance, false)));
+        };
         if let (Some(outgoing), Some(allowed)) = (&windows, allowance.use_part()) {
             outgoing.window(allowed).await;
         }
-        Some((unpack(part.body.0, part.encoding).map(Frame::data), (parts, windows, allowance)))
+        let more = part.more;
+        Some((unpack(part.body.0, part.encoding).map(Frame::data), (parts, windows, allowance, more)))
     });
     StreamBody::new(stream::iter([Ok(Frame::data(first))]).chain(rest)).boxed_unsync()
 }

@@ -56,6 +56,8 @@ const HANDOVER: Duration = Duration::from_secs(7);
 const GRACE: Duration = Duration::from_secs(10);
 /// Messages on their way out. Each is up to 128 KiB long; more wait where they are made.
 const OUTGOING: usize = 32;
+/// Refusals that wait for room among them; with more, no messages are read until the service has taken some.
+const REFUSALS: usize = 1024;
 /// How many ended requests are remembered, so that one that comes twice is not carried out twice.
 const REMEMBERED: usize = 1024;
 
@@ -129,6 +131,8 @@ pub struct Session {
     requests: HashMap<RequestId, InFlight>,
     running: JoinSet<(RequestId, Event)>,
     ended: Ended,
+    /// On their way to the queue of what the context sends.
+    refusals: VecDeque<String>,
     leaving: Option<Leaving>,
 }
 
@@ -145,6 +149,7 @@ impl Session {
             requests: HashMap::new(),
             running: JoinSet::new(),
             ended: Ended::default(),
+            refusals: VecDeque::new(),
             leaving: None,
         }
     }
@@ -159,11 +164,12 @@ impl Session {
         let (mut heard, mut pinged, mut answers_pings) = (opened, opened, false);
         // When nothing new is taken any more, and when nothing is waited for any more.
         let (mut leave_at, mut give_up): (Option<Instant>, Option<Instant>) = (None, None);
+        let outgoing = self.context.outgoing.clone();
         let mut tick = interval(PING_FRAME);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ended = loop {
             tokio::select! {
-                message = stream.next() => {
+                message = stream.next(), if self.refusals.len() < REFUSALS => {
                     heard = Instant::now();
                     match message {
                         Some(Ok(Message::Text(text))) => self.take(&text),
@@ -178,6 +184,11 @@ impl Session {
                     }
                 }
                 Some(done) = self.running.join_next() => self.finish(done),
+                Ok(room) = outgoing.reserve(), if !self.refusals.is_empty() => {
+                    if let Some(refusal) = self.refusals.pop_front() {
+                        room.send(refusal);
+                    }
+                }
                 Some(failed) = writer.join_next() => {
                     break End::Lost(failed.ok().flatten().unwrap_or_else(|| "the connection broke".to_owned()));
                 }
@@ -203,14 +214,14 @@ impl Session {
                 () = sleep_until(give_up.unwrap_or(opened)), if give_up.is_some() => break self.left(),
             }
             match &self.leaving {
-                Some(_) if self.requests.is_empty() => break self.left(),
+                Some(_) if self.requests.is_empty() && self.refusals.is_empty() => break self.left(),
                 // Who was taken over from by this agent's own next connection has as long as the connection lives.
                 Some(Leaving::Stopped | Leaving::Replaced(_)) if give_up.is_none() => give_up = Some(Instant::now() + GRACE),
                 _ => {}
             }
         };
         self.running.shutdown().await;
-        drop((self, ping));
+        drop((self, ping, outgoing));
         // With all senders gone the writer sends what is queued, closes and ends.
         if !matches!(ended, End::Lost(_)) {
             let _ = timeout(Duration::from_secs(2), writer.join_next()).await;
@@ -324,11 +335,10 @@ impl Session {
         self.refuse(id, request.reply_to, AgentErrorCode::Busy, message);
     }
 
-    /// Says that a request is not carried out. A full queue delays the news until the visitor's time is up; waiting here would
-    /// keep the connection from being read.
-    fn refuse(&self, id: RequestId, reply_to: Option<ConnectionId>, code: AgentErrorCode, message: &str) {
+    /// Says that a request is not carried out. Waiting for room here would keep the connection from being read.
+    fn refuse(&mut self, id: RequestId, reply_to: Option<ConnectionId>, code: AgentErrorCode, message: &str) {
         let error = AgentError { request_id: Some(id), code, message: message.to_owned(), reply_to };
-        let _ = self.context.outgoing.try_send(protocol::encode(&FromAgent::Error(error)));
+        self.refusals.push_back(protocol::encode(&FromAgent::Error(error)));
     }
 
     fn finish(&mut self, done: Result<(RequestId, Event), tokio::task::JoinError>) {

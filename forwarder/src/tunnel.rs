@@ -136,6 +136,7 @@ impl Tunnel {
             match (opened, &mut current) {
                 (Ok(opened), _) => {
                     if let Some(old) = current.take() {
+                        backoff.reset();
                         old.retire.cancel();
                     }
                     current = Some(self.serve(opened));

@@ -6,7 +6,10 @@ use forwarder::{event::Event, settings::Secret, tunnel::Failure};
 use http::StatusCode;
 use local::{Options, Stack, quotas::Quotas};
 use serde_json::json;
-use tokio::net::TcpListener;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
 use tokio_tungstenite::tungstenite;
 use tunnel_shared::cloud::auth::Auth;
 
@@ -271,4 +274,25 @@ async fn strangers_are_not_let_in_without_tokens() {
     let public_url = Some("https://tunnel.example.com".parse().expect("an address"));
     let behind_proxy = Options { listen: SocketAddr::from(([127, 0, 0, 1], 0)), public_url, ..Options::default() };
     assert!(Stack::start(behind_proxy).await.is_err(), "a proxy lets the world in");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_breaks_off_never_looks_complete_to_the_local_service() {
+    let (stack, local_service) = (stack().await, TcpListener::bind("127.0.0.1:0").await.expect("a port"));
+    let _agent = Agent::online(settings(&stack, local_service.local_addr().expect("an address"))).await;
+    // Often, because whether its end or its break is seen first was a race.
+    for _ in 0..100 {
+        let mut visitor = TcpStream::connect(stack.public_url.to_string().split_off("http://".len())).await.expect("a connection");
+        let half = b"POST /my-app/ HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n";
+        visitor.write_all(half).await.expect("sent");
+        let (mut stream, _) = within("the upload", local_service.accept()).await.expect("a connection");
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"half\r\n") {
+            within("the first half", stream.read_buf(&mut seen)).await.expect("read");
+        }
+        drop(visitor);
+        // A reset is as good as an end.
+        let _ = within("the connection to end", stream.read_to_end(&mut seen)).await;
+        assert!(seen.ends_with(b"half\r\n"), "{}", String::from_utf8_lossy(&seen));
+    }
 }

@@ -1,9 +1,10 @@
 //! Many at once.
 
+use forwarder::settings::Settings;
 use http::StatusCode;
-use tokio::task::JoinSet;
+use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::harness::{Origin, agent, post, stack};
+use crate::harness::{Agent, Origin, agent, get, post, settings, stack, within};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_a_thousand_requests_at_fifty_at_once_none_is_lost_or_crossed() {
@@ -26,4 +27,22 @@ async fn of_a_thousand_requests_at_fifty_at_once_none_is_lost_or_crossed() {
     }
 
     assert_eq!(origin.count(), 1000);
+}
+
+// On one thread, so that the agent reads many requests before it can write.
+#[tokio::test]
+async fn visitors_whom_a_full_agent_refuses_are_all_told_so() {
+    let (stack, silent) = (stack().await, TcpListener::bind("127.0.0.1:0").await.expect("a port"));
+    let settings = settings(&stack, silent.local_addr().expect("an address"));
+    let agent = Agent::online(Settings { max_concurrent: 1, ..settings }).await;
+
+    let mut visitors = JoinSet::new();
+    for visitor in 0..400 {
+        let url = format!("{}/{visitor}", agent.url);
+        visitors.spawn(async move { get(&url).await });
+    }
+    for _ in 0..399 {
+        let got = within("a refusal", visitors.join_next()).await.expect("a visitor").expect("an answer");
+        assert_eq!((got.status, got.error()), (StatusCode::SERVICE_UNAVAILABLE, Some("agent_busy")));
+    }
 }

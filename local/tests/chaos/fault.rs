@@ -1,0 +1,266 @@
+//! What goes wrong, and what visitors may see of it.
+
+use std::time::Duration;
+
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until},
+};
+
+use crate::{
+    process::Process,
+    visit::Plan,
+    world::{World, lock, set_age},
+};
+
+/// After the end of a fault the tunnel answers again within this time.
+const BACK_WITHIN: Duration = Duration::from_secs(5);
+/// A connection that was forgotten on the way is only noticed by asking: within this time.
+const NOTICED_WITHIN: Duration = Duration::from_secs(30);
+/// How long agents' connections live while there are faults: the agent moves after 6 s, and what a fault delays that for leaves
+/// time for the requests in flight.
+pub(crate) const AGE: &str = "20s";
+/// How many requests fill the agent, and how long each stays.
+const FILLING: usize = 300;
+const FILLING_MS: u64 = 2000;
+
+/// One way in which things go wrong.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Fault {
+    KillAgent,
+    KillService,
+    KillLocalService,
+    StopAgent,
+    StopService,
+    StopLocalService,
+    ResetConnections,
+    CloseToAgent,
+    CloseToService,
+    RefuseConnections,
+    HoldBytes,
+    SwallowBytes,
+    DropPackets,
+    ForgetConnections,
+    DelayBytes,
+    ThrottleBytes,
+    FillAgent,
+}
+
+/// What a fault is about. Two at once are about two things.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Place {
+    Agent,
+    Service,
+    LocalService,
+    Network,
+}
+
+impl Fault {
+    pub(crate) const ALL: [Self; 17] = [
+        Self::KillAgent,
+        Self::KillService,
+        Self::KillLocalService,
+        Self::StopAgent,
+        Self::StopService,
+        Self::StopLocalService,
+        Self::ResetConnections,
+        Self::CloseToAgent,
+        Self::CloseToService,
+        Self::RefuseConnections,
+        Self::HoldBytes,
+        Self::SwallowBytes,
+        Self::DropPackets,
+        Self::ForgetConnections,
+        Self::DelayBytes,
+        Self::ThrottleBytes,
+        Self::FillAgent,
+    ];
+
+    pub(crate) fn place(self) -> Place {
+        match self {
+            Self::KillAgent | Self::StopAgent | Self::FillAgent => Place::Agent,
+            Self::KillService | Self::StopService => Place::Service,
+            Self::KillLocalService | Self::StopLocalService => Place::LocalService,
+            Self::ResetConnections
+            | Self::CloseToAgent
+            | Self::CloseToService
+            | Self::RefuseConnections
+            | Self::HoldBytes
+            | Self::SwallowBytes
+            | Self::DropPackets
+            | Self::ForgetConnections
+            | Self::DelayBytes
+            | Self::ThrottleBytes => Place::Network,
+        }
+    }
+
+    /// The errors that visitors may get of it.
+    pub(crate) fn codes(self) -> &'static [&'static str] {
+        match self {
+            Self::KillAgent
+            | Self::ResetConnections
+            | Self::CloseToAgent
+            | Self::CloseToService
+            | Self::RefuseConnections
+            | Self::KillService
+            | Self::StopService => &["agent_lost", "tunnel_offline"],
+            // Messages for the agent wait, until there are too many.
+            Self::StopAgent | Self::HoldBytes | Self::SwallowBytes | Self::DropPackets | Self::ForgetConnections => {
+                &["agent_lost", "tunnel_offline", "agent_busy"]
+            }
+            Self::KillLocalService => &["local_unreachable"],
+            Self::StopLocalService => &["local_unreachable", "local_timeout", "agent_busy", "agent_lost"],
+            Self::DelayBytes => &[],
+            // A transfer may take longer than the ten seconds that connections live.
+            Self::ThrottleBytes => &["agent_busy", "agent_lost", "local_timeout"],
+            Self::FillAgent => &["agent_busy"],
+        }
+    }
+
+    /// Whether connections of visitors may end before their answers do.
+    pub(crate) fn breaks(self) -> bool {
+        !matches!(self, Self::DelayBytes | Self::FillAgent)
+    }
+
+    /// When the tunnel must answer again, counted from its end.
+    pub(crate) fn back_within(self) -> Duration {
+        if self == Self::ForgetConnections { NOTICED_WITHIN + BACK_WITHIN } else { BACK_WITHIN }
+    }
+
+    /// Lets it happen for `time`.
+    pub(crate) async fn run(self, world: &World, time: Duration, random: &mut StdRng) -> std::io::Result<()> {
+        match self {
+            Self::KillAgent => kill(world, Place::Agent, time.min(Duration::from_secs(2)), None).await,
+            Self::KillService => {
+                let age = [AGE, AGE, "2h"][random.random_range(0..3)];
+                kill(world, Place::Service, time.min(Duration::from_secs(2)), Some(age)).await
+            }
+            Self::KillLocalService => kill(world, Place::LocalService, time.min(Duration::from_secs(2)), None).await,
+            Self::StopAgent => stop(world, Place::Agent, time).await,
+            Self::StopService => stop(world, Place::Service, time).await,
+            Self::StopLocalService => stop(world, Place::LocalService, time).await,
+            Self::FillAgent => fill(world).await,
+            Self::DropPackets => {
+                world.drop_packets(true)?;
+                sleep(time).await;
+                world.drop_packets(false)
+            }
+            _ => {
+                let rate = random.random_range(100_000..1_000_000);
+                let delay = Duration::from_millis(random.random_range(20..300));
+                world.network.change(|mode, next| match self {
+                    Self::ResetConnections => mode.reset_before = next,
+                    Self::CloseToAgent => mode.close_to_agent_before = next,
+                    Self::CloseToService => mode.close_to_service_before = next,
+                    Self::RefuseConnections => (mode.refuses, mode.reset_before) = (true, next),
+                    Self::HoldBytes => mode.holds = true,
+                    Self::SwallowBytes => mode.swallows = true,
+                    Self::ForgetConnections => mode.forget_before = next,
+                    Self::DelayBytes => mode.delay = delay,
+                    Self::ThrottleBytes => mode.bytes_per_second = Some(rate),
+                    _ => unreachable!("the other faults have arms of their own"),
+                });
+                if self.lasts() {
+                    sleep(time).await;
+                }
+                world.network.change(|mode, next| {
+                    // What was swallowed cannot come any more.
+                    mode.reset_before = if mode.swallows { next } else { mode.reset_before };
+                    (mode.refuses, mode.holds, mode.swallows) = (false, false, false);
+                    (mode.delay, mode.bytes_per_second) = (Duration::ZERO, None);
+                });
+                Ok(())
+            }
+        }
+    }
+
+    fn lasts(self) -> bool {
+        !matches!(self, Self::ResetConnections | Self::CloseToAgent | Self::CloseToService | Self::ForgetConnections)
+    }
+}
+
+fn process(world: &World, place: Place) -> &std::sync::Mutex<Process> {
+    match place {
+        Place::Agent | Place::Network => &world.agent,
+        Place::Service => &world.service,
+        Place::LocalService => &world.local_service,
+    }
+}
+
+async fn kill(world: &World, place: Place, time: Duration, age: Option<&str>) -> std::io::Result<()> {
+    lock(process(world, place)).kill()?;
+    sleep(time).await;
+    lock(process(world, place)).restart(|arguments| {
+        if age.is_some() {
+            set_age(arguments, age);
+        }
+    })
+}
+
+async fn stop(world: &World, place: Place, time: Duration) -> std::io::Result<()> {
+    lock(process(world, place)).signal("STOP")?;
+    sleep(time).await;
+    lock(process(world, place)).signal("CONT")
+}
+
+/// More requests at once than the agent takes.
+async fn fill(world: &World) -> std::io::Result<()> {
+    let mut filling = JoinSet::new();
+    for _ in 0..FILLING {
+        let mut plan = Plan::get("filler", world.load.number(), 100);
+        plan.wish.wait_ms = FILLING_MS;
+        let load = world.load.clone();
+        filling.spawn(async move { load.make(vec![plan]).await });
+    }
+    while filling.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// A time during which something was wrong.
+#[derive(Clone, Debug)]
+pub(crate) struct Spell {
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) began: Instant,
+    pub(crate) ended: Instant,
+    /// How long after its end a request was answered; none if none was.
+    pub(crate) back_after: Option<Duration>,
+    /// From here on nothing may be wrong any more.
+    pub(crate) over: Instant,
+}
+
+/// What was under way at the end of a fault may still be ending for this long.
+const SETTLING: Duration = Duration::from_secs(1);
+
+impl Spell {
+    /// Lets faults happen at once, and waits until the tunnel answers again.
+    pub(crate) async fn run(faults: &[Fault], world: &World, time: Duration, random: &mut StdRng) -> anyhow::Result<Self> {
+        let began = Instant::now();
+        let mut other = StdRng::seed_from_u64(random.random());
+        let (first, second) =
+            tokio::join!(async { if let Some(fault) = faults.first() { fault.run(world, time, random).await } else { Ok(()) } }, async {
+                if let Some(fault) = faults.get(1) { fault.run(world, time.mul_f64(0.7), &mut other).await } else { Ok(()) }
+            },);
+        first?;
+        second?;
+        let ended = Instant::now();
+        let back_after = world.until_it_answers(Duration::from_secs(90)).await;
+        // What was forgotten on the way may be noticed later than the tunnel is back, because the agent moves to other connections.
+        let settled = Instant::now() + SETTLING;
+        let over = if faults.contains(&Fault::ForgetConnections) { settled.max(began + NOTICED_WITHIN) } else { settled };
+        sleep_until(settled).await;
+        Ok(Self { faults: faults.to_vec(), began, ended, back_after, over })
+    }
+
+    pub(crate) fn back_within(&self) -> Duration {
+        self.faults.iter().map(|fault| fault.back_within()).max().unwrap_or(BACK_WITHIN)
+    }
+
+    pub(crate) fn allows(&self, code: &str) -> bool {
+        self.faults.iter().any(|fault| fault.codes().contains(&code))
+    }
+
+    pub(crate) fn breaks(&self) -> bool {
+        self.faults.iter().any(|fault| fault.breaks())
+    }
+}
