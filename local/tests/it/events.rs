@@ -3,7 +3,10 @@
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use lambda_http::request::LambdaRequest;
 use tunnel_forward::visit::{Front, Payload, Visit};
-use tunnel_shared::protocol::{self, FromAgent};
+use tunnel_shared::{
+    cloud::event::connection_of,
+    protocol::{self, FromAgent},
+};
 
 macro_rules! event {
     ($name:literal) => {
@@ -43,6 +46,10 @@ fn http_events_are_never_taken_for_websocket_events() {
     for event in HTTP {
         assert!(serde_json::from_str::<ApiGatewayWebsocketProxyRequest>(event).is_err(), "{event}");
     }
+    // Nor would one that had all other fields: only a WebSocket event has a type.
+    assert!(connection_of("MESSAGE", None, Some("L0SM9cOFvHcCIhw=")).is_err());
+    assert!(connection_of("MESSAGE", Some("CONNECT"), Some("L0SM9cOFvHcCIhw=")).is_err());
+    assert!(connection_of("MESSAGE", Some("MESSAGE"), Some("L0SM9cOFvHcCIhw=")).is_ok());
 }
 
 #[test]
