@@ -58,7 +58,7 @@ run: build
 # The end-to-end suite once more, with every step as in AWS.
 test: tools
 	cargo test --release --locked --workspace
-	TUNNEL_TEST_SHAPE=as-in-aws cargo test --release --locked --package local
+	TUNNEL_TEST_SHAPE=as-in-aws cargo test --release --locked --workspace --test it
 
 check: fmt clippy doc test deny smoke
 
