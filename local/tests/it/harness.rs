@@ -356,14 +356,18 @@ impl ScriptedAgent {
     }
 
     async fn hear_anything(&mut self) -> Option<Message> {
-        loop {
-            match within("a message", self.0.next()).await {
-                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                Some(Ok(message)) => return Some(message),
-                Some(Err(error)) => panic!("the connection broke: {error}"),
-                None => return None,
+        // Pings are no message, however long they go on.
+        within("a message", async {
+            loop {
+                match self.0.next().await {
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                    Some(Ok(message)) => return Some(message),
+                    Some(Err(error)) => panic!("the connection broke: {error}"),
+                    None => return None,
+                }
             }
-        }
+        })
+        .await
     }
 
     /// As a service: tells the agent that its tunnel is open.
