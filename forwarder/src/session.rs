@@ -48,7 +48,7 @@ pub const PING_MESSAGE: Duration = Duration::from_secs(5 * 60);
 /// notice a dead connection within half a minute.
 pub const PING_MESSAGE_ALONE: Duration = Duration::from_secs(15);
 /// A connection on which nothing was heard for this long, though it was asked, is dead.
-const SILENCE: Duration = Duration::from_secs(25);
+const SILENCE: Duration = Duration::from_secs(20);
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
 /// connection serves a tunnel, so that none is sent here in vain.
 const HANDOVER: Duration = Duration::from_secs(7);
