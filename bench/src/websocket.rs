@@ -9,16 +9,17 @@ use axum::{
     Router,
     body::Body,
     extract::{Request, State},
-    http::{HeaderValue, Method, StatusCode, header},
+    http::{Method, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing,
 };
-use futures_util::{SinkExt, StreamExt};
+use futures_util::StreamExt;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use local::{
     access::AccessKey,
+    agents,
     connections::{self, Command, Connections, STAGE},
     event::Source,
     quotas::Quotas,
@@ -29,14 +30,7 @@ use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
         self, Message,
-        handshake::derive_accept_key,
-        protocol::{
-            CloseFrame, Role, WebSocketConfig,
-            frame::{
-                Frame,
-                coding::{CloseCode, Data, OpCode},
-            },
-        },
+        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -44,7 +38,6 @@ use tunnel_shared::{
     cloud::now,
     id::{ConnectionId, RequestId},
     limits::WEBSOCKET_INTEGRATION,
-    parts,
     protocol::{self, FromAgent, ToAgent},
 };
 
@@ -105,7 +98,7 @@ impl WebSocketApi {
     async fn connect(self: &Arc<Self>, mut request: Request) -> Response {
         let _under_way = self.meter.begin();
         self.latency.pause(latency::HANDSHAKE).await;
-        let Some(key) = request.headers().get(header::SEC_WEBSOCKET_KEY).cloned() else {
+        let Some(accept) = agents::accept_key(request.headers()) else {
             return StatusCode::UPGRADE_REQUIRED.into_response();
         };
         let id = RequestId::generate().to_string();
@@ -146,7 +139,6 @@ impl WebSocketApi {
         });
         let mut response =
             (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "websocket"), (header::CONNECTION, "Upgrade")]).into_response();
-        let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes())).expect("base64 is a header value");
         response.headers_mut().insert(header::SEC_WEBSOCKET_ACCEPT, accept);
         response
     }
@@ -172,7 +164,7 @@ impl WebSocketApi {
                 },
                 Some(command) = queue.recv() => match command {
                     Command::Send(text) => {
-                        if send(&mut socket, text).await.is_err() {
+                        if agents::send(&mut socket, text).await.is_err() {
                             return;
                         }
                     }
@@ -237,13 +229,4 @@ type Socket = WebSocketStream<TokioIo<Upgraded>>;
 async fn close(socket: &mut Socket, code: u16) {
     // The other side may be gone already.
     let _ = socket.close(Some(CloseFrame { code: CloseCode::from(code), reason: "".into() })).await;
-}
-
-async fn send(socket: &mut Socket, text: String) -> Result<(), tungstenite::Error> {
-    let mut data = Data::Text;
-    for (frame, is_last) in parts::frames(text) {
-        socket.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))).await?;
-        data = Data::Continue;
-    }
-    socket.flush().await
 }

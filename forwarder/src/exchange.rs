@@ -66,16 +66,12 @@ impl Context {
     }
 }
 
-/// The parts of a request's body that follow its first message, up to the one that says it is the last. Closed before that, the body
-/// has broken off.
-#[derive(Debug)]
-pub struct Upload {
-    /// In order.
-    pub parts: mpsc::Receiver<BodyPart>,
-}
+/// The parts of a request's body that follow its first message, in order, up to the one that says it is the last. Closed before that,
+/// the body has broken off.
+pub type BodyParts = mpsc::Receiver<BodyPart>;
 
 /// Carries out one exchange and tells how it went. `allowed` is how many parts of the response may be sent.
-pub async fn run(context: Context, message: HttpRequest, more: Option<Upload>, allowed: watch::Receiver<u32>) -> Event {
+pub async fn run(context: Context, message: HttpRequest, more: Option<BodyParts>, allowed: watch::Receiver<u32>) -> Event {
     let started = Instant::now();
     let (method, uri) = (message.method.parse().unwrap_or_default(), message.uri.clone());
     let (request_id, reply_to) = (message.request_id.clone(), message.reply_to.clone());
@@ -95,7 +91,7 @@ pub async fn run(context: Context, message: HttpRequest, more: Option<Upload>, a
 async fn attempt(
     context: &Context,
     message: HttpRequest,
-    more: Option<Upload>,
+    more: Option<BodyParts>,
     reply: &mut Reply,
     started: Instant,
 ) -> Result<StatusCode, Failed> {
@@ -126,8 +122,8 @@ fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> io::Result<Bytes> {
 }
 
 /// The body as the local service gets it. Each part that it takes lets the service send more, as `windows` tells it.
-fn body(first: Bytes, more: Option<Upload>, windows: Option<Outgoing>) -> RequestBody {
-    let Some(Upload { parts }) = more else { return Full::new(first).map_err(|never| match never {}).boxed_unsync() };
+fn body(first: Bytes, more: Option<BodyParts>, windows: Option<Outgoing>) -> RequestBody {
+    let Some(parts) = more else { return Full::new(first).map_err(|never| match never {}).boxed_unsync() };
     let mut allowance = Allowance::default();
     // The first message had a part too, and is used up at once.
     allowance.use_part();

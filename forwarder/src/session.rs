@@ -34,7 +34,7 @@ use tunnel_shared::{
 use crate::{
     Observer,
     event::Event,
-    exchange::{self, Context, Upload},
+    exchange::{self, Context},
     handshake::Socket,
     origin::Origin,
     settings::Settings,
@@ -298,7 +298,7 @@ impl Session {
         let context = self.context.clone();
         let task = self.running.spawn({
             let id = id.clone();
-            async move { (id, exchange::run(context, request, more.map(|parts| Upload { parts }), may_send).await) }
+            async move { (id, exchange::run(context, request, more, may_send).await) }
         });
         self.requests.insert(id, InFlight { task, body, allowed, reply_to });
     }

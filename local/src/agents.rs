@@ -18,7 +18,7 @@ use std::{
 use axum::extract::State;
 use bytes::Bytes;
 use futures_util::{
-    SinkExt, StreamExt,
+    Sink, SinkExt, StreamExt,
     stream::{SplitSink, SplitStream},
 };
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
@@ -362,7 +362,7 @@ impl Used {
 }
 
 /// The answer to a handshake's key; none when the request is no WebSocket handshake (RFC 6455, 4.2.1).
-fn accept_key(headers: &HeaderMap) -> Option<HeaderValue> {
+pub fn accept_key(headers: &HeaderMap) -> Option<HeaderValue> {
     let has = |name, word: &str| {
         headers
             .get_all(name)
@@ -417,7 +417,11 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<C
     sink
 }
 
-async fn send(sink: &mut SplitSink<Socket, Message>, text: String) -> Result<(), tungstenite::Error> {
+/// Sends a text in frames no longer than API Gateway's.
+///
+/// # Errors
+/// When the connection has ended.
+pub async fn send<S: Sink<Message, Error = tungstenite::Error> + Unpin>(sink: &mut S, text: String) -> Result<(), tungstenite::Error> {
     let mut data = Data::Text;
     for (frame, is_last) in parts::frames(text) {
         sink.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))).await?;

@@ -5,6 +5,7 @@ use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode, time::Du
 use clap::{Parser, ValueEnum};
 use tokio::runtime::Runtime;
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+use tunnel_forward::throttle::AT_ONCE;
 use tunnel_shared::{
     cidr::Cidr,
     cloud::auth::Auth,
@@ -12,12 +13,7 @@ use tunnel_shared::{
     routing::{PublicUrl, Routing},
 };
 
-use crate::{
-    Options, Stack,
-    quotas::Quotas,
-    samples,
-    stack::{JwtIssuer, MAX_CONCURRENT_REQUESTS},
-};
+use crate::{Options, Stack, quotas::Quotas, samples, stack::JwtIssuer};
 
 /// Runs the whole tunnel on this machine: visitors and agents connect to one address.
 #[derive(Parser)]
@@ -54,7 +50,7 @@ struct Cli {
     #[arg(long, env = "TUNNEL_MAX_CONNECTION_AGE", value_parser = connection_age, value_name = "TIME")]
     max_connection_age: Option<Duration>,
     /// Most requests of one tunnel at once; 0 is no limit
-    #[arg(long, env = "TUNNEL_MAX_CONCURRENT_REQUESTS", default_value_t = MAX_CONCURRENT_REQUESTS, value_name = "N")]
+    #[arg(long, env = "TUNNEL_MAX_CONCURRENT_REQUESTS", default_value_t = AT_ONCE, value_name = "N")]
     max_concurrent_requests: u32,
     /// Most new requests of one tunnel in a second, and twice that after a pause; 0 is no limit
     #[arg(long, env = "TUNNEL_MAX_REQUESTS_PER_SECOND", default_value_t = 0, value_name = "N")]

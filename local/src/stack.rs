@@ -13,7 +13,7 @@ use tracing::{debug, warn};
 use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
-use tunnel_forward::{Forward, answer::AnswerBody};
+use tunnel_forward::{Forward, answer::AnswerBody, throttle::AT_ONCE};
 use tunnel_shared::{
     cidr::Cidr,
     cloud::{
@@ -52,8 +52,6 @@ pub(crate) const HEAD: usize = 64 * 1024;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests after it failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Most requests of one tunnel at once, unless the options say otherwise.
-pub const MAX_CONCURRENT_REQUESTS: u32 = 1024;
 /// How long requests in flight may take to finish once the process is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -124,7 +122,7 @@ impl Default for Options {
             jwt: None,
             routing: Routing::Path,
             quotas: Quotas::default(),
-            max_concurrent_requests: MAX_CONCURRENT_REQUESTS,
+            max_concurrent_requests: AT_ONCE,
             max_requests_per_second: 0,
             trusted_proxies: Vec::new(),
             shape: Shape::default(),

@@ -14,7 +14,7 @@ pub mod refusal;
 mod reply;
 mod reply_connection;
 mod status;
-mod throttle;
+pub mod throttle;
 pub mod visit;
 
 use std::{sync::Arc, time::Duration};

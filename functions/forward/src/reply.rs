@@ -69,7 +69,7 @@ impl PendingReply {
     pub(crate) async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, Refusal> {
         let waiting_since = Instant::now();
         let limit = self.deadline.into_iter().chain(until).min();
-        let mut next_look = self.source.first_pause().map(|pause| waiting_since + pause);
+        let mut next_look = self.source.pause(Duration::ZERO).map(|pause| waiting_since + pause);
         loop {
             while let Ok((number, part)) = self.expected.try_recv() {
                 self.take(number, part)?;
@@ -134,12 +134,8 @@ impl PendingReply {
 }
 
 impl Source {
-    /// How long after the request the first look into the mailbox comes. A reply that was pushed is there by then.
-    fn first_pause(&self) -> Option<Duration> {
-        self.pause(Duration::ZERO)
-    }
-
-    /// Looks grow rarer in proportion to the time waited, so that a quick reply is found at once and a slow one costs few reads.
+    /// How long until the next look into the mailbox. Looks grow rarer in proportion to the time waited, so that a quick reply is
+    /// found at once and a slow one costs few reads; a reply that was pushed is there before the first.
     fn pause(&self, waited: Duration) -> Option<Duration> {
         match self {
             Self::InProcess => None,

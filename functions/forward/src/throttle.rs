@@ -12,7 +12,7 @@ use tunnel_shared::id::TunnelId;
 use crate::refusal::Refusal;
 
 /// Most requests of one tunnel at once, unless the settings say otherwise. What an agent takes by default.
-pub(crate) const AT_ONCE: u32 = 1024;
+pub const AT_ONCE: u32 = 1024;
 /// How many seconds' worth of requests may come at once after a pause: a page with all that belongs to it.
 const BURST: u32 = 2;
 /// When one request has to end before the next: requests take less than this, as a rule.
