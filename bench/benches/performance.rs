@@ -34,7 +34,9 @@ const MILLION: f64 = 1e6;
 async fn main() -> anyhow::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let (executables, tools) = (processes::built()?, root.join(".tools/bin"));
-    let part = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let part = std::env::args()
+        .skip(1)
+        .find(|argument| !argument.starts_with('-'));
     let is_wanted = |name| part.as_deref().is_none_or(|part| part == name);
     if is_wanted("local") {
         one_machine::check(&tools)?;
@@ -45,7 +47,12 @@ async fn main() -> anyhow::Result<()> {
         write!(page, "\n## On one machine\n\n{ONE_MACHINE}\n{figures}")?;
     }
     if is_wanted("cloud") {
-        write!(page, "\n## In AWS\n\n{}\n{}", in_aws(), cloud(&executables).await?)?;
+        write!(
+            page,
+            "\n## In AWS\n\n{}\n{}",
+            in_aws(),
+            cloud(&executables).await?
+        )?;
     }
     if part.is_some() {
         say(&page);
@@ -98,10 +105,25 @@ async fn cloud(executables: &Path) -> anyhow::Result<String> {
     let log = executables.join("bench-functions.log");
     let cloud = Cloud::start(executables, &log, Latency::Aws).await?;
     let origin = Origin::start().await?;
-    let (_agent, url) = processes::agent(executables, &cloud.agent_endpoint, Some(&cloud.token), &origin.address).await?;
+    let (_agent, url) = processes::agent(
+        executables,
+        &cloud.agent_endpoint,
+        Some(&cloud.token),
+        &origin.address,
+    )
+    .await?;
     let streaming_url = url.replace(&cloud.http_api, &cloud.function_url);
-    let scene = Scene { cloud, url, streaming_url };
-    let text = [scene.steady().await?, scene.cold().await?, scene.broken().await?].concat();
+    let scene = Scene {
+        cloud,
+        url,
+        streaming_url,
+    };
+    let text = [
+        scene.steady().await?,
+        scene.cold().await?,
+        scene.broken().await?,
+    ]
+    .concat();
     scene.cloud.stop().await;
     Ok(text)
 }
@@ -127,7 +149,11 @@ impl Scene {
             ("1 KB, function URL", "bytes", 1024, 200, 1, true),
             ("1 MB, function URL", "bytes", 1024 * 1024, 100, 1, true),
         ] {
-            let base = if is_streamed { &self.streaming_url } else { &self.url };
+            let base = if is_streamed {
+                &self.streaming_url
+            } else {
+                &self.url
+            };
             let url = format!("{base}/{path}/{length}");
             load::run(&url, length, WARM_UP * at_once, at_once).await;
             self.cloud.meter.settled().await;
@@ -135,7 +161,11 @@ impl Scene {
             let timings = load::run(&url, length, requests, at_once).await;
             self.cloud.meter.settled().await;
             let counts = self.cloud.meter.read();
-            say(&format!("{name}, {at_once} at once: {:?} {:?}", timings.quantile(0.5), timings.failures.last()));
+            say(&format!(
+                "{name}, {at_once} at once: {:?} {:?}",
+                timings.quantile(0.5),
+                timings.failures.last()
+            ));
             line(&mut times, name, at_once, &timings, &counts, requests)?;
         }
         Ok(format!(
@@ -170,7 +200,13 @@ impl Scene {
         );
         for function in FUNCTIONS {
             let mut starts = counts.of(function).starts;
-            writeln!(text, "| {function} | {} | {} | {} |", starts.len(), ms(median(&mut starts)), ms(longest(&starts)))?;
+            writeln!(
+                text,
+                "| {function} | {} | {} | {} |",
+                starts.len(),
+                ms(median(&mut starts)),
+                ms(longest(&starts))
+            )?;
         }
         Ok(text)
     }
@@ -199,11 +235,25 @@ impl Scene {
     }
 }
 
-fn line(table: &mut String, name: &str, at_once: usize, timings: &Timings, counts: &Counts, requests: usize) -> std::fmt::Result {
+fn line(
+    table: &mut String,
+    name: &str,
+    at_once: usize,
+    timings: &Timings,
+    counts: &Counts,
+    requests: usize,
+) -> std::fmt::Result {
     let usage = Usage::of(counts, requests);
     let [p50, p99] = [0.5, 0.99].map(|share| ms(timings.quantile(share)));
-    let [forward, default] = ["tunnel-forward", "tunnel-default"].map(|function| ms(median(&mut counts.of(function).calls)));
-    let Usage { messages, calls, reads, writes, .. } = usage;
+    let [forward, default] = ["tunnel-forward", "tunnel-default"]
+        .map(|function| ms(median(&mut counts.of(function).calls)));
+    let Usage {
+        messages,
+        calls,
+        reads,
+        writes,
+        ..
+    } = usage;
     writeln!(
         table,
         "| {name} | {at_once} | {p50} | {p99} | {} | {messages:.2} | {calls:.2} | {forward} | {default} | {reads:.3} | {writes:.3} | {:.2} |",
@@ -228,17 +278,28 @@ fn ms(time: Duration) -> String {
 /// On what, when, and how busy it was.
 fn machine() -> anyhow::Result<String> {
     let said = |program: &str, arguments: &[&str]| -> anyhow::Result<String> {
-        let output = Command::new(program).args(arguments).output().with_context(|| format!("cannot start {program}"))?;
+        let output = Command::new(program)
+            .args(arguments)
+            .output()
+            .with_context(|| format!("cannot start {program}"))?;
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
     let read = |file: &str| std::fs::read_to_string(PathBuf::from(file)).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");
-    let model =
-        cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':')).map_or("unknown processor", |(_, name)| name.trim());
-    let load = read("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned();
+    let model = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
+        .map_or("unknown processor", |(_, name)| name.trim());
+    let load = read("/proc/loadavg")
+        .split(' ')
+        .next()
+        .unwrap_or_default()
+        .to_owned();
     let cores = std::thread::available_parallelism()?;
     let (date, kernel) = (said("date", &["-u", "+%F"])?, said("uname", &["-sr"])?);
-    Ok(format!("{date}, {kernel}, {model}, {cores} cores; load average {load} when it began, from other work on the machine."))
+    Ok(format!(
+        "{date}, {kernel}, {model}, {cores} cores; load average {load} when it began, from other work on the machine."
+    ))
 }
 
 fn say(text: &str) {

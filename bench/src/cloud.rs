@@ -19,7 +19,12 @@ use crate::{
 };
 
 /// The functions, by their executables.
-pub const FUNCTIONS: [&str; 4] = ["tunnel-connect", "tunnel-default", "tunnel-disconnect", "tunnel-forward"];
+pub const FUNCTIONS: [&str; 4] = [
+    "tunnel-connect",
+    "tunnel-default",
+    "tunnel-disconnect",
+    "tunnel-forward",
+];
 
 /// A deployment that runs.
 pub struct Cloud {
@@ -46,24 +51,56 @@ impl Cloud {
     ///
     /// # Errors
     /// When something is missing or does not start.
-    pub fn start(executables: &Path, log: &Path, latency: Latency) -> Pin<Box<dyn Future<Output = anyhow::Result<Self>> + Send>> {
+    pub fn start(
+        executables: &Path,
+        log: &Path,
+        latency: Latency,
+    ) -> Pin<Box<dyn Future<Output = anyhow::Result<Self>> + Send>> {
         // Boxed, so that the SDK's code below here is compiled once and not in each user.
-        Box::pin(Self::start_here(executables.to_owned(), log.to_owned(), latency))
+        Box::pin(Self::start_here(
+            executables.to_owned(),
+            log.to_owned(),
+            latency,
+        ))
     }
 
-    async fn start_here(executables: std::path::PathBuf, log: std::path::PathBuf, latency: Latency) -> anyhow::Result<Self> {
-        let (tasks, stop, meter) = (TaskTracker::new(), CancellationToken::new(), Meter::default());
+    async fn start_here(
+        executables: std::path::PathBuf,
+        log: std::path::PathBuf,
+        latency: Latency,
+    ) -> anyhow::Result<Self> {
+        let (tasks, stop, meter) = (
+            TaskTracker::new(),
+            CancellationToken::new(),
+            Meter::default(),
+        );
         let serve = |listener: TcpListener, router: Router| {
-            let served = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+            let served = axum::serve(listener, router)
+                .with_graceful_shutdown(stop.clone().cancelled_owned());
             tasks.spawn(async move { served.await.context("a part of the stand-in ended") });
         };
         let (storage, engine) = listen().await?;
-        dynamodb::serve(dynamodb::open(None)?, storage, AccessKey::any(), &tasks, &stop);
+        dynamodb::serve(
+            dynamodb::open(None)?,
+            storage,
+            AccessKey::any(),
+            &tasks,
+            &stop,
+        );
         let direct = sdk::for_loopback(&format!("http://{engine}"), "stand-in");
         dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct)).await?;
-        let token = Tokens::new(&direct, dynamodb::TOKENS.to_owned()).create("agent", None, now()).await?;
+        let token = Tokens::new(&direct, dynamodb::TOKENS.to_owned())
+            .create("agent", None, now())
+            .await?;
         let (listener, dynamodb) = listen().await?;
-        serve(listener, tables::router(Tables::new(format!("http://{engine}/"), latency, meter.clone())));
+        serve(
+            listener,
+            tables::router(Tables::new(
+                format!("http://{engine}/"),
+                latency,
+                meter.clone(),
+            )),
+        );
 
         let (runtime, runtime_address) = listen().await?;
         let (visitors, http_api) = listen().await?;
@@ -80,18 +117,53 @@ impl Cloud {
             ("AWS_ACCESS_KEY_ID", "stand-in".to_owned()),
             ("AWS_SECRET_ACCESS_KEY", "stand-in".to_owned()),
         ];
-        let tables = ["TUNNELS_TABLE", "CONNECTIONS_TABLE", "PENDING_REQUESTS_TABLE", "TOKENS_TABLE"];
-        let tables = tables.into_iter().filter_map(|variable| Some((variable, dynamodb::table_of_variable(variable)?.to_owned())));
-        let variables = settings.into_iter().chain(tables).map(|(name, value)| (name.to_owned(), value)).collect();
-        let lambda = Lambda::new(&executables, variables, runtime_address, &log, latency, meter.clone())?;
+        let tables = [
+            "TUNNELS_TABLE",
+            "CONNECTIONS_TABLE",
+            "PENDING_REQUESTS_TABLE",
+            "TOKENS_TABLE",
+        ];
+        let tables = tables.into_iter().filter_map(|variable| {
+            Some((variable, dynamodb::table_of_variable(variable)?.to_owned()))
+        });
+        let variables = settings
+            .into_iter()
+            .chain(tables)
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect();
+        let lambda = Lambda::new(
+            &executables,
+            variables,
+            runtime_address,
+            &log,
+            latency,
+            meter.clone(),
+        )?;
         serve(runtime, lambda::router(lambda.clone()));
-        let fronts = Fronts { lambda: lambda.clone(), latency, meter: meter.clone() };
+        let fronts = Fronts {
+            lambda: lambda.clone(),
+            latency,
+            meter: meter.clone(),
+        };
         serve(visitors, visitors::http_api(fronts.clone()));
         serve(streaming, visitors::function_url(fronts));
         let websocket = WebSocketApi::new(lambda.clone(), latency, meter.clone());
         serve(agents, websocket::router(&websocket));
-        let (http_api, function_url) = (format!("http://{http_api}"), format!("http://{function_url}"));
-        Ok(Self { meter, http_api, function_url, agent_endpoint, token, lambda, websocket, tasks, stop })
+        let (http_api, function_url) = (
+            format!("http://{http_api}"),
+            format!("http://{function_url}"),
+        );
+        Ok(Self {
+            meter,
+            http_api,
+            function_url,
+            agent_endpoint,
+            token,
+            lambda,
+            websocket,
+            tasks,
+            stop,
+        })
     }
 
     /// Stops everything.
@@ -112,7 +184,9 @@ impl Drop for Cloud {
 }
 
 async fn listen() -> anyhow::Result<(TcpListener, String)> {
-    let listener = TcpListener::bind("127.0.0.1:0").await.context("no loopback port")?;
+    let listener = TcpListener::bind("127.0.0.1:0")
+        .await
+        .context("no loopback port")?;
     let address = listener.local_addr()?.to_string();
     Ok((listener, address))
 }

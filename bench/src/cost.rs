@@ -47,13 +47,19 @@ impl Usage {
     pub fn of(counts: &Counts, requests: usize) -> Self {
         let runs = || counts.functions.values().flat_map(|runs| &runs.calls);
         // Lambda bills each call's time, and each start's, in whole milliseconds.
-        let billed = counts.functions.values().flat_map(|runs| runs.calls.iter().chain(&runs.starts));
+        let billed = counts
+            .functions
+            .values()
+            .flat_map(|runs| runs.calls.iter().chain(&runs.starts));
         let each = requests as f64;
         Self {
             http_calls: counts.http_calls as f64 / each,
             messages: counts.units() as f64 / each,
             calls: runs().count() as f64 / each,
-            milliseconds: billed.map(|took| (took.as_secs_f64() * 1e3).ceil()).sum::<f64>() / each,
+            milliseconds: billed
+                .map(|took| (took.as_secs_f64() * 1e3).ceil())
+                .sum::<f64>()
+                / each,
             reads: counts.reads / each,
             writes: counts.writes / each,
         }
@@ -120,7 +126,10 @@ const RELAYED: usize = 60;
 fn parts_of(bytes: usize) -> Vec<usize> {
     let first = bytes.min(room_beside(HEAD).unwrap_or_default());
     let (full, rest) = ((bytes - first) / PART_BODY, (bytes - first) % PART_BODY);
-    std::iter::once(first).chain(std::iter::repeat_n(PART_BODY, full)).chain((rest > 0).then_some(rest)).collect()
+    std::iter::once(first)
+        .chain(std::iter::repeat_n(PART_BODY, full))
+        .chain((rest > 0).then_some(rest))
+        .collect()
 }
 
 /// How long a message with a piece is.
@@ -145,11 +154,36 @@ pub const DEFAULT: f64 = 15.0;
 
 /// The lines of the table.
 pub const EXAMPLES: [Example; 5] = [
-    Example { name: "1 KB", bytes: 1024, sent: 1024, forward: 45.0 },
-    Example { name: "32 KB", bytes: 32 * 1024, sent: 32 * 1024, forward: 50.0 },
-    Example { name: "100 KB", bytes: 100 * 1024, sent: 100 * 1024, forward: 50.0 },
-    Example { name: "100 KB of JSON", bytes: 100 * 1024, sent: 20 * 1024, forward: 50.0 },
-    Example { name: "1 MB", bytes: 1024 * 1024, sent: 1024 * 1024, forward: 80.0 },
+    Example {
+        name: "1 KB",
+        bytes: 1024,
+        sent: 1024,
+        forward: 45.0,
+    },
+    Example {
+        name: "32 KB",
+        bytes: 32 * 1024,
+        sent: 32 * 1024,
+        forward: 50.0,
+    },
+    Example {
+        name: "100 KB",
+        bytes: 100 * 1024,
+        sent: 100 * 1024,
+        forward: 50.0,
+    },
+    Example {
+        name: "100 KB of JSON",
+        bytes: 100 * 1024,
+        sent: 20 * 1024,
+        forward: 50.0,
+    },
+    Example {
+        name: "1 MB",
+        bytes: 1024 * 1024,
+        sent: 1024 * 1024,
+        forward: 80.0,
+    },
 ];
 
 const MILLION: f64 = 1e6;
@@ -159,11 +193,18 @@ pub fn table() -> String {
     let mut table = String::from(
         "| response body | messages | calls | HTTP API | WebSocket | Lambda | sum | traffic out |\n|---|---|---|---|---|---|---|---|\n",
     );
-    for Example { name, bytes, sent, forward } in EXAMPLES {
+    for Example {
+        name,
+        bytes,
+        sent,
+        forward,
+    } in EXAMPLES
+    {
         let usage = Usage::of_response(bytes, sent, forward, DEFAULT);
         let bill = usage.bill();
         let out = bytes as f64 / 1e9 * price::GB_OUT * MILLION;
-        let [http, websocket, lambda, sum] = [bill.http_api, bill.websocket, bill.lambda, bill.sum()].map(|usd| usd * MILLION);
+        let [http, websocket, lambda, sum] =
+            [bill.http_api, bill.websocket, bill.lambda, bill.sum()].map(|usd| usd * MILLION);
         table += &format!(
             "| {name} | {} | {} | {http:.2} | {websocket:.2} | {lambda:.2} | **{sum:.2}** | {out:.2} |\n",
             usage.messages, usage.calls
@@ -179,10 +220,19 @@ pub fn idle_table() -> String {
     let mut table = String::from(
         "| ping frames are | a `ping` every | messages | WebSocket | Lambda | connection | sum |\n|---|---|---|---|---|---|---|\n",
     );
-    for (are, every) in [("answered", PING_MESSAGE), ("not answered", PING_MESSAGE_ALONE)] {
+    for (are, every) in [
+        ("answered", PING_MESSAGE),
+        ("not answered", PING_MESSAGE_ALONE),
+    ] {
         let pings = seconds / every.as_secs_f64();
         // Each is answered with a `pong`.
-        let bill = Usage { messages: 2.0 * pings, calls: pings, milliseconds: pings * DEFAULT, ..Usage::default() }.bill();
+        let bill = Usage {
+            messages: 2.0 * pings,
+            calls: pings,
+            milliseconds: pings * DEFAULT,
+            ..Usage::default()
+        }
+        .bill();
         table += &format!(
             "| {are} | {} s | {} | {:.2} | {:.2} | {minutes:.2} | **{:.2}** |\n",
             every.as_secs(),

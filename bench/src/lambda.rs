@@ -126,14 +126,31 @@ impl Lambda {
         latency: Latency,
         meter: Meter,
     ) -> anyhow::Result<Arc<Self>> {
-        let log = std::fs::File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+        let log = std::fs::File::create(log)
+            .with_context(|| format!("cannot write {}", log.display()))?;
         let executables = executables.to_owned();
         let (tasks, numbers, environments, idle) = Default::default();
-        Ok(Arc::new(Self { executables, variables, address, log, latency, meter, tasks, numbers, environments, idle }))
+        Ok(Arc::new(Self {
+            executables,
+            variables,
+            address,
+            log,
+            latency,
+            meter,
+            tasks,
+            numbers,
+            environments,
+            idle,
+        }))
     }
 
     /// Calls a function with an event, for at most `limit`.
-    pub async fn invoke(self: &Arc<Self>, function: &'static str, event: &impl Serialize, limit: Duration) -> Outcome {
+    pub async fn invoke(
+        self: &Arc<Self>,
+        function: &'static str,
+        event: &impl Serialize,
+        limit: Duration,
+    ) -> Outcome {
         let _under_way = self.meter.begin();
         let event = serde_json::to_vec(event).expect("an event has a JSON text");
         self.latency.pause(latency::INVOKE).await;
@@ -147,7 +164,16 @@ impl Lambda {
         environment.state().busy = Some(self.meter.begin());
         environment.signal(Signal::CONT);
         let (answer, answered) = oneshot::channel();
-        if environment.calls.send(Call { event, limit, answer }).await.is_err() {
+        if environment
+            .calls
+            .send(Call {
+                event,
+                limit,
+                answer,
+            })
+            .await
+            .is_err()
+        {
             return Outcome::Failed("the environment ended".to_owned());
         }
         match timeout(limit, answered).await {
@@ -184,7 +210,9 @@ impl Lambda {
     fn take_idle(&self, function: &str) -> Option<Arc<Environment>> {
         let mut idle = self.idle();
         // The one used last, so that as few as possible stay in use.
-        let at = idle.iter().rposition(|environment| environment.function == function)?;
+        let at = idle
+            .iter()
+            .rposition(|environment| environment.function == function)?;
         Some(idle.remove(at))
     }
 
@@ -195,7 +223,10 @@ impl Lambda {
         command
             .env_clear()
             .envs(self.variables.iter().cloned())
-            .env("AWS_LAMBDA_RUNTIME_API", format!("http://{}/{id}", self.address))
+            .env(
+                "AWS_LAMBDA_RUNTIME_API",
+                format!("http://{}/{id}", self.address),
+            )
             .env("AWS_LAMBDA_FUNCTION_NAME", function)
             .env("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST")
             .env("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", MEMORY.to_string())
@@ -203,12 +234,23 @@ impl Lambda {
             .stdout(self.log.try_clone()?)
             .stderr(self.log.try_clone()?);
         let born = Instant::now();
-        let child = command.spawn().with_context(|| format!("cannot start {}", executable.display()))?;
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {}", executable.display()))?;
         let process = Pid::from_child(&child);
         let (calls, queue) = mpsc::channel(1);
-        let environment = Arc::new(Environment { id, function, process, born, calls, queue: queue.into(), state: Mutex::default() });
+        let environment = Arc::new(Environment {
+            id,
+            function,
+            process,
+            born,
+            calls,
+            queue: queue.into(),
+            state: Mutex::default(),
+        });
         self.environments().insert(id, environment.clone());
-        self.tasks.spawn(self.clone().watch(child, environment.clone()));
+        self.tasks
+            .spawn(self.clone().watch(child, environment.clone()));
         Ok(environment)
     }
 
@@ -224,12 +266,17 @@ impl Lambda {
     }
 
     fn find(&self, id: usize) -> Result<Arc<Environment>, StatusCode> {
-        self.environments().get(&id).cloned().ok_or(StatusCode::NOT_FOUND)
+        self.environments()
+            .get(&id)
+            .cloned()
+            .ok_or(StatusCode::NOT_FOUND)
     }
 
     /// Held between awaits only, as the next.
     fn environments(&self) -> MutexGuard<'_, HashMap<usize, Arc<Environment>>> {
-        self.environments.lock().unwrap_or_else(PoisonError::into_inner)
+        self.environments
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Arc<Environment>>> {
@@ -237,24 +284,47 @@ impl Lambda {
     }
 
     fn ran(&self, environment: &Environment, since: Instant) {
-        self.meter.count(|counts| counts.functions.entry(environment.function).or_default().calls.push(since.elapsed()));
+        self.meter.count(|counts| {
+            counts
+                .functions
+                .entry(environment.function)
+                .or_default()
+                .calls
+                .push(since.elapsed())
+        });
     }
 }
 
 /// The runtime API. An environment is known by the first segment of the path.
 pub fn router(lambda: Arc<Lambda>) -> Router {
     Router::new()
-        .route("/{environment}/2018-06-01/runtime/invocation/next", routing::get(next))
-        .route("/{environment}/2018-06-01/runtime/invocation/{call}/{kind}", routing::post(answer))
+        .route(
+            "/{environment}/2018-06-01/runtime/invocation/next",
+            routing::get(next),
+        )
+        .route(
+            "/{environment}/2018-06-01/runtime/invocation/{call}/{kind}",
+            routing::post(answer),
+        )
         .with_state(lambda)
 }
 
-async fn next(State(lambda): State<Arc<Lambda>>, Segments(id): Segments<usize>) -> Result<Response, StatusCode> {
+async fn next(
+    State(lambda): State<Arc<Lambda>>,
+    Segments(id): Segments<usize>,
+) -> Result<Response, StatusCode> {
     let environment = lambda.find(id)?;
     let is_new = !std::mem::replace(&mut environment.state().has_polled, true);
     if is_new {
         let took = environment.born.elapsed();
-        lambda.meter.count(|counts| counts.functions.entry(environment.function).or_default().starts.push(took));
+        lambda.meter.count(|counts| {
+            counts
+                .functions
+                .entry(environment.function)
+                .or_default()
+                .starts
+                .push(took)
+        });
     }
     let mut queue = environment.queue.lock().await;
     let call = match queue.try_recv() {
@@ -268,12 +338,28 @@ async fn next(State(lambda): State<Arc<Lambda>>, Segments(id): Segments<usize>) 
         }
     };
     let request_id = RequestId::generate().to_string();
-    environment.state().running = Some(Running { id: request_id.clone(), since: Instant::now(), answer: call.answer });
+    environment.state().running = Some(Running {
+        id: request_id.clone(),
+        since: Instant::now(),
+        answer: call.answer,
+    });
     let headers = [
         ("lambda-runtime-aws-request-id", request_id),
-        ("lambda-runtime-deadline-ms", (now() + call.limit).as_millis().to_string()),
-        ("lambda-runtime-invoked-function-arn", format!("arn:aws:lambda:us-east-1:123456789012:function:{}", environment.function)),
-        ("lambda-runtime-trace-id", "Root=1-6968ba25-89abcdef0123456789abcdef;Sampled=0".to_owned()),
+        (
+            "lambda-runtime-deadline-ms",
+            (now() + call.limit).as_millis().to_string(),
+        ),
+        (
+            "lambda-runtime-invoked-function-arn",
+            format!(
+                "arn:aws:lambda:us-east-1:123456789012:function:{}",
+                environment.function
+            ),
+        ),
+        (
+            "lambda-runtime-trace-id",
+            "Root=1-6968ba25-89abcdef0123456789abcdef;Sampled=0".to_owned(),
+        ),
         ("content-type", "application/json".to_owned()),
     ];
     Ok((headers, call.event).into_response())
@@ -286,8 +372,14 @@ async fn answer(
     body: Body,
 ) -> Result<StatusCode, StatusCode> {
     let environment = lambda.find(id)?;
-    let running = environment.state().running.take_if(|running| running.id == call).ok_or(StatusCode::BAD_REQUEST)?;
-    let is_stream = headers.get("lambda-runtime-function-response-mode").is_some_and(|mode| mode == "streaming");
+    let running = environment
+        .state()
+        .running
+        .take_if(|running| running.id == call)
+        .ok_or(StatusCode::BAD_REQUEST)?;
+    let is_stream = headers
+        .get("lambda-runtime-function-response-mode")
+        .is_some_and(|mode| mode == "streaming");
     if kind == "response" && is_stream {
         let (chunks, receiver) = mpsc::channel(STREAMED);
         // Whoever asked may have left; the function is not told, as in AWS.
@@ -298,7 +390,9 @@ async fn answer(
         }
         lambda.ran(&environment, running.since);
     } else {
-        let body = axum::body::to_bytes(body, 2 * LAMBDA_PAYLOAD).await.map_err(|_| StatusCode::PAYLOAD_TOO_LARGE)?;
+        let body = axum::body::to_bytes(body, 2 * LAMBDA_PAYLOAD)
+            .await
+            .map_err(|_| StatusCode::PAYLOAD_TOO_LARGE)?;
         lambda.ran(&environment, running.since);
         let outcome = match kind.as_str() {
             "response" if body.len() <= LAMBDA_PAYLOAD => Outcome::Whole(body),

@@ -32,7 +32,11 @@ pub struct Timings {
 impl Timings {
     /// The time within which this share of the answers came; zero when there were none.
     pub fn quantile(&self, share: f64) -> Duration {
-        let rank = self.sorted.iter().enumerate().find(|(index, _)| (index + 1) as f64 >= share * self.sorted.len() as f64);
+        let rank = self
+            .sorted
+            .iter()
+            .enumerate()
+            .find(|(index, _)| (index + 1) as f64 >= share * self.sorted.len() as f64);
         rank.map(|(_, took)| *took).unwrap_or_default()
     }
 }
@@ -46,7 +50,12 @@ pub async fn run(url: &str, length: usize, requests: usize, at_once: usize) -> T
         visitors.spawn(async move {
             let client = Visitor::default();
             let (mut took, mut failures) = (Vec::new(), Vec::new());
-            while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            while left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                    left.checked_sub(1)
+                })
+                .is_ok()
+            {
                 match client.fetch(&url, length).await {
                     Ok(time) => took.push(time),
                     Err(error) => failures.push(format!("{error:#}")),

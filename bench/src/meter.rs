@@ -86,7 +86,11 @@ impl Meter {
     /// Waits until nothing is under way: every event is handled, every environment is idle.
     pub async fn settled(&self) {
         // It cannot fail while this has the sender.
-        let _ = self.under_way.subscribe().wait_for(|number| *number == 0).await;
+        let _ = self
+            .under_way
+            .subscribe()
+            .wait_for(|number| *number == 0)
+            .await;
     }
 
     /// Held between awaits only.

@@ -58,14 +58,28 @@ pub fn check(tools: &Path) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// When something is missing or does not start.
-pub async fn measure(executables: &Path, tools: &Path, say: impl Fn(&str)) -> anyhow::Result<String> {
+pub async fn measure(
+    executables: &Path,
+    tools: &Path,
+    say: impl Fn(&str),
+) -> anyhow::Result<String> {
     let generator = generator(tools)?;
     let work = tempfile::tempdir()?;
     let (service, origin, has_long) = origin(executables, work.path()).await?;
-    let direct = Setup { name: "the service alone", url: format!("http://{origin}"), processes: Vec::new() };
-    let setups =
-        [Some(direct), Some(tunnel(executables, &origin).await?), bore(tools, &origin).await?, rathole(tools, &origin, work.path()).await?];
-    let mut table = String::from("| | connections | requests/s | ratio | p50 ms | p99 ms | failures |\n|---|---|---|---|---|---|---|\n");
+    let direct = Setup {
+        name: "the service alone",
+        url: format!("http://{origin}"),
+        processes: Vec::new(),
+    };
+    let setups = [
+        Some(direct),
+        Some(tunnel(executables, &origin).await?),
+        bore(tools, &origin).await?,
+        rathole(tools, &origin, work.path()).await?,
+    ];
+    let mut table = String::from(
+        "| | connections | requests/s | ratio | p50 ms | p99 ms | failures |\n|---|---|---|---|---|---|---|\n",
+    );
     let mut bodies = String::from("| | MB/s | ratio |\n|---|---|---|\n");
     let mut processor = String::new();
     let mut alone = [Report::default(); CONNECTIONS.len()];
@@ -73,30 +87,49 @@ pub async fn measure(executables: &Path, tools: &Path, say: impl Fn(&str)) -> an
     for setup in setups.iter().flatten() {
         for (connections, alone) in CONNECTIONS.into_iter().zip(&mut alone) {
             let before = setup.processor_times()?;
-            let report = generator.run(&format!("{}/short", setup.url), connections).await?;
+            let report = generator
+                .run(&format!("{}/short", setup.url), connections)
+                .await?;
             let after = setup.processor_times()?;
             say(&format!("{} {connections}: {report:?}", setup.name));
             if setup.processes.is_empty() {
                 *alone = report;
             }
-            let Report { requests_per_second, p50, p99, failures, .. } = report;
+            let Report {
+                requests_per_second,
+                p50,
+                p99,
+                failures,
+                ..
+            } = report;
             let ratio = requests_per_second / alone.requests_per_second;
             writeln!(
                 table,
                 "| {} | {connections} | {requests_per_second:.0} | {ratio:.2} | {p50:.2} | {p99:.2} | {failures} |",
                 setup.name
             )?;
-            for ((name, _), (before, after)) in setup.processes.iter().zip(before.into_iter().zip(after)) {
-                writeln!(processor, "| {name} | {connections} | {:.0} |", (after - before) / report.requests * 1e6)?;
+            for ((name, _), (before, after)) in
+                setup.processes.iter().zip(before.into_iter().zip(after))
+            {
+                writeln!(
+                    processor,
+                    "| {name} | {connections} | {:.0} |",
+                    (after - before) / report.requests * 1e6
+                )?;
             }
         }
         if has_long {
-            let report = generator.run(&format!("{}/long", setup.url), LONG_CONNECTIONS).await?;
+            let report = generator
+                .run(&format!("{}/long", setup.url), LONG_CONNECTIONS)
+                .await?;
             say(&format!("{} long: {report:?}", setup.name));
             if setup.processes.is_empty() {
                 alone_long = report;
             }
-            let (speed, ratio) = (report.megabytes_per_second, report.megabytes_per_second / alone_long.megabytes_per_second);
+            let (speed, ratio) = (
+                report.megabytes_per_second,
+                report.megabytes_per_second / alone_long.megabytes_per_second,
+            );
             writeln!(bodies, "| {} | {speed:.0} | {ratio:.2} |", setup.name)?;
         }
     }
@@ -104,18 +137,31 @@ pub async fn measure(executables: &Path, tools: &Path, say: impl Fn(&str)) -> an
     let generator = generator.name();
     let mut text = format!(
         "Load by {generator} for {SECONDS} s each, service: {origin_name}. Responses of 1 KB; ratios are to the service alone.\n\n{table}\n",
-        origin_name = if has_long { "nginx" } else { "the demo service" },
+        origin_name = if has_long {
+            "nginx"
+        } else {
+            "the demo service"
+        },
     );
     if has_long {
-        write!(text, "Responses of 10 MB, {LONG_CONNECTIONS} connections:\n\n{bodies}\n")?;
+        write!(
+            text,
+            "Responses of 10 MB, {LONG_CONNECTIONS} connections:\n\n{bodies}\n"
+        )?;
     }
-    write!(text, "Processor time for a request, user and kernel:\n\n| process | connections | µs |\n|---|---|---|\n{processor}")?;
+    write!(
+        text,
+        "Processor time for a request, user and kernel:\n\n| process | connections | µs |\n|---|---|---|\n{processor}"
+    )?;
     Ok(text)
 }
 
 impl Setup {
     fn processor_times(&self) -> anyhow::Result<Vec<f64>> {
-        self.processes.iter().map(|(_, process)| process.processor_time()).collect()
+        self.processes
+            .iter()
+            .map(|(_, process)| process.processor_time())
+            .collect()
     }
 }
 
@@ -131,7 +177,10 @@ fn find(tools: &Path, name: &str) -> Option<PathBuf> {
 
 fn generator(tools: &Path) -> anyhow::Result<Generator> {
     let oha = || find(tools, "oha").map(Generator::Oha);
-    find(tools, "wrk").map(Generator::Wrk).or_else(oha).context("a load generator is missing: apt install wrk, or cargo install oha")
+    find(tools, "wrk")
+        .map(Generator::Wrk)
+        .or_else(oha)
+        .context("a load generator is missing: apt install wrk, or cargo install oha")
 }
 
 impl Generator {
@@ -147,20 +196,44 @@ impl Generator {
         let mut command = match self {
             Self::Wrk(wrk) => {
                 let mut command = Command::new(wrk);
-                command.args(["--threads", "1", "--connections", &connections, "--duration", &seconds, "--latency", "--timeout", "10s"]);
+                command.args([
+                    "--threads",
+                    "1",
+                    "--connections",
+                    &connections,
+                    "--duration",
+                    &seconds,
+                    "--latency",
+                    "--timeout",
+                    "10s",
+                ]);
                 command
             }
             Self::Oha(oha) => {
                 let mut command = Command::new(oha);
-                command.args(["--no-tui", "--output-format", "json", "-c", &connections, "-z", &seconds]);
+                command.args([
+                    "--no-tui",
+                    "--output-format",
+                    "json",
+                    "-c",
+                    &connections,
+                    "-z",
+                    &seconds,
+                ]);
                 command
             }
         };
         command.arg(url);
-        let output = spawn_blocking(move || command.output()).await?.with_context(|| format!("cannot start {}", self.name()))?;
+        let output = spawn_blocking(move || command.output())
+            .await?
+            .with_context(|| format!("cannot start {}", self.name()))?;
         let text = String::from_utf8_lossy(&output.stdout);
         if !output.status.success() {
-            bail!("{} failed: {}{text}", self.name(), String::from_utf8_lossy(&output.stderr));
+            bail!(
+                "{} failed: {}{text}",
+                self.name(),
+                String::from_utf8_lossy(&output.stderr)
+            );
         }
         match self {
             Self::Wrk(_) => of_wrk(&text),
@@ -171,10 +244,25 @@ impl Generator {
 }
 
 fn of_wrk(text: &str) -> Option<Report> {
-    let after = |word: &str| text.lines().find_map(|line| line.trim().strip_prefix(word)).map(str::trim);
-    let requests = text.lines().find_map(|line| line.trim().split_once(" requests in "))?.0.parse().ok()?;
-    let errors: f64 = after("Socket errors:").map(numbers).into_iter().flatten().sum();
-    let other = after("Non-2xx or 3xx responses:").and_then(|number| number.parse::<f64>().ok()).unwrap_or_default();
+    let after = |word: &str| {
+        text.lines()
+            .find_map(|line| line.trim().strip_prefix(word))
+            .map(str::trim)
+    };
+    let requests = text
+        .lines()
+        .find_map(|line| line.trim().split_once(" requests in "))?
+        .0
+        .parse()
+        .ok()?;
+    let errors: f64 = after("Socket errors:")
+        .map(numbers)
+        .into_iter()
+        .flatten()
+        .sum();
+    let other = after("Non-2xx or 3xx responses:")
+        .and_then(|number| number.parse::<f64>().ok())
+        .unwrap_or_default();
     Some(Report {
         requests_per_second: after("Requests/sec:")?.parse().ok()?,
         requests,
@@ -189,14 +277,24 @@ fn of_wrk(text: &str) -> Option<Report> {
 fn of_oha(text: &str) -> Option<Report> {
     let report: serde_json::Value = serde_json::from_str(text).ok()?;
     let (summary, errors) = (&report["summary"], report["errorDistribution"].as_object());
-    let requests: f64 = report["statusCodeDistribution"].as_object()?.values().filter_map(serde_json::Value::as_f64).sum();
-    let good = report["statusCodeDistribution"]["200"].as_f64().unwrap_or_default();
+    let requests: f64 = report["statusCodeDistribution"]
+        .as_object()?
+        .values()
+        .filter_map(serde_json::Value::as_f64)
+        .sum();
+    let good = report["statusCodeDistribution"]["200"]
+        .as_f64()
+        .unwrap_or_default();
     Some(Report {
         requests_per_second: summary["requestsPerSec"].as_f64()?,
         requests,
         // Those that were under way at the end are no failures.
         failures: requests - good
-            + errors?.iter().filter(|(why, _)| !why.contains("deadline")).filter_map(|(_, number)| number.as_f64()).sum::<f64>(),
+            + errors?
+                .iter()
+                .filter(|(why, _)| !why.contains("deadline"))
+                .filter_map(|(_, number)| number.as_f64())
+                .sum::<f64>(),
         p50: report["latencyPercentiles"]["p50"].as_f64()? * 1e3,
         p99: report["latencyPercentiles"]["p99"].as_f64()? * 1e3,
         megabytes_per_second: summary["sizePerSec"].as_f64()? / 1e6,
@@ -224,13 +322,17 @@ fn milliseconds(text: &str) -> Option<f64> {
 /// A text like `1.5GB`, whose units are powers of 1,024, in millions of bytes.
 fn megabytes(text: &str) -> Option<f64> {
     let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic())?);
-    let power = ["B", "KB", "MB", "GB"].iter().position(|name| *name == unit)?;
+    let power = ["B", "KB", "MB", "GB"]
+        .iter()
+        .position(|name| *name == unit)?;
     Some(number.parse::<f64>().ok()? * 1024f64.powi(i32::try_from(power).ok()?) / 1e6)
 }
 
 /// A free port of this machine, which whoever is told it has to take soon.
 fn free_port() -> anyhow::Result<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    Ok(std::net::TcpListener::bind("127.0.0.1:0")?
+        .local_addr()?
+        .port())
 }
 
 /// Waits until somebody listens.
@@ -248,7 +350,10 @@ async fn listening(address: &str) -> anyhow::Result<()> {
 async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, String, bool)> {
     let address = format!("127.0.0.1:{}", free_port()?);
     let Some(nginx) = find(work, "nginx") else {
-        let demo = Process::start(Command::new(executables.join("examples/demo")).arg(&address), Output::None)?;
+        let demo = Process::start(
+            Command::new(executables.join("examples/demo")).arg(&address),
+            Output::None,
+        )?;
         listening(&address).await?;
         return Ok((demo, address, false));
     };
@@ -259,11 +364,16 @@ async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, Str
     // nginx's worker drops root's rights.
     #[cfg(unix)]
     for directory in [work, &files] {
-        std::fs::set_permissions(directory, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        std::fs::set_permissions(
+            directory,
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )?;
     }
     let configuration = work.join("nginx.conf");
-    let places: String =
-        ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].iter().map(|of| format!("{of}_temp_path {}/{of};", work.display())).collect();
+    let places: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .iter()
+        .map(|of| format!("{of}_temp_path {}/{of};", work.display()))
+        .collect();
     let text = format!(
         "daemon off; worker_processes 1; error_log stderr crit; pid {work}/nginx.pid;\nevents {{ worker_connections 1024; }}\n\
          http {{ access_log off; sendfile on; tcp_nodelay on; keepalive_requests 100000000; {places}\n\
@@ -272,27 +382,55 @@ async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, Str
         files = files.display(),
     );
     std::fs::write(&configuration, text)?;
-    let nginx = Process::start(Command::new(nginx).arg("-c").arg(&configuration), Output::None)?;
+    let nginx = Process::start(
+        Command::new(nginx).arg("-c").arg(&configuration),
+        Output::None,
+    )?;
     listening(&address).await?;
     Ok((nginx, address, true))
 }
 
 async fn tunnel(executables: &Path, origin: &str) -> anyhow::Result<Setup> {
-    let mut service = Process::start(Command::new(executables.join("tunnel-local")).args(["--listen", "127.0.0.1:0"]), Output::Stderr)?;
-    let endpoint = service.hear("tunnel-local", |line| Some(line.split_once("agents at ")?.1.to_owned())).await?;
+    let mut service = Process::start(
+        Command::new(executables.join("tunnel-local")).args(["--listen", "127.0.0.1:0"]),
+        Output::Stderr,
+    )?;
+    let endpoint = service
+        .hear("tunnel-local", |line| {
+            Some(line.split_once("agents at ")?.1.to_owned())
+        })
+        .await?;
     let (agent, url) = processes::agent(executables, &endpoint, None, origin).await?;
-    Ok(Setup { name: "tunnel-local and ttf", url, processes: vec![("tunnel-local", service), ("ttf", agent)] })
+    Ok(Setup {
+        name: "tunnel-local and ttf",
+        url,
+        processes: vec![("tunnel-local", service), ("ttf", agent)],
+    })
 }
 
 /// bore passes TCP connections on: no HTTP, no names, no certificates.
 async fn bore(tools: &Path, origin: &str) -> anyhow::Result<Option<Setup>> {
-    let Some(bore) = find(tools, "bore") else { return Ok(None) };
+    let Some(bore) = find(tools, "bore") else {
+        return Ok(None);
+    };
     let port = free_port()?.to_string();
-    let server = Process::start(Command::new(&bore).args(["server", "--min-port", "1024"]), Output::None)?;
+    let server = Process::start(
+        Command::new(&bore).args(["server", "--min-port", "1024"]),
+        Output::None,
+    )?;
     listening("127.0.0.1:7835").await?;
     let (host, origin_port) = origin.split_once(':').context("an address with a port")?;
     let mut local = Command::new(&bore);
-    local.args(["local", "--local-host", host, "--to", "127.0.0.1", "--port", &port, origin_port]);
+    local.args([
+        "local",
+        "--local-host",
+        host,
+        "--to",
+        "127.0.0.1",
+        "--port",
+        &port,
+        origin_port,
+    ]);
     let local = Process::start(&mut local, Output::None)?;
     listening(&format!("127.0.0.1:{port}")).await?;
     Ok(Some(Setup {
@@ -304,23 +442,38 @@ async fn bore(tools: &Path, origin: &str) -> anyhow::Result<Option<Setup>> {
 
 /// So does rathole.
 async fn rathole(tools: &Path, origin: &str, work: &Path) -> anyhow::Result<Option<Setup>> {
-    let Some(rathole) = find(tools, "rathole") else { return Ok(None) };
+    let Some(rathole) = find(tools, "rathole") else {
+        return Ok(None);
+    };
     let (control, port) = (free_port()?, free_port()?);
     let token = "default_token = \"bench\"";
     let start = |side: &str, text: String| {
         let configuration = work.join(format!("rathole-{side}.toml"));
         std::fs::write(&configuration, text)?;
-        Process::start(Command::new(&rathole).arg(format!("--{side}")).arg(configuration), Output::None)
+        Process::start(
+            Command::new(&rathole)
+                .arg(format!("--{side}"))
+                .arg(configuration),
+            Output::None,
+        )
     };
     let server = start(
         "server",
-        format!("[server]\nbind_addr = \"127.0.0.1:{control}\"\n{token}\n[server.services.bench]\nbind_addr = \"127.0.0.1:{port}\"\n"),
+        format!(
+            "[server]\nbind_addr = \"127.0.0.1:{control}\"\n{token}\n[server.services.bench]\nbind_addr = \"127.0.0.1:{port}\"\n"
+        ),
     )?;
     let client = start(
         "client",
-        format!("[client]\nremote_addr = \"127.0.0.1:{control}\"\n{token}\n[client.services.bench]\nlocal_addr = \"{origin}\"\n"),
+        format!(
+            "[client]\nremote_addr = \"127.0.0.1:{control}\"\n{token}\n[client.services.bench]\nlocal_addr = \"{origin}\"\n"
+        ),
     )?;
     listening(&format!("127.0.0.1:{port}")).await?;
     let processes = vec![("rathole server", server), ("rathole client", client)];
-    Ok(Some(Setup { name: "rathole", url: format!("http://127.0.0.1:{port}"), processes }))
+    Ok(Some(Setup {
+        name: "rathole",
+        url: format!("http://127.0.0.1:{port}"),
+        processes,
+    }))
 }

@@ -31,13 +31,25 @@ impl Origin {
         StdRng::seed_from_u64(1).fill(&mut bytes[..]);
         let bodies = (Bytes::from(bytes), Bytes::from(json(LONGEST)));
         let answer = |kind: &'static str, body: fn(&(Bytes, Bytes)) -> &Bytes| {
-            routing::get(async move |State(bodies): State<(Bytes, Bytes)>, Path(length): Path<usize>| {
-                ([(header::CONTENT_TYPE, kind)], body(&bodies).slice(..length.min(LONGEST))).into_response()
-            })
+            routing::get(
+                async move |State(bodies): State<(Bytes, Bytes)>, Path(length): Path<usize>| {
+                    (
+                        [(header::CONTENT_TYPE, kind)],
+                        body(&bodies).slice(..length.min(LONGEST)),
+                    )
+                        .into_response()
+                },
+            )
         };
         let router = Router::new()
-            .route("/bytes/{length}", answer("application/octet-stream", |(bytes, _)| bytes))
-            .route("/json/{length}", answer("application/json", |(_, json)| json))
+            .route(
+                "/bytes/{length}",
+                answer("application/octet-stream", |(bytes, _)| bytes),
+            )
+            .route(
+                "/json/{length}",
+                answer("application/json", |(_, json)| json),
+            )
             .with_state(bodies);
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?.to_string();
@@ -46,7 +58,10 @@ impl Origin {
             // It ends with this process.
             let _ = axum::serve(listener, router).await;
         });
-        Ok(Self { address, _serving: serving })
+        Ok(Self {
+            address,
+            _serving: serving,
+        })
     }
 }
 
@@ -58,7 +73,11 @@ pub fn json(length: usize) -> String {
         if text.len() >= length {
             break;
         }
-        let (key, cents, day) = (random.random::<u64>(), random.random_range(100..100_000u32), random.random_range(1..29u32));
+        let (key, cents, day) = (
+            random.random::<u64>(),
+            random.random_range(100..100_000u32),
+            random.random_range(1..29u32),
+        );
         let status = ["open", "paid", "shipped", "cancelled"][random.random_range(0..4usize)];
         text += &format!(
             "{{\"id\":{id},\"key\":\"{key:016x}\",\"customer\":\"customer-{}\",\"status\":\"{status}\",\"total\":{}.{:02},\"currency\":\"EUR\",\

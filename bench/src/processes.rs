@@ -21,7 +21,10 @@ const TICKS: f64 = 100.0;
 /// When this is none of them.
 pub fn built() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
-    own.parent().and_then(Path::parent).map(Path::to_owned).context("not in a target directory")
+    own.parent()
+        .and_then(Path::parent)
+        .map(Path::to_owned)
+        .context("not in a target directory")
 }
 
 /// A process that ends when it is dropped.
@@ -36,15 +39,37 @@ impl Process {
     /// # Errors
     /// When it cannot be started.
     pub fn start(command: &mut Command, heard: Output) -> anyhow::Result<Self> {
-        let pipe = |output| if output == heard { Stdio::piped() } else { Stdio::null() };
-        command.stdin(Stdio::null()).stdout(pipe(Output::Stdout)).stderr(pipe(Output::Stderr));
-        let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+        let pipe = |output| {
+            if output == heard {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            }
+        };
+        command
+            .stdin(Stdio::null())
+            .stdout(pipe(Output::Stdout))
+            .stderr(pipe(Output::Stderr));
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {command:?}"))?;
         let (said, lines) = mpsc::unbounded_channel();
-        let stdout = child.stdout.take().map(|stdout| Box::new(stdout) as Box<dyn Read + Send>);
-        let output = stdout.or(child.stderr.take().map(|stderr| Box::new(stderr) as Box<dyn Read + Send>));
+        let stdout = child
+            .stdout
+            .take()
+            .map(|stdout| Box::new(stdout) as Box<dyn Read + Send>);
+        let output = stdout.or(child
+            .stderr
+            .take()
+            .map(|stderr| Box::new(stderr) as Box<dyn Read + Send>));
         if let Some(output) = output {
             // Ends with the process, and reads on when nobody listens, so that the process never waits for it.
-            std::thread::spawn(move || BufReader::new(output).lines().map_while(Result::ok).for_each(|line| drop(said.send(line))));
+            std::thread::spawn(move || {
+                BufReader::new(output)
+                    .lines()
+                    .map_while(Result::ok)
+                    .for_each(|line| drop(said.send(line)))
+            });
         }
         Ok(Self { child, lines })
     }
@@ -53,7 +78,11 @@ impl Process {
     ///
     /// # Errors
     /// When no such line comes in time.
-    pub async fn hear<T>(&mut self, what: &str, find: impl Fn(&str) -> Option<T>) -> anyhow::Result<T> {
+    pub async fn hear<T>(
+        &mut self,
+        what: &str,
+        find: impl Fn(&str) -> Option<T>,
+    ) -> anyhow::Result<T> {
         let heard = timeout(PATIENCE, async {
             while let Some(line) = self.lines.recv().await {
                 if let Some(found) = find(&line) {
@@ -62,7 +91,11 @@ impl Process {
             }
             None
         });
-        heard.await.ok().flatten().with_context(|| format!("waited in vain for {what}"))
+        heard
+            .await
+            .ok()
+            .flatten()
+            .with_context(|| format!("waited in vain for {what}"))
     }
 
     /// The processor time it has taken so far, in user and kernel mode, in seconds.
@@ -71,10 +104,16 @@ impl Process {
     /// When it has ended, or this is not Linux.
     pub fn processor_time(&self) -> anyhow::Result<f64> {
         let id = self.child.id();
-        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).context("processor times are read from /proc")?;
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat"))
+            .context("processor times are read from /proc")?;
         // The name, in brackets, may have spaces; utime and stime are the 14th and 15th field.
         let (_, fields) = stat.rsplit_once(')').context("not a stat file")?;
-        let ticks: f64 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
+        let ticks: f64 = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<f64>().ok())
+            .sum();
         Ok(ticks / TICKS)
     }
 }
@@ -102,11 +141,27 @@ pub enum Output {
 ///
 /// # Errors
 /// When the tunnel does not open.
-pub async fn agent(executables: &Path, endpoint: &str, token: Option<&str>, target: &str) -> anyhow::Result<(Process, String)> {
+pub async fn agent(
+    executables: &Path,
+    endpoint: &str,
+    token: Option<&str>,
+    target: &str,
+) -> anyhow::Result<(Process, String)> {
     let mut command = Command::new(executables.join("ttf"));
-    command.args(["http", target, "--endpoint", endpoint, "--tunnel-id", "bench"]);
+    command.args([
+        "http",
+        target,
+        "--endpoint",
+        endpoint,
+        "--tunnel-id",
+        "bench",
+    ]);
     command.envs(token.map(|token| ("TTF_TOKEN", token)));
     let mut agent = Process::start(&mut command, Output::Stdout)?;
-    let url = agent.hear("the tunnel to open", |line| line.starts_with("http").then(|| line.to_owned())).await?;
+    let url = agent
+        .hear("the tunnel to open", |line| {
+            line.starts_with("http").then(|| line.to_owned())
+        })
+        .await?;
     Ok((agent, url))
 }

@@ -36,28 +36,53 @@ pub struct Tables {
 impl Tables {
     /// A proxy in front of the engine at this address.
     pub fn new(engine: String, latency: Latency, meter: Meter) -> Self {
-        Self { engine, client: Client::builder(TokioExecutor::new()).build_http(), latency, meter }
+        Self {
+            engine,
+            client: Client::builder(TokioExecutor::new()).build_http(),
+            latency,
+            meter,
+        }
     }
 
     async fn pass_on(&self, request: Request) -> anyhow::Result<Response> {
         let (head, body) = request.into_parts();
-        let target = head.headers.get("x-amz-target").and_then(|target| target.to_str().ok()).unwrap_or_default();
+        let target = head
+            .headers
+            .get("x-amz-target")
+            .and_then(|target| target.to_str().ok())
+            .unwrap_or_default();
         let operation = target.rsplit('.').next().unwrap_or_default().to_owned();
-        let mut question: Value = serde_json::from_slice(&axum::body::to_bytes(body, LONGEST).await?)?;
+        let mut question: Value =
+            serde_json::from_slice(&axum::body::to_bytes(body, LONGEST).await?)?;
         question["ReturnConsumedCapacity"] = json!("TOTAL");
         self.latency.pause(latency::of_dynamodb(&operation)).await;
         let mut on = http::Request::post(&self.engine);
-        for (name, value) in head.headers.iter().filter(|(name, _)| !matches!(**name, header::HOST | header::CONTENT_LENGTH)) {
+        for (name, value) in head
+            .headers
+            .iter()
+            .filter(|(name, _)| !matches!(**name, header::HOST | header::CONTENT_LENGTH))
+        {
             on = on.header(name, value);
         }
-        let answer = self.client.request(on.body(Full::new(serde_json::to_vec(&question)?.into()))?).await?;
+        let answer = self
+            .client
+            .request(on.body(Full::new(serde_json::to_vec(&question)?.into()))?)
+            .await?;
         let (head, body) = answer.into_parts();
         let body = body.collect().await?.to_bytes();
-        let consumed = units(&serde_json::from_slice::<Value>(&body).unwrap_or_default()["ConsumedCapacity"]);
+        let consumed =
+            units(&serde_json::from_slice::<Value>(&body).unwrap_or_default()["ConsumedCapacity"]);
         self.meter.count(|counts| {
             counts.dynamodb_requests += 1;
-            let is_read = matches!(operation.as_str(), "GetItem" | "Query" | "Scan" | "BatchGetItem" | "TransactGetItems");
-            *(if is_read { &mut counts.reads } else { &mut counts.writes }) += consumed;
+            let is_read = matches!(
+                operation.as_str(),
+                "GetItem" | "Query" | "Scan" | "BatchGetItem" | "TransactGetItems"
+            );
+            *(if is_read {
+                &mut counts.reads
+            } else {
+                &mut counts.writes
+            }) += consumed;
         });
         let mut response = Response::new(Body::from(body));
         (*response.status_mut(), *response.headers_mut()) = (head.status, head.headers);
@@ -77,7 +102,10 @@ fn units(consumed: &Value) -> f64 {
 /// DynamoDB's address takes every operation at its root.
 pub fn router(tables: Tables) -> Router {
     let pass_on = async |State(tables): State<Tables>, request: Request| {
-        tables.pass_on(request).await.unwrap_or_else(|error| (StatusCode::BAD_GATEWAY, format!("{error:#}")).into_response())
+        tables
+            .pass_on(request)
+            .await
+            .unwrap_or_else(|error| (StatusCode::BAD_GATEWAY, format!("{error:#}")).into_response())
     };
     Router::new().fallback(pass_on).with_state(tables)
 }

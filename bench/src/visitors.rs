@@ -50,7 +50,9 @@ pub fn http_api(fronts: Fronts) -> Router {
 
 /// The function URL.
 pub fn function_url(fronts: Fronts) -> Router {
-    Router::new().fallback(serve_function_url).with_state(fronts)
+    Router::new()
+        .fallback(serve_function_url)
+        .with_state(fronts)
 }
 
 /// A whole answer, and the prelude of a streamed one.
@@ -71,8 +73,12 @@ struct Answer {
 impl Answer {
     fn into_response(self, body: Body) -> Response {
         let mut response = Response::new(body);
-        *response.status_mut() = StatusCode::from_u16(self.status_code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let cookies = self.cookies.into_iter().map(|cookie| (header::SET_COOKIE.to_string(), cookie));
+        *response.status_mut() =
+            StatusCode::from_u16(self.status_code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let cookies = self
+            .cookies
+            .into_iter()
+            .map(|cookie| (header::SET_COOKIE.to_string(), cookie));
         for (name, value) in self.headers.into_iter().chain(cookies) {
             if let (Ok(name), Some(value)) = (name.parse::<HeaderName>(), text_to_value(&value)) {
                 response.headers_mut().append(name, value);
@@ -91,17 +97,30 @@ async fn serve_http_api(State(fronts): State<Fronts>, request: Request) -> Respo
     };
     let asked = body.len();
     let event = event(include_str!("../../events/http-v2.json"), &head, &body);
-    let outcome = fronts.lambda.invoke(FUNCTION, &event, HTTP_API_INTEGRATION).await;
+    let outcome = fronts
+        .lambda
+        .invoke(FUNCTION, &event, HTTP_API_INTEGRATION)
+        .await;
     let answer = match outcome {
-        Outcome::Whole(answer) => serde_json::from_slice::<Answer>(&answer).map_err(|error| error.to_string()),
+        Outcome::Whole(answer) => {
+            serde_json::from_slice::<Answer>(&answer).map_err(|error| error.to_string())
+        }
         Outcome::Stream(_) => Err("a stream is no answer for an HTTP API".to_owned()),
         Outcome::Failed(why) => Err(why),
     };
     fronts.latency.pause(latency::HTTP_API).await;
-    let Ok(mut answer) = answer else { return say(StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error") };
+    let Ok(mut answer) = answer else {
+        return say(StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error");
+    };
     let text = std::mem::take(&mut answer.body);
-    let body: Bytes = if answer.is_base64_encoded { BASE64_STANDARD.decode(text).unwrap_or_default().into() } else { text.into() };
-    fronts.meter.count(|counts| counts.http_calls += (asked + body.len()).div_ceil(CALL).max(1) as u64);
+    let body: Bytes = if answer.is_base64_encoded {
+        BASE64_STANDARD.decode(text).unwrap_or_default().into()
+    } else {
+        text.into()
+    };
+    fronts
+        .meter
+        .count(|counts| counts.http_calls += (asked + body.len()).div_ceil(CALL).max(1) as u64);
     answer.into_response(body.into())
 }
 
@@ -113,33 +132,52 @@ async fn serve_function_url(State(fronts): State<Fronts>, request: Request) -> R
     };
     fronts.meter.count(|counts| counts.url_requests += 1);
     let event = event(include_str!("../../events/url.json"), &head, &body);
-    let Outcome::Stream(mut chunks) = fronts.lambda.invoke(FUNCTION, &event, LAMBDA_RUN).await else {
+    let Outcome::Stream(mut chunks) = fronts.lambda.invoke(FUNCTION, &event, LAMBDA_RUN).await
+    else {
         return say(StatusCode::BAD_GATEWAY, "Internal Server Error");
     };
     let mut start = BytesMut::new();
     let end = loop {
-        if let Some(end) = start.windows(PRELUDE_END.len()).position(|bytes| bytes == PRELUDE_END) {
+        if let Some(end) = start
+            .windows(PRELUDE_END.len())
+            .position(|bytes| bytes == PRELUDE_END)
+        {
             break end;
         }
-        let Some(chunk) = chunks.recv().await else { return say(StatusCode::BAD_GATEWAY, "Internal Server Error") };
+        let Some(chunk) = chunks.recv().await else {
+            return say(StatusCode::BAD_GATEWAY, "Internal Server Error");
+        };
         start.extend_from_slice(&chunk);
     };
     let Ok(answer) = serde_json::from_slice::<Answer>(&start[..end]) else {
         return say(StatusCode::BAD_GATEWAY, "Internal Server Error");
     };
     let first = start.split_off(end + PRELUDE_END.len()).freeze();
-    let rest = stream::unfold((Some(first), chunks, under_way), |(first, mut chunks, under_way)| async move {
-        let chunk = match first {
-            Some(first) => first,
-            None => chunks.recv().await?,
-        };
-        Some((Ok::<_, std::convert::Infallible>(chunk), (None, chunks, under_way)))
-    });
+    let rest = stream::unfold(
+        (Some(first), chunks, under_way),
+        |(first, mut chunks, under_way)| async move {
+            let chunk = match first {
+                Some(first) => first,
+                None => chunks.recv().await?,
+            };
+            Some((
+                Ok::<_, std::convert::Infallible>(chunk),
+                (None, chunks, under_way),
+            ))
+        },
+    );
     answer.into_response(Body::from_stream(rest))
 }
 
 fn say(status: StatusCode, message: &str) -> Response {
-    (status, [(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], json!({ "message": message }).to_string())
+    (
+        status,
+        [(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        )],
+        json!({ "message": message }).to_string(),
+    )
         .into_response()
 }
 
@@ -166,13 +204,23 @@ fn event(sample: &str, head: &request::Parts, body: &[u8]) -> Value {
 
 fn fields(headers: &HeaderMap) -> Value {
     let mut fields: BTreeMap<&str, String> = BTreeMap::new();
-    for name in headers.keys().filter(|name| !matches!(name.as_str(), "connection" | "transfer-encoding")) {
+    for name in headers
+        .keys()
+        .filter(|name| !matches!(name.as_str(), "connection" | "transfer-encoding"))
+    {
         let values: Vec<String> = headers.get_all(name).iter().map(value_to_text).collect();
         fields.insert(name.as_str(), values.join(","));
     }
-    for (name, value) in [("x-forwarded-for", "203.0.113.9"), ("x-forwarded-port", "443"), ("x-forwarded-proto", "https")] {
+    for (name, value) in [
+        ("x-forwarded-for", "203.0.113.9"),
+        ("x-forwarded-port", "443"),
+        ("x-forwarded-proto", "https"),
+    ] {
         fields.insert(name, value.to_owned());
     }
-    fields.insert("x-amzn-trace-id", "Root=1-6968ba25-89abcdef0123456789abcdef".to_owned());
+    fields.insert(
+        "x-amzn-trace-id",
+        "Root=1-6968ba25-89abcdef0123456789abcdef".to_owned(),
+    );
     json!(fields)
 }

@@ -67,12 +67,25 @@ impl WebSocketApi {
     /// An API with the routes' functions.
     pub fn new(lambda: Arc<Lambda>, latency: Latency, meter: Meter) -> Arc<Self> {
         let (connections, reply_connections, tasks, stop) = Default::default();
-        Arc::new(Self { lambda, latency, meter, quotas: Quotas::default(), connections, reply_connections, tasks, stop })
+        Arc::new(Self {
+            lambda,
+            latency,
+            meter,
+            quotas: Quotas::default(),
+            connections,
+            reply_connections,
+            tasks,
+            stop,
+        })
     }
 
     /// Breaks all reply connections without a word, and returns how many there were.
     pub fn break_reply_connections(&self) -> usize {
-        let broken: Vec<CancellationToken> = self.reply_connections().drain().map(|(_, connection)| connection).collect();
+        let broken: Vec<CancellationToken> = self
+            .reply_connections()
+            .drain()
+            .map(|(_, connection)| connection)
+            .collect();
         broken.iter().for_each(CancellationToken::cancel);
         broken.len()
     }
@@ -86,13 +99,17 @@ impl WebSocketApi {
 
     /// Held between awaits only.
     fn reply_connections(&self) -> MutexGuard<'_, HashMap<ConnectionId, CancellationToken>> {
-        self.reply_connections.lock().unwrap_or_else(PoisonError::into_inner)
+        self.reply_connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn call(&self, function: &'static str, event: &impl serde::Serialize) -> Outcome {
         let _under_way = self.meter.begin();
         self.latency.pause(latency::WEBSOCKET_API).await;
-        self.lambda.invoke(function, event, WEBSOCKET_INTEGRATION).await
+        self.lambda
+            .invoke(function, event, WEBSOCKET_INTEGRATION)
+            .await
     }
 
     async fn connect(self: &Arc<Self>, mut request: Request) -> Response {
@@ -108,22 +125,32 @@ impl WebSocketApi {
             source_ip: "203.0.113.10".to_owned(),
             stage: STAGE,
         };
-        let outcome = self.call("tunnel-connect", &source.connect(request.headers(), request.uri())).await;
+        let outcome = self
+            .call(
+                "tunnel-connect",
+                &source.connect(request.headers(), request.uri()),
+            )
+            .await;
         let status = match outcome {
-            Outcome::Whole(answer) => {
-                serde_json::from_slice::<serde_json::Value>(&answer).ok().and_then(|answer| answer["statusCode"].as_u64())
-            }
+            Outcome::Whole(answer) => serde_json::from_slice::<serde_json::Value>(&answer)
+                .ok()
+                .and_then(|answer| answer["statusCode"].as_u64()),
             Outcome::Stream(_) | Outcome::Failed(_) => None,
         };
-        let status = status.and_then(|status| StatusCode::from_u16(u16::try_from(status).ok()?).ok());
+        let status =
+            status.and_then(|status| StatusCode::from_u16(u16::try_from(status).ok()?).ok());
         let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         if !status.is_success() {
             return status.into_response();
         }
-        let is_reply_connection = request.uri().query().is_some_and(|query| query.contains("reply="));
+        let is_reply_connection = request
+            .uri()
+            .query()
+            .is_some_and(|query| query.contains("reply="));
         let broken = self.stop.child_token();
         if is_reply_connection {
-            self.reply_connections().insert(source.connection_id.clone(), broken.clone());
+            self.reply_connections()
+                .insert(source.connection_id.clone(), broken.clone());
         }
         let upgrade = hyper::upgrade::on(&mut request);
         let api = self.clone();
@@ -134,21 +161,40 @@ impl WebSocketApi {
             api.connections.remove(&source.connection_id);
             api.reply_connections().remove(&source.connection_id);
             if !api.stop.is_cancelled() {
-                api.call("tunnel-disconnect", &source.disconnect(1006, "")).await;
+                api.call("tunnel-disconnect", &source.disconnect(1006, ""))
+                    .await;
             }
         });
-        let mut response =
-            (StatusCode::SWITCHING_PROTOCOLS, [(header::UPGRADE, "websocket"), (header::CONNECTION, "Upgrade")]).into_response();
-        response.headers_mut().insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+        let mut response = (
+            StatusCode::SWITCHING_PROTOCOLS,
+            [
+                (header::UPGRADE, "websocket"),
+                (header::CONNECTION, "Upgrade"),
+            ],
+        )
+            .into_response();
+        response
+            .headers_mut()
+            .insert(header::SEC_WEBSOCKET_ACCEPT, accept);
         response
     }
 
     /// Serves a connection until it ends or is broken.
-    async fn serve(self: &Arc<Self>, upgraded: Upgraded, source: &Source, broken: &CancellationToken) {
-        let config = WebSocketConfig::default().max_frame_size(Some(self.quotas.frame)).max_message_size(Some(self.quotas.message));
-        let mut socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+    async fn serve(
+        self: &Arc<Self>,
+        upgraded: Upgraded,
+        source: &Source,
+        broken: &CancellationToken,
+    ) {
+        let config = WebSocketConfig::default()
+            .max_frame_size(Some(self.quotas.frame))
+            .max_message_size(Some(self.quotas.message));
+        let mut socket =
+            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config))
+                .await;
         let (commands, mut queue) = mpsc::channel(self.quotas.queue);
-        self.connections.insert(source.connection_id.clone(), commands.clone());
+        self.connections
+            .insert(source.connection_id.clone(), commands.clone());
         loop {
             tokio::select! {
                 () = broken.cancelled() => return,
@@ -178,8 +224,17 @@ impl WebSocketApi {
         let _under_way = self.meter.begin();
         let units = units(text.len());
         let is_ping = matches!(protocol::decode(text), Ok(FromAgent::Ping));
-        self.meter.count(|counts| *(if is_ping { &mut counts.units_of_pings } else { &mut counts.units_in }) += units);
-        if let Outcome::Failed(_) = self.call("tunnel-default", &source.message(text.to_owned())).await {
+        self.meter.count(|counts| {
+            *(if is_ping {
+                &mut counts.units_of_pings
+            } else {
+                &mut counts.units_in
+            }) += units
+        });
+        if let Outcome::Failed(_) = self
+            .call("tunnel-default", &source.message(text.to_owned()))
+            .await
+        {
             let said = json!({ "message": "Internal server error", "connectionId": source.connection_id.as_str() });
             let _ = commands.try_send(Command::Send(said.to_string()));
         }
@@ -190,14 +245,25 @@ impl WebSocketApi {
         let _under_way = self.meter.begin();
         self.latency.pause(latency::POST).await;
         let is_post = request.method() == Method::POST;
-        let id = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+        let id = request
+            .uri()
+            .path()
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .to_owned();
         let (head, body) = request.into_parts();
         let Ok(body) = axum::body::to_bytes(body, 2 * self.quotas.message).await else {
             return StatusCode::PAYLOAD_TOO_LARGE.into_response();
         };
         let units = units(body.len());
-        let is_pong = matches!(std::str::from_utf8(&body).map(protocol::decode), Ok(Ok(ToAgent::Pong)));
-        let is_relayed = id.parse().is_ok_and(|id: ConnectionId| self.reply_connections().contains_key(&id));
+        let is_pong = matches!(
+            std::str::from_utf8(&body).map(protocol::decode),
+            Ok(Ok(ToAgent::Pong))
+        );
+        let is_relayed = id
+            .parse()
+            .is_ok_and(|id: ConnectionId| self.reply_connections().contains_key(&id));
         let response = next.run(Request::from_parts(head, Body::from(body))).await;
         if is_post && response.status().is_success() {
             self.meter.count(|counts| match (is_pong, is_relayed) {
@@ -212,11 +278,17 @@ impl WebSocketApi {
 
 /// The API under its stage, and @connections below it.
 pub fn router(api: &Arc<WebSocketApi>) -> Router {
-    let connect = async |State(api): State<Arc<WebSocketApi>>, request: Request| api.connect(request).await;
-    let manage = async |State(api): State<Arc<WebSocketApi>>, request: Request, next: Next| api.manage(request, next).await;
+    let connect =
+        async |State(api): State<Arc<WebSocketApi>>, request: Request| api.connect(request).await;
+    let manage = async |State(api): State<Arc<WebSocketApi>>, request: Request, next: Next| {
+        api.manage(request, next).await
+    };
     let management = connections::router(api.connections.clone(), api.quotas, AccessKey::any())
         .layer(middleware::from_fn_with_state(api.clone(), manage));
-    Router::new().route(&format!("/{STAGE}"), routing::get(connect)).with_state(api.clone()).merge(management)
+    Router::new()
+        .route(&format!("/{STAGE}"), routing::get(connect))
+        .with_state(api.clone())
+        .merge(management)
 }
 
 /// How many messages a text counts as.
@@ -228,5 +300,10 @@ type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 async fn close(socket: &mut Socket, code: u16) {
     // The other side may be gone already.
-    let _ = socket.close(Some(CloseFrame { code: CloseCode::from(code), reason: "".into() })).await;
+    let _ = socket
+        .close(Some(CloseFrame {
+            code: CloseCode::from(code),
+            reason: "".into(),
+        }))
+        .await;
 }

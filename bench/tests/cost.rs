@@ -31,15 +31,27 @@ fn executables() -> std::path::PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
     // What cargo tells this test of its package would make build scripts of others run again.
     for (name, _) in std::env::vars_os() {
-        let is_of_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"]
-            .iter()
-            .any(|start| name.to_str().is_some_and(|name| name.starts_with(start)));
+        let is_of_package = [
+            "CARGO_PKG_",
+            "CARGO_MANIFEST_",
+            "CARGO_CRATE_",
+            "CARGO_BIN_",
+        ]
+        .iter()
+        .any(|start| name.to_str().is_some_and(|name| name.starts_with(start)));
         if is_of_package {
             cargo.env_remove(name);
         }
     }
     let status = cargo
-        .args(["build", "--release", "--locked", "--quiet", "--workspace", "--bins"])
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "--quiet",
+            "--workspace",
+            "--bins",
+        ])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .status()
         .expect("cargo");
@@ -63,7 +75,9 @@ async fn cheapest(cloud: &Cloud, url: &str, length: usize) -> (Usage, Counts) {
         let counts = cloud.meter.read();
         used.push((Usage::of(&counts, 1), counts));
     }
-    used.into_iter().min_by(|(a, _), (b, _)| a.bill().sum().total_cmp(&b.bill().sum())).expect("five")
+    used.into_iter()
+        .min_by(|(a, _), (b, _)| a.bill().sum().total_cmp(&b.bill().sum()))
+        .expect("five")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -72,21 +86,38 @@ async fn requests_through_the_functions_executables_use_what_the_formula_says() 
     let work = tempfile::tempdir().expect("a directory");
     let log = work.path().join("functions.log");
     let story = async {
-        let cloud = Cloud::start(&executables, &log, Latency::Zero).await.expect("a stand-in");
-        let origin = Origin::start().await.expect("a local service");
-        let (_agent, url) = processes::agent(&executables, &cloud.agent_endpoint, Some(&cloud.token), &origin.address)
+        let cloud = Cloud::start(&executables, &log, Latency::Zero)
             .await
-            .unwrap_or_else(|error| panic!("{error:#}; the functions say: {}", said(&log)));
+            .expect("a stand-in");
+        let origin = Origin::start().await.expect("a local service");
+        let (_agent, url) = processes::agent(
+            &executables,
+            &cloud.agent_endpoint,
+            Some(&cloud.token),
+            &origin.address,
+        )
+        .await
+        .unwrap_or_else(|error| panic!("{error:#}; the functions say: {}", said(&log)));
         // The first requests find no reply connection yet.
         let visitor = Visitor::default();
         while cloud.meter.read().units_relayed == 0 {
             cloud.meter.settled().await;
-            visitor.fetch(&format!("{url}/bytes/1024"), 1024).await.expect("an answer");
+            visitor
+                .fetch(&format!("{url}/bytes/1024"), 1024)
+                .await
+                .expect("an answer");
         }
         for bytes in [1024, 32 * 1024, 100 * 1024] {
             let (used, counts) = cheapest(&cloud, &format!("{url}/bytes/{bytes}"), bytes).await;
             let expected = Usage::of_response(bytes, bytes, used.milliseconds, 0.0);
-            assert_eq!(used, Usage { milliseconds: used.milliseconds, ..expected }, "{bytes} bytes: {counts:?}");
+            assert_eq!(
+                used,
+                Usage {
+                    milliseconds: used.milliseconds,
+                    ..expected
+                },
+                "{bytes} bytes: {counts:?}"
+            );
             assert_eq!(counts.dynamodb_requests, 0, "{bytes} bytes: {counts:?}");
         }
         // JSON goes packed, in one message each way.
@@ -95,11 +126,20 @@ async fn requests_through_the_functions_executables_use_what_the_formula_says() 
         // The function URL's answers are streamed, and no calls of the HTTP API.
         let streamed = url.replace(&cloud.http_api, &cloud.function_url);
         let (used, counts) = cheapest(&cloud, &format!("{streamed}/bytes/1024"), 1024).await;
-        assert_eq!((used.http_calls, used.messages, counts.url_requests), (0.0, 3.0, 1), "{counts:?}");
+        assert_eq!(
+            (used.http_calls, used.messages, counts.url_requests),
+            (0.0, 3.0, 1),
+            "{counts:?}"
+        );
         // Without its reply connection a request is served all the same.
         assert_ne!(cloud.websocket.break_reply_connections(), 0);
-        visitor.fetch(&format!("{url}/bytes/1024"), 1024).await.expect("an answer");
+        visitor
+            .fetch(&format!("{url}/bytes/1024"), 1024)
+            .await
+            .expect("an answer");
         cloud.stop().await;
     };
-    timeout(Duration::from_secs(60), story).await.unwrap_or_else(|_| panic!("waited in vain; the functions say: {}", said(&log)));
+    timeout(Duration::from_secs(60), story)
+        .await
+        .unwrap_or_else(|_| panic!("waited in vain; the functions say: {}", said(&log)));
 }

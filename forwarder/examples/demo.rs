@@ -11,18 +11,27 @@ use tokio::{net::TcpListener, task::JoinSet};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> std::io::Result<()> {
-    let address: SocketAddr = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(([127, 0, 0, 1], 3999).into());
+    let address: SocketAddr = std::env::args()
+        .nth(1)
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(([127, 0, 0, 1], 3999).into());
     let listener = TcpListener::bind(address).await?;
     let mut connections = JoinSet::new();
     loop {
         let (stream, _) = listener.accept().await?;
-        connections.spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)));
+        connections.spawn(
+            http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)),
+        );
         while connections.try_join_next().is_some() {}
     }
 }
 
 async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-    let mut text = format!("Hello from the demo service. You asked for:\n\n{} {}\n", request.method(), request.uri());
+    let mut text = format!(
+        "Hello from the demo service. You asked for:\n\n{} {}\n",
+        request.method(),
+        request.uri()
+    );
     for (name, value) in request.headers() {
         text += &format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes()));
     }

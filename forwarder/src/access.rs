@@ -17,16 +17,40 @@ use crate::settings::Secret;
 #[derive(Args, Clone, Debug, Default)]
 pub struct Rules {
     /// Let in only visitors with this name and password; may be repeated, better in the environment than on the command line
-    #[arg(long, global = true, env = "TTF_BASIC_AUTH", hide_env_values = true, value_name = "USER:PASSWORD")]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_BASIC_AUTH",
+        hide_env_values = true,
+        value_name = "USER:PASSWORD"
+    )]
     pub basic_auth: Option<Vec<Secret>>,
     /// Let in only visitors from this network, such as 192.0.2.0/24; may be repeated
-    #[arg(long, global = true, env = "TTF_ALLOW", value_delimiter = ',', value_name = "CIDR")]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_ALLOW",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
     pub allow: Option<Vec<Cidr>>,
     /// Keep out visitors from this network; may be repeated
-    #[arg(long, global = true, env = "TTF_DENY", value_delimiter = ',', value_name = "CIDR")]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_DENY",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
     pub deny: Option<Vec<Cidr>>,
     /// Let in only requests with this header; may be repeated
-    #[arg(long, global = true, env = "TTF_REQUIRE_HEADER", hide_env_values = true, value_name = "NAME: VALUE")]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_REQUIRE_HEADER",
+        hide_env_values = true,
+        value_name = "NAME: VALUE"
+    )]
     pub require_header: Option<Vec<Secret>>,
 }
 
@@ -34,10 +58,14 @@ pub struct Rules {
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Fault {
     /// Not a name with a password.
-    #[error("basic_auth is USER:PASSWORD: both are there, the name has no colon, and neither has control characters")]
+    #[error(
+        "basic_auth is USER:PASSWORD: both are there, the name has no colon, and neither has control characters"
+    )]
     BasicAuth,
     /// Not a header field.
-    #[error("require_header is NAME: VALUE, such as X-Secret: 5ca1ab1e, with a name and a value that HTTP allows")]
+    #[error(
+        "require_header is NAME: VALUE, such as X-Secret: 5ca1ab1e, with a name and a value that HTTP allows"
+    )]
     RequireHeader,
     /// What the service would not accept.
     #[error("basic_auth, require_header, allow and deny: {0}")]
@@ -61,7 +89,10 @@ impl Rules {
             basic_auth: self.basic_auth.clone().or_else(|| next.basic_auth.clone()),
             allow: self.allow.clone().or_else(|| next.allow.clone()),
             deny: self.deny.clone().or_else(|| next.deny.clone()),
-            require_header: self.require_header.clone().or_else(|| next.require_header.clone()),
+            require_header: self
+                .require_header
+                .clone()
+                .or_else(|| next.require_header.clone()),
         }
     }
 
@@ -71,10 +102,18 @@ impl Rules {
     /// When one is malformed, or there are more than the service takes.
     pub fn check(self) -> Result<Checked, Fault> {
         let basic_auth = self.basic_auth.unwrap_or_default();
-        if !basic_auth.iter().all(|credentials| is_basic_auth(credentials.reveal())) {
+        if !basic_auth
+            .iter()
+            .all(|credentials| is_basic_auth(credentials.reveal()))
+        {
             return Err(Fault::BasicAuth);
         }
-        let require_header: Option<Vec<_>> = self.require_header.unwrap_or_default().iter().map(|field| header(field.reveal())).collect();
+        let require_header: Option<Vec<_>> = self
+            .require_header
+            .unwrap_or_default()
+            .iter()
+            .map(|field| header(field.reveal()))
+            .collect();
         let checked = Checked {
             basic_auth,
             require_header: require_header.ok_or(Fault::RequireHeader)?,
@@ -91,29 +130,45 @@ impl Rules {
 impl Checked {
     /// Whether every visitor is let in.
     pub fn is_empty(&self) -> bool {
-        self.basic_auth.is_empty() && self.require_header.is_empty() && self.allow.is_empty() && self.deny.is_empty()
+        self.basic_auth.is_empty()
+            && self.require_header.is_empty()
+            && self.allow.is_empty()
+            && self.deny.is_empty()
     }
 
     /// What one connection tells the service, with a salt of its own; none where every visitor is let in.
     pub fn for_one_connection(&self) -> Option<Access> {
-        (!self.is_empty()).then(|| self.access(rand::rng().random()).expect("they were checked"))
+        (!self.is_empty()).then(|| {
+            self.access(rand::rng().random())
+                .expect("they were checked")
+        })
     }
 
     fn access(&self, salt: [u8; 16]) -> Result<Access, Invalid> {
         let basic: Vec<&str> = self.basic_auth.iter().map(Secret::reveal).collect();
-        Access::new(salt, &basic, &self.require_header, self.allow.clone(), self.deny.clone())
+        Access::new(
+            salt,
+            &basic,
+            &self.require_header,
+            self.allow.clone(),
+            self.deny.clone(),
+        )
     }
 }
 
 /// RFC 7617, 2.
 fn is_basic_auth(text: &str) -> bool {
-    let has_both = text.split_once(':').is_some_and(|(name, password)| !name.is_empty() && !password.is_empty());
+    let has_both = text
+        .split_once(':')
+        .is_some_and(|(name, password)| !name.is_empty() && !password.is_empty());
     has_both && !text.chars().any(char::is_control)
 }
 
 fn header(text: &str) -> Option<(HeaderName, HeaderValue)> {
     let (name, value) = text.split_once(':')?;
-    let mut value = HeaderValue::from_str(value.trim()).ok().filter(|value| !value.is_empty())?;
+    let mut value = HeaderValue::from_str(value.trim())
+        .ok()
+        .filter(|value| !value.is_empty())?;
     value.set_sensitive(true);
     Some((HeaderName::from_str(name.trim()).ok()?, value))
 }
@@ -125,37 +180,77 @@ mod tests {
     use super::*;
 
     fn rules(basic_auth: &[&str], require_header: &[&str]) -> Rules {
-        let secrets = |texts: &[&str]| Some(texts.iter().map(|text| Secret::from((*text).to_owned())).collect());
-        Rules { basic_auth: secrets(basic_auth), require_header: secrets(require_header), ..Rules::default() }
+        let secrets = |texts: &[&str]| {
+            Some(
+                texts
+                    .iter()
+                    .map(|text| Secret::from((*text).to_owned()))
+                    .collect(),
+            )
+        };
+        Rules {
+            basic_auth: secrets(basic_auth),
+            require_header: secrets(require_header),
+            ..Rules::default()
+        }
     }
 
     #[test]
     fn rules_are_checked_before_a_tunnel_is_opened_and_faults_tell_no_secret() {
-        for (good, header) in [("alice:x", "X-Key: 1"), ("a b:c:d", "x-key:1"), ("\u{e9}:\u{2615}", "authorization: Bearer x")] {
+        for (good, header) in [
+            ("alice:x", "X-Key: 1"),
+            ("a b:c:d", "x-key:1"),
+            ("\u{e9}:\u{2615}", "authorization: Bearer x"),
+        ] {
             assert!(rules(&[good], &[]).check().is_ok(), "{good}");
             assert!(rules(&[], &[header]).check().is_ok(), "{header}");
         }
-        for bad in ["", "swordfish", ":swordfish", "swordfish:", "alice:sword\nfish"] {
+        for bad in [
+            "",
+            "swordfish",
+            ":swordfish",
+            "swordfish:",
+            "alice:sword\nfish",
+        ] {
             let fault = rules(&[bad], &[]).check().expect_err(bad);
             assert_eq!(fault, Fault::BasicAuth);
             assert!(!fault.to_string().contains("sword"), "{fault}");
         }
-        for bad in ["", "swordfish", "x y: swordfish", ": swordfish", "x-key:", "x-key: sword\nfish"] {
+        for bad in [
+            "",
+            "swordfish",
+            "x y: swordfish",
+            ": swordfish",
+            "x-key:",
+            "x-key: sword\nfish",
+        ] {
             let fault = rules(&[], &[bad]).check().expect_err(bad);
             assert_eq!(fault, Fault::RequireHeader);
         }
         for bad in ["Host: swordfish", "X-Forwarded-For: swordfish"] {
             let fault = rules(&[], &[bad]).check().expect_err(bad);
-            assert!(matches!(fault, Fault::Invalid(Invalid::Field(_))) && !fault.to_string().contains("sword"), "{fault}");
+            assert!(
+                matches!(fault, Fault::Invalid(Invalid::Field(_)))
+                    && !fault.to_string().contains("sword"),
+                "{fault}"
+            );
         }
         assert!(rules(&["a:b"; 33], &[]).check().is_err());
         assert!(rules(&[], &[]).check().expect("no rules").is_empty());
-        assert!(!format!("{:?}", rules(&["a:swordfish"], &["x-key: swordfish"]).check()).contains("sword"));
+        assert!(
+            !format!(
+                "{:?}",
+                rules(&["a:swordfish"], &["x-key: swordfish"]).check()
+            )
+            .contains("sword")
+        );
     }
 
     #[test]
     fn every_connection_has_a_salt_of_its_own() {
-        let checked = rules(&["alice:swordfish"], &["X-Key: swordfish"]).check().expect("rules");
+        let checked = rules(&["alice:swordfish"], &["X-Key: swordfish"])
+            .check()
+            .expect("rules");
         let [one, two] = [(); 2].map(|()| checked.for_one_connection().expect("rules"));
         assert_ne!(one, two);
         assert!(one.admit(None, &HeaderMap::new()).is_err());
@@ -165,9 +260,18 @@ mod tests {
     #[test]
     fn the_first_place_that_has_a_kind_of_rule_decides() {
         let first = rules(&["a:b"], &[]);
-        let second = Rules { allow: Some(vec!["::1".parse().expect("a network")]), ..rules(&["c:d"], &["x-key: 1"]) };
+        let second = Rules {
+            allow: Some(vec!["::1".parse().expect("a network")]),
+            ..rules(&["c:d"], &["x-key: 1"])
+        };
         let both = first.or(&second);
         assert_eq!(both.basic_auth.expect("a list")[0].reveal(), "a:b");
-        assert_eq!((both.require_header.expect("a list").len(), both.allow.expect("a list").len()), (0, 1));
+        assert_eq!(
+            (
+                both.require_header.expect("a list").len(),
+                both.allow.expect("a list").len()
+            ),
+            (0, 1)
+        );
     }
 }

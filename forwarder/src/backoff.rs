@@ -23,7 +23,9 @@ impl Backoff {
 
     /// The next pause: a random time between half of the current limit and all of it.
     pub fn next_pause(&mut self) -> Duration {
-        let limit = SHORTEST.saturating_mul(1 << self.attempt.min(16)).min(LONGEST);
+        let limit = SHORTEST
+            .saturating_mul(1 << self.attempt.min(16))
+            .min(LONGEST);
         self.attempt += 1;
         limit.mul_f64(rand::rng().random_range(0.5..=1.0))
     }
@@ -42,9 +44,15 @@ mod tests {
     fn pauses_grow_to_the_limit_and_start_again_after_a_reset() {
         let mut backoff = Backoff::default();
         let pauses: Vec<Duration> = (0..40).map(|_| backoff.next_pause()).collect();
-        assert!(pauses[0] >= SHORTEST / 2 && pauses[0] <= SHORTEST, "{pauses:?}");
+        assert!(
+            pauses[0] >= SHORTEST / 2 && pauses[0] <= SHORTEST,
+            "{pauses:?}"
+        );
         assert!(pauses.iter().all(|pause| *pause <= LONGEST), "{pauses:?}");
-        assert!(pauses[10..].iter().all(|pause| *pause >= LONGEST / 2), "{pauses:?}");
+        assert!(
+            pauses[10..].iter().all(|pause| *pause >= LONGEST / 2),
+            "{pauses:?}"
+        );
         assert_eq!(backoff.attempt(), 40);
         backoff.reset();
         assert!(backoff.next_pause() <= SHORTEST);

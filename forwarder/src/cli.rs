@@ -22,7 +22,10 @@ use crate::{
     event::Event,
     handshake::{self, Failed},
     memory,
-    settings::{DEFAULT_TARGET, Endpoint, File, FileTunnel, HostHeader, MAX_CONCURRENT, REQUEST_TIMEOUT, Secret, Settings, Target},
+    settings::{
+        DEFAULT_TARGET, Endpoint, File, FileTunnel, HostHeader, MAX_CONCURRENT, REQUEST_TIMEOUT,
+        Secret, Settings, Target,
+    },
     tunnel::Failure,
 };
 
@@ -74,13 +77,33 @@ struct Options {
     #[arg(short, long, global = true, env = "TTF_ENDPOINT", value_name = "URL")]
     endpoint: Option<Endpoint>,
     /// The agent's token; better in the environment than on the command line
-    #[arg(long, global = true, env = "TTF_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_TOKEN",
+        hide_env_values = true,
+        value_name = "TOKEN"
+    )]
     token: Option<String>,
     /// The tunnel id to ask for; if none is given a random one, the same each time for the same endpoint and target
-    #[arg(short = 's', long, global = true, env = "TTF_TUNNEL_ID", visible_alias = "subdomain", value_name = "ID")]
+    #[arg(
+        short = 's',
+        long,
+        global = true,
+        env = "TTF_TUNNEL_ID",
+        visible_alias = "subdomain",
+        value_name = "ID"
+    )]
     tunnel_id: Option<TunnelId>,
     /// The local service, if no command names it [default: 127.0.0.1:3000]
-    #[arg(short = 'p', long, global = true, env = "TTF_TARGET", visible_alias = "port", value_name = "TARGET")]
+    #[arg(
+        short = 'p',
+        long,
+        global = true,
+        env = "TTF_TARGET",
+        visible_alias = "port",
+        value_name = "TARGET"
+    )]
     target: Option<Target>,
     /// The Host the local service sees: rewrite (its own), preserve (the visitor's), or a host [default: rewrite]
     #[arg(long, global = true, env = "TTF_HOST_HEADER", value_name = "HOST")]
@@ -129,17 +152,33 @@ impl Cli {
             Some(path) => File::read(path).map_err(|error| Usage(error.to_string()))?,
             None => File::default(),
         };
-        let log_level = self.options.log_level.clone().or(file.log_level.clone()).unwrap_or_else(|| "warn".to_owned());
+        let log_level = self
+            .options
+            .log_level
+            .clone()
+            .or(file.log_level.clone())
+            .unwrap_or_else(|| "warn".to_owned());
         let single = |target: Option<Target>| {
-            let tunnel = FileTunnel { target: file.target.clone(), tunnel_id: file.tunnel_id.clone(), ..FileTunnel::default() };
-            self.options.settings("http", target, &tunnel, &file).map(|settings| vec![settings])
+            let tunnel = FileTunnel {
+                target: file.target.clone(),
+                tunnel_id: file.tunnel_id.clone(),
+                ..FileTunnel::default()
+            };
+            self.options
+                .settings("http", target, &tunnel, &file)
+                .map(|settings| vec![settings])
         };
         let tunnels = match &self.command {
             Some(Command::Http { target }) => single(target.clone())?,
             Some(Command::Start { all, names }) => self.options.start(*all, names, &file)?,
             Some(Command::Release { tunnel_id }) => {
-                let settings = self.options.settings("release", None, &FileTunnel::default(), &file)?;
-                vec![Settings { tunnel_id: Some(tunnel_id.clone()), ..settings }]
+                let settings =
+                    self.options
+                        .settings("release", None, &FileTunnel::default(), &file)?;
+                vec![Settings {
+                    tunnel_id: Some(tunnel_id.clone()),
+                    ..settings
+                }]
             }
             None if !file.tunnels.is_empty() => {
                 return Err(Usage("the config file has [tunnels]: open them with `ttf start --all` or `ttf start NAME`".to_owned()));
@@ -152,34 +191,65 @@ impl Cli {
 
 impl Options {
     fn start(&self, all: bool, names: &[String], file: &File) -> Result<Vec<Settings>, Usage> {
-        let known = || file.tunnels.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let known = || {
+            file.tunnels
+                .keys()
+                .map(String::as_str)
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         if file.tunnels.is_empty() {
-            return Err(Usage("`ttf start` needs a config file with [tunnels.NAME]: pass it with --config".to_owned()));
+            return Err(Usage(
+                "`ttf start` needs a config file with [tunnels.NAME]: pass it with --config"
+                    .to_owned(),
+            ));
         }
         if !all && names.is_empty() {
-            return Err(Usage(format!("name the tunnels to start, or pass --all; the config file has: {}", known())));
+            return Err(Usage(format!(
+                "name the tunnels to start, or pass --all; the config file has: {}",
+                known()
+            )));
         }
-        let chosen: Vec<&String> = if all { file.tunnels.keys().collect() } else { names.iter().collect() };
+        let chosen: Vec<&String> = if all {
+            file.tunnels.keys().collect()
+        } else {
+            names.iter().collect()
+        };
         if chosen.len() > 1 && (self.tunnel_id.is_some() || self.target.is_some()) {
-            return Err(Usage("--tunnel-id and --target are for one tunnel: put them into the config file".to_owned()));
+            return Err(Usage(
+                "--tunnel-id and --target are for one tunnel: put them into the config file"
+                    .to_owned(),
+            ));
         }
         chosen
             .into_iter()
             .map(|name| {
-                let tunnel = file
-                    .tunnels
-                    .get(name)
-                    .ok_or_else(|| Usage(format!("there is no tunnel {name} in the config file; it has: {}", known())))?;
+                let tunnel = file.tunnels.get(name).ok_or_else(|| {
+                    Usage(format!(
+                        "there is no tunnel {name} in the config file; it has: {}",
+                        known()
+                    ))
+                })?;
                 self.settings(name, None, tunnel, file)
             })
             .collect()
     }
 
-    fn settings(&self, name: &str, target: Option<Target>, tunnel: &FileTunnel, file: &File) -> Result<Settings, Usage> {
+    fn settings(
+        &self,
+        name: &str,
+        target: Option<Target>,
+        tunnel: &FileTunnel,
+        file: &File,
+    ) -> Result<Settings, Usage> {
         let endpoint = self.endpoint.clone().or(file.endpoint.clone()).ok_or_else(|| {
             Usage("no endpoint: pass --endpoint, set TTF_ENDPOINT, or put `endpoint` into the config file (ws://127.0.0.1:8080/_ws is tunnel-local's)".to_owned())
         })?;
-        let max_concurrent = self.max_concurrent.or(tunnel.max_concurrent).or(file.max_concurrent).unwrap_or(MAX_CONCURRENT);
+        let max_concurrent = self
+            .max_concurrent
+            .or(tunnel.max_concurrent)
+            .or(file.max_concurrent)
+            .unwrap_or(MAX_CONCURRENT);
         if max_concurrent == 0 {
             return Err(Usage("max_concurrent must be at least 1".to_owned()));
         }
@@ -194,18 +264,38 @@ impl Options {
                 .or(tunnel.target.clone())
                 .or(file.target.clone())
                 .unwrap_or_else(|| DEFAULT_TARGET.parse().expect("the default is a target")),
-            host_header: self.host_header.clone().or(tunnel.host_header.clone()).or(file.host_header.clone()).unwrap_or_default(),
-            request_timeout: self.request_timeout.or(tunnel.request_timeout).or(file.request_timeout).unwrap_or(REQUEST_TIMEOUT),
+            host_header: self
+                .host_header
+                .clone()
+                .or(tunnel.host_header.clone())
+                .or(file.host_header.clone())
+                .unwrap_or_default(),
+            request_timeout: self
+                .request_timeout
+                .or(tunnel.request_timeout)
+                .or(file.request_timeout)
+                .unwrap_or(REQUEST_TIMEOUT),
             max_concurrent,
             compression: self.compression.or(file.compression).unwrap_or(true),
-            access: self.rules.or(&tunnel.rules()).or(&file.rules()).check().map_err(|fault| Usage(fault.to_string()))?,
+            access: self
+                .rules
+                .or(&tunnel.rules())
+                .or(&file.rules())
+                .check()
+                .map_err(|fault| Usage(fault.to_string()))?,
         })
     }
 }
 
 /// The file of [`crate::memory`]. A user without a home remembers nothing.
 fn memory_file() -> Option<PathBuf> {
-    Some(choose_base_strategy().ok()?.config_dir().join("ttf").join("tunnels.toml"))
+    Some(
+        choose_base_strategy()
+            .ok()?
+            .config_dir()
+            .join("ttf")
+            .join("tunnels.toml"),
+    )
 }
 
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
@@ -227,7 +317,10 @@ async fn run() -> ExitCode {
         Ok(filter) => filter,
         Err(error) => return fail(2, &format!("log_level {log_level}: {error}")),
     };
-    tracing_subscriber::registry().with(fmt::layer().with_writer(std::io::stderr)).with(filter).init();
+    tracing_subscriber::registry()
+        .with(fmt::layer().with_writer(std::io::stderr))
+        .with(filter)
+        .init();
     if let (Some(tunnel_id), [settings]) = (&released, &tunnels[..]) {
         return release(settings, tunnel_id).await;
     }
@@ -236,11 +329,16 @@ async fn run() -> ExitCode {
     let printed = Mutex::new(HashMap::new());
     let observer: Observer = Arc::new(move |name, event| {
         if let Event::Online { public_url, .. } = &event
-            && printed.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), public_url.clone()).as_ref()
+            && printed
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(name.to_owned(), public_url.clone())
+                .as_ref()
                 != Some(public_url)
         {
             // Nobody reading stdout is no reason to close the tunnel.
-            let _ = writeln!(std::io::stdout(), "{}", clean(public_url)).and_then(|()| std::io::stdout().flush());
+            let _ = writeln!(std::io::stdout(), "{}", clean(public_url))
+                .and_then(|()| std::io::stdout().flush());
         }
         show(name_tunnels.then_some(name), &event);
     });
@@ -266,17 +364,36 @@ async fn release(settings: &Settings, tunnel_id: &TunnelId) -> ExitCode {
     let existed = match handshake::release(settings, tunnel_id).await {
         Ok(existed) => existed,
         Err(Failed::NameTaken) => {
-            return fail(4, &format!("the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"));
+            return fail(
+                4,
+                &format!(
+                    "the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"
+                ),
+            );
         }
-        Err(Failed::Unauthorized) => return fail(code(&Failure::Unauthorized), &Failure::Unauthorized.to_string()),
-        Err(Failed::Unprotected) => return fail(code(&Failure::Unprotected), &Failure::Unprotected.to_string()),
+        Err(Failed::Unauthorized) => {
+            return fail(
+                code(&Failure::Unauthorized),
+                &Failure::Unauthorized.to_string(),
+            );
+        }
+        Err(Failed::Unprotected) => {
+            return fail(
+                code(&Failure::Unprotected),
+                &Failure::Unprotected.to_string(),
+            );
+        }
         Err(Failed::Invalid(said)) => return fail(2, &Failure::Invalid(said).to_string()),
         Err(Failed::Unreachable(reason)) => return fail(1, &reason),
     };
     if let Some(file) = &settings.memory {
         memory::forget(file, &settings.endpoint, tunnel_id).await;
     }
-    let done = if existed { "is released: anybody may take it now" } else { "was nobody's: there was nothing to release" };
+    let done = if existed {
+        "is released: anybody may take it now"
+    } else {
+        "was nobody's: there was nothing to release"
+    };
     let _ = writeln!(std::io::stdout(), "{tunnel_id} {done}");
     ExitCode::SUCCESS
 }
@@ -319,18 +436,37 @@ fn show(name: Option<&str>, event: &Event) {
         Event::Online { public_url, target } => {
             say(&format!("{name}online: {public_url} -> {target}"));
         }
-        Event::Reconnecting { reason, pause, attempt } => {
-            say(&format!("{name}offline: {reason}; reconnecting in {:.1} s (attempt {attempt})", pause.as_secs_f64()));
+        Event::Reconnecting {
+            reason,
+            pause,
+            attempt,
+        } => {
+            say(&format!(
+                "{name}offline: {reason}; reconnecting in {:.1} s (attempt {attempt})",
+                pause.as_secs_f64()
+            ));
         }
-        Event::Request { method, uri, outcome, bytes, took } => {
+        Event::Request {
+            method,
+            uri,
+            outcome,
+            bytes,
+            took,
+        } => {
             let outcome = match outcome {
                 Ok(status) => status.as_u16().to_string(),
                 Err(reason) => format!("failed: {reason}"),
             };
-            say(&format!("{name}{method} {uri} {outcome} {} {} ms", size(*bytes), took.as_millis()));
+            say(&format!(
+                "{name}{method} {uri} {outcome} {} {} ms",
+                size(*bytes),
+                took.as_millis()
+            ));
         }
         Event::Draining { in_flight: 0 } => say(&format!("{name}stopping")),
-        Event::Draining { in_flight } => say(&format!("{name}stopping once {in_flight} requests have finished; again to stop now")),
+        Event::Draining { in_flight } => say(&format!(
+            "{name}stopping once {in_flight} requests have finished; again to stop now"
+        )),
     }
 }
 
@@ -341,7 +477,9 @@ fn say(line: &str) {
 
 /// A text without what could steer a terminal.
 fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect()
+    text.chars()
+        .map(|c| if c.is_control() && c != '\n' { '?' } else { c })
+        .collect()
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a rounded figure for people")]
@@ -370,40 +508,86 @@ mod tests {
 
     #[test]
     fn the_bare_command_tunnels_port_3000() {
-        let tunnels = parse(&["--endpoint", "ws://127.0.0.1:1/_ws", "--tunnel-id", "my-app"]).expect("settings");
+        let tunnels = parse(&[
+            "--endpoint",
+            "ws://127.0.0.1:1/_ws",
+            "--tunnel-id",
+            "my-app",
+        ])
+        .expect("settings");
         assert_eq!(tunnels[0].target.to_string(), "http://127.0.0.1:3000");
-        assert_eq!(tunnels[0].tunnel_id.as_ref().map(TunnelId::as_str), Some("my-app"));
+        assert_eq!(
+            tunnels[0].tunnel_id.as_ref().map(TunnelId::as_str),
+            Some("my-app")
+        );
     }
 
     #[test]
     fn flags_win_over_the_file() {
-        let file = file("endpoint = 'wss://file.example.com'\ntarget = 1\ntunnel_id = 'from-file'\n");
+        let file =
+            file("endpoint = 'wss://file.example.com'\ntarget = 1\ntunnel_id = 'from-file'\n");
         let path = file.path().to_str().expect("a path");
         let from_file = parse(&["--config", path]).expect("settings");
         assert_eq!(from_file[0].target.to_string(), "http://127.0.0.1:1");
-        let from_flags = parse(&["http", "2", "--config", path, "-e", "wss://flag.example.com"]).expect("settings");
-        assert_eq!(from_flags[0].endpoint.to_string(), "wss://flag.example.com/");
+        let from_flags = parse(&[
+            "http",
+            "2",
+            "--config",
+            path,
+            "-e",
+            "wss://flag.example.com",
+        ])
+        .expect("settings");
+        assert_eq!(
+            from_flags[0].endpoint.to_string(),
+            "wss://flag.example.com/"
+        );
         assert_eq!(from_flags[0].target.to_string(), "http://127.0.0.1:2");
-        assert_eq!(from_flags[0].tunnel_id.as_ref().map(TunnelId::as_str), Some("from-file"));
+        assert_eq!(
+            from_flags[0].tunnel_id.as_ref().map(TunnelId::as_str),
+            Some("from-file")
+        );
     }
 
     #[test]
     fn a_random_id_is_remembered_unless_that_is_switched_off() {
         let arguments = ["-e", "ws://127.0.0.1:1"];
-        let memory = |more: &[&str]| parse(&[&arguments[..], more].concat()).expect("settings")[0].memory.clone();
+        let memory = |more: &[&str]| {
+            parse(&[&arguments[..], more].concat()).expect("settings")[0]
+                .memory
+                .clone()
+        };
         assert!(memory(&[]).is_none_or(|file| file.ends_with("ttf/tunnels.toml")));
         assert_eq!(memory(&["--remember", "false"]), None);
         let file = file("remember = false\n");
-        assert_eq!(memory(&["--config", file.path().to_str().expect("a path")]), None);
+        assert_eq!(
+            memory(&["--config", file.path().to_str().expect("a path")]),
+            None
+        );
     }
 
     #[test]
     fn start_opens_the_tunnels_it_is_told_to() {
-        let file = file("endpoint = 'wss://x.example.com'\n[tunnels.api]\ntarget = 1\n[tunnels.web]\ntarget = 2\n");
+        let file = file(
+            "endpoint = 'wss://x.example.com'\n[tunnels.api]\ntarget = 1\n[tunnels.web]\ntarget = 2\n",
+        );
         let path = file.path().to_str().expect("a path");
-        let names = |arguments: &[&str]| parse(arguments).map(|tunnels| tunnels.into_iter().map(|tunnel| tunnel.name).collect::<Vec<_>>());
-        assert_eq!(names(&["start", "--all", "--config", path]), Ok(vec!["api".to_owned(), "web".to_owned()]));
-        assert_eq!(names(&["start", "web", "--config", path]), Ok(vec!["web".to_owned()]));
+        let names = |arguments: &[&str]| {
+            parse(arguments).map(|tunnels| {
+                tunnels
+                    .into_iter()
+                    .map(|tunnel| tunnel.name)
+                    .collect::<Vec<_>>()
+            })
+        };
+        assert_eq!(
+            names(&["start", "--all", "--config", path]),
+            Ok(vec!["api".to_owned(), "web".to_owned()])
+        );
+        assert_eq!(
+            names(&["start", "web", "--config", path]),
+            Ok(vec!["web".to_owned()])
+        );
         for wrong in [
             &["start", "--config", path][..],
             &["start", "nope", "--config", path],
@@ -417,8 +601,13 @@ mod tests {
     #[test]
     fn the_target_may_be_a_flag() {
         for arguments in [&["-p", "2"][..], &["http", "--target", "2"], &["http", "2"]] {
-            let tunnels = parse(&[arguments, &["-e", "ws://127.0.0.1:1"]].concat()).expect("settings");
-            assert_eq!(tunnels[0].target.to_string(), "http://127.0.0.1:2", "{arguments:?}");
+            let tunnels =
+                parse(&[arguments, &["-e", "ws://127.0.0.1:1"]].concat()).expect("settings");
+            assert_eq!(
+                tunnels[0].target.to_string(),
+                "http://127.0.0.1:2",
+                "{arguments:?}"
+            );
         }
     }
 
@@ -431,25 +620,56 @@ mod tests {
         let path = file.path().to_str().expect("a path");
         let rules = |arguments: &[&str]| {
             let tunnels = parse(&[arguments, &["--config", path]].concat()).expect("settings");
-            let access = tunnels[0].access.for_one_connection().expect("rules").to_json();
-            ["basic", "headers", "allow", "deny"].map(|kind| access[kind].as_array().map_or(0, Vec::len))
+            let access = tunnels[0]
+                .access
+                .for_one_connection()
+                .expect("rules")
+                .to_json();
+            ["basic", "headers", "allow", "deny"]
+                .map(|kind| access[kind].as_array().map_or(0, Vec::len))
         };
         assert_eq!(rules(&["start", "api"]), [0, 0, 1, 0]);
         assert_eq!(rules(&["start", "web"]), [1, 1, 0, 0]);
-        assert_eq!(rules(&["start", "web", "--basic-auth", "a:b", "--basic-auth", "c:d", "--deny", "::1,::2"]), [2, 1, 0, 2]);
+        assert_eq!(
+            rules(&[
+                "start",
+                "web",
+                "--basic-auth",
+                "a:b",
+                "--basic-auth",
+                "c:d",
+                "--deny",
+                "::1,::2"
+            ]),
+            [2, 1, 0, 2]
+        );
         let none = parse(&["-e", "wss://x.example.com"]).expect("settings");
         assert!(none[0].access.is_empty());
 
-        for wrong in [&["--basic-auth", "swordfish"][..], &["--require-header", "swordfish"], &["--require-header", "host: swordfish"]] {
-            let Err(Usage(text)) = parse(&[wrong, &["-e", "wss://x.example.com"]].concat()) else { panic!("accepted: {wrong:?}") };
-            assert!(text.contains("basic_auth") || text.contains("require_header"), "{text}");
+        for wrong in [
+            &["--basic-auth", "swordfish"][..],
+            &["--require-header", "swordfish"],
+            &["--require-header", "host: swordfish"],
+        ] {
+            let Err(Usage(text)) = parse(&[wrong, &["-e", "wss://x.example.com"]].concat()) else {
+                panic!("accepted: {wrong:?}")
+            };
+            assert!(
+                text.contains("basic_auth") || text.contains("require_header"),
+                "{text}"
+            );
             assert!(!text.contains("sword"), "{text}");
         }
     }
 
     #[test]
     fn a_missing_endpoint_is_named() {
-        let Err(Usage(text)) = parse(&["http", "3000"]) else { panic!("settings without endpoint") };
-        assert!(text.contains("--endpoint") && text.contains("TTF_ENDPOINT"), "{text}");
+        let Err(Usage(text)) = parse(&["http", "3000"]) else {
+            panic!("settings without endpoint")
+        };
+        assert!(
+            text.contains("--endpoint") && text.contains("TTF_ENDPOINT"),
+            "{text}"
+        );
     }
 }

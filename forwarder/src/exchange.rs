@@ -19,7 +19,10 @@ use tunnel_shared::{
     limits::PART_BODY,
     packing,
     parts::{self, Allowance},
-    protocol::{self, AgentError, AgentErrorCode, Body, BodyPart, Encoding, Feature, FromAgent, HttpRequest, HttpResponse, Window},
+    protocol::{
+        self, AgentError, AgentErrorCode, Body, BodyPart, Encoding, Feature, FromAgent,
+        HttpRequest, HttpResponse, Window,
+    },
 };
 
 use crate::{
@@ -54,7 +57,12 @@ pub struct Context {
 
 impl Context {
     /// For a service that has these features.
-    pub fn new(settings: &Settings, origin: &Origin, features: &[Feature], outgoing: mpsc::Sender<String>) -> Self {
+    pub fn new(
+        settings: &Settings,
+        origin: &Origin,
+        features: &[Feature],
+        outgoing: mpsc::Sender<String>,
+    ) -> Self {
         Self {
             origin: origin.clone(),
             outgoing,
@@ -71,12 +79,28 @@ impl Context {
 pub type BodyParts = mpsc::Receiver<BodyPart>;
 
 /// Carries out one exchange and tells how it went. `allowed` is how many parts of the response may be sent.
-pub async fn run(context: Context, message: HttpRequest, more: Option<BodyParts>, allowed: watch::Receiver<u32>) -> Event {
+pub async fn run(
+    context: Context,
+    message: HttpRequest,
+    more: Option<BodyParts>,
+    allowed: watch::Receiver<u32>,
+) -> Event {
     let started = Instant::now();
-    let (method, uri) = (message.method.parse().unwrap_or_default(), message.uri.clone());
+    let (method, uri) = (
+        message.method.parse().unwrap_or_default(),
+        message.uri.clone(),
+    );
     let (request_id, reply_to) = (message.request_id.clone(), message.reply_to.clone());
-    let outgoing = Outgoing { messages: context.outgoing.clone(), request_id, reply_to };
-    let mut reply = Reply { outgoing: outgoing.clone(), allowed: context.windows.then_some(allowed), bytes: 0 };
+    let outgoing = Outgoing {
+        messages: context.outgoing.clone(),
+        request_id,
+        reply_to,
+    };
+    let mut reply = Reply {
+        outgoing: outgoing.clone(),
+        allowed: context.windows.then_some(allowed),
+        bytes: 0,
+    };
     let outcome = match attempt(&context, message, more, &mut reply, started).await {
         Ok(status) => Ok(status),
         Err(failed) => {
@@ -85,7 +109,13 @@ pub async fn run(context: Context, message: HttpRequest, more: Option<BodyParts>
             Err(text)
         }
     };
-    Event::Request { method, uri, outcome, bytes: reply.bytes, took: started.elapsed() }
+    Event::Request {
+        method,
+        uri,
+        outcome,
+        bytes: reply.bytes,
+        took: started.elapsed(),
+    }
 }
 
 async fn attempt(
@@ -100,20 +130,29 @@ async fn attempt(
         deadline => context.timeout.min(Duration::from_millis(deadline)),
     };
     let public = PublicAddress::of(&message.headers);
-    let first = unpack(message.body.0.clone(), message.encoding)
-        .map_err(|_| Failed { code: AgentErrorCode::InvalidRequest, message: "its body cannot be unpacked" })?;
+    let first = unpack(message.body.0.clone(), message.encoding).map_err(|_| Failed {
+        code: AgentErrorCode::InvalidRequest,
+        message: "its body cannot be unpacked",
+    })?;
     let length = first.len();
     let windows = context.windows.then(|| reply.outgoing.clone());
-    let request = context.origin.request(&message, length, body(first, more, windows))?;
+    let request = context
+        .origin
+        .request(&message, length, body(first, more, windows))?;
     let is_head = request.method() == Method::HEAD;
     let mut response = timeout_at(started + timeout, context.origin.call(request))
         .await
-        .unwrap_or(Err(Failed { code: AgentErrorCode::Timeout, message: "the local service took too long" }))?;
+        .unwrap_or(Err(Failed {
+            code: AgentErrorCode::Timeout,
+            message: "the local service took too long",
+        }))?;
     let status = response.status();
     remove_hop_by_hop(response.headers_mut());
     public.rewrite(response.headers_mut(), context.origin.target());
     let processing_time_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    reply.respond(response, is_head, processing_time_ms, context).await?;
+    reply
+        .respond(response, is_head, processing_time_ms, context)
+        .await?;
     Ok(status)
 }
 
@@ -123,25 +162,36 @@ fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> io::Result<Bytes> {
 
 /// The body as the local service gets it. Each part that it takes lets the service send more, as `windows` tells it.
 fn body(first: Bytes, more: Option<BodyParts>, windows: Option<Outgoing>) -> RequestBody {
-    let Some(parts) = more else { return Full::new(first).map_err(|never| match never {}).boxed_unsync() };
+    let Some(parts) = more else {
+        return Full::new(first)
+            .map_err(|never| match never {})
+            .boxed_unsync();
+    };
     let mut allowance = Allowance::default();
     // The first message had a part too, and is used up at once.
     allowance.use_part();
-    let rest = stream::unfold((parts, windows, allowance, true), |(mut parts, windows, mut allowance, more)| async move {
-        if !more {
-            return None;
-        }
-        let Some(part) = parts.recv().await else {
-            // Nobody sends the rest. Only an error tells the local service so: it takes an end for the body's end.
-            let broken_off = io::Error::new(io::ErrorKind::UnexpectedEof, "the upload broke off");
-            return Some((Err(broken_off), (parts, windows, allowance, false)));
-        };
-        if let (Some(outgoing), Some(allowed)) = (&windows, allowance.use_part()) {
-            outgoing.window(allowed).await;
-        }
-        let more = part.more;
-        Some((unpack(part.body.0, part.encoding).map(Frame::data), (parts, windows, allowance, more)))
-    });
+    let rest = stream::unfold(
+        (parts, windows, allowance, true),
+        |(mut parts, windows, mut allowance, more)| async move {
+            if !more {
+                return None;
+            }
+            let Some(part) = parts.recv().await else {
+                // Nobody sends the rest. Only an error tells the local service so: it takes an end for the body's end.
+                let broken_off =
+                    io::Error::new(io::ErrorKind::UnexpectedEof, "the upload broke off");
+                return Some((Err(broken_off), (parts, windows, allowance, false)));
+            };
+            if let (Some(outgoing), Some(allowed)) = (&windows, allowance.use_part()) {
+                outgoing.window(allowed).await;
+            }
+            let more = part.more;
+            Some((
+                unpack(part.body.0, part.encoding).map(Frame::data),
+                (parts, windows, allowance, more),
+            ))
+        },
+    );
     StreamBody::new(stream::iter([Ok(Frame::data(first))]).chain(rest)).boxed_unsync()
 }
 
@@ -161,12 +211,23 @@ impl Outgoing {
     }
 
     async fn window(&self, parts: u32) {
-        self.send(FromAgent::Window(Window { request_id: self.request_id.clone(), parts, reply_to: self.reply_to.clone() })).await;
+        self.send(FromAgent::Window(Window {
+            request_id: self.request_id.clone(),
+            parts,
+            reply_to: self.reply_to.clone(),
+        }))
+        .await;
     }
 
     async fn error(&self, code: AgentErrorCode, message: String) {
         let request_id = Some(self.request_id.clone());
-        self.send(FromAgent::Error(AgentError { request_id, code, message, reply_to: self.reply_to.clone() })).await;
+        self.send(FromAgent::Error(AgentError {
+            request_id,
+            code,
+            message,
+            reply_to: self.reply_to.clone(),
+        }))
+        .await;
     }
 }
 
@@ -194,13 +255,26 @@ impl Reply {
             self.outgoing.send(FromAgent::HttpResponse(message)).await;
             return Ok(());
         }
-        let fits = body.size_hint().exact().is_some_and(|length| length <= room as u64);
+        let fits = body
+            .size_hint()
+            .exact()
+            .is_some_and(|length| length <= room as u64);
         let mut body = Gathering::new(body, packs);
         let first = if context.parts {
-            body.piece(room, Instant::now() + if fits { GATHER_WHOLE } else { GATHER }).await.map_err(broken_off)?
+            body.piece(
+                room,
+                Instant::now() + if fits { GATHER_WHOLE } else { GATHER },
+            )
+            .await
+            .map_err(broken_off)?
         } else {
             let bytes = body.take(room).await.map_err(broken_off)?;
-            Piece { length: bytes.len(), bytes, encoding: None, more: !body.is_at_end().await.map_err(broken_off)? }
+            Piece {
+                length: bytes.len(),
+                bytes,
+                encoding: None,
+                more: !body.is_at_end().await.map_err(broken_off)?,
+            }
         };
         if first.more && !context.parts {
             return Err(Failed {
@@ -221,18 +295,36 @@ impl Reply {
                 return Ok(());
             }
             body.is_at_end().await.map_err(broken_off)?;
-            let piece = body.piece(PART_BODY, Instant::now() + GATHER).await.map_err(broken_off)?;
+            let piece = body
+                .piece(PART_BODY, Instant::now() + GATHER)
+                .await
+                .map_err(broken_off)?;
             self.bytes += piece.length as u64;
             more = piece.more;
-            let (request_id, reply_to) = (self.outgoing.request_id.clone(), self.outgoing.reply_to.clone());
-            let message = BodyPart { request_id, part, body: Body(piece.bytes), encoding: piece.encoding, more, reply_to };
+            let (request_id, reply_to) = (
+                self.outgoing.request_id.clone(),
+                self.outgoing.reply_to.clone(),
+            );
+            let message = BodyPart {
+                request_id,
+                part,
+                body: Body(piece.bytes),
+                encoding: piece.encoding,
+                more,
+                reply_to,
+            };
             self.outgoing.send(FromAgent::BodyPart(message)).await;
             part += 1;
         }
         Ok(())
     }
 
-    fn head(&self, status: StatusCode, headers: HeaderMap, processing_time_ms: u64) -> HttpResponse {
+    fn head(
+        &self,
+        status: StatusCode,
+        headers: HeaderMap,
+        processing_time_ms: u64,
+    ) -> HttpResponse {
         HttpResponse {
             request_id: self.outgoing.request_id.clone(),
             status_code: status.as_u16(),
@@ -247,11 +339,17 @@ impl Reply {
 }
 
 fn broken_off(_: hyper::Error) -> Failed {
-    Failed { code: AgentErrorCode::LocalServiceUnavailable, message: "it broke off in the middle of its response" }
+    Failed {
+        code: AgentErrorCode::LocalServiceUnavailable,
+        message: "it broke off in the middle of its response",
+    }
 }
 
 fn room_beside_head(message: &HttpResponse) -> Result<usize, Failed> {
-    let envelope = protocol::encode(&FromAgent::HttpResponse(message.clone())).len() + ENVELOPE_SLACK;
-    parts::room_beside(envelope)
-        .ok_or(Failed { code: AgentErrorCode::ResponseTooLarge, message: "The response's header is longer than a tunnel can carry." })
+    let envelope =
+        protocol::encode(&FromAgent::HttpResponse(message.clone())).len() + ENVELOPE_SLACK;
+    parts::room_beside(envelope).ok_or(Failed {
+        code: AgentErrorCode::ResponseTooLarge,
+        message: "The response's header is longer than a tunnel can carry.",
+    })
 }

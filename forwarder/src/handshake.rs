@@ -62,10 +62,16 @@ pub enum Failed {
 ///
 /// # Errors
 /// When the service cannot be reached or refuses.
-pub async fn open(settings: &Settings, tunnel_id: Option<&TunnelId>, previous: Option<&ConnectionId>) -> Result<Opened, Failed> {
+pub async fn open(
+    settings: &Settings,
+    tunnel_id: Option<&TunnelId>,
+    previous: Option<&ConnectionId>,
+) -> Result<Opened, Failed> {
     match timeout(HANDSHAKE, shake_hands(settings, tunnel_id, previous)).await {
         Ok(opened) => opened,
-        Err(_) => Err(Failed::Unreachable(format!("the service did not answer within {HANDSHAKE:?}"))),
+        Err(_) => Err(Failed::Unreachable(format!(
+            "the service did not answer within {HANDSHAKE:?}"
+        ))),
     }
 }
 
@@ -76,28 +82,47 @@ pub async fn open(settings: &Settings, tunnel_id: Option<&TunnelId>, previous: O
 pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, Failed> {
     let released = async {
         let mut socket = connect(settings, settings.endpoint.releasing(tunnel_id)).await?;
-        socket.send(Message::text(protocol::encode(&FromAgent::Release))).await.map_err(failed)?;
+        socket
+            .send(Message::text(protocol::encode(&FromAgent::Release)))
+            .await
+            .map_err(failed)?;
         loop {
             if let ToAgent::Released { existed, .. } = first_word(&mut socket).await? {
                 return Ok(existed);
             }
         }
     };
-    let no_answer = || Failed::Unreachable(format!("the service did not answer within {HANDSHAKE:?}; it may be one that cannot release"));
-    timeout(HANDSHAKE, released).await.unwrap_or_else(|_| Err(no_answer()))
+    let no_answer = || {
+        Failed::Unreachable(format!(
+            "the service did not answer within {HANDSHAKE:?}; it may be one that cannot release"
+        ))
+    };
+    timeout(HANDSHAKE, released)
+        .await
+        .unwrap_or_else(|_| Err(no_answer()))
 }
 
-async fn shake_hands(settings: &Settings, tunnel_id: Option<&TunnelId>, previous: Option<&ConnectionId>) -> Result<Opened, Failed> {
+async fn shake_hands(
+    settings: &Settings,
+    tunnel_id: Option<&TunnelId>,
+    previous: Option<&ConnectionId>,
+) -> Result<Opened, Failed> {
     let mut socket = connect(settings, settings.endpoint.asking_for(tunnel_id)).await?;
     let access = settings.access.for_one_connection();
     let ready = Ready {
         protocol: Some(protocol::VERSION),
-        features: FEATURES.into_iter().filter(|feature| settings.compression || *feature != Feature::Zstd).collect(),
+        features: FEATURES
+            .into_iter()
+            .filter(|feature| settings.compression || *feature != Feature::Zstd)
+            .collect(),
         agent: Some(concat!("ttf/", env!("CARGO_PKG_VERSION")).to_owned()),
         previous: previous.cloned(),
         access: access.as_ref().map(Access::to_json),
     };
-    socket.send(Message::text(protocol::encode(&FromAgent::Ready(ready)))).await.map_err(failed)?;
+    socket
+        .send(Message::text(protocol::encode(&FromAgent::Ready(ready))))
+        .await
+        .map_err(failed)?;
     loop {
         if let ToAgent::ConnectionEstablished(established) = first_word(&mut socket).await? {
             if access.is_some() && !established.features.contains(&Feature::Access) {
@@ -105,7 +130,11 @@ async fn shake_hands(settings: &Settings, tunnel_id: Option<&TunnelId>, previous
                 let _ = timeout(CLOSE, socket.close(None)).await;
                 return Err(Failed::Unprotected);
             }
-            return Ok(Opened { socket, established, at: Instant::now() });
+            return Ok(Opened {
+                socket,
+                established,
+                at: Instant::now(),
+            });
         }
     }
 }
@@ -113,10 +142,14 @@ async fn shake_hands(settings: &Settings, tunnel_id: Option<&TunnelId>, previous
 /// Opens a connection at an address of the endpoint's.
 async fn connect(settings: &Settings, address: String) -> Result<Socket, Failed> {
     let endpoint = &settings.endpoint;
-    let mut request = address.into_client_request().map_err(|error| Failed::Unreachable(error.to_string()))?;
+    let mut request = address
+        .into_client_request()
+        .map_err(|error| Failed::Unreachable(error.to_string()))?;
     if let Some(token) = &settings.token {
-        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.reveal()))
-            .map_err(|_| Failed::Invalid("the token has characters that no token has".to_owned()))?;
+        let mut value =
+            HeaderValue::from_str(&format!("Bearer {}", token.reveal())).map_err(|_| {
+                Failed::Invalid("the token has characters that no token has".to_owned())
+            })?;
         value.set_sensitive(true);
         request.headers_mut().insert(header::AUTHORIZATION, value);
     }
@@ -127,11 +160,20 @@ async fn connect(settings: &Settings, address: String) -> Result<Socket, Failed>
         .max_frame_size(Some(2 * WEBSOCKET_MESSAGE));
     let stream = timeout(CONNECT, TcpStream::connect(endpoint.address()))
         .await
-        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, format!("it did not answer within {CONNECT:?}"))))
-        .map_err(|error| Failed::Unreachable(format!("cannot connect to {}: {error}", endpoint.address())))?;
+        .unwrap_or_else(|_| {
+            Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("it did not answer within {CONNECT:?}"),
+            ))
+        })
+        .map_err(|error| {
+            Failed::Unreachable(format!("cannot connect to {}: {error}", endpoint.address()))
+        })?;
     // Without it a connection only has more latency.
     let _ = stream.set_nodelay(true);
-    let (socket, _) = client_async_tls_with_config(request, stream, Some(config), None).await.map_err(failed)?;
+    let (socket, _) = client_async_tls_with_config(request, stream, Some(config), None)
+        .await
+        .map_err(failed)?;
     Ok(socket)
 }
 
@@ -145,19 +187,33 @@ async fn first_word(socket: &mut Socket) -> Result<ToAgent, Failed> {
                 Err(error) => debug!(error = &error as &dyn std::error::Error, "message ignored"),
             },
             Some(Ok(Message::Close(frame))) => {
-                let reason = frame.map(|frame| format!(" ({}: {})", frame.code, frame.reason)).unwrap_or_default();
-                return Err(Failed::Unreachable(format!("the service closed the connection{reason}")));
+                let reason = frame
+                    .map(|frame| format!(" ({}: {})", frame.code, frame.reason))
+                    .unwrap_or_default();
+                return Err(Failed::Unreachable(format!(
+                    "the service closed the connection{reason}"
+                )));
             }
             Some(Ok(_)) => {}
             Some(Err(error)) => return Err(failed(error)),
-            None => return Err(Failed::Unreachable("the service closed the connection".to_owned())),
+            None => {
+                return Err(Failed::Unreachable(
+                    "the service closed the connection".to_owned(),
+                ));
+            }
         }
     }
 }
 
 fn failed(error: tungstenite::Error) -> Failed {
-    let tungstenite::Error::Http(response) = error else { return Failed::Unreachable(error.to_string()) };
-    let said = response.body().as_deref().map(|body| String::from_utf8_lossy(body).into_owned()).unwrap_or_default();
+    let tungstenite::Error::Http(response) = error else {
+        return Failed::Unreachable(error.to_string());
+    };
+    let said = response
+        .body()
+        .as_deref()
+        .map(|body| String::from_utf8_lossy(body).into_owned())
+        .unwrap_or_default();
     match response.status() {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Failed::Unauthorized,
         StatusCode::CONFLICT => Failed::NameTaken,

@@ -31,10 +31,16 @@ pub type Observer = Arc<dyn Fn(&str, Event) + Send + Sync>;
 ///
 /// # Errors
 /// As soon as one tunnel cannot be kept open by trying again; the others are closed then.
-pub async fn run(tunnels: Vec<Settings>, observer: Observer, stop: CancellationToken) -> Result<(), Failure> {
+pub async fn run(
+    tunnels: Vec<Settings>,
+    observer: Observer,
+    stop: CancellationToken,
+) -> Result<(), Failure> {
     let stop = stop.child_token();
-    let mut running: JoinSet<Result<(), Failure>> =
-        tunnels.into_iter().map(|settings| tunnel::run(settings, observer.clone(), stop.clone())).collect();
+    let mut running: JoinSet<Result<(), Failure>> = tunnels
+        .into_iter()
+        .map(|settings| tunnel::run(settings, observer.clone(), stop.clone()))
+        .collect();
     let mut outcome = Ok(());
     while let Some(ended) = running.join_next().await {
         let ended = ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));

@@ -67,14 +67,19 @@ impl Memory {
     /// What `file` has for an endpoint and a target. `None` when another agent uses it, or nothing can be remembered.
     pub async fn open(file: &Path, endpoint: &Endpoint, target: &Target) -> Option<Self> {
         let (file, endpoint, target) = (file.to_owned(), endpoint.to_string(), target.to_string());
-        spawn_blocking(move || Self::open_here(file, endpoint, target)).await.unwrap_or_default()
+        spawn_blocking(move || Self::open_here(file, endpoint, target))
+            .await
+            .unwrap_or_default()
     }
 
     fn open_here(file: PathBuf, endpoint: String, target: String) -> Option<Self> {
         let lock = match lock(&file, &lock_name(&endpoint, &target)) {
             Ok(lock) => lock,
             Err(TryLockError::WouldBlock) => {
-                warn!(target, "another agent of this machine tunnels to the same service and keeps its tunnel id; this one gets another");
+                warn!(
+                    target,
+                    "another agent of this machine tunnels to the same service and keeps its tunnel id; this one gets another"
+                );
                 return None;
             }
             Err(TryLockError::Error(error)) => {
@@ -86,10 +91,22 @@ impl Memory {
             warn!(file = %file.display(), error = &error as &dyn std::error::Error, "no tunnel id can be recalled");
             Entries::default()
         });
-        let known = entries.tunnel.into_iter().find(|entry| entry.endpoint == endpoint && entry.target == target);
+        let known = entries
+            .tunnel
+            .into_iter()
+            .find(|entry| entry.endpoint == endpoint && entry.target == target);
         let remembers = known.is_some();
-        let entry = known.unwrap_or(Entry { endpoint, target, tunnel_id: None });
-        Some(Self { file, entry, remembers, _lock: lock })
+        let entry = known.unwrap_or(Entry {
+            endpoint,
+            target,
+            tunnel_id: None,
+        });
+        Some(Self {
+            file,
+            entry,
+            remembers,
+            _lock: lock,
+        })
     }
 
     /// The tunnel id to ask for.
@@ -104,7 +121,9 @@ impl Memory {
             self.remembers = true;
             let entry = self.entry.clone();
             change(&self.file, move |entries| {
-                entries.retain(|other| other.endpoint != entry.endpoint || other.target != entry.target);
+                entries.retain(|other| {
+                    other.endpoint != entry.endpoint || other.target != entry.target
+                });
                 entries.push(entry);
                 entries.drain(..entries.len().saturating_sub(ENTRIES));
             })
@@ -117,7 +136,10 @@ impl Memory {
         self.remembers = false;
         self.entry.tunnel_id = None;
         let (endpoint, target) = (self.entry.endpoint.clone(), self.entry.target.clone());
-        change(&self.file, move |entries| entries.retain(|other| other.endpoint != endpoint || other.target != target)).await;
+        change(&self.file, move |entries| {
+            entries.retain(|other| other.endpoint != endpoint || other.target != target)
+        })
+        .await;
     }
 }
 
@@ -125,8 +147,12 @@ impl Memory {
 pub async fn forget(file: &Path, endpoint: &Endpoint, tunnel_id: &TunnelId) {
     if file.exists() {
         let (endpoint, tunnel_id) = (endpoint.to_string(), tunnel_id.clone());
-        change(file, move |entries| entries.retain(|entry| entry.endpoint != endpoint || entry.tunnel_id.as_ref() != Some(&tunnel_id)))
-            .await;
+        change(file, move |entries| {
+            entries.retain(|entry| {
+                entry.endpoint != endpoint || entry.tunnel_id.as_ref() != Some(&tunnel_id)
+            })
+        })
+        .await;
     }
 }
 
@@ -188,8 +214,16 @@ fn lock(file: &Path, name: &str) -> Result<File, TryLockError> {
     let mut create = fs::DirBuilder::new();
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut create, 0o700);
-    create.recursive(true).create(&locks).map_err(TryLockError::Error)?;
-    let lock = File::options().create(true).truncate(false).write(true).open(locks.join(name)).map_err(TryLockError::Error)?;
+    create
+        .recursive(true)
+        .create(&locks)
+        .map_err(TryLockError::Error)?;
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(locks.join(name))
+        .map_err(TryLockError::Error)?;
     lock.try_lock()?;
     Ok(lock)
 }
@@ -197,13 +231,25 @@ fn lock(file: &Path, name: &str) -> Result<File, TryLockError> {
 /// A name that any file system takes. Two that differ only in what is replaced, or beyond what is taken, share a lock: the second
 /// agent of them gets a new tunnel id then.
 fn lock_name(endpoint: &str, target: &str) -> String {
-    let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
-    let name: String = format!("{target} {endpoint}").chars().map(safe).take(200).collect();
+    let safe = |c: char| {
+        if c.is_ascii_alphanumeric() || c == '.' {
+            c
+        } else {
+            '-'
+        }
+    };
+    let name: String = format!("{target} {endpoint}")
+        .chars()
+        .map(safe)
+        .take(200)
+        .collect();
     name + ".lock"
 }
 
 fn directory(file: &Path) -> &Path {
-    file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    file.parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -213,7 +259,12 @@ mod tests {
     const ENDPOINT: &str = "wss://x.example.com/v1";
 
     async fn memory(file: &Path, target: &str) -> Option<Memory> {
-        Memory::open(file, &ENDPOINT.parse().expect("an endpoint"), &target.parse().expect("a target")).await
+        Memory::open(
+            file,
+            &ENDPOINT.parse().expect("an endpoint"),
+            &target.parse().expect("a target"),
+        )
+        .await
     }
 
     fn id(text: &str) -> TunnelId {
@@ -225,18 +276,52 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("new/tunnels.toml");
         for (target, tunnel_id) in [("3000", "first"), ("4000", "second")] {
-            memory(&file, target).await.expect("a memory").remember(&id(tunnel_id)).await;
+            memory(&file, target)
+                .await
+                .expect("a memory")
+                .remember(&id(tunnel_id))
+                .await;
         }
-        assert_eq!(memory(&file, "3000").await.expect("a memory").tunnel_id(), Some(&id("first")));
-        assert_eq!(memory(&file, "4000").await.expect("a memory").tunnel_id(), Some(&id("second")));
-        assert_eq!(memory(&file, "5000").await.expect("a memory").tunnel_id(), None);
+        assert_eq!(
+            memory(&file, "3000").await.expect("a memory").tunnel_id(),
+            Some(&id("first"))
+        );
+        assert_eq!(
+            memory(&file, "4000").await.expect("a memory").tunnel_id(),
+            Some(&id("second"))
+        );
+        assert_eq!(
+            memory(&file, "5000").await.expect("a memory").tunnel_id(),
+            None
+        );
         let elsewhere = "wss://y.example.com/v1".parse().expect("an endpoint");
-        assert!(Memory::open(&file, &elsewhere, &"3000".parse().expect("a target")).await.expect("a memory").tunnel_id().is_none());
+        assert!(
+            Memory::open(&file, &elsewhere, &"3000".parse().expect("a target"))
+                .await
+                .expect("a memory")
+                .tunnel_id()
+                .is_none()
+        );
 
-        memory(&file, "3000").await.expect("a memory").forget().await;
-        assert_eq!(memory(&file, "3000").await.expect("a memory").tunnel_id(), None);
-        forget(&file, &ENDPOINT.parse().expect("an endpoint"), &id("second")).await;
-        assert_eq!(memory(&file, "4000").await.expect("a memory").tunnel_id(), None);
+        memory(&file, "3000")
+            .await
+            .expect("a memory")
+            .forget()
+            .await;
+        assert_eq!(
+            memory(&file, "3000").await.expect("a memory").tunnel_id(),
+            None
+        );
+        forget(
+            &file,
+            &ENDPOINT.parse().expect("an endpoint"),
+            &id("second"),
+        )
+        .await;
+        assert_eq!(
+            memory(&file, "4000").await.expect("a memory").tunnel_id(),
+            None
+        );
     }
 
     #[tokio::test]
@@ -246,9 +331,15 @@ mod tests {
         let mut first = memory(&file, "3000").await.expect("a memory");
         first.remember(&id("first")).await;
         assert!(memory(&file, "3000").await.is_none());
-        assert!(memory(&file, "4000").await.is_some(), "another target is nobody's");
+        assert!(
+            memory(&file, "4000").await.is_some(),
+            "another target is nobody's"
+        );
         drop(first);
-        assert_eq!(memory(&file, "3000").await.expect("a memory").tunnel_id(), Some(&id("first")));
+        assert_eq!(
+            memory(&file, "3000").await.expect("a memory").tunnel_id(),
+            Some(&id("first"))
+        );
     }
 
     #[tokio::test]
@@ -259,7 +350,11 @@ mod tests {
         for port in 1..=20 {
             let file = file.clone();
             writing.spawn(async move {
-                memory(&file, &port.to_string()).await.expect("a memory").remember(&id(&format!("tunnel-{port}"))).await;
+                memory(&file, &port.to_string())
+                    .await
+                    .expect("a memory")
+                    .remember(&id(&format!("tunnel-{port}")))
+                    .await;
             });
         }
         writing.join_all().await;
@@ -273,7 +368,12 @@ mod tests {
     async fn a_spoilt_file_recalls_nothing_and_is_written_anew() {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("tunnels.toml");
-        for spoilt in ["nonsense", "[[tunnel]]\nendpoint = 1\n", "\0", &"#".repeat(2 * 1024 * 1024)] {
+        for spoilt in [
+            "nonsense",
+            "[[tunnel]]\nendpoint = 1\n",
+            "\0",
+            &"#".repeat(2 * 1024 * 1024),
+        ] {
             fs::write(&file, spoilt).expect("written");
             let mut memory = memory(&file, "3000").await.expect("a memory");
             assert_eq!(memory.tunnel_id(), None);
@@ -287,7 +387,10 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("file");
         fs::write(&file, "").expect("written");
-        assert!(memory(&file.join("tunnels.toml"), "3000").await.is_none(), "a file is no directory");
+        assert!(
+            memory(&file.join("tunnels.toml"), "3000").await.is_none(),
+            "a file is no directory"
+        );
 
         let file = directory.path().join("tunnels.toml");
         fs::create_dir(&file).expect("a directory in its place");
@@ -303,17 +406,35 @@ mod tests {
 
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("ttf/tunnels.toml");
-        memory(&file, "3000").await.expect("a memory").remember(&id("my-app")).await;
+        memory(&file, "3000")
+            .await
+            .expect("a memory")
+            .remember(&id("my-app"))
+            .await;
         let mode = |path: &Path| fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
-        assert_eq!((mode(&file), mode(file.parent().expect("a directory"))), (0o600, 0o700));
-        let names: Vec<_> = fs::read_dir(file.parent().expect("a directory")).expect("a directory").collect();
+        assert_eq!(
+            (mode(&file), mode(file.parent().expect("a directory"))),
+            (0o600, 0o700)
+        );
+        let names: Vec<_> = fs::read_dir(file.parent().expect("a directory"))
+            .expect("a directory")
+            .collect();
         assert_eq!(names.len(), 2, "something is left behind: {names:?}");
     }
 
     #[test]
     fn a_lock_has_a_name_that_every_file_system_takes() {
-        let name = lock_name(&format!("wss://{}/v1?a=b", "x".repeat(500)), "https://[::1]:8443");
-        assert!(name.len() < 255 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'-'), "{name}");
+        let name = lock_name(
+            &format!("wss://{}/v1?a=b", "x".repeat(500)),
+            "https://[::1]:8443",
+        );
+        assert!(
+            name.len() < 255
+                && name
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'-'),
+            "{name}"
+        );
         assert_ne!(name, WRITING);
     }
 }

@@ -3,7 +3,9 @@
 use std::{error::Error, io, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header, uri::PathAndQuery};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header, uri::PathAndQuery,
+};
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -65,7 +67,11 @@ impl Origin {
             .http1_max_headers(HEADER_FIELDS)
             .set_host(false)
             .build(connector);
-        Self { client, target: settings.target.clone(), host_header: settings.host_header.clone() }
+        Self {
+            client,
+            target: settings.target.clone(),
+            host_header: settings.host_header.clone(),
+        }
     }
 
     /// Where it is.
@@ -78,13 +84,27 @@ impl Origin {
     ///
     /// # Errors
     /// When the message is no request that HTTP allows.
-    pub fn request(&self, message: &HttpRequest, length: usize, body: RequestBody) -> Result<Request<RequestBody>, Failed> {
-        let invalid = |message| Failed { code: AgentErrorCode::InvalidRequest, message };
-        let method: Method = message.method.parse().map_err(|_| invalid("its method is none"))?;
+    pub fn request(
+        &self,
+        message: &HttpRequest,
+        length: usize,
+        body: RequestBody,
+    ) -> Result<Request<RequestBody>, Failed> {
+        let invalid = |message| Failed {
+            code: AgentErrorCode::InvalidRequest,
+            message,
+        };
+        let method: Method = message
+            .method
+            .parse()
+            .map_err(|_| invalid("its method is none"))?;
         if method == Method::CONNECT || !message.uri.starts_with('/') {
             return Err(invalid("its address is not a path"));
         }
-        let path: PathAndQuery = message.uri.parse().map_err(|_| invalid("its path is none"))?;
+        let path: PathAndQuery = message
+            .uri
+            .parse()
+            .map_err(|_| invalid("its path is none"))?;
         let uri = http::Uri::builder()
             .scheme(self.target.scheme.clone())
             .authority(self.target.authority.clone())
@@ -128,11 +148,21 @@ impl Origin {
     /// When it cannot be reached or what it says is not HTTP.
     pub async fn call(&self, request: Request<RequestBody>) -> Result<Response<Incoming>, Failed> {
         self.client.request(request).await.map_err(|error| {
-            let unavailable = |message| Failed { code: AgentErrorCode::LocalServiceUnavailable, message };
+            let unavailable = |message| Failed {
+                code: AgentErrorCode::LocalServiceUnavailable,
+                message,
+            };
             if error.is_connect() {
-                return unavailable(if is_refused(&error) { "it refused the connection" } else { "it could not be connected to" });
+                return unavailable(if is_refused(&error) {
+                    "it refused the connection"
+                } else {
+                    "it could not be connected to"
+                });
             }
-            match error.source().and_then(|cause| cause.downcast_ref::<hyper::Error>()) {
+            match error
+                .source()
+                .and_then(|cause| cause.downcast_ref::<hyper::Error>())
+            {
                 Some(cause) if cause.is_parse() => unavailable("what it said is not HTTP"),
                 _ => unavailable("it closed the connection without an answer"),
             }
@@ -149,7 +179,10 @@ fn remove_length(fields: &mut HeaderMap) -> Option<u64> {
 fn is_refused(error: &(dyn Error + 'static)) -> bool {
     let mut cause: Option<&(dyn Error + 'static)> = Some(error);
     while let Some(error) = cause {
-        if error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused) {
+        if error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+        {
             return true;
         }
         cause = error.source();
@@ -159,9 +192,11 @@ fn is_refused(error: &(dyn Error + 'static)) -> bool {
 
 /// For a machine without any certificates: plain HTTP works, and every HTTPS target fails.
 fn without_roots() -> rustls::ClientConfig {
-    rustls::ClientConfig::builder_with_provider(std::sync::Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .expect("ring speaks the default versions")
-        .with_root_certificates(rustls::RootCertStore::empty())
-        .with_no_client_auth()
+    rustls::ClientConfig::builder_with_provider(std::sync::Arc::new(
+        rustls::crypto::ring::default_provider(),
+    ))
+    .with_safe_default_protocol_versions()
+    .expect("ring speaks the default versions")
+    .with_root_certificates(rustls::RootCertStore::empty())
+    .with_no_client_auth()
 }

@@ -28,7 +28,10 @@ use tunnel_shared::{
     id::{ConnectionId, RequestId},
     limits::{PARTS_AHEAD, WINDOW},
     parts::{self, Reorder},
-    protocol::{self, AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest, Subject, ToAgent},
+    protocol::{
+        self, AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest,
+        Subject, ToAgent,
+    },
 };
 
 use crate::{
@@ -138,7 +141,12 @@ pub struct Session {
 
 impl Session {
     /// A session that has not served yet.
-    pub fn new(settings: &Settings, origin: &Origin, observer: Observer, established: &ConnectionEstablished) -> Self {
+    pub fn new(
+        settings: &Settings,
+        origin: &Origin,
+        observer: Observer,
+        established: &ConnectionEstablished,
+    ) -> Self {
         let (outgoing, queue) = mpsc::channel(OUTGOING);
         Self {
             context: Context::new(settings, origin, &established.features, outgoing),
@@ -155,11 +163,20 @@ impl Session {
     }
 
     /// Serves until the connection ends, or `stop` or `retire` are cancelled and the requests in flight have finished.
-    pub async fn serve(mut self, socket: Socket, stop: CancellationToken, retire: CancellationToken) -> End {
+    pub async fn serve(
+        mut self,
+        socket: Socket,
+        stop: CancellationToken,
+        retire: CancellationToken,
+    ) -> End {
         let (sink, mut stream) = socket.split();
         let (ping, pings) = mpsc::channel(1);
         let mut writer = JoinSet::new();
-        writer.spawn(write(sink, self.queue.take().expect("a session serves once"), pings));
+        writer.spawn(write(
+            sink,
+            self.queue.take().expect("a session serves once"),
+            pings,
+        ));
         let opened = Instant::now();
         let (mut heard, mut pinged, mut answers_pings) = (opened, opened, false);
         // When nothing new is taken any more, and when nothing is waited for any more.
@@ -214,9 +231,13 @@ impl Session {
                 () = sleep_until(give_up.unwrap_or(opened)), if give_up.is_some() => break self.left(),
             }
             match &self.leaving {
-                Some(_) if self.requests.is_empty() && self.refusals.is_empty() => break self.left(),
+                Some(_) if self.requests.is_empty() && self.refusals.is_empty() => {
+                    break self.left();
+                }
                 // Who was taken over from by this agent's own next connection has as long as the connection lives.
-                Some(Leaving::Stopped | Leaving::Replaced(_)) if give_up.is_none() => give_up = Some(Instant::now() + GRACE),
+                Some(Leaving::Stopped | Leaving::Replaced(_)) if give_up.is_none() => {
+                    give_up = Some(Instant::now() + GRACE)
+                }
                 _ => {}
             }
         };
@@ -246,7 +267,9 @@ impl Session {
             Ok(ToAgent::BodyPart(part)) => self.body_part(part),
             Ok(ToAgent::Window(window)) => {
                 if let Some(request) = self.requests.get(&window.request_id) {
-                    request.allowed.send_if_modified(|allowed| std::mem::replace(allowed, window.parts.max(*allowed)) < window.parts);
+                    request.allowed.send_if_modified(|allowed| {
+                        std::mem::replace(allowed, window.parts.max(*allowed)) < window.parts
+                    });
                 }
             }
             Ok(ToAgent::Cancel { request_id }) => {
@@ -258,15 +281,28 @@ impl Session {
             }
             Ok(ToAgent::Replaced { reason }) => self.leaving = Some(Leaving::Replaced(reason)),
             Ok(ToAgent::UrlUpdated { public_url }) => {
-                self.observe(Event::Online { public_url, target: self.context.origin.target().to_string() });
+                self.observe(Event::Online {
+                    public_url,
+                    target: self.context.origin.target().to_string(),
+                });
             }
             Ok(ToAgent::Error { message }) => warn!(message, "the service refused a message"),
-            Ok(ToAgent::Pong | ToAgent::ConnectionEstablished(_) | ToAgent::Released { .. } | ToAgent::Unknown) => {}
+            Ok(
+                ToAgent::Pong
+                | ToAgent::ConnectionEstablished(_)
+                | ToAgent::Released { .. }
+                | ToAgent::Unknown,
+            ) => {}
             // API Gateway itself may speak up: {"message": "Internal server error", ..}
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "message ignored");
                 if let Ok(Subject { request_id }) = protocol::decode(text) {
-                    self.refuse(request_id, None, AgentErrorCode::InvalidRequest, "the agent cannot read it");
+                    self.refuse(
+                        request_id,
+                        None,
+                        AgentErrorCode::InvalidRequest,
+                        "the agent cannot read it",
+                    );
                 }
             }
         }
@@ -280,16 +316,28 @@ impl Session {
         }
         let refusal = match &self.leaving {
             None if self.requests.len() < self.max_concurrent => None,
-            None => Some((AgentErrorCode::Busy, "the agent takes no more requests at once")),
+            None => Some((
+                AgentErrorCode::Busy,
+                "the agent takes no more requests at once",
+            )),
             Some(Leaving::Stopped) => Some((AgentErrorCode::Busy, "the agent is stopping")),
-            Some(Leaving::Retired | Leaving::Replaced(_)) => Some((AgentErrorCode::Replaced, "another connection serves the tunnel")),
+            Some(Leaving::Retired | Leaving::Replaced(_)) => Some((
+                AgentErrorCode::Replaced,
+                "another connection serves the tunnel",
+            )),
         };
         if let Some((code, message)) = refusal {
             return self.refuse(id, request.reply_to, code, message);
         }
         let (body, more) = if request.more {
             let (to_origin, parts) = mpsc::channel(PARTS_AHEAD);
-            (Some(UploadedBody { parts: Reorder::starting_at(1), to_origin }), Some(parts))
+            (
+                Some(UploadedBody {
+                    parts: Reorder::starting_at(1),
+                    to_origin,
+                }),
+                Some(parts),
+            )
         } else {
             (None, None)
         };
@@ -300,13 +348,25 @@ impl Session {
             let id = id.clone();
             async move { (id, exchange::run(context, request, more, may_send).await) }
         });
-        self.requests.insert(id, InFlight { task, body, allowed, reply_to });
+        self.requests.insert(
+            id,
+            InFlight {
+                task,
+                body,
+                allowed,
+                reply_to,
+            },
+        );
     }
 
     /// Hands a part to the local service. A request whose part cannot be handed on is dropped: its body would be cut.
     fn body_part(&mut self, part: BodyPart) {
-        let Some(request) = self.requests.get_mut(&part.request_id) else { return };
-        let Some(body) = &mut request.body else { return };
+        let Some(request) = self.requests.get_mut(&part.request_id) else {
+            return;
+        };
+        let Some(body) = &mut request.body else {
+            return;
+        };
         let id = part.request_id.clone();
         if let Err(error) = body.parts.insert(part.part, part) {
             return self.drop_request(id, &error.to_string());
@@ -317,7 +377,9 @@ impl Session {
                 // The local service has answered without reading all; that is its right.
                 Ok(()) | Err(TrySendError::Closed(_)) => {}
                 // Only a service that does not heed `window` sends more than fits.
-                Err(TrySendError::Full(_)) => return self.drop_request(id, "the local service reads the request too slowly"),
+                Err(TrySendError::Full(_)) => {
+                    return self.drop_request(id, "the local service reads the request too slowly");
+                }
             }
             if !more {
                 request.body = None;
@@ -329,16 +391,30 @@ impl Session {
     /// Ends a request that cannot be completed, and says so.
     fn drop_request(&mut self, id: RequestId, message: &str) {
         warn!(request = %id, message, "request dropped");
-        let Some(request) = self.requests.remove(&id) else { return };
+        let Some(request) = self.requests.remove(&id) else {
+            return;
+        };
         request.task.abort();
         self.ended.insert(id.clone());
         self.refuse(id, request.reply_to, AgentErrorCode::Busy, message);
     }
 
     /// Says that a request is not carried out. Waiting for room here would keep the connection from being read.
-    fn refuse(&mut self, id: RequestId, reply_to: Option<ConnectionId>, code: AgentErrorCode, message: &str) {
-        let error = AgentError { request_id: Some(id), code, message: message.to_owned(), reply_to };
-        self.refusals.push_back(protocol::encode(&FromAgent::Error(error)));
+    fn refuse(
+        &mut self,
+        id: RequestId,
+        reply_to: Option<ConnectionId>,
+        code: AgentErrorCode,
+        message: &str,
+    ) {
+        let error = AgentError {
+            request_id: Some(id),
+            code,
+            message: message.to_owned(),
+            reply_to,
+        };
+        self.refusals
+            .push_back(protocol::encode(&FromAgent::Error(error)));
     }
 
     fn finish(&mut self, done: Result<(RequestId, Event), tokio::task::JoinError>) {
@@ -346,7 +422,8 @@ impl Session {
             Ok(done) => done,
             Err(ended) => {
                 // Aborted, and removed by whoever aborted it; or ended by a bug, and not removed yet.
-                self.requests.retain(|_, request| request.task.id() != ended.id());
+                self.requests
+                    .retain(|_, request| request.task.id() != ended.id());
                 return;
             }
         };
@@ -357,7 +434,11 @@ impl Session {
 }
 
 /// Writes messages in frames that API Gateway takes, until all senders are gone. Returns why it could not.
-async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<String>, mut pings: mpsc::Receiver<()>) -> Option<String> {
+async fn write(
+    mut sink: SplitSink<Socket, Message>,
+    mut queue: mpsc::Receiver<String>,
+    mut pings: mpsc::Receiver<()>,
+) -> Option<String> {
     loop {
         let outcome = tokio::select! {
             message = queue.recv() => match message {
@@ -374,10 +455,18 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<S
     None
 }
 
-async fn write_text(sink: &mut SplitSink<Socket, Message>, text: String) -> Result<(), tungstenite::Error> {
+async fn write_text(
+    sink: &mut SplitSink<Socket, Message>,
+    text: String,
+) -> Result<(), tungstenite::Error> {
     let mut data = Data::Text;
     for (frame, is_last) in parts::frames(text) {
-        sink.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))).await?;
+        sink.feed(Message::Frame(Frame::message(
+            frame,
+            OpCode::Data(data),
+            is_last,
+        )))
+        .await?;
         data = Data::Continue;
     }
     sink.flush().await

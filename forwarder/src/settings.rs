@@ -55,7 +55,9 @@ pub struct Settings {
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Invalid {
     /// Not a WebSocket address.
-    #[error("an endpoint is a ws:// or wss:// address such as wss://id.execute-api.eu-west-1.amazonaws.com/dev")]
+    #[error(
+        "an endpoint is a ws:// or wss:// address such as wss://id.execute-api.eu-west-1.amazonaws.com/dev"
+    )]
     Endpoint,
     /// A token would travel unencrypted.
     #[error("ws:// is for services on this machine; use wss:// to reach another")]
@@ -75,8 +77,16 @@ pub struct Endpoint(Uri);
 impl Endpoint {
     /// Host and port to connect to.
     pub fn address(&self) -> String {
-        let default = if self.0.scheme_str() == Some("ws") { 80 } else { 443 };
-        format!("{}:{}", self.0.host().unwrap_or_default(), self.0.port_u16().unwrap_or(default))
+        let default = if self.0.scheme_str() == Some("ws") {
+            80
+        } else {
+            443
+        };
+        format!(
+            "{}:{}",
+            self.0.host().unwrap_or_default(),
+            self.0.port_u16().unwrap_or(default)
+        )
     }
 
     /// The address with a query that asks for a tunnel by name.
@@ -139,12 +149,21 @@ impl FromStr for Target {
             let port: u16 = text.parse().map_err(|_| Invalid::Target)?;
             return format!("http://127.0.0.1:{port}").parse();
         }
-        let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-        let parts = with_scheme.parse::<Uri>().map_err(|_| Invalid::Target)?.into_parts();
+        let with_scheme = if text.contains("://") {
+            text.to_owned()
+        } else {
+            format!("http://{text}")
+        };
+        let parts = with_scheme
+            .parse::<Uri>()
+            .map_err(|_| Invalid::Target)?
+            .into_parts();
         let has_path = parts.path_and_query.is_some_and(|path| path != "/");
         match (parts.scheme, parts.authority) {
             (Some(scheme), Some(authority))
-                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_path && !authority.as_str().contains('@') =>
+                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS)
+                    && !has_path
+                    && !authority.as_str().contains('@') =>
             {
                 Ok(Self { scheme, authority })
             }
@@ -174,7 +193,9 @@ impl FromStr for HostHeader {
             "preserve" => Ok(Self::Preserve),
             host => {
                 host.parse::<Authority>().map_err(|_| Invalid::HostHeader)?;
-                host.parse().map(Self::Fixed).map_err(|_| Invalid::HostHeader)
+                host.parse()
+                    .map(Self::Fixed)
+                    .map_err(|_| Invalid::HostHeader)
             }
         }
     }
@@ -186,7 +207,9 @@ pub struct Secret(String);
 
 impl<'de> Deserialize<'de> for Secret {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer).map(Self).map_err(|_| D::Error::custom("must be a text in quotes"))
+        String::deserialize(deserializer)
+            .map(Self)
+            .map_err(|_| D::Error::custom("must be a text in quotes"))
     }
 }
 
@@ -334,14 +357,24 @@ impl File {
     /// # Errors
     /// When it cannot be read or has a fault: the text names line and key.
     pub fn read(path: &Path) -> Result<Self, FileError> {
-        let text = std::fs::read_to_string(path).map_err(|source| FileError::Unreadable { path: path.display().to_string(), source })?;
-        Self::parse(&text).map_err(|(line, message)| FileError::Invalid { path: path.display().to_string(), line, message })
+        let text = std::fs::read_to_string(path).map_err(|source| FileError::Unreadable {
+            path: path.display().to_string(),
+            source,
+        })?;
+        Self::parse(&text).map_err(|(line, message)| FileError::Invalid {
+            path: path.display().to_string(),
+            line,
+            message,
+        })
     }
 
     /// Reads a text; a fault comes with its line.
     fn parse(text: &str) -> Result<Self, (usize, String)> {
         toml::from_str(text).map_err(|fault: toml::de::Error| {
-            let before = fault.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let before = fault
+                .span()
+                .and_then(|span| text.get(..span.start))
+                .unwrap_or_default();
             (before.matches('\n').count() + 1, fault.message().to_owned())
         })
     }
@@ -349,10 +382,14 @@ impl File {
 
 /// A list of secrets, whose faults do not show them.
 fn secrets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Secret>>, D::Error> {
-    Vec::deserialize(deserializer).map(Some).map_err(|_| D::Error::custom("must be a list of texts in quotes"))
+    Vec::deserialize(deserializer)
+        .map(Some)
+        .map_err(|_| D::Error::custom("must be a list of texts in quotes"))
 }
 
-fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(deserializer: D) -> Result<Option<T>, D::Error> {
+fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
     /// Takes a number where a text is meant, as in `target = 3000`.
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -369,7 +406,9 @@ fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(deserializer
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(deserializer)?;
-    humantime::parse_duration(&text).map(Some).map_err(D::Error::custom)
+    humantime::parse_duration(&text)
+        .map(Some)
+        .map_err(D::Error::custom)
 }
 
 #[cfg(test)]
@@ -384,19 +423,37 @@ mod tests {
             ("http://[::1]:80", "http://[::1]:80"),
             ("https://localhost:8443/", "https://localhost:8443"),
         ] {
-            assert_eq!(text.parse::<Target>().map(|target| target.to_string()), Ok(target.to_owned()), "{text}");
+            assert_eq!(
+                text.parse::<Target>().map(|target| target.to_string()),
+                Ok(target.to_owned()),
+                "{text}"
+            );
         }
-        for text in ["", "70000000", "http://", "ftp://x", "http://x/path", "http://user@x"] {
+        for text in [
+            "",
+            "70000000",
+            "http://",
+            "ftp://x",
+            "http://x/path",
+            "http://user@x",
+        ] {
             assert_eq!(text.parse::<Target>(), Err(Invalid::Target), "{text}");
         }
     }
 
     #[test]
     fn a_token_never_goes_over_plain_text_to_another_machine() {
-        for text in ["wss://x.example.com/dev", "ws://127.0.0.1:8080/_ws", "ws://localhost:1"] {
+        for text in [
+            "wss://x.example.com/dev",
+            "ws://127.0.0.1:8080/_ws",
+            "ws://localhost:1",
+        ] {
             assert!(text.parse::<Endpoint>().is_ok(), "{text}");
         }
-        assert_eq!("ws://10.0.0.1/".parse::<Endpoint>(), Err(Invalid::PlainEndpoint));
+        assert_eq!(
+            "ws://10.0.0.1/".parse::<Endpoint>(),
+            Err(Invalid::PlainEndpoint)
+        );
         for text in ["https://x", "x", ""] {
             assert_eq!(text.parse::<Endpoint>(), Err(Invalid::Endpoint), "{text}");
         }
@@ -404,7 +461,10 @@ mod tests {
 
     #[test]
     fn a_secret_is_never_printed() {
-        assert_eq!(format!("{:?}", Secret::from("hunter2".to_owned())), "Secret");
+        assert_eq!(
+            format!("{:?}", Secret::from("hunter2".to_owned())),
+            "Secret"
+        );
     }
 
     #[test]
@@ -415,7 +475,10 @@ mod tests {
         .expect("a good file");
         let web = &file.tunnels["web"];
         assert_eq!(file.request_timeout, Some(Duration::from_secs(30)));
-        assert_eq!(web.target, Some("127.0.0.1:3000".parse().expect("a target")));
+        assert_eq!(
+            web.target,
+            Some("127.0.0.1:3000".parse().expect("a target"))
+        );
         assert_eq!(web.host_header, Some(HostHeader::Preserve));
 
         for (text, line, key) in [
@@ -427,7 +490,10 @@ mod tests {
             ("token = 'swordfish\n", 1, ""),
         ] {
             let (at, fault) = File::parse(text).expect_err("a bad file");
-            assert!(at == line && fault.contains(key) && !fault.contains("sword"), "{at}: {fault}");
+            assert!(
+                at == line && fault.contains(key) && !fault.contains("sword"),
+                "{at}: {fault}"
+            );
         }
     }
 }

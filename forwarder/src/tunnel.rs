@@ -34,7 +34,9 @@ const MARGIN: Duration = Duration::from_secs(5 * 60);
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Failure {
     /// The token is missing, unknown, expired or revoked.
-    #[error("the service refused this agent: pass a valid token with --token, TTF_TOKEN, or `token` in the config file")]
+    #[error(
+        "the service refused this agent: pass a valid token with --token, TTF_TOKEN, or `token` in the config file"
+    )]
     Unauthorized,
     /// The tunnel id is somebody else's.
     #[error("the tunnel id {0} belongs to somebody else: choose another with --tunnel-id")]
@@ -56,16 +58,31 @@ pub enum Failure {
 ///
 /// # Errors
 /// When trying again would not help.
-pub async fn run(settings: Settings, observer: Observer, stop: CancellationToken) -> Result<(), Failure> {
+pub async fn run(
+    settings: Settings,
+    observer: Observer,
+    stop: CancellationToken,
+) -> Result<(), Failure> {
     let origin = Origin::new(&settings);
     let stop = stop.child_token();
     let memory = match &settings.memory {
-        Some(file) if settings.tunnel_id.is_none() => Memory::open(file, &settings.endpoint, &settings.target).await,
+        Some(file) if settings.tunnel_id.is_none() => {
+            Memory::open(file, &settings.endpoint, &settings.target).await
+        }
         _ => None,
     };
     let recalled = memory.as_ref().and_then(Memory::tunnel_id).cloned();
     let tunnel_id = settings.tunnel_id.clone().or(recalled.clone());
-    let mut tunnel = Tunnel { tunnel_id, recalled, memory, settings, observer, origin, stop, sessions: JoinSet::new() };
+    let mut tunnel = Tunnel {
+        tunnel_id,
+        recalled,
+        memory,
+        settings,
+        observer,
+        origin,
+        stop,
+        sessions: JoinSet::new(),
+    };
     let outcome = tunnel.keep_open().await;
     if outcome.is_err() {
         // What serves still takes nothing new: this agent is about to end.
@@ -126,7 +143,9 @@ impl Tunnel {
                     () = sleep_until(serving.move_at.unwrap_or(serving.opened)), if serving.move_at.is_some() => {}
                 }
             } else {
-                self.observe(Event::Connecting { endpoint: self.settings.endpoint.to_string() });
+                self.observe(Event::Connecting {
+                    endpoint: self.settings.endpoint.to_string(),
+                });
             }
             let previous = current.as_ref().map(|serving| serving.connection.clone());
             let opened = tokio::select! {
@@ -142,29 +161,58 @@ impl Tunnel {
                     current = Some(self.serve(opened));
                     self.remember().await;
                 }
-                (Err(Failed::NameTaken), None) if self.recalled.take().is_some() => self.forget().await,
+                (Err(Failed::NameTaken), None) if self.recalled.take().is_some() => {
+                    self.forget().await
+                }
                 (Err(Failed::Unauthorized), _) => return Err(Failure::Unauthorized),
                 (Err(Failed::NameTaken), _) => {
-                    return Err(Failure::NameTaken(self.tunnel_id.take().map(String::from).unwrap_or_default()));
+                    return Err(Failure::NameTaken(
+                        self.tunnel_id.take().map(String::from).unwrap_or_default(),
+                    ));
                 }
                 (Err(Failed::Invalid(said)), _) => return Err(Failure::Invalid(said)),
                 (Err(Failed::Unprotected), _) => return Err(Failure::Unprotected),
                 // The one that serves goes on meanwhile.
-                (Err(Failed::Unreachable(_)), Some(serving)) => serving.move_at = Some(Instant::now() + backoff.next_pause()),
+                (Err(Failed::Unreachable(_)), Some(serving)) => {
+                    serving.move_at = Some(Instant::now() + backoff.next_pause())
+                }
                 (Err(Failed::Unreachable(reason)), None) => self.pause(&mut backoff, reason).await,
             }
         }
     }
 
     fn serve(&mut self, opened: Opened) -> Current {
-        let ConnectionEstablished { connection_id, tunnel_id, public_url, life_ms, .. } = opened.established.clone();
+        let ConnectionEstablished {
+            connection_id,
+            tunnel_id,
+            public_url,
+            life_ms,
+            ..
+        } = opened.established.clone();
         self.tunnel_id = Some(tunnel_id);
-        self.observe(Event::Online { public_url, target: self.origin.target().to_string() });
+        self.observe(Event::Online {
+            public_url,
+            target: self.origin.target().to_string(),
+        });
         let retire = CancellationToken::new();
         let at = opened.at;
-        let session = Session::new(&self.settings, &self.origin, self.observer.clone(), &opened.established);
-        let task = self.sessions.spawn(session.serve(opened.socket, self.stop.clone(), retire.clone())).id();
-        Current { task, connection: connection_id, opened: at, retire, move_at: life_ms.map(|life| at + move_after(life)) }
+        let session = Session::new(
+            &self.settings,
+            &self.origin,
+            self.observer.clone(),
+            &opened.established,
+        );
+        let task = self
+            .sessions
+            .spawn(session.serve(opened.socket, self.stop.clone(), retire.clone()))
+            .id();
+        Current {
+            task,
+            connection: connection_id,
+            opened: at,
+            retire,
+            move_at: life_ms.map(|life| at + move_after(life)),
+        }
     }
 
     async fn remember(&mut self) {
@@ -177,7 +225,10 @@ impl Tunnel {
     /// Forgets an id that has become somebody else's since the last run, and lets the service pick another.
     async fn forget(&mut self) {
         let forgotten = self.tunnel_id.take();
-        warn!(tunnel_id = forgotten.map(String::from), "the tunnel id of the last run is somebody else's now");
+        warn!(
+            tunnel_id = forgotten.map(String::from),
+            "the tunnel id of the last run is somebody else's now"
+        );
         if let Some(memory) = &mut self.memory {
             memory.forget().await;
         }
@@ -185,7 +236,11 @@ impl Tunnel {
 
     async fn pause(&self, backoff: &mut Backoff, reason: String) {
         let pause = backoff.next_pause();
-        self.observe(Event::Reconnecting { reason, pause, attempt: backoff.attempt() });
+        self.observe(Event::Reconnecting {
+            reason,
+            pause,
+            attempt: backoff.attempt(),
+        });
         tokio::select! {
             () = self.stop.cancelled() => {}
             () = sleep(pause) => {}
@@ -209,7 +264,10 @@ mod tests {
 
     #[test]
     fn the_next_connection_takes_over_in_good_time() {
-        assert_eq!(move_after(2 * 60 * 60 * 1000), Duration::from_secs(115 * 60));
+        assert_eq!(
+            move_after(2 * 60 * 60 * 1000),
+            Duration::from_secs(115 * 60)
+        );
         assert_eq!(move_after(10_000), Duration::from_secs(3));
     }
 }

@@ -24,16 +24,30 @@ fuzz_target!(|text: &str| {
     });
 });
 
-fn check<M: Debug + DeserializeOwned + PartialEq + Serialize>(text: &str, body: fn(&M) -> Option<&Body>) {
-    let Ok(message) = decode::<M>(text) else { return };
-    assert!(text.len() <= WEBSOCKET_MESSAGE, "{} bytes were read", text.len());
+fn check<M: Debug + DeserializeOwned + PartialEq + Serialize>(
+    text: &str,
+    body: fn(&M) -> Option<&Body>,
+) {
+    let Ok(message) = decode::<M>(text) else {
+        return;
+    };
+    assert!(
+        text.len() <= WEBSOCKET_MESSAGE,
+        "{} bytes were read",
+        text.len()
+    );
     assert!(text.trim_start().starts_with('{'), "no object was read");
     let length = body(&message).map_or(0, |body| body.0.len());
-    assert!(length.div_ceil(3) * 4 <= text.len(), "{length} bytes of body out of {} of text", text.len());
+    assert!(
+        length.div_ceil(3) * 4 <= text.len(),
+        "{length} bytes of body out of {} of text",
+        text.len()
+    );
 
     // Not `decode`: a text near the limit may have grown over it, by fields with their defaults and by Latin-1.
     let encoded = encode(&message);
-    let again: M = serde_json::from_str(&encoded).unwrap_or_else(|error| panic!("{error}: {encoded}"));
+    let again: M =
+        serde_json::from_str(&encoded).unwrap_or_else(|error| panic!("{error}: {encoded}"));
     assert_eq!(again, message);
     // Equal maps may differ in the order of their names.
     assert_eq!(encode(&again), encoded);

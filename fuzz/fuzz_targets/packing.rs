@@ -6,9 +6,17 @@ use tunnel_shared::{limits::UNPACKED, packing, protocol::Encoding};
 
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(unpacked) = packing::unpack(bytes.to_vec().into(), Some(Encoding::Zstd)) {
-        assert!(unpacked.len() <= UNPACKED, "{} bytes of {}", unpacked.len(), bytes.len());
+        assert!(
+            unpacked.len() <= UNPACKED,
+            "{} bytes of {}",
+            unpacked.len(),
+            bytes.len()
+        );
     }
     if let Some(packed) = packing::pack(bytes) {
-        assert_eq!(packing::unpack(packed, Some(Encoding::Zstd)).expect("what was packed"), bytes);
+        assert_eq!(
+            packing::unpack(packed, Some(Encoding::Zstd)).expect("what was packed"),
+            bytes
+        );
     }
 });

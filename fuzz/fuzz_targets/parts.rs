@@ -39,14 +39,25 @@ fuzz_target!(|input: (u16, Vec<Step<'_>>)| {
             }
         };
         let is_too_far = part.saturating_sub(next) as usize >= PARTS_AHEAD;
-        assert_eq!(reorder.insert(part, (bytes, held.clone())).is_err(), is_too_far, "part {part}, expected {next}");
+        assert_eq!(
+            reorder.insert(part, (bytes, held.clone())).is_err(),
+            is_too_far,
+            "part {part}, expected {next}"
+        );
         if part >= next && !is_too_far {
             model.entry(part).or_insert(bytes);
         }
-        assert!(Rc::strong_count(&held) - 1 <= PARTS_AHEAD, "{} parts are held", Rc::strong_count(&held) - 1);
+        assert!(
+            Rc::strong_count(&held) - 1 <= PARTS_AHEAD,
+            "{} parts are held",
+            Rc::strong_count(&held) - 1
+        );
         assert_eq!(Rc::strong_count(&held) - 1, model.len());
         assert_eq!(reorder.expected(), next);
         assert_eq!(reorder.is_empty(), model.is_empty());
-        assert_eq!(reorder.is_incomplete(), !model.is_empty() && !model.contains_key(&next));
+        assert_eq!(
+            reorder.is_incomplete(),
+            !model.is_empty() && !model.contains_key(&next)
+        );
     }
 });

@@ -22,8 +22,12 @@ impl AccessKey {
     /// Whether a request is signed with the key ("Signature Version 4" in the IAM user guide: `Credential=KEY/...`).
     pub fn has_signed(&self, headers: &HeaderMap) -> bool {
         let Some(key) = &self.0 else { return true };
-        let signed = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let used = signed.and_then(|value| value.split_once("Credential=")).and_then(|(_, rest)| rest.split_once('/'));
+        let signed = headers
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok());
+        let used = signed
+            .and_then(|value| value.split_once("Credential="))
+            .and_then(|(_, rest)| rest.split_once('/'));
         used.is_some_and(|(used, _)| used == &**key)
     }
 }

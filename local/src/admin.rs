@@ -63,7 +63,10 @@ enum Command {
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    match Runtime::new().context("cannot start").and_then(|runtime| runtime.block_on(run(cli))) {
+    match Runtime::new()
+        .context("cannot start")
+        .and_then(|runtime| runtime.block_on(run(cli)))
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(1, &format!("{error:#}")),
     }
@@ -73,18 +76,37 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let (sdk, tokens, tunnels) = match (cli.stack, cli.data) {
         (Some(stack), _) => deployed(&stack).await?,
-        (None, Some(directory)) if !dynamodb::has_data(&directory) => bail!("{} holds no tunnel-local's data", directory.display()),
+        (None, Some(directory)) if !dynamodb::has_data(&directory) => {
+            bail!("{} holds no tunnel-local's data", directory.display())
+        }
         (None, Some(directory)) => {
-            let listener = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
+            let listener = TcpListener::bind("127.0.0.1:0")
+                .await
+                .context("no loopback port for DynamoDB")?;
             let access_key = auth::generate_token();
             let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr()?), &access_key);
-            dynamodb::serve(dynamodb::open(Some(&directory))?, listener, AccessKey::only(&access_key), &tasks, &stop);
+            dynamodb::serve(
+                dynamodb::open(Some(&directory))?,
+                listener,
+                AccessKey::only(&access_key),
+                &tasks,
+                &stop,
+            );
             dynamodb::create_tables(&Client::new(&sdk)).await?;
-            (sdk, dynamodb::TOKENS.to_owned(), dynamodb::TUNNELS.to_owned())
+            (
+                sdk,
+                dynamodb::TOKENS.to_owned(),
+                dynamodb::TUNNELS.to_owned(),
+            )
         }
         (None, None) => bail!("say of which service: --stack NAME or --data DIR"),
     };
-    let outcome = carry_out(cli.command, &Tokens::new(&sdk, tokens), &Tunnels::new(&sdk, tunnels)).await;
+    let outcome = carry_out(
+        cli.command,
+        &Tokens::new(&sdk, tokens),
+        &Tunnels::new(&sdk, tunnels),
+    )
+    .await;
     stop.cancel();
     outcome
 }
@@ -92,16 +114,32 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
 /// The tables of a deployment, as its outputs name them.
 async fn deployed(stack: &str) -> anyhow::Result<(SdkConfig, String, String)> {
     let output = std::process::Command::new("sam")
-        .args(["list", "stack-outputs", "--output", "json", "--stack-name", stack])
+        .args([
+            "list",
+            "stack-outputs",
+            "--output",
+            "json",
+            "--stack-name",
+            stack,
+        ])
         .output()
         .context("sam is needed to look the deployment up: pip install aws-sam-cli")?;
     if !output.status.success() {
-        bail!("sam list stack-outputs failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "sam list stack-outputs failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
-    let outputs: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).context("sam list stack-outputs printed no JSON")?;
+    let outputs: Vec<serde_json::Value> =
+        serde_json::from_slice(&output.stdout).context("sam list stack-outputs printed no JSON")?;
     let table = |key: &str| {
-        let found = outputs.iter().find(|output| output["OutputKey"] == key).and_then(|output| output["OutputValue"].as_str());
-        found.map(str::to_owned).with_context(|| format!("the stack {stack} has no output {key}"))
+        let found = outputs
+            .iter()
+            .find(|output| output["OutputKey"] == key)
+            .and_then(|output| output["OutputValue"].as_str());
+        found
+            .map(str::to_owned)
+            .with_context(|| format!("the stack {stack} has no output {key}"))
     };
     Ok((
         sdk::from_environment(Variables::of_process())
@@ -138,9 +176,22 @@ async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyh
         Command::ListTunnels => {
             let names = tokens.list().await?;
             for (id, tunnel) in tunnels.list(now()).await? {
-                let owner = names.iter().find(|token| auth::owner_of(&token.hash) == tunnel.identity.owner);
-                let owner = owner.map_or_else(|| short(&tunnel.identity.owner).to_owned(), |token| token.name.clone());
-                writeln!(out, "{id}\t{}\t{owner}", if tunnel.online.is_some() { "online" } else { "offline" })?;
+                let owner = names
+                    .iter()
+                    .find(|token| auth::owner_of(&token.hash) == tunnel.identity.owner);
+                let owner = owner.map_or_else(
+                    || short(&tunnel.identity.owner).to_owned(),
+                    |token| token.name.clone(),
+                );
+                writeln!(
+                    out,
+                    "{id}\t{}\t{owner}",
+                    if tunnel.online.is_some() {
+                        "online"
+                    } else {
+                        "offline"
+                    }
+                )?;
             }
         }
         Command::ReleaseTunnel { id } => {

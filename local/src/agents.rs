@@ -83,10 +83,16 @@ type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// The WebSocket API beside its @connections, as in AWS: for the reply connections of functions on this machine.
 pub fn router(front: &Arc<WebSocketFront>) -> axum::Router {
-    let accept = async |State(front): State<Arc<WebSocketFront>>, request: axum::extract::Request| {
-        front.accept(request, SocketAddr::from(([127, 0, 0, 1], 0))).await.map(axum::body::Body::new)
+    let accept = async |State(front): State<Arc<WebSocketFront>>,
+                        request: axum::extract::Request| {
+        front
+            .accept(request, SocketAddr::from(([127, 0, 0, 1], 0)))
+            .await
+            .map(axum::body::Body::new)
     };
-    axum::Router::new().route(&format!("/{STAGE}"), axum::routing::get(accept)).with_state(front.clone())
+    axum::Router::new()
+        .route(&format!("/{STAGE}"), axum::routing::get(accept))
+        .with_state(front.clone())
 }
 
 /// The WebSocket API.
@@ -116,18 +122,33 @@ pub struct WebSocketFront {
 
 impl WebSocketFront {
     /// Answers a handshake: 101 if `$connect` lets the agent in, and what it says otherwise.
-    pub async fn accept<B: Send + 'static>(self: &Arc<Self>, mut request: Request<B>, peer: SocketAddr) -> Response<AnswerBody> {
+    pub async fn accept<B: Send + 'static>(
+        self: &Arc<Self>,
+        mut request: Request<B>,
+        peer: SocketAddr,
+    ) -> Response<AnswerBody> {
         let Some(accept_key) = accept_key(request.headers()) else {
-            let mut response = say(StatusCode::UPGRADE_REQUIRED, "This is where agents connect with a WebSocket.\n");
-            response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+            let mut response = say(
+                StatusCode::UPGRADE_REQUIRED,
+                "This is where agents connect with a WebSocket.\n",
+            );
+            response
+                .headers_mut()
+                .insert(header::UPGRADE, HeaderValue::from_static("websocket"));
             return response;
         };
         if request.headers().contains_key(header::ORIGIN) {
             // Only browsers send it: a page that the user visits must not open tunnels on the user's machine.
             return say(StatusCode::FORBIDDEN, "Web pages cannot be agents.\n");
         }
-        let Some(place) = self.open.take(self.owner(request.headers()), self.quotas.agents_of_one) else {
-            return say(StatusCode::TOO_MANY_REQUESTS, "Too many agents are connected with this token.\n");
+        let Some(place) = self
+            .open
+            .take(self.owner(request.headers()), self.quotas.agents_of_one)
+        else {
+            return say(
+                StatusCode::TOO_MANY_REQUESTS,
+                "Too many agents are connected with this token.\n",
+            );
         };
         let source = Source {
             connection_id: connection_id(),
@@ -135,7 +156,10 @@ impl WebSocketFront {
             source_ip: peer.ip().to_string(),
             stage: STAGE,
         };
-        let outcome = self.connect.handle(source.connect(request.headers(), request.uri())).await;
+        let outcome = self
+            .connect
+            .handle(source.connect(request.headers(), request.uri()))
+            .await;
         let route = match outcome {
             Ok(route) => route,
             Err(error) => {
@@ -145,8 +169,12 @@ impl WebSocketFront {
         };
         if !(200..300).contains(&route.status_code) {
             let mut response = Response::new(answer::whole(route.body.unwrap_or_default()));
-            *response.status_mut() = StatusCode::from_u16(route.status_code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            *response.status_mut() = StatusCode::from_u16(route.status_code)
+                .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            response.headers_mut().insert(
+                header::CONTENT_TYPE,
+                HeaderValue::from_static("application/json"),
+            );
             return response;
         }
         let upgrade = hyper::upgrade::on(&mut request);
@@ -155,7 +183,10 @@ impl WebSocketFront {
             match upgrade.await {
                 Ok(upgraded) => front.serve(upgraded, source).await,
                 Err(error) => {
-                    warn!(error = &error as &dyn std::error::Error, "the agent left during its handshake");
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        "the agent left during its handshake"
+                    );
                     front.disconnected(&source, 1006, "").await;
                 }
             }
@@ -172,7 +203,10 @@ impl WebSocketFront {
 
     /// Whose connection it will be, if `$connect` lets it in.
     fn owner(&self, headers: &HeaderMap) -> String {
-        let token = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(auth::bearer_token);
+        let token = headers
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .and_then(auth::bearer_token);
         match (self.auth, token) {
             (Auth::Token, Some(token)) => auth::owner_of(&auth::hash_token(token)),
             _ => auth::ANYBODY.to_owned(),
@@ -186,11 +220,14 @@ impl WebSocketFront {
             .write_buffer_size(0)
             .max_frame_size(Some(self.quotas.frame))
             .max_message_size(Some(self.quotas.message));
-        let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+        let socket =
+            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config))
+                .await;
         let (sink, mut stream) = socket.split();
         let (commands, queue) = mpsc::channel(self.quotas.queue);
         let used = Arc::new(Used::new());
-        self.connections.insert(source.connection_id.clone(), commands.clone());
+        self.connections
+            .insert(source.connection_id.clone(), commands.clone());
         let writer = self.tasks.spawn(write(sink, queue, used.clone()));
         let (code, reason) = self.read(&mut stream, &source, &used, &commands).await;
         self.connections.remove(&source.connection_id);
@@ -205,7 +242,11 @@ impl WebSocketFront {
             && let Ok(mut socket) = stream.reunite(sink)
         {
             // Closed with bytes unread, the agent would be sent a reset, and might never see the close frame before it.
-            let _ = timeout(LAST_WORDS, tokio::io::copy(socket.get_mut(), &mut tokio::io::sink())).await;
+            let _ = timeout(
+                LAST_WORDS,
+                tokio::io::copy(socket.get_mut(), &mut tokio::io::sink()),
+            )
+            .await;
         }
     }
 
@@ -244,23 +285,40 @@ impl WebSocketFront {
                 Some(Ok(Message::Text(text))) => {
                     used.now();
                     let permit = handled_at_once.clone().acquire_owned().await;
-                    let (front, source, commands) = (self.clone(), source.clone(), commands.clone());
+                    let (front, source, commands) =
+                        (self.clone(), source.clone(), commands.clone());
                     let mut handling = Box::pin(async move {
                         front.message(&source, text.as_str(), &commands).await;
                         drop(permit);
                     });
                     // Most messages need nothing outside this process and are done at once. Only the others get a task.
-                    if poll_fn(|context| Poll::Ready(handling.as_mut().poll(context))).await.is_pending() {
+                    if poll_fn(|context| Poll::Ready(handling.as_mut().poll(context)))
+                        .await
+                        .is_pending()
+                    {
                         self.tasks.spawn(handling);
                     }
                 }
-                Some(Ok(Message::Binary(_))) => return close(1003, "binary frames are not supported").await,
+                Some(Ok(Message::Binary(_))) => {
+                    return close(1003, "binary frames are not supported").await;
+                }
                 // The protocol engine answers pings, and a close with a close.
                 Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
-                Some(Ok(Message::Close(frame))) => return (frame.map_or(1005, |frame| frame.code.into()), "closed by the agent"),
-                Some(Err(tungstenite::Error::Capacity(_))) => return close(1009, "over the frame or message limit").await,
-                Some(Err(tungstenite::Error::Utf8(_))) => return close(1007, "text that is not UTF-8").await,
-                Some(Err(tungstenite::Error::Protocol(_))) => return close(1002, "not WebSocket").await,
+                Some(Ok(Message::Close(frame))) => {
+                    return (
+                        frame.map_or(1005, |frame| frame.code.into()),
+                        "closed by the agent",
+                    );
+                }
+                Some(Err(tungstenite::Error::Capacity(_))) => {
+                    return close(1009, "over the frame or message limit").await;
+                }
+                Some(Err(tungstenite::Error::Utf8(_))) => {
+                    return close(1007, "text that is not UTF-8").await;
+                }
+                Some(Err(tungstenite::Error::Protocol(_))) => {
+                    return close(1002, "not WebSocket").await;
+                }
                 Some(Err(_)) | None => return (1006, "the connection broke"),
             }
         }
@@ -297,7 +355,11 @@ impl WebSocketFront {
     }
 
     async fn disconnected(&self, source: &Source, code: u16, reason: &str) {
-        if let Err(error) = self.disconnect.handle(source.disconnect(code, reason)).await {
+        if let Err(error) = self
+            .disconnect
+            .handle(source.disconnect(code, reason))
+            .await
+        {
             error!(connection = %source.connection_id, error = &error as &dyn std::error::Error, "$disconnect failed");
         }
     }
@@ -349,11 +411,17 @@ struct Used {
 
 impl Used {
     fn new() -> Self {
-        Self { opened: Instant::now(), milliseconds: AtomicU64::new(0) }
+        Self {
+            opened: Instant::now(),
+            milliseconds: AtomicU64::new(0),
+        }
     }
 
     fn now(&self) {
-        self.milliseconds.store(u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.milliseconds.store(
+            u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
     }
 
     fn last(&self) -> Instant {
@@ -371,8 +439,12 @@ pub fn accept_key(headers: &HeaderMap) -> Option<HeaderValue> {
             .flat_map(|value| value.split(','))
             .any(|part| part.trim().eq_ignore_ascii_case(word))
     };
-    let is_handshake = has(header::UPGRADE, "websocket") && has(header::CONNECTION, "upgrade") && has(header::SEC_WEBSOCKET_VERSION, "13");
-    let key = headers.get(header::SEC_WEBSOCKET_KEY).filter(|_| is_handshake)?;
+    let is_handshake = has(header::UPGRADE, "websocket")
+        && has(header::CONNECTION, "upgrade")
+        && has(header::SEC_WEBSOCKET_VERSION, "13");
+    let key = headers
+        .get(header::SEC_WEBSOCKET_KEY)
+        .filter(|_| is_handshake)?;
     HeaderValue::from_str(&derive_accept_key(key.as_bytes())).ok()
 }
 
@@ -380,12 +452,20 @@ pub fn accept_key(headers: &HeaderMap) -> Option<HeaderValue> {
 fn connection_id() -> ConnectionId {
     const ALPHABET: &[u8; 62] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
     let mut random = rand::rng();
-    let text: String = (0..15).map(|_| char::from(ALPHABET[random.random_range(0..ALPHABET.len())])).collect();
-    (text + "=").parse().expect("letters, digits and = make a connection id")
+    let text: String = (0..15)
+        .map(|_| char::from(ALPHABET[random.random_range(0..ALPHABET.len())]))
+        .collect();
+    (text + "=")
+        .parse()
+        .expect("letters, digits and = make a connection id")
 }
 
 /// Writes what the functions send, in frames no longer than API Gateway's, until the queue is closed or says so.
-async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<Command>, used: Arc<Used>) -> SplitSink<Socket, Message> {
+async fn write(
+    mut sink: SplitSink<Socket, Message>,
+    mut queue: mpsc::Receiver<Command>,
+    used: Arc<Used>,
+) -> SplitSink<Socket, Message> {
     let mut ping = interval(PING);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -406,7 +486,10 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<C
                 used.now();
             }
             Some(Command::Close(code, reason)) => {
-                let frame = CloseFrame { code: CloseCode::from(code), reason: reason.into() };
+                let frame = CloseFrame {
+                    code: CloseCode::from(code),
+                    reason: reason.into(),
+                };
                 let _ = sink.send(Message::Close(Some(frame))).await;
                 break;
             }
@@ -421,10 +504,18 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut queue: mpsc::Receiver<C
 ///
 /// # Errors
 /// When the connection has ended.
-pub async fn send<S: Sink<Message, Error = tungstenite::Error> + Unpin>(sink: &mut S, text: String) -> Result<(), tungstenite::Error> {
+pub async fn send<S: Sink<Message, Error = tungstenite::Error> + Unpin>(
+    sink: &mut S,
+    text: String,
+) -> Result<(), tungstenite::Error> {
     let mut data = Data::Text;
     for (frame, is_last) in parts::frames(text) {
-        sink.feed(Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))).await?;
+        sink.feed(Message::Frame(Frame::message(
+            frame,
+            OpCode::Data(data),
+            is_last,
+        )))
+        .await?;
         data = Data::Continue;
     }
     sink.flush().await

@@ -20,7 +20,12 @@ use crate::{Options, Stack, quotas::Quotas, samples, stack::JwtIssuer};
 #[command(name = "tunnel-local", version)]
 struct Cli {
     /// Where visitors and agents connect; port 0 picks a free one
-    #[arg(long, env = "TUNNEL_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    #[arg(
+        long,
+        env = "TUNNEL_LISTEN",
+        default_value = "127.0.0.1:8080",
+        value_name = "ADDRESS"
+    )]
     listen: SocketAddr,
     /// Where visitors reach it, if not under that address
     #[arg(long, env = "TUNNEL_PUBLIC_URL", value_name = "URL")]
@@ -41,7 +46,12 @@ struct Cli {
     #[arg(long, env = "TUNNEL_JWT_JWKS_URL", value_name = "URL")]
     jwt_jwks_url: Option<String>,
     /// With --auth jwt: what the issuer signs with instead, at least 32 bytes; better in the environment than on the command line
-    #[arg(long, env = "TUNNEL_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
+    #[arg(
+        long,
+        env = "TUNNEL_JWT_SECRET",
+        hide_env_values = true,
+        value_name = "SECRET"
+    )]
     jwt_secret: Option<String>,
     /// How visitors name a tunnel
     #[arg(long, env = "TUNNEL_ROUTING", value_enum, default_value = "path")]
@@ -53,19 +63,34 @@ struct Cli {
     #[arg(long, env = "TUNNEL_MAX_CONCURRENT_REQUESTS", default_value_t = AT_ONCE, value_name = "N")]
     max_concurrent_requests: u32,
     /// Most new requests of one tunnel in a second, and twice that after a pause; 0 is no limit
-    #[arg(long, env = "TUNNEL_MAX_REQUESTS_PER_SECOND", default_value_t = 0, value_name = "N")]
+    #[arg(
+        long,
+        env = "TUNNEL_MAX_REQUESTS_PER_SECOND",
+        default_value_t = 0,
+        value_name = "N"
+    )]
     max_requests_per_second: u32,
     /// Most agents that may be connected with one token; without tokens, in all
     #[arg(long, env = "TUNNEL_MAX_AGENTS_PER_TOKEN", default_value_t = Quotas::default().agents_of_one, value_name = "N")]
     max_agents_per_token: usize,
     /// Believe X-Forwarded-For, -Proto and -Host of a proxy with an address in this network; may be repeated [default: none]
-    #[arg(long, env = "TUNNEL_TRUST_PROXY", value_delimiter = ',', value_name = "CIDR")]
+    #[arg(
+        long,
+        env = "TUNNEL_TRUST_PROXY",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
     trust_proxy: Vec<Cidr>,
     /// Be the other side of the events in events/ instead: for `sam local invoke`
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
     samples: bool,
     /// What is logged on stderr: error, warn, info, debug, or a list such as warn,local=debug
-    #[arg(long, env = "TUNNEL_LOG_LEVEL", default_value = "warn", value_name = "LEVEL")]
+    #[arg(
+        long,
+        env = "TUNNEL_LOG_LEVEL",
+        default_value = "warn",
+        value_name = "LEVEL"
+    )]
     log_level: String,
 }
 
@@ -93,7 +118,11 @@ impl Cli {
             Some(AuthWord::Open) => Auth::Open,
             Some(AuthWord::Token) => Auth::Token,
             Some(AuthWord::Jwt) => Auth::Jwt,
-            None if self.listen.ip().is_loopback() && self.public_url.as_ref().is_none_or(PublicUrl::is_loopback) => Auth::Open,
+            None if self.listen.ip().is_loopback()
+                && self.public_url.as_ref().is_none_or(PublicUrl::is_loopback) =>
+            {
+                Auth::Open
+            }
             None => Auth::Token,
         };
         let routing = match self.routing {
@@ -130,7 +159,9 @@ impl Cli {
 fn connection_age(text: &str) -> Result<Duration, String> {
     let age = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     let is_possible = (Duration::from_secs(1)..=WEBSOCKET_LIFE).contains(&age);
-    is_possible.then_some(age).ok_or_else(|| "must be between 1s and 2h".to_owned())
+    is_possible
+        .then_some(age)
+        .ok_or_else(|| "must be between 1s and 2h".to_owned())
 }
 
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
@@ -147,7 +178,10 @@ async fn run() -> ExitCode {
         Ok(filter) => filter,
         Err(error) => return fail(2, &format!("log level {}: {error}", cli.log_level)),
     };
-    tracing_subscriber::registry().with(fmt::layer().with_writer(std::io::stderr)).with(filter).init();
+    tracing_subscriber::registry()
+        .with(fmt::layer().with_writer(std::io::stderr))
+        .with(filter)
+        .init();
     if cli.samples {
         return match samples::run(interrupted()).await {
             Ok(()) => ExitCode::SUCCESS,
@@ -158,12 +192,22 @@ async fn run() -> ExitCode {
         Ok(stack) => stack,
         Err(error) => return fail(1, &format!("{error:#}")),
     };
-    say(&format!("ready: visitors at {}, agents at {}", stack.public_url, stack.endpoint));
-    let token = stack.first_token.as_ref().map(|token| format!("TTF_TOKEN={token} ")).unwrap_or_default();
+    say(&format!(
+        "ready: visitors at {}, agents at {}",
+        stack.public_url, stack.endpoint
+    ));
+    let token = stack
+        .first_token
+        .as_ref()
+        .map(|token| format!("TTF_TOKEN={token} "))
+        .unwrap_or_default();
     if stack.first_token.is_some() {
         say("a first agent token was made; it is shown this once:");
     }
-    say(&format!("open a tunnel with: {token}ttf http 3000 --endpoint {}", stack.endpoint));
+    say(&format!(
+        "open a tunnel with: {token}ttf http 3000 --endpoint {}",
+        stack.endpoint
+    ));
     interrupted().await;
     say("stopping");
     tokio::select! {

@@ -72,7 +72,9 @@ impl Connections {
 
     /// Held between awaits only.
     fn lock(&self) -> MutexGuard<'_, HashMap<ConnectionId, mpsc::Sender<Command>>> {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
@@ -82,7 +84,10 @@ impl OpenConnections for Connections {
     }
 
     fn close(&self, connection: &ConnectionId) -> Result<(), PostError> {
-        self.command(connection, Command::Close(1000, "Connection Closed Normally"))
+        self.command(
+            connection,
+            Command::Close(1000, "Connection Closed Normally"),
+        )
     }
 }
 
@@ -115,7 +120,10 @@ impl IntoResponse for Refusal {
             Self::Forbidden => (StatusCode::FORBIDDEN, "ForbiddenException"),
             Self::Invalid => (StatusCode::BAD_REQUEST, "BadRequestException"),
         };
-        let headers = [(HeaderName::from_static("x-amzn-errortype"), HeaderValue::from_static(name))];
+        let headers = [(
+            HeaderName::from_static("x-amzn-errortype"),
+            HeaderValue::from_static(name),
+        )];
         (status, headers, format!("{{\"message\":\"{name}\"}}")).into_response()
     }
 }
@@ -130,30 +138,51 @@ struct Api {
 /// The API's routes: POST and DELETE on a connection, for callers that sign with `access_key`.
 pub fn router(connections: Connections, quotas: Quotas, access_key: AccessKey) -> Router {
     let limit = axum::extract::DefaultBodyLimit::max(2 * quotas.message);
-    Router::new().route(&format!("/{STAGE}/@connections/{{id}}"), post(post_to).delete(delete)).layer(limit).with_state(Api {
-        connections,
-        quotas,
-        access_key,
-    })
+    Router::new()
+        .route(
+            &format!("/{STAGE}/@connections/{{id}}"),
+            post(post_to).delete(delete),
+        )
+        .layer(limit)
+        .with_state(Api {
+            connections,
+            quotas,
+            access_key,
+        })
 }
 
 impl Api {
     fn authorize(&self, headers: &axum::http::HeaderMap) -> Result<(), Refusal> {
-        if self.access_key.has_signed(headers) { Ok(()) } else { Err(Refusal::Forbidden) }
+        if self.access_key.has_signed(headers) {
+            Ok(())
+        } else {
+            Err(Refusal::Forbidden)
+        }
     }
 }
 
-async fn post_to(State(api): State<Api>, Path(id): Path<String>, headers: axum::http::HeaderMap, body: Bytes) -> Result<(), Refusal> {
+async fn post_to(
+    State(api): State<Api>,
+    Path(id): Path<String>,
+    headers: axum::http::HeaderMap,
+    body: Bytes,
+) -> Result<(), Refusal> {
     api.authorize(&headers)?;
     if body.len() > api.quotas.message {
         return Err(Refusal::TooLarge);
     }
     // Frames to agents are text: what is not UTF-8 is replaced.
     let id = id.parse().map_err(|_| Refusal::Invalid)?;
-    Ok(api.connections.send(&id, String::from_utf8_lossy(&body).into_owned())?)
+    Ok(api
+        .connections
+        .send(&id, String::from_utf8_lossy(&body).into_owned())?)
 }
 
-async fn delete(State(api): State<Api>, Path(id): Path<String>, headers: axum::http::HeaderMap) -> Result<StatusCode, Refusal> {
+async fn delete(
+    State(api): State<Api>,
+    Path(id): Path<String>,
+    headers: axum::http::HeaderMap,
+) -> Result<StatusCode, Refusal> {
     api.authorize(&headers)?;
     let id = id.parse().map_err(|_| Refusal::Invalid)?;
     api.connections.close(&id)?;

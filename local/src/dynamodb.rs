@@ -56,14 +56,21 @@ pub fn table_of_variable(variable: &str) -> Option<&'static str> {
 /// # Errors
 /// When the directory cannot be used.
 pub fn open(data: Option<&Path>) -> anyhow::Result<Database> {
-    let Some(directory) = data else { return Ok(Database::memory()?) };
+    let Some(directory) = data else {
+        return Ok(Database::memory()?);
+    };
     let mut create = std::fs::DirBuilder::new();
     // Tokens' hashes are in it, and who owns which name.
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut create, 0o700);
-    create.recursive(true).create(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    create
+        .recursive(true)
+        .create(directory)
+        .with_context(|| format!("cannot create {}", directory.display()))?;
     let file = directory.join(FILE);
-    let path = file.to_str().ok_or_else(|| anyhow!("{} is not UTF-8", file.display()))?;
+    let path = file
+        .to_str()
+        .ok_or_else(|| anyhow!("{} is not UTF-8", file.display()))?;
     Database::new(path).with_context(|| format!("cannot open {path}"))
 }
 
@@ -73,11 +80,23 @@ pub fn has_data(directory: &Path) -> bool {
 }
 
 /// Serves the engine on a listener until `stop` is cancelled, to callers that sign with `access_key`.
-pub fn serve(database: Database, listener: TcpListener, access_key: AccessKey, tasks: &TaskTracker, stop: &CancellationToken) {
+pub fn serve(
+    database: Database,
+    listener: TcpListener,
+    access_key: AccessKey,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) {
     let stopped = stop.clone();
-    let router = Router::new().fallback(answer).with_state(Endpoint { database: database.clone(), access_key });
+    let router = Router::new().fallback(answer).with_state(Endpoint {
+        database: database.clone(),
+        access_key,
+    });
     tasks.spawn(async move {
-        if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stopped.cancelled_owned()).await {
+        if let Err(error) = axum::serve(listener, router)
+            .with_graceful_shutdown(stopped.cancelled_owned())
+            .await
+        {
             warn!(%error, "DynamoDB ended");
         }
     });
@@ -111,35 +130,63 @@ impl From<DynoxideError> for Failed {
 impl IntoResponse for Failed {
     fn into_response(self) -> Response {
         let (status, body) = match self {
-            Self::Unauthorized => (400, r#"{"__type":"com.amazon.coral.service#UnrecognizedClientException"}"#.to_owned()),
-            Self::Unknown => (400, r#"{"__type":"com.amazon.coral.service#UnknownOperationException"}"#.to_owned()),
+            Self::Unauthorized => (
+                400,
+                r#"{"__type":"com.amazon.coral.service#UnrecognizedClientException"}"#.to_owned(),
+            ),
+            Self::Unknown => (
+                400,
+                r#"{"__type":"com.amazon.coral.service#UnknownOperationException"}"#.to_owned(),
+            ),
             Self::Malformed(error) => {
                 let kind = "com.amazon.coral.service#SerializationException";
-                (400, serde_json::json!({ "__type": kind, "Message": error.to_string() }).to_string())
+                (
+                    400,
+                    serde_json::json!({ "__type": kind, "Message": error.to_string() }).to_string(),
+                )
             }
             Self::Engine(error) => (error.status_code(), error.to_json()),
         };
-        (StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST), [(header::CONTENT_TYPE, JSON)], body).into_response()
+        (
+            StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST),
+            [(header::CONTENT_TYPE, JSON)],
+            body,
+        )
+            .into_response()
     }
 }
 
 /// What DynamoDB calls its JSON.
 const JSON: &str = "application/x-amz-json-1.0";
 
-async fn answer(State(endpoint): State<Endpoint>, headers: HeaderMap, body: Bytes) -> Result<Response, Failed> {
+async fn answer(
+    State(endpoint): State<Endpoint>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Failed> {
     if !endpoint.access_key.has_signed(&headers) {
         return Err(Failed::Unauthorized);
     }
-    let target = headers.get("x-amz-target").and_then(|target| target.to_str().ok()).unwrap_or_default();
-    let operation = target.strip_prefix("DynamoDB_20120810.").ok_or(Failed::Unknown)?.to_owned();
+    let target = headers
+        .get("x-amz-target")
+        .and_then(|target| target.to_str().ok())
+        .unwrap_or_default();
+    let operation = target
+        .strip_prefix("DynamoDB_20120810.")
+        .ok_or(Failed::Unknown)?
+        .to_owned();
     // The engine works where it is called, on disk if it keeps data.
-    let answered = tokio::task::spawn_blocking(move || carry_out(&endpoint.database, &operation, &body)).await;
+    let answered =
+        tokio::task::spawn_blocking(move || carry_out(&endpoint.database, &operation, &body)).await;
     let json = answered.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
     Ok(([(header::CONTENT_TYPE, JSON)], json).into_response())
 }
 
 fn carry_out(database: &Database, operation: &str, body: &[u8]) -> Result<Vec<u8>, Failed> {
-    fn call<I: DeserializeOwned, O: Serialize>(body: &[u8], call: impl FnOnce(I) -> dynoxide::Result<O>) -> Result<Vec<u8>, Failed> {
+    fn call<I: DeserializeOwned, O: Serialize>(
+        body: &[u8],
+        call: impl FnOnce(I) -> dynoxide::Result<O>,
+    ) -> Result<Vec<u8>, Failed> {
         let output = call(serde_json::from_slice(body).map_err(Failed::Malformed)?)?;
         serde_json::to_vec(&output).map_err(Failed::Malformed)
     }
@@ -191,17 +238,27 @@ pub struct Table {
 /// # Errors
 /// When the engine refuses one.
 pub async fn create_tables(client: &Client) -> anyhow::Result<()> {
-    let existing = client.list_tables().send().await.context("DynamoDB does not answer")?;
+    let existing = client
+        .list_tables()
+        .send()
+        .await
+        .context("DynamoDB does not answer")?;
     for table in tables()? {
         if existing.table_names().contains(&table.logical_id) {
             continue;
         }
-        let keys =
-            table.keys.iter().map(|(name, kind)| KeySchemaElement::builder().attribute_name(name).key_type(kind.as_str().into()).build());
-        let attributes = table
-            .attributes
-            .iter()
-            .map(|(name, kind)| AttributeDefinition::builder().attribute_name(name).attribute_type(kind.as_str().into()).build());
+        let keys = table.keys.iter().map(|(name, kind)| {
+            KeySchemaElement::builder()
+                .attribute_name(name)
+                .key_type(kind.as_str().into())
+                .build()
+        });
+        let attributes = table.attributes.iter().map(|(name, kind)| {
+            AttributeDefinition::builder()
+                .attribute_name(name)
+                .attribute_type(kind.as_str().into())
+                .build()
+        });
         client
             .create_table()
             .table_name(&table.logical_id)
@@ -212,8 +269,16 @@ pub async fn create_tables(client: &Client) -> anyhow::Result<()> {
             .await
             .with_context(|| format!("cannot create {}", table.logical_id))?;
         if let Some(attribute) = table.ttl {
-            let specification = TimeToLiveSpecification::builder().attribute_name(attribute).enabled(true).build()?;
-            client.update_time_to_live().table_name(&table.logical_id).time_to_live_specification(specification).send().await?;
+            let specification = TimeToLiveSpecification::builder()
+                .attribute_name(attribute)
+                .enabled(true)
+                .build()?;
+            client
+                .update_time_to_live()
+                .table_name(&table.logical_id)
+                .time_to_live_specification(specification)
+                .send()
+                .await?;
         }
     }
     Ok(())
@@ -225,14 +290,24 @@ pub async fn create_tables(client: &Client) -> anyhow::Result<()> {
 /// When one of them is not spelled out literally.
 pub fn tables() -> anyhow::Result<Vec<Table>> {
     let template: Value = serde_yaml_ng::from_str(TEMPLATE)?;
-    let resources = template.get("Resources").and_then(Value::as_mapping).ok_or_else(|| anyhow!("the template has no Resources"))?;
+    let resources = template
+        .get("Resources")
+        .and_then(Value::as_mapping)
+        .ok_or_else(|| anyhow!("the template has no Resources"))?;
     let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
-    let pairs = |list: Option<&Value>, first: &str, second: &str| -> Option<Vec<(String, String)>> {
-        list?.as_sequence()?.iter().map(|entry| Some((text(entry.get(first))?, text(entry.get(second))?))).collect()
-    };
+    let pairs =
+        |list: Option<&Value>, first: &str, second: &str| -> Option<Vec<(String, String)>> {
+            list?
+                .as_sequence()?
+                .iter()
+                .map(|entry| Some((text(entry.get(first))?, text(entry.get(second))?)))
+                .collect()
+        };
     resources
         .iter()
-        .filter(|(_, resource)| resource.get("Type").and_then(Value::as_str) == Some("AWS::DynamoDB::Table"))
+        .filter(|(_, resource)| {
+            resource.get("Type").and_then(Value::as_str) == Some("AWS::DynamoDB::Table")
+        })
         .map(|(id, resource)| {
             let properties = resource.get("Properties");
             let property = |name: &str| properties.and_then(|properties| properties.get(name));
@@ -240,8 +315,13 @@ pub fn tables() -> anyhow::Result<Vec<Table>> {
                 Some(Table {
                     logical_id: text(Some(id))?,
                     keys: pairs(property("KeySchema"), "AttributeName", "KeyType")?,
-                    attributes: pairs(property("AttributeDefinitions"), "AttributeName", "AttributeType")?,
-                    ttl: property("TimeToLiveSpecification").and_then(|ttl| text(ttl.get("AttributeName"))),
+                    attributes: pairs(
+                        property("AttributeDefinitions"),
+                        "AttributeName",
+                        "AttributeType",
+                    )?,
+                    ttl: property("TimeToLiveSpecification")
+                        .and_then(|ttl| text(ttl.get("AttributeName"))),
                 })
             };
             table().ok_or_else(|| anyhow!("a table of the template is not spelled out: {id:?}"))

@@ -24,17 +24,33 @@ impl Source {
     /// The event of the `$connect` route.
     pub fn connect(&self, headers: &HeaderMap, uri: &Uri) -> ApiGatewayWebsocketProxyRequest {
         let mut event = self.event("$connect", "CONNECT", &json!({}));
-        let values: BTreeMap<&str, Vec<String>> =
-            headers.keys().map(|name| (name.as_str(), headers.get_all(name).iter().map(value_to_text).collect())).collect();
-        let last: BTreeMap<&str, &String> = values.iter().filter_map(|(name, values)| Some((*name, values.last()?))).collect();
+        let values: BTreeMap<&str, Vec<String>> = headers
+            .keys()
+            .map(|name| {
+                (
+                    name.as_str(),
+                    headers.get_all(name).iter().map(value_to_text).collect(),
+                )
+            })
+            .collect();
+        let last: BTreeMap<&str, &String> = values
+            .iter()
+            .filter_map(|(name, values)| Some((*name, values.last()?)))
+            .collect();
         event["headers"] = json!(last);
         event["multiValueHeaders"] = json!(values);
         let mut query: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (name, value) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
-            query.entry(name.into_owned()).or_default().push(value.into_owned());
+            query
+                .entry(name.into_owned())
+                .or_default()
+                .push(value.into_owned());
         }
         if !query.is_empty() {
-            let last: BTreeMap<&String, &String> = query.iter().filter_map(|(name, values)| Some((name, values.last()?))).collect();
+            let last: BTreeMap<&String, &String> = query
+                .iter()
+                .filter_map(|(name, values)| Some((name, values.last()?)))
+                .collect();
             event["queryStringParameters"] = json!(last);
             event["multiValueQueryStringParameters"] = json!(query);
         }
@@ -50,7 +66,11 @@ impl Source {
 
     /// The event of the `$disconnect` route.
     pub fn disconnect(&self, code: u16, reason: &str) -> ApiGatewayWebsocketProxyRequest {
-        typed(self.event("$disconnect", "DISCONNECT", &json!({ "disconnectStatusCode": code, "disconnectReason": reason })))
+        typed(self.event(
+            "$disconnect",
+            "DISCONNECT",
+            &json!({ "disconnectStatusCode": code, "disconnectReason": reason }),
+        ))
     }
 
     fn event(&self, route_key: &str, event_type: &str, more: &Value) -> Value {

@@ -35,7 +35,10 @@ impl Proxies {
     /// Where a request with these fields comes from that `peer` has sent. Only what a trusted proxy has written counts: in
     /// `X-Forwarded-For`, to which each adds the address that it sees, what is right of the first address that is none of theirs.
     pub fn origin(&self, peer: IpAddr, fields: &HeaderMap) -> Origin {
-        let mut origin = Origin { address: peer.to_canonical().to_string(), ..Origin::default() };
+        let mut origin = Origin {
+            address: peer.to_canonical().to_string(),
+            ..Origin::default()
+        };
         if !self.trusts(peer) {
             return origin;
         }
@@ -49,9 +52,15 @@ impl Proxies {
                 break;
             }
         }
-        let last = |name| values(fields, name).next_back().filter(|value| !value.is_empty()).map(str::to_owned);
-        origin.scheme =
-            last(FORWARDED_PROTO).map(|scheme| scheme.to_ascii_lowercase()).filter(|scheme| matches!(&**scheme, "http" | "https"));
+        let last = |name| {
+            values(fields, name)
+                .next_back()
+                .filter(|value| !value.is_empty())
+                .map(str::to_owned)
+        };
+        origin.scheme = last(FORWARDED_PROTO)
+            .map(|scheme| scheme.to_ascii_lowercase())
+            .filter(|scheme| matches!(&**scheme, "http" | "https"));
         origin.host = last(FORWARDED_HOST);
         origin
     }
@@ -63,11 +72,20 @@ impl Proxies {
 
 /// The members of a list in all fields of a name. A field that is no text is a member that cannot be read.
 fn values(fields: &HeaderMap, name: HeaderName) -> impl DoubleEndedIterator<Item = &str> {
-    fields.get_all(name).iter().flat_map(|value| value.to_str().unwrap_or(UNKNOWN).split(',')).map(str::trim)
+    fields
+        .get_all(name)
+        .iter()
+        .flat_map(|value| value.to_str().unwrap_or(UNKNOWN).split(','))
+        .map(str::trim)
 }
 
 /// An address, with or without a port.
 fn address(text: &str) -> Option<IpAddr> {
-    let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
-    bare.parse().ok().or_else(|| text.parse::<SocketAddr>().ok().map(|address| address.ip()))
+    let bare = text
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'))
+        .unwrap_or(text);
+    bare.parse()
+        .ok()
+        .or_else(|| text.parse::<SocketAddr>().ok().map(|address| address.ip()))
 }

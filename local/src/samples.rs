@@ -39,7 +39,10 @@ const DYNAMODB_PORT: u16 = 8701;
 const CONNECTIONS_PORT: u16 = 8702;
 /// The addresses the ports are opened on: this machine's own, and that of Docker's bridge on Linux, under which containers reach
 /// this machine. What is served are samples; nothing of anybody's.
-const ADDRESSES: [IpAddr; 2] = [IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), IpAddr::V4(std::net::Ipv4Addr::new(172, 17, 0, 1))];
+const ADDRESSES: [IpAddr; 2] = [
+    IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+    IpAddr::V4(std::net::Ipv4Addr::new(172, 17, 0, 1)),
+];
 
 /// The connection that the events come from.
 const CONNECTION: &str = "L0SM9cOFvHcCIhw=";
@@ -66,17 +69,27 @@ pub async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
     let (commands, sent) = mpsc::channel(Quotas::default().queue);
     connections.insert(CONNECTION.parse()?, commands);
     for listener in listeners(CONNECTIONS_PORT).await? {
-        let (api, stopping) = (connections::router(connections.clone(), Quotas::default(), AccessKey::any()), stop.clone());
+        let (api, stopping) = (
+            connections::router(connections.clone(), Quotas::default(), AccessKey::any()),
+            stop.clone(),
+        );
         tasks.spawn(async move {
-            if let Err(error) = axum::serve(listener, api).with_graceful_shutdown(stopping.cancelled_owned()).await {
+            if let Err(error) = axum::serve(listener, api)
+                .with_graceful_shutdown(stopping.cancelled_owned())
+                .await
+            {
                 warn!(%error, "@connections ended");
             }
         });
     }
     let mailbox = Mailbox::new(&sdk, dynamodb::PENDING_REQUESTS.to_owned());
     let agent = tasks.spawn(sample_agent(sent, mailbox));
-    say(&format!("ready: DynamoDB on port {DYNAMODB_PORT}, @connections on port {CONNECTIONS_PORT}"));
-    say("what is sent to the sample connection is printed here; try: sam local invoke -e events/ready.json");
+    say(&format!(
+        "ready: DynamoDB on port {DYNAMODB_PORT}, @connections on port {CONNECTIONS_PORT}"
+    ));
+    say(
+        "what is sent to the sample connection is printed here; try: sam local invoke -e events/ready.json",
+    );
     stopped.await;
     stop.cancel();
     agent.abort();
@@ -91,10 +104,17 @@ async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
         match TcpListener::bind(SocketAddr::from((address, port))).await {
             Ok(listener) => listeners.push(listener),
             // A machine without Docker's bridge has no such address.
-            Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable && !address.is_loopback() => {
-                say(&format!("{address} is not there, so containers cannot reach port {port}: start Docker first if they should"));
+            Err(error)
+                if error.kind() == std::io::ErrorKind::AddrNotAvailable
+                    && !address.is_loopback() =>
+            {
+                say(&format!(
+                    "{address} is not there, so containers cannot reach port {port}: start Docker first if they should"
+                ));
             }
-            Err(error) => return Err(error).with_context(|| format!("port {port} is needed for the samples")),
+            Err(error) => {
+                return Err(error).with_context(|| format!("port {port} is needed for the samples"));
+            }
         }
     }
     Ok(listeners)
@@ -102,16 +122,39 @@ async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
 
 async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
     let hash = auth::hash_token(TOKEN);
-    let identity = Identity { owner: auth::owner_of(&hash), expires_at: None };
+    let identity = Identity {
+        owner: auth::owner_of(&hash),
+        expires_at: None,
+    };
     let (connection_id, tunnel_id): (ConnectionId, _) = (CONNECTION.parse()?, TUNNEL.parse()?);
-    let token = Token { hash, name: "sample".to_owned(), created_at: now().as_secs(), expires_at: None, revoked: false };
-    Tokens::new(sdk, dynamodb::TOKENS.to_owned()).put(&token).await?;
+    let token = Token {
+        hash,
+        name: "sample".to_owned(),
+        created_at: now().as_secs(),
+        expires_at: None,
+        revoked: false,
+    };
+    Tokens::new(sdk, dynamodb::TOKENS.to_owned())
+        .put(&token)
+        .await?;
     let tunnels = Tunnels::new(sdk, dynamodb::TUNNELS.to_owned());
     tunnels.claim(&tunnel_id, &identity.owner, now()).await?;
-    let online = Online { connection_id: connection_id.clone(), features: FEATURES.to_vec(), access: None };
-    tunnels.go_online(&tunnel_id, &identity, &online, now()).await?;
-    let connection = Connection::Agent { tunnel_id, identity, opened: None };
-    ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned()).put(&connection_id, &connection, now()).await?;
+    let online = Online {
+        connection_id: connection_id.clone(),
+        features: FEATURES.to_vec(),
+        access: None,
+    };
+    tunnels
+        .go_online(&tunnel_id, &identity, &online, now())
+        .await?;
+    let connection = Connection::Agent {
+        tunnel_id,
+        identity,
+        opened: None,
+    };
+    ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned())
+        .put(&connection_id, &connection, now())
+        .await?;
     Ok(())
 }
 
@@ -119,14 +162,24 @@ async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
 async fn sample_agent(mut sent: mpsc::Receiver<Command>, mailbox: Mailbox) -> anyhow::Result<()> {
     let id: ConnectionId = CONNECTION.parse()?;
     while let Some(command) = sent.recv().await {
-        let Command::Send(text) = command else { continue };
+        let Command::Send(text) = command else {
+            continue;
+        };
         writeln!(std::io::stdout(), "{text}")?;
         if let Ok(ToAgent::HttpRequest(request)) = protocol::decode(&text) {
-            let body = format!("The sample agent was asked for {} {}\n", request.method, request.uri);
+            let body = format!(
+                "The sample agent was asked for {} {}\n",
+                request.method, request.uri
+            );
             let response = HttpResponse {
                 request_id: request.request_id,
                 status_code: 200,
-                headers: [(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain"))].into_iter().collect(),
+                headers: [(
+                    http::header::CONTENT_TYPE,
+                    http::HeaderValue::from_static("text/plain"),
+                )]
+                .into_iter()
+                .collect(),
                 body: Body(body.into()),
                 encoding: None,
                 processing_time_ms: 0,

@@ -1,6 +1,8 @@
 //! The parts put together, started and stopped.
 
-use std::{convert::Infallible, fmt, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible, fmt, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration,
+};
 
 use anyhow::{Context, bail};
 use aws_sdk_dynamodb::Client;
@@ -177,36 +179,65 @@ impl Stack {
     }
 
     async fn start_here(options: Options) -> anyhow::Result<Self> {
-        let is_private = options.listen.ip().is_loopback() && options.public_url.as_ref().is_none_or(PublicUrl::is_loopback);
+        let is_private = options.listen.ip().is_loopback()
+            && options
+                .public_url
+                .as_ref()
+                .is_none_or(PublicUrl::is_loopback);
         if options.auth == Auth::Open && !is_private {
-            bail!("others than this machine can connect: agents must authenticate then, so start with --auth token");
+            bail!(
+                "others than this machine can connect: agents must authenticate then, so start with --auth token"
+            );
         }
-        let listener = TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
+        let listener = TcpListener::bind(options.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}", options.listen))?;
         let address = listener.local_addr()?;
         let public_url = match options.public_url {
             Some(url) => url,
-            None if address.ip().is_unspecified() => bail!("{address} is no address visitors could use: say theirs with --public-url"),
+            None if address.ip().is_unspecified() => {
+                bail!("{address} is no address visitors could use: say theirs with --public-url")
+            }
             None => format!("http://{address}").parse()?,
         };
-        let (visitors, agents, services) = (Subsystem::default(), Subsystem::default(), Subsystem::default());
-        let storage = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for DynamoDB")?;
+        let (visitors, agents, services) = (
+            Subsystem::default(),
+            Subsystem::default(),
+            Subsystem::default(),
+        );
+        let storage = TcpListener::bind("127.0.0.1:0")
+            .await
+            .context("no loopback port for DynamoDB")?;
         let database = dynamodb::open(options.data.as_deref())?;
         let dynamodb = format!("http://{}", storage.local_addr()?);
         let access_key = auth::generate_token();
         let sdk = sdk::for_loopback(&dynamodb, &access_key);
         let access_key = AccessKey::only(&access_key);
-        dynamodb::serve(database, storage, access_key.clone(), &services.tasks, &services.stop);
+        dynamodb::serve(
+            database,
+            storage,
+            access_key.clone(),
+            &services.tasks,
+            &services.stop,
+        );
         dynamodb::create_tables(&Client::new(&sdk)).await?;
 
         let connections = Connections::default();
-        let management = TcpListener::bind("127.0.0.1:0").await.context("no loopback port for @connections")?;
+        let management = TcpListener::bind("127.0.0.1:0")
+            .await
+            .context("no loopback port for @connections")?;
         let websocket_api = format!("ws://{}/{}", management.local_addr()?, connections::STAGE);
         let variables = || {
             Variables::new(|name| {
                 Some(match name {
                     "WEBSOCKET_API_ENDPOINT" => websocket_api.clone(),
                     "PUBLIC_URL" => public_url.to_string(),
-                    "ROUTING" => if options.routing == Routing::Path { "path" } else { "subdomain" }.to_owned(),
+                    "ROUTING" => if options.routing == Routing::Path {
+                        "path"
+                    } else {
+                        "subdomain"
+                    }
+                    .to_owned(),
                     "MAX_CONCURRENT_REQUESTS" => options.max_concurrent_requests.to_string(),
                     "MAX_REQUESTS_PER_SECOND" => options.max_requests_per_second.to_string(),
                     "AUTH" => options.auth.word().to_owned(),
@@ -219,7 +250,11 @@ impl Stack {
             })
         };
         let replies = Replies::default();
-        let in_process = InProcess { connections: Arc::new(connections.clone()), replies: replies.clone(), life: options.quotas.life };
+        let in_process = InProcess {
+            connections: Arc::new(connections.clone()),
+            replies: replies.clone(),
+            life: options.quotas.life,
+        };
         let in_process = Some(&in_process).filter(|_| options.shape == Shape::OneProcess);
         let forward = Forward::load(variables(), &sdk, in_process)?;
         let websocket = Arc::new(WebSocketFront {
@@ -235,23 +270,47 @@ impl Stack {
             tasks: agents.tasks.clone(),
         });
         if options.shape == Shape::AsInAws {
-            let api = connections::router(connections.clone(), options.quotas, access_key).merge(agents::router(&websocket));
+            let api = connections::router(connections.clone(), options.quotas, access_key)
+                .merge(agents::router(&websocket));
             let stopped = services.stop.clone();
             services.tasks.spawn(async move {
-                if let Err(error) = axum::serve(management, api).with_graceful_shutdown(stopped.cancelled_owned()).await {
+                if let Err(error) = axum::serve(management, api)
+                    .with_graceful_shutdown(stopped.cancelled_owned())
+                    .await
+                {
                     warn!(%error, "@connections ended");
                 }
             });
         }
-        agents.tasks.spawn(websocket.clone().recheck(agents.stop.clone()));
+        agents
+            .tasks
+            .spawn(websocket.clone().recheck(agents.stop.clone()));
         let tokens = Tokens::new(&sdk, dynamodb::TOKENS.to_owned());
         let tunnels = Tunnels::new(&sdk, dynamodb::TUNNELS.to_owned());
         let first_token = first_token(options.auth, &tokens).await?;
         let proxies = Arc::new(Proxies::new(options.trusted_proxies));
-        let front = Front { forward: forward.clone(), websocket, proxies, scheme: public_url.scheme().to_owned() };
-        visitors.tasks.spawn(listen(listener, front, visitors.clone()));
+        let front = Front {
+            forward: forward.clone(),
+            websocket,
+            proxies,
+            scheme: public_url.scheme().to_owned(),
+        };
+        visitors
+            .tasks
+            .spawn(listen(listener, front, visitors.clone()));
         let endpoint = format!("{}{}", websocket_scheme(&public_url), agents::PATH);
-        Ok(Self { public_url, endpoint, first_token, tokens, tunnels, connections, forward, visitors, agents, services })
+        Ok(Self {
+            public_url,
+            endpoint,
+            first_token,
+            tokens,
+            tunnels,
+            connections,
+            forward,
+            visitors,
+            agents,
+            services,
+        })
     }
 
     /// Makes an agent token for somebody and returns it.
@@ -294,7 +353,8 @@ impl Stack {
 
 fn websocket_scheme(public_url: &PublicUrl) -> String {
     let url = public_url.to_string();
-    url.strip_prefix("http").map_or(url.clone(), |rest| format!("ws{rest}"))
+    url.strip_prefix("http")
+        .map_or(url.clone(), |rest| format!("ws{rest}"))
 }
 
 /// Where agents need tokens and none exists, makes the first.
@@ -315,11 +375,23 @@ struct Front {
 }
 
 impl Front {
-    async fn serve(&self, request: Request<Incoming>, peer: SocketAddr, head: &LastHead) -> Response<AnswerBody> {
+    async fn serve(
+        &self,
+        request: Request<Incoming>,
+        peer: SocketAddr,
+        head: &LastHead,
+    ) -> Response<AnswerBody> {
         if request.uri().path() == agents::PATH {
             self.websocket.accept(request, peer).await
         } else if head.is_plain(&request) {
-            visitors::serve(&self.forward, request, peer.ip(), &self.proxies, &self.scheme).await
+            visitors::serve(
+                &self.forward,
+                request,
+                peer.ip(),
+                &self.proxies,
+                &self.scheme,
+            )
+            .await
         } else {
             visitors::refuse(&request, "it says two things about its length")
         }
@@ -329,9 +401,14 @@ impl Front {
 async fn listen(listener: TcpListener, front: Front, visitors: Subsystem) {
     let open = Arc::new(Semaphore::new(OPEN_CONNECTIONS));
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD).max_headers(HEADER_FIELDS);
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(HEAD)
+        .max_headers(HEADER_FIELDS);
     loop {
-        let Ok(place) = open.clone().acquire_owned().await else { return };
+        let Ok(place) = open.clone().acquire_owned().await else {
+            return;
+        };
         let accepted = tokio::select! {
             () = visitors.stop.cancelled() => return,
             accepted = listener.accept() => accepted,

@@ -32,13 +32,15 @@ impl LastHead {
         let bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut fields = vec![httparse::EMPTY_HEADER; tunnel_shared::limits::HEADER_FIELDS];
         let mut head = httparse::Request::new(&mut fields);
-        let is_this = matches!(head.parse(&bytes), Ok(httparse::Status::Complete(_))) && head.method == Some(request.method().as_str());
+        let is_this = matches!(head.parse(&bytes), Ok(httparse::Status::Complete(_)))
+            && head.method == Some(request.method().as_str());
         if !is_this {
             // hyper itself refuses lengths that differ.
             return !is_chunked;
         }
         let is_length = |field: &&httparse::Header<'_>| {
-            field.name.eq_ignore_ascii_case("content-length") || field.name.eq_ignore_ascii_case("transfer-encoding")
+            field.name.eq_ignore_ascii_case("content-length")
+                || field.name.eq_ignore_ascii_case("transfer-encoding")
         };
         head.headers.iter().filter(is_length).count() == 1
     }
@@ -56,7 +58,13 @@ impl<B: Body> Noted<B> {
     /// body would look like the start of the next head.
     pub fn new(body: B) -> (Self, Arc<AtomicBool>) {
         let is_read = Arc::new(AtomicBool::new(body.is_end_stream()));
-        (Self { body, is_read: is_read.clone() }, is_read)
+        (
+            Self {
+                body,
+                is_read: is_read.clone(),
+            },
+            is_read,
+        )
     }
 }
 
@@ -64,7 +72,10 @@ impl<B: Body + Unpin> Body for Noted<B> {
     type Data = B::Data;
     type Error = B::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
         if frame.is_none() || self.body.is_end_stream() {
             self.is_read.store(true, Ordering::Relaxed);
@@ -93,33 +104,54 @@ pub struct Watched<S> {
 impl<S> Watched<S> {
     /// Watches `stream`.
     pub fn new(stream: S, head: LastHead) -> Self {
-        Self { stream, head, is_complete: false }
+        Self {
+            stream,
+            head,
+            is_complete: false,
+        }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
         if !self.is_complete {
             let watched = &mut *self;
-            let mut head = watched.head.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut head = watched
+                .head
+                .0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             // An end may be in two reads.
             let from = head.len().saturating_sub(3);
             head.extend_from_slice(&buffer.filled()[before..]);
-            watched.is_complete = head.len() > HEAD || head[from..].windows(4).any(|four| four == b"\r\n\r\n");
+            watched.is_complete =
+                head.len() > HEAD || head[from..].windows(4).any(|four| four == b"\r\n\r\n");
         }
         Poll::Ready(Ok(()))
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.answered();
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         self.answered();
         Pin::new(&mut self.stream).poll_write_vectored(context, bytes)
     }
@@ -141,6 +173,10 @@ impl<S> Watched<S> {
     /// What comes next is another request.
     fn answered(&mut self) {
         self.is_complete = false;
-        self.head.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.head
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
     }
 }

@@ -20,14 +20,25 @@ use tunnel_shared::{limits::REQUEST_DEADLINE, routing::encode_path};
 use crate::{proxies::Proxies, strict::Noted};
 
 /// Serves a visitor's request.
-pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: IpAddr, proxies: &Proxies, scheme: &str) -> Response<AnswerBody> {
+pub async fn serve(
+    forward: &Forward,
+    request: Request<Incoming>,
+    peer: IpAddr,
+    proxies: &Proxies,
+    scheme: &str,
+) -> Response<AnswerBody> {
     if is_absolute(request.uri()) {
         return refuse(&request, "its target is a whole address, as for a proxy");
     }
     let (head, body) = request.into_parts();
     let (body, is_read) = Noted::new(body);
     let origin = proxies.origin(peer, &head.headers);
-    let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
+    let host = head
+        .headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .unwrap_or_default()
+        .to_owned();
     let visit = Visit {
         front: Front::Streaming,
         patience: REQUEST_DEADLINE,
@@ -42,27 +53,37 @@ pub async fn serve(forward: &Forward, request: Request<Incoming>, peer: IpAddr, 
     };
     let mut response = forward.serve(visit).await;
     if !is_read.load(Ordering::Relaxed) {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        response
+            .headers_mut()
+            .insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }
 
 /// Refuses a request that is not to be served, and closes the connection: what follows on it may be part of the same.
 pub fn refuse(request: &Request<Incoming>, why: &str) -> Response<AnswerBody> {
-    let mut response = Refusal::BadRequest(why.to_owned()).into_response(wants_html(request.headers()));
-    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    let mut response =
+        Refusal::BadRequest(why.to_owned()).into_response(wants_html(request.headers()));
+    response
+        .headers_mut()
+        .insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
 
 /// Whether a request's target is in absolute-form or authority-form, which only proxies take.
 fn is_absolute(uri: &Uri) -> bool {
-    uri.scheme() == Some(&Scheme::HTTP) || uri.scheme() == Some(&Scheme::HTTPS) || uri.authority().is_some()
+    uri.scheme() == Some(&Scheme::HTTP)
+        || uri.scheme() == Some(&Scheme::HTTPS)
+        || uri.authority().is_some()
 }
 
 /// A short answer of the front's own.
 pub fn say(status: StatusCode, text: &'static str) -> Response<AnswerBody> {
     let mut response = Response::new(answer::whole(Bytes::from_static(text.as_bytes())));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
     response
 }

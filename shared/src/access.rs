@@ -62,7 +62,9 @@ pub enum Invalid {
     #[error("there is no rule")]
     Empty,
     /// More than the service checks for each request.
-    #[error("more than {CREDENTIALS} names with passwords, {CREDENTIALS} required headers or {NETWORKS} networks")]
+    #[error(
+        "more than {CREDENTIALS} names with passwords, {CREDENTIALS} required headers or {NETWORKS} networks"
+    )]
     TooMany,
     /// A salt or a hash of a wrong length.
     #[error("a salt has {SALT} bytes and a hash {HASH}")]
@@ -73,7 +75,9 @@ pub enum Invalid {
     )]
     Field(String),
     /// A field that two rules want.
-    #[error("the header authorization cannot be required beside names with passwords, which are sent in it")]
+    #[error(
+        "the header authorization cannot be required beside names with passwords, which are sent in it"
+    )]
     Authorization,
 }
 
@@ -103,10 +107,16 @@ impl Access {
         let hashed = |secret: &[u8]| Body(Bytes::copy_from_slice(&hash(&salt, secret)));
         Fields {
             salt: Body(Bytes::copy_from_slice(&salt)),
-            basic: basic.iter().map(|credentials| hashed(credentials.as_bytes())).collect(),
+            basic: basic
+                .iter()
+                .map(|credentials| hashed(credentials.as_bytes()))
+                .collect(),
             headers: required
                 .iter()
-                .map(|(name, value)| RequiredField { name: name.to_string(), hash: hashed(value.as_bytes()) })
+                .map(|(name, value)| RequiredField {
+                    name: name.to_string(),
+                    hash: hashed(value.as_bytes()),
+                })
                 .collect(),
             allow,
             deny,
@@ -117,7 +127,10 @@ impl Access {
     /// Rules that let nobody in: for what cannot be read.
     pub fn nobody() -> Self {
         let everybody = ["0.0.0.0/0", "::/0"].map(|network| network.parse().expect("a network"));
-        Self(Fields { deny: everybody.to_vec(), ..Fields::default() })
+        Self(Fields {
+            deny: everybody.to_vec(),
+            ..Fields::default()
+        })
     }
 
     /// As JSON, for [`crate::protocol::Ready::access`].
@@ -130,10 +143,19 @@ impl Access {
     /// # Errors
     /// When not: for the first rule in the order of address, fields, name and password that is not met.
     pub fn admit(&self, address: Option<IpAddr>, fields: &HeaderMap) -> Result<(), Denied> {
-        let Fields { salt, basic, headers, allow, deny } = &self.0;
+        let Fields {
+            salt,
+            basic,
+            headers,
+            allow,
+            deny,
+        } = &self.0;
         if !allow.is_empty() || !deny.is_empty() {
-            let Some(address) = address else { return Err(Denied::Address) };
-            let is_in = |networks: &[Cidr]| networks.iter().any(|network| network.contains(address));
+            let Some(address) = address else {
+                return Err(Denied::Address);
+            };
+            let is_in =
+                |networks: &[Cidr]| networks.iter().any(|network| network.contains(address));
             if is_in(deny) || !allow.is_empty() && !is_in(allow) {
                 return Err(Denied::Address);
             }
@@ -141,14 +163,20 @@ impl Access {
         for required in headers {
             let value = only_value(fields, &required.name).map(HeaderValue::as_bytes);
             // Of several rules for one name any may be met: that is how a secret is changed without an interruption.
-            let accepted = headers.iter().filter(|other| other.name == required.name).map(|other| &other.hash);
+            let accepted = headers
+                .iter()
+                .filter(|other| other.name == required.name)
+                .map(|other| &other.hash);
             if !value.is_some_and(|value| is_one_of(&hash(&salt.0, value), accepted)) {
                 return Err(Denied::Field);
             }
         }
         if !basic.is_empty() {
-            let credentials = only_value(fields, header::AUTHORIZATION.as_str()).and_then(basic_credentials);
-            if !credentials.is_some_and(|credentials| is_one_of(&hash(&salt.0, &credentials), basic)) {
+            let credentials =
+                only_value(fields, header::AUTHORIZATION.as_str()).and_then(basic_credentials);
+            if !credentials
+                .is_some_and(|credentials| is_one_of(&hash(&salt.0, &credentials), basic))
+            {
                 return Err(Denied::Unauthorized);
             }
         }
@@ -170,15 +198,26 @@ impl TryFrom<Fields> for Access {
     type Error = Invalid;
 
     fn try_from(fields: Fields) -> Result<Self, Invalid> {
-        let Fields { salt, basic, headers, allow, deny } = &fields;
+        let Fields {
+            salt,
+            basic,
+            headers,
+            allow,
+            deny,
+        } = &fields;
         if basic.is_empty() && headers.is_empty() && allow.is_empty() && deny.is_empty() {
             return Err(Invalid::Empty);
         }
-        if basic.len() > CREDENTIALS || headers.len() > CREDENTIALS || allow.len() + deny.len() > NETWORKS {
+        if basic.len() > CREDENTIALS
+            || headers.len() > CREDENTIALS
+            || allow.len() + deny.len() > NETWORKS
+        {
             return Err(Invalid::TooMany);
         }
         let has_secrets = !basic.is_empty() || !headers.is_empty();
-        let mut hashes = basic.iter().chain(headers.iter().map(|required| &required.hash));
+        let mut hashes = basic
+            .iter()
+            .chain(headers.iter().map(|required| &required.hash));
         if (has_secrets && salt.0.len() != SALT) || !hashes.all(|hash| hash.0.len() == HASH) {
             return Err(Invalid::Hash);
         }
@@ -202,7 +241,9 @@ impl From<Access> for Fields {
 
 /// Whether a field of this name reaches the service as the visitor sent it. Names are in lower case, as `http` writes them.
 fn is_askable(name: &str) -> bool {
-    let Ok(parsed) = name.parse::<HeaderName>() else { return false };
+    let Ok(parsed) = name.parse::<HeaderName>() else {
+        return false;
+    };
     let mut alone = HeaderMap::from_iter([(parsed.clone(), HeaderValue::from_static("x"))]);
     headers::remove_hop_by_hop(&mut alone);
     headers::remove_forwarding(&mut alone);
@@ -220,7 +261,9 @@ fn only_value<'f>(fields: &'f HeaderMap, name: &str) -> Option<&'f HeaderValue> 
 fn basic_credentials(value: &HeaderValue) -> Option<Vec<u8>> {
     let (scheme, encoded) = value.to_str().ok()?.split_once(' ')?;
     let encoded = encoded.trim_start_matches(' ');
-    scheme.eq_ignore_ascii_case("basic").then(|| BASE64_STANDARD.decode(encoded).ok())?
+    scheme
+        .eq_ignore_ascii_case("basic")
+        .then(|| BASE64_STANDARD.decode(encoded).ok())?
 }
 
 fn hash(salt: &[u8], secret: &[u8]) -> [u8; HASH] {
@@ -231,22 +274,52 @@ fn hash(salt: &[u8], secret: &[u8]) -> [u8; HASH] {
 
 /// Compares with all of them, however early one is found, so that the time tells nothing.
 fn is_one_of<'h>(hash: &[u8; HASH], accepted: impl IntoIterator<Item = &'h Body>) -> bool {
-    accepted.into_iter().fold(Choice::from(0), |found, accepted| found | accepted.0.ct_eq(hash)).into()
+    accepted
+        .into_iter()
+        .fold(Choice::from(0), |found, accepted| {
+            found | accepted.0.ct_eq(hash)
+        })
+        .into()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn access(basic: &[&str], required: &[(&'static str, &str)], allow: &[&str], deny: &[&str]) -> Result<Access, Invalid> {
-        let networks = |texts: &[&str]| texts.iter().map(|text| text.parse().expect("a network")).collect();
-        let required: Vec<_> =
-            required.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(value).expect("a value"))).collect();
+    fn access(
+        basic: &[&str],
+        required: &[(&'static str, &str)],
+        allow: &[&str],
+        deny: &[&str],
+    ) -> Result<Access, Invalid> {
+        let networks = |texts: &[&str]| {
+            texts
+                .iter()
+                .map(|text| text.parse().expect("a network"))
+                .collect()
+        };
+        let required: Vec<_> = required
+            .iter()
+            .map(|(name, value)| {
+                (
+                    HeaderName::from_static(name),
+                    HeaderValue::from_str(value).expect("a value"),
+                )
+            })
+            .collect();
         Access::new([7; SALT], basic, &required, networks(allow), networks(deny))
     }
 
     fn fields(fields: &[(&'static str, &str)]) -> HeaderMap {
-        fields.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(value).expect("a value"))).collect()
+        fields
+            .iter()
+            .map(|(name, value)| {
+                (
+                    HeaderName::from_static(name),
+                    HeaderValue::from_str(value).expect("a value"),
+                )
+            })
+            .collect()
     }
 
     fn basic(credentials: &str) -> String {
@@ -257,11 +330,20 @@ mod tests {
     fn only_a_name_with_its_password_opens() {
         let access = access(&["alice:opensesame", "bob:a:b"], &[], &[], &[]).expect("rules");
         let admit = |values: &[&str]| {
-            let fields = HeaderMap::from_iter(values.iter().map(|value| (header::AUTHORIZATION, value.parse().expect("a value"))));
+            let fields = HeaderMap::from_iter(
+                values
+                    .iter()
+                    .map(|value| (header::AUTHORIZATION, value.parse().expect("a value"))),
+            );
             access.admit(None, &fields)
         };
         let encoded = BASE64_STANDARD.encode("alice:opensesame");
-        for good in [basic("alice:opensesame"), basic("bob:a:b"), format!("bAsIc {encoded}"), format!("Basic  {encoded}")] {
+        for good in [
+            basic("alice:opensesame"),
+            basic("bob:a:b"),
+            format!("bAsIc {encoded}"),
+            format!("Basic  {encoded}"),
+        ] {
             assert_eq!(admit(&[&good]), Ok(()), "{good}");
         }
         for bad in [
@@ -283,14 +365,28 @@ mod tests {
         }
         assert_eq!(admit(&[]), Err(Denied::Unauthorized));
         let good = basic("alice:opensesame");
-        assert_eq!(admit(&[&good, &good]), Err(Denied::Unauthorized), "which one would the local service see?");
+        assert_eq!(
+            admit(&[&good, &good]),
+            Err(Denied::Unauthorized),
+            "which one would the local service see?"
+        );
     }
 
     #[test]
     fn denied_networks_win_over_allowed_ones_and_these_over_all_others() {
-        let both = access(&[], &[], &["192.0.2.0/24", "2001:db8::/32"], &["192.0.2.128/25"]).expect("rules");
+        let both = access(
+            &[],
+            &[],
+            &["192.0.2.0/24", "2001:db8::/32"],
+            &["192.0.2.128/25"],
+        )
+        .expect("rules");
         let only_deny = access(&[], &[], &[], &["192.0.2.0/24"]).expect("rules");
-        let admit = |access: &Access, address: &str| access.admit(address.parse().ok(), &HeaderMap::new()).is_ok();
+        let admit = |access: &Access, address: &str| {
+            access
+                .admit(address.parse().ok(), &HeaderMap::new())
+                .is_ok()
+        };
         for (address, by_both, by_deny) in [
             ("192.0.2.1", true, false),
             ("192.0.2.200", false, false),
@@ -300,24 +396,41 @@ mod tests {
             ("2001:db8::1", true, true),
             ("unknown", false, false),
         ] {
-            assert_eq!((admit(&both, address), admit(&only_deny, address)), (by_both, by_deny), "{address}");
+            assert_eq!(
+                (admit(&both, address), admit(&only_deny, address)),
+                (by_both, by_deny),
+                "{address}"
+            );
         }
     }
 
     #[test]
     fn every_required_field_must_have_one_of_its_values_once() {
-        let access = access(&[], &[("x-key", "one"), ("x-key", "two"), ("x-other", "three")], &[], &[]).expect("rules");
+        let access = access(
+            &[],
+            &[("x-key", "one"), ("x-key", "two"), ("x-other", "three")],
+            &[],
+            &[],
+        )
+        .expect("rules");
         for (sent, is_admitted) in [
             (&[("x-key", "one"), ("x-other", "three")][..], true),
             (&[("x-key", "two"), ("x-other", "three")], true),
             (&[("x-key", "one")], false),
             (&[("x-key", "three"), ("x-other", "one")], false),
             (&[("x-key", "One"), ("x-other", "three")], false),
-            (&[("x-key", "one"), ("x-key", "two"), ("x-other", "three")], false),
+            (
+                &[("x-key", "one"), ("x-key", "two"), ("x-other", "three")],
+                false,
+            ),
             (&[("x-key", "one, two"), ("x-other", "three")], false),
             (&[], false),
         ] {
-            assert_eq!(access.admit(None, &fields(sent)).is_ok(), is_admitted, "{sent:?}");
+            assert_eq!(
+                access.admit(None, &fields(sent)).is_ok(),
+                is_admitted,
+                "{sent:?}"
+            );
         }
     }
 
@@ -328,34 +441,90 @@ mod tests {
             access.remove_secrets(&mut sent);
             sent
         };
-        assert_eq!(of(access(&["a:b"], &[], &[], &[]).expect("rules")), fields(&[("x-key", "one"), ("accept", "*/*")]));
-        assert_eq!(of(access(&[], &[("x-key", "one")], &[], &[]).expect("rules")), fields(&[("authorization", "x"), ("accept", "*/*")]));
+        assert_eq!(
+            of(access(&["a:b"], &[], &[], &[]).expect("rules")),
+            fields(&[("x-key", "one"), ("accept", "*/*")])
+        );
+        assert_eq!(
+            of(access(&[], &[("x-key", "one")], &[], &[]).expect("rules")),
+            fields(&[("authorization", "x"), ("accept", "*/*")])
+        );
     }
 
     #[test]
     fn rules_survive_the_wire_and_tell_no_secret() {
-        let rules = access(&["alice:opensesame"], &[("x-key", "swordfish")], &["192.0.2.0/24"], &["::1"]).expect("rules");
+        let rules = access(
+            &["alice:opensesame"],
+            &[("x-key", "swordfish")],
+            &["192.0.2.0/24"],
+            &["::1"],
+        )
+        .expect("rules");
         let text = serde_json::to_string(&rules).expect("JSON");
-        assert!(!text.contains("sesame") && !text.contains("alice") && !text.contains("swordfish"), "{text}");
-        assert_eq!(serde_json::from_str::<Access>(&text).expect("what we wrote"), rules);
-        let other_salt = Access::new([8; SALT], &["alice:opensesame"], &[], vec![], vec![]).expect("rules");
-        assert_ne!(other_salt.0.basic[0], rules.0.basic[0], "the same secret has the same hash in every session");
+        assert!(
+            !text.contains("sesame") && !text.contains("alice") && !text.contains("swordfish"),
+            "{text}"
+        );
+        assert_eq!(
+            serde_json::from_str::<Access>(&text).expect("what we wrote"),
+            rules
+        );
+        let other_salt =
+            Access::new([8; SALT], &["alice:opensesame"], &[], vec![], vec![]).expect("rules");
+        assert_ne!(
+            other_salt.0.basic[0], rules.0.basic[0],
+            "the same secret has the same hash in every session"
+        );
     }
 
     #[test]
     fn rules_that_would_not_be_kept_to_are_refused() {
-        let many = |count: usize| (0..count).map(|at| format!("user{at}:x")).collect::<Vec<_>>();
-        for (count, expected) in [(CREDENTIALS, None), (CREDENTIALS + 1, Some(Invalid::TooMany))] {
+        let many = |count: usize| {
+            (0..count)
+                .map(|at| format!("user{at}:x"))
+                .collect::<Vec<_>>()
+        };
+        for (count, expected) in [
+            (CREDENTIALS, None),
+            (CREDENTIALS + 1, Some(Invalid::TooMany)),
+        ] {
             let texts = many(count);
-            assert_eq!(access(&texts.iter().map(String::as_str).collect::<Vec<_>>(), &[], &[], &[]).err(), expected, "{count}");
+            assert_eq!(
+                access(
+                    &texts.iter().map(String::as_str).collect::<Vec<_>>(),
+                    &[],
+                    &[],
+                    &[]
+                )
+                .err(),
+                expected,
+                "{count}"
+            );
         }
         for (count, expected) in [(NETWORKS, None), (NETWORKS + 1, Some(Invalid::TooMany))] {
-            assert_eq!(access(&[], &[], &vec!["::1"; count - 1], &["::2"]).err(), expected, "{count}");
+            assert_eq!(
+                access(&[], &[], &vec!["::1"; count - 1], &["::2"]).err(),
+                expected,
+                "{count}"
+            );
         }
         assert_eq!(access(&[], &[], &[], &[]), Err(Invalid::Empty));
-        assert_eq!(access(&["a:b"], &[("authorization", "x")], &[], &[]), Err(Invalid::Authorization));
-        for name in ["host", "connection", "x-forwarded-for", "x-real-ip", "content-length", "transfer-encoding"] {
-            assert_eq!(access(&[], &[(name, "x")], &[], &[]), Err(Invalid::Field(name.to_owned())));
+        assert_eq!(
+            access(&["a:b"], &[("authorization", "x")], &[], &[]),
+            Err(Invalid::Authorization)
+        );
+        for name in [
+            "host",
+            "connection",
+            "x-forwarded-for",
+            "x-real-ip",
+            "content-length",
+            "transfer-encoding",
+        ] {
+            assert_eq!(
+                access(&[], &[(name, "x")], &[], &[]),
+                Err(Invalid::Field(name.to_owned()))
+            );
         }
         let hash = BASE64_STANDARD.encode([0; HASH]);
         let salt = BASE64_STANDARD.encode([0; SALT]);
@@ -367,7 +536,10 @@ mod tests {
             format!(r#"{{"salt":"{salt}","basic":["AAAA"]}}"#),
             format!(r#"{{"salt":"{salt}","basic":["{hash}"],"jwt":{{}}}}"#),
             format!(r#"{{"salt":"{salt}","headers":[{{"name":"X-Key","hash":"{hash}"}}]}}"#),
-            format!(r#"{{"salt":"{salt}","headers":[{{"name":"{}","hash":"{hash}"}}]}}"#, "x".repeat(FIELD_NAME + 1)),
+            format!(
+                r#"{{"salt":"{salt}","headers":[{{"name":"{}","hash":"{hash}"}}]}}"#,
+                "x".repeat(FIELD_NAME + 1)
+            ),
             r#"{"allow":["everybody"]}"#.to_owned(),
         ] {
             assert!(serde_json::from_str::<Access>(&text).is_err(), "{text}");
@@ -376,9 +548,18 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_lets_nobody_in() {
-        for address in [None, Some("192.0.2.1"), Some("::1"), Some("::ffff:192.0.2.1")] {
+        for address in [
+            None,
+            Some("192.0.2.1"),
+            Some("::1"),
+            Some("::ffff:192.0.2.1"),
+        ] {
             let address = address.map(|text| text.parse().expect("an address"));
-            assert_eq!(Access::nobody().admit(address, &HeaderMap::new()), Err(Denied::Address), "{address:?}");
+            assert_eq!(
+                Access::nobody().admit(address, &HeaderMap::new()),
+                Err(Denied::Address),
+                "{address:?}"
+            );
         }
     }
 }

@@ -13,7 +13,9 @@ pub struct Cidr(IpNet);
 
 /// A text that is no network.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("a network is an address with the length of its prefix, such as 192.0.2.0/24 or 2001:db8::/32, or one address")]
+#[error(
+    "a network is an address with the length of its prefix, such as 192.0.2.0/24 or 2001:db8::/32, or one address"
+)]
 pub struct InvalidCidr;
 
 impl Cidr {
@@ -35,7 +37,12 @@ impl FromStr for Cidr {
             && let Some(mapped) = v6.addr().to_ipv4_mapped()
             && let Some(length) = v6.prefix_len().checked_sub(96)
         {
-            return Ok(Self(Ipv4Net::new(mapped, length).map_err(|_| InvalidCidr)?.trunc().into()));
+            return Ok(Self(
+                Ipv4Net::new(mapped, length)
+                    .map_err(|_| InvalidCidr)?
+                    .trunc()
+                    .into(),
+            ));
         }
         Ok(Self(network.trunc()))
     }
@@ -66,7 +73,10 @@ mod tests {
     use super::*;
 
     fn contains(network: &str, address: &str) -> bool {
-        network.parse::<Cidr>().expect("a network").contains(address.parse().expect("an address"))
+        network
+            .parse::<Cidr>()
+            .expect("a network")
+            .contains(address.parse().expect("an address"))
     }
 
     #[test]
@@ -92,16 +102,33 @@ mod tests {
     #[test]
     fn an_ipv4_address_in_ipv6_notation_is_the_ipv4_address() {
         for network in ["192.0.2.0/24", "::ffff:192.0.2.0/120"] {
-            for (address, is_in) in [("::ffff:192.0.2.1", true), ("192.0.2.1", true), ("::ffff:192.0.3.1", false), ("::192.0.2.1", false)] {
+            for (address, is_in) in [
+                ("::ffff:192.0.2.1", true),
+                ("192.0.2.1", true),
+                ("::ffff:192.0.3.1", false),
+                ("::192.0.2.1", false),
+            ] {
                 assert_eq!(contains(network, address), is_in, "{address} in {network}");
             }
         }
-        assert!(!contains("::/0", "::ffff:192.0.2.1"), "it is no IPv6 address");
+        assert!(
+            !contains("::/0", "::ffff:192.0.2.1"),
+            "it is no IPv6 address"
+        );
     }
 
     #[test]
     fn what_is_no_network_is_refused() {
-        for text in ["", "192.0.2.0/33", "192.0.2/24", "2001:db8::/129", "example.com", "192.0.2.0/24 ", "10", "fe80::1%eth0"] {
+        for text in [
+            "",
+            "192.0.2.0/33",
+            "192.0.2/24",
+            "2001:db8::/129",
+            "example.com",
+            "192.0.2.0/24 ",
+            "10",
+            "fe80::1%eth0",
+        ] {
             assert_eq!(text.parse::<Cidr>(), Err(InvalidCidr), "{text}");
         }
     }

@@ -39,7 +39,13 @@ pub struct Piece {
 impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
     /// Takes from `body`; packs what it gives if `packs`.
     pub fn new(body: B, packs: bool) -> Self {
-        Self { body, left: Bytes::new(), is_over: false, broken_off: None, packed_at_once: packs.then_some(UNPACKED) }
+        Self {
+            body,
+            left: Bytes::new(),
+            is_over: false,
+            broken_off: None,
+            packed_at_once: packs.then_some(UNPACKED),
+        }
     }
 
     /// Waits until there are bytes, or the end; tells which.
@@ -77,12 +83,19 @@ impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
     /// # Errors
     /// When the body breaks off.
     pub async fn piece(&mut self, room: usize, until: Instant) -> Result<Piece, B::Error> {
-        let (mut bytes, more) = self.gather(self.packed_at_once.unwrap_or(room), until).await?;
+        let (mut bytes, more) = self
+            .gather(self.packed_at_once.unwrap_or(room), until)
+            .await?;
         while self.packed_at_once.is_some() {
             match packing::pack(&bytes) {
                 Some(packed) if packed.len() <= room => {
                     let more = more || !self.left.is_empty();
-                    return Ok(Piece { bytes: packed, encoding: Some(Encoding::Zstd), length: bytes.len(), more });
+                    return Ok(Piece {
+                        bytes: packed,
+                        encoding: Some(Encoding::Zstd),
+                        length: bytes.len(),
+                        more,
+                    });
                 }
                 _ if bytes.len() > room => {
                     let rest = bytes.split_off((bytes.len() / 2).max(room));
@@ -93,7 +106,12 @@ impl<B: Body<Data = Bytes> + Unpin> Gathering<B> {
                 _ => break,
             }
         }
-        Ok(Piece { length: bytes.len(), bytes, encoding: None, more: more || !self.left.is_empty() })
+        Ok(Piece {
+            length: bytes.len(),
+            bytes,
+            encoding: None,
+            more: more || !self.left.is_empty(),
+        })
     }
 
     /// Up to `limit` of the bytes that come before `until`, and whether the body goes on.
@@ -138,13 +156,18 @@ mod tests {
     use super::*;
 
     fn pieces(body: &Bytes, room: usize, packs: bool) -> Vec<Piece> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .expect("a runtime");
         runtime.block_on(async {
             let mut gathering = Gathering::new(Full::new(body.clone()), packs);
             let mut pieces = Vec::new();
             loop {
-                let piece =
-                    gathering.piece(room, Instant::now() + std::time::Duration::from_secs(1)).await.expect("a body never breaks off");
+                let piece = gathering
+                    .piece(room, Instant::now() + std::time::Duration::from_secs(1))
+                    .await
+                    .expect("a body never breaks off");
                 let more = piece.more;
                 pieces.push(piece);
                 if !more {
@@ -156,8 +179,14 @@ mod tests {
 
     #[tokio::test]
     async fn what_came_before_a_body_broke_off_is_given_out() {
-        let frames = [Ok(http_body::Frame::data(Bytes::from_static(b"hello"))), Err("broken")];
-        let mut body = Gathering::new(http_body_util::StreamBody::new(futures_util::stream::iter(frames)), false);
+        let frames = [
+            Ok(http_body::Frame::data(Bytes::from_static(b"hello"))),
+            Err("broken"),
+        ];
+        let mut body = Gathering::new(
+            http_body_util::StreamBody::new(futures_util::stream::iter(frames)),
+            false,
+        );
         let until = Instant::now() + std::time::Duration::from_secs(1);
         let piece = body.piece(100, until).await.expect("the bytes that came");
         assert_eq!((&piece.bytes[..], piece.more), (&b"hello"[..], true));
@@ -166,9 +195,17 @@ mod tests {
 
     #[test]
     fn what_packs_well_goes_into_few_pieces() {
-        let body: Bytes = "a line of a log that is much like the others\n".repeat(10_000).into();
-        assert_eq!(pieces(&body, 100_000, true).len(), body.len().div_ceil(UNPACKED));
-        assert_eq!(pieces(&body, 100_000, false).len(), body.len().div_ceil(100_000));
+        let body: Bytes = "a line of a log that is much like the others\n"
+            .repeat(10_000)
+            .into();
+        assert_eq!(
+            pieces(&body, 100_000, true).len(),
+            body.len().div_ceil(UNPACKED)
+        );
+        assert_eq!(
+            pieces(&body, 100_000, false).len(),
+            body.len().div_ceil(100_000)
+        );
     }
 
     proptest! {

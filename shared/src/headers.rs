@@ -43,7 +43,10 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
 pub fn remove_forwarding(headers: &mut HeaderMap) {
     let forwarding: Vec<HeaderName> = headers
         .keys()
-        .filter(|name| name.as_str().starts_with("x-forwarded-") || matches!(name.as_str(), "forwarded" | "x-real-ip"))
+        .filter(|name| {
+            name.as_str().starts_with("x-forwarded-")
+                || matches!(name.as_str(), "forwarded" | "x-real-ip")
+        })
         .cloned()
         .collect();
     for name in forwarding {
@@ -55,7 +58,11 @@ pub fn remove_forwarding(headers: &mut HeaderMap) {
 ///
 /// Header values are bytes (RFC 9110, 5.5). Read as Latin-1 every value has exactly one text and every such text exactly one value.
 pub fn value_to_text(value: &HeaderValue) -> String {
-    value.as_bytes().iter().map(|&byte| char::from(byte)).collect()
+    value
+        .as_bytes()
+        .iter()
+        .map(|&byte| char::from(byte))
+        .collect()
 }
 
 /// The inverse of [`value_to_text`]. A text with characters that no byte has can only come from a peer that decoded the value
@@ -64,7 +71,10 @@ pub fn text_to_value(text: &str) -> Option<HeaderValue> {
     if text.is_ascii() {
         return HeaderValue::from_str(text).ok();
     }
-    let bytes: Option<Vec<u8>> = text.chars().map(|c| u8::try_from(u32::from(c)).ok()).collect();
+    let bytes: Option<Vec<u8>> = text
+        .chars()
+        .map(|c| u8::try_from(u32::from(c)).ok())
+        .collect();
     HeaderValue::from_bytes(bytes.as_deref().unwrap_or(text.as_bytes())).ok()
 }
 
@@ -112,14 +122,19 @@ pub mod json {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<HeaderMap, A::Error> {
                 let mut headers = HeaderMap::new();
                 while let Some((name, values)) = map.next_entry::<String, Vec<String>>()? {
-                    let name =
-                        HeaderName::from_bytes(name.as_bytes()).map_err(|_| A::Error::custom("a header name that HTTP does not allow"))?;
+                    let name = HeaderName::from_bytes(name.as_bytes())
+                        .map_err(|_| A::Error::custom("a header name that HTTP does not allow"))?;
                     for value in values {
                         if headers.len() == HEADER_FIELDS {
-                            return Err(A::Error::custom(format_args!("more than {HEADER_FIELDS} header fields")));
+                            return Err(A::Error::custom(format_args!(
+                                "more than {HEADER_FIELDS} header fields"
+                            )));
                         }
-                        let value = text_to_value(&value)
-                            .ok_or_else(|| A::Error::custom(format_args!("a value of {name} that HTTP does not allow")))?;
+                        let value = text_to_value(&value).ok_or_else(|| {
+                            A::Error::custom(format_args!(
+                                "a value of {name} that HTTP does not allow"
+                            ))
+                        })?;
                         headers.append(name.clone(), value);
                     }
                 }
@@ -140,14 +155,24 @@ mod tests {
     fn map(fields: &[(&str, &str)]) -> HeaderMap {
         fields
             .iter()
-            .map(|(name, value)| (name.parse::<HeaderName>().expect("a name"), HeaderValue::from_str(value).expect("a value")))
+            .map(|(name, value)| {
+                (
+                    name.parse::<HeaderName>().expect("a name"),
+                    HeaderValue::from_str(value).expect("a value"),
+                )
+            })
             .collect()
     }
 
     #[test]
     fn hop_by_hop_fields_and_those_connection_names_are_removed() {
-        let mut headers =
-            map(&[("connection", "close, X-Hop"), ("x-hop", "1"), ("te", "trailers"), ("transfer-encoding", "chunked"), ("x-end", "2")]);
+        let mut headers = map(&[
+            ("connection", "close, X-Hop"),
+            ("x-hop", "1"),
+            ("te", "trailers"),
+            ("transfer-encoding", "chunked"),
+            ("x-end", "2"),
+        ]);
         remove_hop_by_hop(&mut headers);
         assert_eq!(headers, map(&[("x-end", "2")]));
     }
@@ -155,7 +180,10 @@ mod tests {
     #[test]
     fn a_connection_field_that_is_no_text_names_fields_all_the_same() {
         let mut headers = map(&[("x-hop", "1"), ("x-end", "2")]);
-        headers.insert("connection", HeaderValue::from_bytes(b"close, x-hop, \xff").expect("a value"));
+        headers.insert(
+            "connection",
+            HeaderValue::from_bytes(b"close, x-hop, \xff").expect("a value"),
+        );
         remove_hop_by_hop(&mut headers);
         assert_eq!(headers, map(&[("x-end", "2")]));
     }

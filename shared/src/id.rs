@@ -21,7 +21,9 @@ const REQUEST_ID_MAX: usize = 64;
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidId {
     /// Not a tunnel's name.
-    #[error("a tunnel id has {TUNNEL_ID_MIN} to {TUNNEL_ID_MAX} characters of a-z, 0-9 and -, and neither starts nor ends with -")]
+    #[error(
+        "a tunnel id has {TUNNEL_ID_MIN} to {TUNNEL_ID_MAX} characters of a-z, 0-9 and -, and neither starts nor ends with -"
+    )]
     Tunnel,
     /// Not a connection id.
     #[error("a connection id has 1 to {CONNECTION_ID_MAX} visible ASCII characters and no /")]
@@ -41,7 +43,11 @@ impl TunnelId {
     pub fn generate() -> Self {
         const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
         let mut random = rand::rng();
-        Self((0..TUNNEL_ID_GENERATED).map(|_| char::from(ALPHABET[random.random_range(0..ALPHABET.len())])).collect())
+        Self(
+            (0..TUNNEL_ID_GENERATED)
+                .map(|_| char::from(ALPHABET[random.random_range(0..ALPHABET.len())]))
+                .collect(),
+        )
     }
 }
 
@@ -50,7 +56,9 @@ impl TryFrom<String> for TunnelId {
 
     fn try_from(name: String) -> Result<Self, InvalidId> {
         let right_length = (TUNNEL_ID_MIN..=TUNNEL_ID_MAX).contains(&name.len());
-        let right_characters = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        let right_characters = name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         if right_length && right_characters && !name.starts_with('-') && !name.ends_with('-') {
             Ok(Self(name))
         } else {
@@ -68,8 +76,13 @@ impl TryFrom<String> for ConnectionId {
     type Error = InvalidId;
 
     fn try_from(id: String) -> Result<Self, InvalidId> {
-        let valid = (1..=CONNECTION_ID_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
-        if valid { Ok(Self(id)) } else { Err(InvalidId::Connection) }
+        let valid = (1..=CONNECTION_ID_MAX).contains(&id.len())
+            && id.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+        if valid {
+            Ok(Self(id))
+        } else {
+            Err(InvalidId::Connection)
+        }
     }
 }
 
@@ -89,8 +102,15 @@ impl TryFrom<String> for RequestId {
     type Error = InvalidId;
 
     fn try_from(id: String) -> Result<Self, InvalidId> {
-        let valid = (1..=REQUEST_ID_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-        if valid { Ok(Self(id)) } else { Err(InvalidId::Request) }
+        let valid = (1..=REQUEST_ID_MAX).contains(&id.len())
+            && id
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        if valid {
+            Ok(Self(id))
+        } else {
+            Err(InvalidId::Request)
+        }
     }
 }
 
@@ -138,8 +158,24 @@ mod tests {
             assert!(valid.parse::<TunnelId>().is_ok(), "{valid}");
         }
         let too_long = "a".repeat(TUNNEL_ID_MAX + 1);
-        for invalid in ["", "ab", "My-app", "my_app", "_ws", "-ab", "ab-", "a.b", "a/b", "caf\u{e9}", too_long.as_str()] {
-            assert_eq!(invalid.parse::<TunnelId>(), Err(InvalidId::Tunnel), "{invalid}");
+        for invalid in [
+            "",
+            "ab",
+            "My-app",
+            "my_app",
+            "_ws",
+            "-ab",
+            "ab-",
+            "a.b",
+            "a/b",
+            "caf\u{e9}",
+            too_long.as_str(),
+        ] {
+            assert_eq!(
+                invalid.parse::<TunnelId>(),
+                Err(InvalidId::Tunnel),
+                "{invalid}"
+            );
         }
     }
 

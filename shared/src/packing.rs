@@ -30,10 +30,27 @@ pub enum Unpackable {
 /// Whether bodies with these header fields are likely to become much shorter.
 pub fn pays(fields: &HeaderMap) -> bool {
     let text = |name| fields.get(name).and_then(|value| value.to_str().ok());
-    let is_packed = text(header::CONTENT_ENCODING).is_some_and(|encoding| !encoding.trim().eq_ignore_ascii_case("identity"));
-    let kind = text(header::CONTENT_TYPE).unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let is_packed = text(header::CONTENT_ENCODING)
+        .is_some_and(|encoding| !encoding.trim().eq_ignore_ascii_case("identity"));
+    let kind = text(header::CONTENT_TYPE)
+        .unwrap_or_default()
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
     let is_text = kind.starts_with("text/")
-        || ["json", "xml", "javascript", "x-www-form-urlencoded", "wasm", "x-ndjson", "graphql"].iter().any(|word| kind.ends_with(word));
+        || [
+            "json",
+            "xml",
+            "javascript",
+            "x-www-form-urlencoded",
+            "wasm",
+            "x-ndjson",
+            "graphql",
+        ]
+        .iter()
+        .any(|word| kind.ends_with(word));
     // Events are few bytes, and each is on its way before the next.
     is_text && !is_packed && kind != "text/event-stream"
 }
@@ -58,8 +75,14 @@ pub fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> Result<Bytes, Unpacka
             let mut unpacked = Vec::new();
             let mut decoder = zstd::stream::read::Decoder::with_buffer(&bytes[..])?;
             decoder.window_log_max(WINDOW_LOG)?;
-            decoder.take(UNPACKED as u64 + 1).read_to_end(&mut unpacked)?;
-            if unpacked.len() > UNPACKED { Err(Unpackable::TooLong) } else { Ok(unpacked.into()) }
+            decoder
+                .take(UNPACKED as u64 + 1)
+                .read_to_end(&mut unpacked)?;
+            if unpacked.len() > UNPACKED {
+                Err(Unpackable::TooLong)
+            } else {
+                Ok(unpacked.into())
+            }
         }
     }
 }
@@ -75,10 +98,21 @@ mod tests {
     fn a_small_part_cannot_make_the_receiver_keep_a_large_one() {
         let bomb = zstd::bulk::compress(&vec![0; UNPACKED + 1], LEVEL).expect("packed");
         assert!(bomb.len() < 1024);
-        assert!(matches!(unpack(bomb.into(), Some(Encoding::Zstd)), Err(Unpackable::TooLong)));
-        assert!(matches!(unpack(Bytes::from_static(b"not zstd"), Some(Encoding::Zstd)), Err(Unpackable::Malformed(_))));
+        assert!(matches!(
+            unpack(bomb.into(), Some(Encoding::Zstd)),
+            Err(Unpackable::TooLong)
+        ));
+        assert!(matches!(
+            unpack(Bytes::from_static(b"not zstd"), Some(Encoding::Zstd)),
+            Err(Unpackable::Malformed(_))
+        ));
         let largest = zstd::bulk::compress(&vec![0; UNPACKED], LEVEL).expect("packed");
-        assert_eq!(unpack(largest.into(), Some(Encoding::Zstd)).expect("allowed").len(), UNPACKED);
+        assert_eq!(
+            unpack(largest.into(), Some(Encoding::Zstd))
+                .expect("allowed")
+                .len(),
+            UNPACKED
+        );
     }
 
     #[test]
@@ -93,7 +127,8 @@ mod tests {
             ("text/event-stream", None, false),
             ("application/octet-stream", None, false),
         ] {
-            let mut fields = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))]);
+            let mut fields =
+                HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))]);
             if let Some(encoding) = encoding {
                 fields.insert(header::CONTENT_ENCODING, HeaderValue::from_static(encoding));
             }

@@ -9,7 +9,9 @@ use crate::limits::{PARTS_AHEAD, RELAY_ENVELOPE, WEBSOCKET_FRAME, WEBSOCKET_MESS
 /// How many body bytes fit beside `envelope` bytes of JSON in one message that may be passed on; `None` when not even the
 /// envelope does.
 pub fn room_beside(envelope: usize) -> Option<usize> {
-    WEBSOCKET_MESSAGE.checked_sub(RELAY_ENVELOPE + envelope).map(|rest| rest / 4 * 3)
+    WEBSOCKET_MESSAGE
+        .checked_sub(RELAY_ENVELOPE + envelope)
+        .map(|rest| rest / 4 * 3)
 }
 
 /// Cuts a text into frames that API Gateway takes: at least one, and whether each is the last.
@@ -33,7 +35,10 @@ pub struct Allowance {
 
 impl Default for Allowance {
     fn default() -> Self {
-        Self { used: 0, allowed: WINDOW }
+        Self {
+            used: 0,
+            allowed: WINDOW,
+        }
     }
 }
 
@@ -56,7 +61,9 @@ pub fn join(chunks: Vec<Bytes>) -> Bytes {
         Ok([only]) => only,
         Err(chunks) => {
             let mut joined = BytesMut::with_capacity(chunks.iter().map(Bytes::len).sum());
-            chunks.iter().for_each(|chunk| joined.extend_from_slice(chunk));
+            chunks
+                .iter()
+                .for_each(|chunk| joined.extend_from_slice(chunk));
             joined.freeze()
         }
     }
@@ -82,7 +89,10 @@ pub struct Reorder<T> {
 impl<T> Reorder<T> {
     /// Expects `first` before all others.
     pub fn starting_at(first: u32) -> Self {
-        Self { expected: first, early: BTreeMap::new() }
+        Self {
+            expected: first,
+            early: BTreeMap::new(),
+        }
     }
 
     /// The number of the next part to come out.
@@ -97,7 +107,9 @@ impl<T> Reorder<T> {
 
     /// Whether the next part is missing while a later one is there.
     pub fn is_incomplete(&self) -> bool {
-        self.early.first_key_value().is_some_and(|(&first, _)| first != self.expected)
+        self.early
+            .first_key_value()
+            .is_some_and(|(&first, _)| first != self.expected)
     }
 
     /// Takes a part in. One that was seen before is ignored: the first counts.
@@ -105,9 +117,14 @@ impl<T> Reorder<T> {
     /// # Errors
     /// When the part is too far ahead; it is dropped then.
     pub fn insert(&mut self, part: u32, item: T) -> Result<(), TooFarAhead> {
-        let Some(ahead) = part.checked_sub(self.expected) else { return Ok(()) };
+        let Some(ahead) = part.checked_sub(self.expected) else {
+            return Ok(());
+        };
         if ahead as usize >= PARTS_AHEAD {
-            return Err(TooFarAhead { part, expected: self.expected });
+            return Err(TooFarAhead {
+                part,
+                expected: self.expected,
+            });
         }
         self.early.entry(part).or_insert(item);
         Ok(())
@@ -142,7 +159,9 @@ mod tests {
             more: false,
             reply_to: Some("c".repeat(128).parse().expect("an id")),
         };
-        assert!(encode(&FromAgent::BodyPart(part.clone())).len() + RELAY_ENVELOPE <= WEBSOCKET_MESSAGE);
+        assert!(
+            encode(&FromAgent::BodyPart(part.clone())).len() + RELAY_ENVELOPE <= WEBSOCKET_MESSAGE
+        );
         assert!(encode(&ToAgent::BodyPart(part)).len() <= WEBSOCKET_MESSAGE);
         assert!(RequestId::generate().as_str().len() <= 64);
     }
@@ -157,14 +176,35 @@ mod tests {
 
     #[test]
     fn frames_are_cut_at_the_limit_and_put_together_give_the_text() {
-        for (length, count) in [(0, 1), (1, 1), (WEBSOCKET_FRAME, 1), (WEBSOCKET_FRAME + 1, 2), (3 * WEBSOCKET_FRAME, 3)] {
+        for (length, count) in [
+            (0, 1),
+            (1, 1),
+            (WEBSOCKET_FRAME, 1),
+            (WEBSOCKET_FRAME + 1, 2),
+            (3 * WEBSOCKET_FRAME, 3),
+        ] {
             let text = "x".repeat(length);
             let cut: Vec<(Bytes, bool)> = frames(text.clone()).collect();
             assert_eq!(cut.len(), count, "{length}");
-            assert!(cut.iter().all(|(frame, _)| frame.len() <= WEBSOCKET_FRAME), "{length}");
-            assert_eq!(cut.iter().rposition(|(_, is_last)| *is_last), Some(count - 1), "{length}");
-            assert_eq!(cut.iter().filter(|(_, is_last)| *is_last).count(), 1, "{length}");
-            assert_eq!(join(cut.into_iter().map(|(frame, _)| frame).collect()), text, "{length}");
+            assert!(
+                cut.iter().all(|(frame, _)| frame.len() <= WEBSOCKET_FRAME),
+                "{length}"
+            );
+            assert_eq!(
+                cut.iter().rposition(|(_, is_last)| *is_last),
+                Some(count - 1),
+                "{length}"
+            );
+            assert_eq!(
+                cut.iter().filter(|(_, is_last)| *is_last).count(),
+                1,
+                "{length}"
+            );
+            assert_eq!(
+                join(cut.into_iter().map(|(frame, _)| frame).collect()),
+                text,
+                "{length}"
+            );
         }
     }
 
@@ -187,7 +227,13 @@ mod tests {
         let mut reorder = Reorder::starting_at(1);
         let limit = u32::try_from(PARTS_AHEAD).expect("small");
         assert_eq!(reorder.insert(limit, ()), Ok(()));
-        assert_eq!(reorder.insert(limit + 1, ()), Err(TooFarAhead { part: limit + 1, expected: 1 }));
+        assert_eq!(
+            reorder.insert(limit + 1, ()),
+            Err(TooFarAhead {
+                part: limit + 1,
+                expected: 1
+            })
+        );
     }
 
     proptest! {

@@ -43,8 +43,15 @@ pub enum Feature {
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 7] =
-    [Feature::BodyParts, Feature::Cancel, Feature::Notices, Feature::Window, Feature::ReplyTo, Feature::Zstd, Feature::Access];
+pub const FEATURES: [Feature; 7] = [
+    Feature::BodyParts,
+    Feature::Cancel,
+    Feature::Notices,
+    Feature::Window,
+    Feature::ReplyTo,
+    Feature::Zstd,
+    Feature::Access,
+];
 
 /// Body bytes, which JSON carries in base64 (RFC 4648, 4: with padding).
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -69,7 +76,10 @@ impl<'de> Deserialize<'de> for Body {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Body, E> {
-                BASE64_STANDARD.decode(text).map(|bytes| Body(bytes.into())).map_err(E::custom)
+                BASE64_STANDARD
+                    .decode(text)
+                    .map(|bytes| Body(bytes.into()))
+                    .map_err(E::custom)
             }
         }
 
@@ -384,10 +394,14 @@ pub fn decode<'de, M: Deserialize<'de>>(text: &'de str) -> Result<M, DecodeError
 
 /// Writes a message. The result may be longer than [`WEBSOCKET_MESSAGE`] only if its body was not cut by [`crate::parts`].
 pub fn encode<M: Serialize>(message: &M) -> String {
-    serde_json::to_string(message).expect("maps with string keys, strings and numbers always have a JSON text")
+    serde_json::to_string(message)
+        .expect("maps with string keys, strings and numbers always have a JSON text")
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
 fn is_false(flag: &bool) -> bool {
     !flag
 }
@@ -400,11 +414,22 @@ mod tests {
 
     #[test]
     fn messages_of_the_first_agents_are_understood() {
-        assert_eq!(decode::<FromAgent>(r#"{"type":"ready"}"#).expect("ready"), FromAgent::Ready(Ready::default()));
-        assert_eq!(decode::<FromAgent>(r#"{"type":"ping"}"#).expect("ping"), FromAgent::Ping);
+        assert_eq!(
+            decode::<FromAgent>(r#"{"type":"ready"}"#).expect("ready"),
+            FromAgent::Ready(Ready::default())
+        );
+        assert_eq!(
+            decode::<FromAgent>(r#"{"type":"ping"}"#).expect("ping"),
+            FromAgent::Ping
+        );
         let response = r#"{"type":"http_response","request_id":"r1","status_code":200,"headers":{"x":["1","2"]},"body":"aGk=","processing_time_ms":5}"#;
-        let FromAgent::HttpResponse(response) = decode(response).expect("a response") else { panic!("not a response") };
-        assert_eq!(response.headers.get_all("x").iter().collect::<Vec<_>>(), ["1", "2"]);
+        let FromAgent::HttpResponse(response) = decode(response).expect("a response") else {
+            panic!("not a response")
+        };
+        assert_eq!(
+            response.headers.get_all("x").iter().collect::<Vec<_>>(),
+            ["1", "2"]
+        );
         assert_eq!(response.body.0, "hi");
         assert!(!response.more);
     }
@@ -412,45 +437,82 @@ mod tests {
     #[test]
     fn a_service_that_sends_three_fields_is_understood() {
         let text = r#"{"type":"connection_established","connection_id":"c=","tunnel_id":"abc","public_url":"https://x/abc"}"#;
-        let ToAgent::ConnectionEstablished(established) = decode(text).expect("established") else { panic!("not established") };
+        let ToAgent::ConnectionEstablished(established) = decode(text).expect("established") else {
+            panic!("not established")
+        };
         assert_eq!(established.features, []);
         assert_eq!(established.protocol, None);
     }
 
     #[test]
     fn a_newer_peer_is_understood_as_far_as_it_goes() {
-        assert_eq!(decode::<ToAgent>(r#"{"type":"dance","steps":3}"#).expect("unknown"), ToAgent::Unknown);
-        let ready = decode::<FromAgent>(r#"{"type":"ready","protocol":9,"features":["body_parts","teleport"]}"#).expect("ready");
+        assert_eq!(
+            decode::<ToAgent>(r#"{"type":"dance","steps":3}"#).expect("unknown"),
+            ToAgent::Unknown
+        );
+        let ready = decode::<FromAgent>(
+            r#"{"type":"ready","protocol":9,"features":["body_parts","teleport"]}"#,
+        )
+        .expect("ready");
         assert_eq!(
             ready,
-            FromAgent::Ready(Ready { protocol: Some(9), features: vec![Feature::BodyParts, Feature::Unknown], ..Ready::default() })
+            FromAgent::Ready(Ready {
+                protocol: Some(9),
+                features: vec![Feature::BodyParts, Feature::Unknown],
+                ..Ready::default()
+            })
         );
-        let error = decode::<FromAgent>(r#"{"type":"error","request_id":"r","code":"on_fire"}"#).expect("error");
-        assert!(matches!(error, FromAgent::Error(AgentError { code: AgentErrorCode::InternalError, .. })));
+        let error = decode::<FromAgent>(r#"{"type":"error","request_id":"r","code":"on_fire"}"#)
+            .expect("error");
+        assert!(matches!(
+            error,
+            FromAgent::Error(AgentError {
+                code: AgentErrorCode::InternalError,
+                ..
+            })
+        ));
     }
 
     #[test]
     fn a_list_is_no_message() {
-        assert!(matches!(decode::<FromAgent>(r#"["ping"]"#), Err(DecodeError::Malformed(_))));
-        assert!(matches!(decode::<FromAgent>(r#"["body_part","r1",1,"aGk=",false]"#), Err(DecodeError::Malformed(_))));
+        assert!(matches!(
+            decode::<FromAgent>(r#"["ping"]"#),
+            Err(DecodeError::Malformed(_))
+        ));
+        assert!(matches!(
+            decode::<FromAgent>(r#"["body_part","r1",1,"aGk=",false]"#),
+            Err(DecodeError::Malformed(_))
+        ));
     }
 
     #[test]
     fn what_api_gateway_itself_says_is_an_error_and_no_message() {
         let text = r#"{"message":"Internal server error","connectionId":"c=","requestId":"r"}"#;
-        assert!(matches!(decode::<ToAgent>(text), Err(DecodeError::Malformed(_))));
+        assert!(matches!(
+            decode::<ToAgent>(text),
+            Err(DecodeError::Malformed(_))
+        ));
     }
 
     #[test]
     fn nothing_new_is_written_where_nothing_was_negotiated() {
-        assert_eq!(encode(&FromAgent::Ready(Ready::default())), r#"{"type":"ready"}"#);
+        assert_eq!(
+            encode(&FromAgent::Ready(Ready::default())),
+            r#"{"type":"ready"}"#
+        );
         assert_eq!(encode(&ToAgent::Pong), r#"{"type":"pong"}"#);
     }
 
     #[test]
     fn a_text_over_the_message_limit_is_refused_unread() {
-        let text = format!(r#"{{"type":"ping","pad":"{}"}}"#, "x".repeat(WEBSOCKET_MESSAGE));
-        assert!(matches!(decode::<FromAgent>(&text), Err(DecodeError::TooLong(_))));
+        let text = format!(
+            r#"{{"type":"ping","pad":"{}"}}"#,
+            "x".repeat(WEBSOCKET_MESSAGE)
+        );
+        assert!(matches!(
+            decode::<FromAgent>(&text),
+            Err(DecodeError::TooLong(_))
+        ));
     }
 
     proptest! {

@@ -8,9 +8,23 @@ use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use crate::id::TunnelId;
 
 /// What a path cannot hold as it is, whatever else its sender wrote.
-const NOT_IN_PATH: &AsciiSet = &CONTROLS.add(b' ').add(b'#').add(b'?').add(b'<').add(b'>').add(b'`');
+const NOT_IN_PATH: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'#')
+    .add(b'?')
+    .add(b'<')
+    .add(b'>')
+    .add(b'`');
 /// What RFC 3986 wants encoded in a path besides.
-const NOT_IN_STRICT_PATH: &AsciiSet = &NOT_IN_PATH.add(b'"').add(b'[').add(b'\\').add(b']').add(b'^').add(b'{').add(b'|').add(b'}');
+const NOT_IN_STRICT_PATH: &AsciiSet = &NOT_IN_PATH
+    .add(b'"')
+    .add(b'[')
+    .add(b'\\')
+    .add(b']')
+    .add(b'^')
+    .add(b'{')
+    .add(b'|')
+    .add(b'}');
 
 /// How visitors name a tunnel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -28,7 +42,9 @@ pub enum Invalid {
     #[error("must be path or subdomain")]
     Routing,
     /// Not an address visitors could use.
-    #[error("must be an http:// or https:// address without query, such as https://tunnel.example.com")]
+    #[error(
+        "must be an http:// or https:// address without query, such as https://tunnel.example.com"
+    )]
     PublicUrl,
 }
 
@@ -46,8 +62,13 @@ impl FromStr for Routing {
 
 /// Whether a host, as it stands in an address, is this machine itself.
 pub fn is_loopback(host: &str) -> bool {
-    let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
-    ip.map_or(host == "localhost" || host.ends_with(".localhost"), |ip| ip.is_loopback())
+    let ip = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<std::net::IpAddr>();
+    ip.map_or(host == "localhost" || host.ends_with(".localhost"), |ip| {
+        ip.is_loopback()
+    })
 }
 
 /// The address under which all tunnels of a deployment live.
@@ -107,12 +128,20 @@ impl FromStr for PublicUrl {
         let uri: Uri = text.parse().map_err(|_| Invalid::PublicUrl)?;
         let path = uri.path().trim_end_matches('/').to_owned();
         let parts = uri.into_parts();
-        let has_query = parts.path_and_query.is_some_and(|path| path.query().is_some());
+        let has_query = parts
+            .path_and_query
+            .is_some_and(|path| path.query().is_some());
         match (parts.scheme, parts.authority) {
             (Some(scheme), Some(authority))
-                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS) && !has_query && is_host_and_port(&authority) =>
+                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS)
+                    && !has_query
+                    && is_host_and_port(&authority) =>
             {
-                Ok(Self { scheme, authority, path })
+                Ok(Self {
+                    scheme,
+                    authority,
+                    path,
+                })
             }
             _ => Err(Invalid::PublicUrl),
         }
@@ -121,8 +150,11 @@ impl FromStr for PublicUrl {
 
 /// Whether an authority is a host and, at most, a port after it. `Authority` itself takes more.
 fn is_host_and_port(authority: &Authority) -> bool {
-    let Some(rest) = authority.as_str().strip_prefix(authority.host()) else { return false };
-    let is_port = |port: &str| port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok();
+    let Some(rest) = authority.as_str().strip_prefix(authority.host()) else {
+        return false;
+    };
+    let is_port =
+        |port: &str| port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok();
     !authority.host().is_empty() && (rest.is_empty() || rest.strip_prefix(':').is_some_and(is_port))
 }
 
@@ -151,11 +183,18 @@ impl Route {
             && let Some(label) = subdomain(host, base.authority.host())
         {
             return match label.parse() {
-                Ok(id) => Self::Tunnel { id, prefix: String::new(), path: rooted(path) },
+                Ok(id) => Self::Tunnel {
+                    id,
+                    prefix: String::new(),
+                    path: rooted(path),
+                },
                 Err(_) => Self::None,
             };
         }
-        let below = path.strip_prefix(&base.path).filter(|rest| rest.is_empty() || rest.starts_with('/')).unwrap_or(path);
+        let below = path
+            .strip_prefix(&base.path)
+            .filter(|rest| rest.is_empty() || rest.starts_with('/'))
+            .unwrap_or(path);
         let base_path = &path[..path.len() - below.len()];
         let named = below.strip_prefix('/').unwrap_or(below);
         if named.starts_with('_') {
@@ -163,7 +202,11 @@ impl Route {
         }
         let segment = named.split('/').next().unwrap_or_default();
         match segment.parse() {
-            Ok(id) => Self::Tunnel { prefix: format!("{base_path}/{segment}"), id, path: rooted(&named[segment.len()..]) },
+            Ok(id) => Self::Tunnel {
+                prefix: format!("{base_path}/{segment}"),
+                id,
+                path: rooted(&named[segment.len()..]),
+            },
             Err(_) => Self::None,
         }
     }
@@ -176,11 +219,17 @@ fn subdomain(host: &str, base: &str) -> Option<String> {
         _ => host,
     };
     let name = name.to_ascii_lowercase();
-    name.strip_suffix(&base.to_ascii_lowercase())?.strip_suffix('.').map(str::to_owned)
+    name.strip_suffix(&base.to_ascii_lowercase())?
+        .strip_suffix('.')
+        .map(str::to_owned)
 }
 
 fn rooted(path: &str) -> String {
-    if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
+    if path.starts_with('/') {
+        path.to_owned()
+    } else {
+        format!("/{path}")
+    }
 }
 
 /// Encodes what no path can hold and leaves the rest as it was sent, so that a path that needs nothing stays as it is.
@@ -195,7 +244,10 @@ pub fn encode_decoded_path(path: &str) -> String {
     let mut rest = path;
     while let Some(at) = rest.find('%') {
         encoded.extend(utf8_percent_encode(&rest[..at], NOT_IN_STRICT_PATH));
-        let is_escape = rest.as_bytes().get(at + 1..at + 3).is_some_and(|hex| hex.iter().all(u8::is_ascii_hexdigit));
+        let is_escape = rest
+            .as_bytes()
+            .get(at + 1..at + 3)
+            .is_some_and(|hex| hex.iter().all(u8::is_ascii_hexdigit));
         encoded.push_str(if is_escape { "%" } else { "%25" });
         rest = &rest[at + 1..];
     }
@@ -214,52 +266,100 @@ mod tests {
     }
 
     fn tunnel(id: &str, prefix: &str, path: &str) -> Route {
-        Route::Tunnel { id: id.parse().expect("an id"), prefix: prefix.to_owned(), path: path.to_owned() }
+        Route::Tunnel {
+            id: id.parse().expect("an id"),
+            prefix: prefix.to_owned(),
+            path: path.to_owned(),
+        }
     }
 
     #[test]
     fn the_first_segment_names_the_tunnel_and_is_stripped() {
         let base = base("https://tunnel.example.com");
         for (path, expected) in [
-            ("/abc123/api/users", tunnel("abc123", "/abc123", "/api/users")),
+            (
+                "/abc123/api/users",
+                tunnel("abc123", "/abc123", "/api/users"),
+            ),
             ("/abc123", tunnel("abc123", "/abc123", "/")),
             ("/abc123/", tunnel("abc123", "/abc123", "/")),
             ("/abc123//x/", tunnel("abc123", "/abc123", "//x/")),
-            ("/abc123/a%2Fb%20c", tunnel("abc123", "/abc123", "/a%2Fb%20c")),
+            (
+                "/abc123/a%2Fb%20c",
+                tunnel("abc123", "/abc123", "/a%2Fb%20c"),
+            ),
             ("/_health", Route::Own("/_health".to_owned())),
             ("/", Route::None),
             ("/favicon.ico", Route::None),
             ("//abc123/x", Route::None),
         ] {
-            assert_eq!(Route::of(Routing::Path, &base, "tunnel.example.com", path), expected, "{path}");
+            assert_eq!(
+                Route::of(Routing::Path, &base, "tunnel.example.com", path),
+                expected,
+                "{path}"
+            );
         }
     }
 
     #[test]
     fn a_stage_before_the_tunnel_is_part_of_the_prefix() {
         let base = base("https://id.execute-api.eu-west-1.amazonaws.com/dev/");
-        assert_eq!(Route::of(Routing::Path, &base, "", "/dev/abc123/x"), tunnel("abc123", "/dev/abc123", "/x"));
-        assert_eq!(Route::of(Routing::Path, &base, "", "/abc123/x"), tunnel("abc123", "/abc123", "/x"), "the streaming URL has no stage");
-        assert_eq!(Route::of(Routing::Path, &base, "", "/develop/x"), tunnel("develop", "/develop", "/x"));
+        assert_eq!(
+            Route::of(Routing::Path, &base, "", "/dev/abc123/x"),
+            tunnel("abc123", "/dev/abc123", "/x")
+        );
+        assert_eq!(
+            Route::of(Routing::Path, &base, "", "/abc123/x"),
+            tunnel("abc123", "/abc123", "/x"),
+            "the streaming URL has no stage"
+        );
+        assert_eq!(
+            Route::of(Routing::Path, &base, "", "/develop/x"),
+            tunnel("develop", "/develop", "/x")
+        );
     }
 
     #[test]
     fn the_host_names_the_tunnel_where_subdomains_are_configured() {
         let base = base("https://tunnel.example.com:8443");
         let of = |host, path| Route::of(Routing::Subdomain, &base, host, path);
-        assert_eq!(of("abc.tunnel.example.com", "/abc/x"), tunnel("abc", "", "/abc/x"));
-        assert_eq!(of("ABC.Tunnel.Example.com:8443", "/"), tunnel("abc", "", "/"));
+        assert_eq!(
+            of("abc.tunnel.example.com", "/abc/x"),
+            tunnel("abc", "", "/abc/x")
+        );
+        assert_eq!(
+            of("ABC.Tunnel.Example.com:8443", "/"),
+            tunnel("abc", "", "/")
+        );
         assert_eq!(of("a.b.tunnel.example.com", "/"), Route::None);
-        assert_eq!(of("evil-tunnel.example.com", "/abc/x"), tunnel("abc", "/abc", "/x"));
-        assert_eq!(of("tunnel.example.com", "/abc/x"), tunnel("abc", "/abc", "/x"));
+        assert_eq!(
+            of("evil-tunnel.example.com", "/abc/x"),
+            tunnel("abc", "/abc", "/x")
+        );
+        assert_eq!(
+            of("tunnel.example.com", "/abc/x"),
+            tunnel("abc", "/abc", "/x")
+        );
     }
 
     #[test]
     fn only_this_machine_is_loopback() {
-        for host in ["localhost", "x.localhost", "127.0.0.1", "127.9.9.9", "[::1]"] {
+        for host in [
+            "localhost",
+            "x.localhost",
+            "127.0.0.1",
+            "127.9.9.9",
+            "[::1]",
+        ] {
             assert!(is_loopback(host), "{host}");
         }
-        for host in ["127.0.0.1.example.com", "localhost.example.com", "10.0.0.1", "[::2]", ""] {
+        for host in [
+            "127.0.0.1.example.com",
+            "localhost.example.com",
+            "10.0.0.1",
+            "[::2]",
+            "",
+        ] {
             assert!(!is_loopback(host), "{host}");
         }
     }
@@ -268,24 +368,52 @@ mod tests {
     fn tunnels_have_the_addresses_that_lead_to_them() {
         let id: TunnelId = "abc".parse().expect("an id");
         assert_eq!(base("https://x.com/").by_path(&id), "https://x.com/abc");
-        assert_eq!(base("https://x.com/dev").by_path(&id), "https://x.com/dev/abc");
-        assert_eq!(base("http://localhost:8080").by_subdomain(&id), "http://abc.localhost:8080");
-        for invalid in
-            ["x.com", "ftp://x.com", "https://", "https://x.com/?a", "https://u@x.com", "http://x:", "http://x:99999", "http://:80"]
-        {
-            assert_eq!(invalid.parse::<PublicUrl>(), Err(Invalid::PublicUrl), "{invalid}");
+        assert_eq!(
+            base("https://x.com/dev").by_path(&id),
+            "https://x.com/dev/abc"
+        );
+        assert_eq!(
+            base("http://localhost:8080").by_subdomain(&id),
+            "http://abc.localhost:8080"
+        );
+        for invalid in [
+            "x.com",
+            "ftp://x.com",
+            "https://",
+            "https://x.com/?a",
+            "https://u@x.com",
+            "http://x:",
+            "http://x:99999",
+            "http://:80",
+        ] {
+            assert_eq!(
+                invalid.parse::<PublicUrl>(),
+                Err(Invalid::PublicUrl),
+                "{invalid}"
+            );
         }
     }
 
     #[test]
     fn paths_that_a_gateway_decoded_are_encoded_again() {
-        assert_eq!(encode_decoded_path("/caf\u{e9} \u{2615}/a?b#c"), "/caf%C3%A9%20%E2%98%95/a%3Fb%23c");
-        assert_eq!(encode_decoded_path("/100%/a%25b/{x}|"), "/100%25/a%25b/%7Bx%7D%7C");
+        assert_eq!(
+            encode_decoded_path("/caf\u{e9} \u{2615}/a?b#c"),
+            "/caf%C3%A9%20%E2%98%95/a%3Fb%23c"
+        );
+        assert_eq!(
+            encode_decoded_path("/100%/a%25b/{x}|"),
+            "/100%25/a%25b/%7Bx%7D%7C"
+        );
     }
 
     #[test]
     fn paths_as_sent_stay_as_sent() {
-        for path in ["/a%2Fb%3F%23%25", "/a+b;c=1,2@:!$&'()*~", "/{x}|\"[]^\\", "/%zz"] {
+        for path in [
+            "/a%2Fb%3F%23%25",
+            "/a+b;c=1,2@:!$&'()*~",
+            "/{x}|\"[]^\\",
+            "/%zz",
+        ] {
             assert_eq!(encode_path(path), path);
         }
     }

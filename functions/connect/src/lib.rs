@@ -67,7 +67,11 @@ impl Connect {
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
         variables.finish(|| {
-            Some(Self { access: access?, tunnels: Tunnels::new(sdk, tunnels?), connections: Connections::new(sdk, connections?) })
+            Some(Self {
+                access: access?,
+                tunnels: Tunnels::new(sdk, tunnels?),
+                connections: Connections::new(sdk, connections?),
+            })
         })
     }
 
@@ -75,9 +79,16 @@ impl Connect {
     ///
     /// # Errors
     /// When the event is of another kind or the tables do not answer. A refusal is an answer.
-    pub async fn handle(&self, event: ApiGatewayWebsocketProxyRequest) -> Result<RouteResponse, Error> {
+    pub async fn handle(
+        &self,
+        event: ApiGatewayWebsocketProxyRequest,
+    ) -> Result<RouteResponse, Error> {
         let context = &event.request_context;
-        let connection = connection_of("CONNECT", context.event_type.as_deref(), context.connection_id.as_deref())?;
+        let connection = connection_of(
+            "CONNECT",
+            context.event_type.as_deref(),
+            context.connection_id.as_deref(),
+        )?;
         let admitted = if event.query_string_parameters.first(REPLY).is_some() {
             self.admit_reply_connection(&event, &connection).await?
         } else {
@@ -96,8 +107,14 @@ impl Connect {
         }
     }
 
-    async fn admit(&self, event: &ApiGatewayWebsocketProxyRequest, connection: &ConnectionId) -> Result<Result<TunnelId, Refusal>, Error> {
-        let Some(identity) = self.access.identify(bearer_token(event), now()).await? else { return Ok(Err(Refusal::NotAuthorized)) };
+    async fn admit(
+        &self,
+        event: &ApiGatewayWebsocketProxyRequest,
+        connection: &ConnectionId,
+    ) -> Result<Result<TunnelId, Refusal>, Error> {
+        let Some(identity) = self.access.identify(bearer_token(event), now()).await? else {
+            return Ok(Err(Refusal::NotAuthorized));
+        };
         let query = &event.query_string_parameters;
         let released = query.first(RELEASE);
         let tunnel_id = match released.or(query.first(TUNNEL_ID)) {
@@ -108,19 +125,41 @@ impl Connect {
             },
         };
         let may_have_it = match released {
-            None => self.tunnels.claim(&tunnel_id, &identity.owner, now()).await?,
+            None => {
+                self.tunnels
+                    .claim(&tunnel_id, &identity.owner, now())
+                    .await?
+            }
             Some(_) => self.may_release(&tunnel_id, &identity).await?,
         };
         if !may_have_it {
             return Ok(Err(Refusal::NameTaken(tunnel_id)));
         }
-        self.connections.put(connection, &Connection::Agent { tunnel_id: tunnel_id.clone(), identity, opened: None }, now()).await?;
+        self.connections
+            .put(
+                connection,
+                &Connection::Agent {
+                    tunnel_id: tunnel_id.clone(),
+                    identity,
+                    opened: None,
+                },
+                now(),
+            )
+            .await?;
         Ok(Ok(tunnel_id))
     }
 
     /// Whether a tunnel is nobody else's. It is not claimed, so that it is not left behind as somebody's.
-    async fn may_release(&self, tunnel_id: &TunnelId, identity: &Identity) -> Result<bool, StoreError> {
-        Ok(self.tunnels.get(tunnel_id, now()).await?.is_none_or(|tunnel| tunnel.identity.owner == identity.owner))
+    async fn may_release(
+        &self,
+        tunnel_id: &TunnelId,
+        identity: &Identity,
+    ) -> Result<bool, StoreError> {
+        Ok(self
+            .tunnels
+            .get(tunnel_id, now())
+            .await?
+            .is_none_or(|tunnel| tunnel.identity.owner == identity.owner))
     }
 
     /// Lets a connection in that serves no tunnel, for a ticket that only a function can have written.
@@ -129,27 +168,39 @@ impl Connect {
         event: &ApiGatewayWebsocketProxyRequest,
         connection: &ConnectionId,
     ) -> Result<Result<Option<TunnelId>, Refusal>, Error> {
-        let Some(ticket) = bearer_token(event) else { return Ok(Err(Refusal::NotAuthorized)) };
+        let Some(ticket) = bearer_token(event) else {
+            return Ok(Err(Refusal::NotAuthorized));
+        };
         if !self.connections.redeem_ticket(ticket, now()).await? {
             return Ok(Err(Refusal::NotAuthorized));
         }
-        self.connections.put(connection, &Connection::Reply, now()).await?;
+        self.connections
+            .put(connection, &Connection::Reply, now())
+            .await?;
         Ok(Ok(None))
     }
 }
 
 fn bearer_token(event: &ApiGatewayWebsocketProxyRequest) -> Option<&str> {
-    event.headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(auth::bearer_token)
+    event
+        .headers
+        .get(http::header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(auth::bearer_token)
 }
 
 impl Refusal {
     fn into_response(self) -> RouteResponse {
         match self {
-            Self::NotAuthorized => RouteResponse::refused(401, "unauthorized", "connect with a valid agent token"),
-            Self::InvalidTunnelId(rule) => RouteResponse::refused(400, "invalid_tunnel_id", &rule),
-            Self::NameTaken(id) => {
-                RouteResponse::refused(409, "name_taken", &format!("the tunnel id {id} belongs to somebody else; choose another"))
+            Self::NotAuthorized => {
+                RouteResponse::refused(401, "unauthorized", "connect with a valid agent token")
             }
+            Self::InvalidTunnelId(rule) => RouteResponse::refused(400, "invalid_tunnel_id", &rule),
+            Self::NameTaken(id) => RouteResponse::refused(
+                409,
+                "name_taken",
+                &format!("the tunnel id {id} belongs to somebody else; choose another"),
+            ),
         }
     }
 }

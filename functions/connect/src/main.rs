@@ -8,9 +8,14 @@ use tunnel_shared::cloud::{sdk, settings::Variables, telemetry};
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     telemetry::init();
-    let function = &Connect::load(Variables::of_process(), &sdk::from_environment(Variables::of_process())?)?;
-    lambda_runtime::run(service_fn(async |event: LambdaEvent<ApiGatewayWebsocketProxyRequest>| {
-        function.handle(event.payload).await.map_err(Error::from)
-    }))
+    let function = &Connect::load(
+        Variables::of_process(),
+        &sdk::from_environment(Variables::of_process())?,
+    )?;
+    lambda_runtime::run(service_fn(
+        async |event: LambdaEvent<ApiGatewayWebsocketProxyRequest>| {
+            function.handle(event.payload).await.map_err(Error::from)
+        },
+    ))
     .await
 }

@@ -28,7 +28,9 @@ use tunnel_shared::{
     },
     id::{ConnectionId, TunnelId},
     limits::WEBSOCKET_LIFE,
-    protocol::{self, ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent},
+    protocol::{
+        self, ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent,
+    },
     routing::{PublicUrl, Routing},
 };
 
@@ -73,12 +75,24 @@ impl DefaultRoute {
     ///
     /// # Errors
     /// All variables that are missing or faulty.
-    pub fn load(variables: Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Result<Self, Faults> {
+    pub fn load(
+        variables: Variables<'_>,
+        sdk: &SdkConfig,
+        in_process: Option<&InProcess>,
+    ) -> Result<Self, Faults> {
         let standing = Standing::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
-        let connections = variables.required("CONNECTIONS_TABLE").map(|name| Connections::new(sdk, name));
+        let connections = variables
+            .required("CONNECTIONS_TABLE")
+            .map(|name| Connections::new(sdk, name));
         let agents = WebSocketApi::load(&variables, sdk, in_process);
-        let relay = Relay::load(&variables, sdk, in_process, connections.as_ref(), agents.as_ref());
+        let relay = Relay::load(
+            &variables,
+            sdk,
+            in_process,
+            connections.as_ref(),
+            agents.as_ref(),
+        );
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.optional("ROUTING", Routing::Path);
         variables.finish(|| {
@@ -90,7 +104,10 @@ impl DefaultRoute {
                 connections: connections?,
                 relay: relay?,
                 agents: agents?,
-                features: FEATURES.into_iter().filter(|feature| packs || *feature != Feature::Zstd).collect(),
+                features: FEATURES
+                    .into_iter()
+                    .filter(|feature| packs || *feature != Feature::Zstd)
+                    .collect(),
                 public_url,
                 routing: routing?,
                 life: in_process.map_or(WEBSOCKET_LIFE, |in_process| in_process.life),
@@ -102,10 +119,18 @@ impl DefaultRoute {
     ///
     /// # Errors
     /// When the event is of another kind, or the tables or @connections do not answer.
-    pub async fn handle(&self, event: ApiGatewayWebsocketProxyRequest) -> Result<RouteResponse, Error> {
+    pub async fn handle(
+        &self,
+        event: ApiGatewayWebsocketProxyRequest,
+    ) -> Result<RouteResponse, Error> {
         let context = event.request_context;
-        let sender = connection_of("MESSAGE", context.event_type.as_deref(), context.connection_id.as_deref())?;
-        self.message(&sender, event.body.as_deref().unwrap_or_default()).await
+        let sender = connection_of(
+            "MESSAGE",
+            context.event_type.as_deref(),
+            context.connection_id.as_deref(),
+        )?;
+        self.message(&sender, event.body.as_deref().unwrap_or_default())
+            .await
     }
 
     /// Handles a message that `sender` sent.
@@ -121,14 +146,24 @@ impl DefaultRoute {
             Err(error) => {
                 warn!(connection = %sender, error = &error as &dyn std::error::Error, "message dropped");
                 if let Ok(Subject { request_id }) = protocol::decode(text) {
-                    self.relay.deliver(sender, Reply::unreadable(request_id)).await?;
+                    self.relay
+                        .deliver(sender, Reply::unreadable(request_id))
+                        .await?;
                 }
-                Ok(RouteResponse::refused(400, "invalid_message", "not a message of the tunnel protocol"))
+                Ok(RouteResponse::refused(
+                    400,
+                    "invalid_message",
+                    "not a message of the tunnel protocol",
+                ))
             }
         }
     }
 
-    async fn take(&self, sender: &ConnectionId, message: FromAgent) -> Result<RouteResponse, Error> {
+    async fn take(
+        &self,
+        sender: &ConnectionId,
+        message: FromAgent,
+    ) -> Result<RouteResponse, Error> {
         match message {
             FromAgent::Ready(ready) => return Box::pin(self.open(sender, ready)).await,
             FromAgent::Ping => {
@@ -139,14 +174,20 @@ impl DefaultRoute {
                 }
             }
             FromAgent::Release => return self.release(sender).await,
-            FromAgent::HttpResponse(response) => self.relay.deliver(sender, response.into()).await?,
+            FromAgent::HttpResponse(response) => {
+                self.relay.deliver(sender, response.into()).await?
+            }
             FromAgent::BodyPart(part) => self.relay.deliver(sender, part.into()).await?,
             FromAgent::Window(window) => self.relay.deliver(sender, window.into()).await?,
             FromAgent::Error(error) => match Reply::of_error(error.clone()) {
                 Some(reply) => self.relay.deliver(sender, reply).await?,
-                None => info!(connection = %sender, code = ?error.code, message = error.message, "agent reports an error"),
+                None => {
+                    info!(connection = %sender, code = ?error.code, message = error.message, "agent reports an error")
+                }
             },
-            FromAgent::Unknown => debug!(connection = %sender, "message of an unknown type ignored"),
+            FromAgent::Unknown => {
+                debug!(connection = %sender, "message of an unknown type ignored")
+            }
         }
         Ok(RouteResponse::ok())
     }
@@ -154,7 +195,11 @@ impl DefaultRoute {
     /// Puts the sender's tunnel online and tells it the address.
     async fn open(&self, sender: &ConnectionId, ready: Ready) -> Result<RouteResponse, Error> {
         let (tunnel_id, identity) = match self.connections.get(sender, now()).await? {
-            Some(Connection::Agent { tunnel_id, identity, .. }) => (tunnel_id, identity),
+            Some(Connection::Agent {
+                tunnel_id,
+                identity,
+                ..
+            }) => (tunnel_id, identity),
             Some(Connection::Reply) => {
                 self.relay.open(sender).await?;
                 return Ok(RouteResponse::ok());
@@ -164,39 +209,76 @@ impl DefaultRoute {
         if !self.standing.is_good(&identity, now()).await? {
             return self.turn_out(sender, &tunnel_id).await;
         }
-        let access = match ready.access.map(serde_json::from_value::<Access>).transpose() {
+        let access = match ready
+            .access
+            .map(serde_json::from_value::<Access>)
+            .transpose()
+        {
             Ok(access) => access.map(Arc::new),
             // Without them the tunnel would be open to everybody.
             Err(error) => return self.refuse_access(sender, &error).await,
         };
-        let online = Online { connection_id: sender.clone(), features: ready.features, access };
-        let Some(before) = self.tunnels.go_online(&tunnel_id, &identity, &online, now()).await? else {
+        let online = Online {
+            connection_id: sender.clone(),
+            features: ready.features,
+            access,
+        };
+        let Some(before) = self
+            .tunnels
+            .go_online(&tunnel_id, &identity, &online, now())
+            .await?
+        else {
             self.agents.close(sender).await?;
-            return Ok(RouteResponse::refused(409, "name_taken", "the tunnel belongs to somebody else by now"));
+            return Ok(RouteResponse::refused(
+                409,
+                "name_taken",
+                "the tunnel belongs to somebody else by now",
+            ));
         };
         info!(connection = %sender, tunnel = %tunnel_id, agent = ready.agent, "online");
-        if let Some(before) = before.filter(|before| ready.previous.as_ref() != Some(&before.connection_id)) {
+        if let Some(before) =
+            before.filter(|before| ready.previous.as_ref() != Some(&before.connection_id))
+        {
             self.retire(&before, TAKEN_OVER).await;
         }
         let address = self.address(sender, tunnel_id);
-        let opened = Opened { features: online.features, public_url: address.public_url.clone() };
-        self.post(sender, &ToAgent::ConnectionEstablished(address)).await?;
+        let opened = Opened {
+            features: online.features,
+            public_url: address.public_url.clone(),
+        };
+        self.post(sender, &ToAgent::ConnectionEstablished(address))
+            .await?;
         self.connections.note_opened(sender, &opened).await?;
         Ok(RouteResponse::ok())
     }
 
     /// Says what is wrong with the rules, and closes the connection.
-    async fn refuse_access(&self, sender: &ConnectionId, fault: &serde_json::Error) -> Result<RouteResponse, Error> {
+    async fn refuse_access(
+        &self,
+        sender: &ConnectionId,
+        fault: &serde_json::Error,
+    ) -> Result<RouteResponse, Error> {
         let message = format!("the service cannot keep to the rules in access: {fault}");
         warn!(connection = %sender, message, "refused");
-        self.post(sender, &ToAgent::Error { message: message.clone() }).await?;
+        self.post(
+            sender,
+            &ToAgent::Error {
+                message: message.clone(),
+            },
+        )
+        .await?;
         self.agents.close(sender).await?;
         Ok(RouteResponse::refused(400, "invalid_access", &message))
     }
 
     /// Makes the sender's tunnel nobody's, and tells whoever served it.
     async fn release(&self, sender: &ConnectionId) -> Result<RouteResponse, Error> {
-        let Some(Connection::Agent { tunnel_id, identity, .. }) = self.connections.get(sender, now()).await? else {
+        let Some(Connection::Agent {
+            tunnel_id,
+            identity,
+            ..
+        }) = self.connections.get(sender, now()).await?
+        else {
             return Ok(unknown(sender));
         };
         if !self.standing.is_good(&identity, now()).await? {
@@ -205,10 +287,14 @@ impl DefaultRoute {
         let released = self.tunnels.give_up(&tunnel_id, &identity.owner).await?;
         let existed = released.is_some();
         info!(connection = %sender, tunnel = %tunnel_id, existed, "released");
-        if let Some(online) = released.and_then(|tunnel| tunnel.online).filter(|online| online.connection_id != *sender) {
+        if let Some(online) = released
+            .and_then(|tunnel| tunnel.online)
+            .filter(|online| online.connection_id != *sender)
+        {
             self.retire(&online, RELEASED).await;
         }
-        self.post(sender, &ToAgent::Released { tunnel_id, existed }).await?;
+        self.post(sender, &ToAgent::Released { tunnel_id, existed })
+            .await?;
         Ok(RouteResponse::ok())
     }
 
@@ -218,15 +304,28 @@ impl DefaultRoute {
     /// # Errors
     /// When the tables or @connections do not answer.
     pub async fn check(&self, connection: &ConnectionId) -> Result<bool, Error> {
-        let Some(Connection::Agent { tunnel_id, identity, opened }) = self.connections.get(connection, now()).await? else {
+        let Some(Connection::Agent {
+            tunnel_id,
+            identity,
+            opened,
+        }) = self.connections.get(connection, now()).await?
+        else {
             return Ok(true);
         };
         if !self.standing.is_good(&identity, now()).await? {
             self.turn_out(connection, &tunnel_id).await?;
             return Ok(false);
         }
-        match self.tunnels.get(&tunnel_id, now()).await?.filter(|tunnel| tunnel.identity.owner == identity.owner) {
-            Some(Tunnel { online: Some(online), .. }) if online.connection_id == *connection => {
+        match self
+            .tunnels
+            .get(&tunnel_id, now())
+            .await?
+            .filter(|tunnel| tunnel.identity.owner == identity.owner)
+        {
+            Some(Tunnel {
+                online: Some(online),
+                ..
+            }) if online.connection_id == *connection => {
                 self.check_url(connection, &tunnel_id, opened).await?;
                 Ok(true)
             }
@@ -234,37 +333,81 @@ impl DefaultRoute {
             Some(_) => Ok(true),
             None => {
                 // One that has not opened its tunnel, such as to release it, has none to lose.
-                let Some(Opened { features, .. }) = opened else { return Ok(true) };
+                let Some(Opened { features, .. }) = opened else {
+                    return Ok(true);
+                };
                 info!(%connection, tunnel = %tunnel_id, "its tunnel id was released");
                 let takes_notices = features.contains(&Feature::Notices);
-                self.retire(&Online { connection_id: connection.clone(), features, access: None }, RELEASED).await;
+                self.retire(
+                    &Online {
+                        connection_id: connection.clone(),
+                        features,
+                        access: None,
+                    },
+                    RELEASED,
+                )
+                .await;
                 Ok(takes_notices)
             }
         }
     }
 
     /// Tells the agent that serves a tunnel if the tunnel's address is another than it was told.
-    async fn check_url(&self, connection: &ConnectionId, tunnel_id: &TunnelId, opened: Option<Opened>) -> Result<(), Error> {
+    async fn check_url(
+        &self,
+        connection: &ConnectionId,
+        tunnel_id: &TunnelId,
+        opened: Option<Opened>,
+    ) -> Result<(), Error> {
         let public_url = self.public_url.of(tunnel_id, self.routing);
-        let told_another = |opened: &Opened| opened.public_url != public_url && opened.features.contains(&Feature::Notices);
-        let Some(opened) = opened.filter(told_another) else { return Ok(()) };
+        let told_another = |opened: &Opened| {
+            opened.public_url != public_url && opened.features.contains(&Feature::Notices)
+        };
+        let Some(opened) = opened.filter(told_another) else {
+            return Ok(());
+        };
         info!(%connection, tunnel = %tunnel_id, "told the new address");
-        self.post(connection, &ToAgent::UrlUpdated { public_url: public_url.clone() }).await?;
-        self.connections.note_opened(connection, &Opened { public_url, ..opened }).await?;
+        self.post(
+            connection,
+            &ToAgent::UrlUpdated {
+                public_url: public_url.clone(),
+            },
+        )
+        .await?;
+        self.connections
+            .note_opened(
+                connection,
+                &Opened {
+                    public_url,
+                    ..opened
+                },
+            )
+            .await?;
         Ok(())
     }
 
     /// Closes a connection whose token is good no longer.
-    async fn turn_out(&self, connection: &ConnectionId, tunnel_id: &TunnelId) -> Result<RouteResponse, Error> {
+    async fn turn_out(
+        &self,
+        connection: &ConnectionId,
+        tunnel_id: &TunnelId,
+    ) -> Result<RouteResponse, Error> {
         warn!(%connection, tunnel = %tunnel_id, "closed: its token is revoked or expired");
-        self.tunnels.go_offline(tunnel_id, connection, now()).await?;
+        self.tunnels
+            .go_offline(tunnel_id, connection, now())
+            .await?;
         self.agents.close(connection).await?;
-        Ok(RouteResponse::refused(401, "unauthorized", "the token of this connection is good no longer"))
+        Ok(RouteResponse::refused(
+            401,
+            "unauthorized",
+            "the token of this connection is good no longer",
+        ))
     }
 
     fn address(&self, connection: &ConnectionId, tunnel_id: TunnelId) -> ConnectionEstablished {
         let by_path = self.public_url.by_path(&tunnel_id);
-        let by_subdomain = (self.routing == Routing::Subdomain).then(|| self.public_url.by_subdomain(&tunnel_id));
+        let by_subdomain =
+            (self.routing == Routing::Subdomain).then(|| self.public_url.by_subdomain(&tunnel_id));
         ConnectionEstablished {
             connection_id: connection.clone(),
             public_url: self.public_url.of(&tunnel_id, self.routing),
@@ -280,7 +423,13 @@ impl DefaultRoute {
     /// Tells a connection that it serves the tunnel no longer. That is decided already, so a failure only matters to the log.
     async fn retire(&self, before: &Online, reason: &str) {
         let outcome = if before.features.contains(&Feature::Notices) {
-            self.post(&before.connection_id, &ToAgent::Replaced { reason: reason.to_owned() }).await
+            self.post(
+                &before.connection_id,
+                &ToAgent::Replaced {
+                    reason: reason.to_owned(),
+                },
+            )
+            .await
         } else {
             self.agents.close(&before.connection_id).await
         };
@@ -303,5 +452,9 @@ impl DefaultRoute {
 
 fn unknown(sender: &ConnectionId) -> RouteResponse {
     warn!(connection = %sender, "message from a connection that is not recorded");
-    RouteResponse::refused(410, "gone", "this connection is not recorded; connect again")
+    RouteResponse::refused(
+        410,
+        "gone",
+        "this connection is not recorded; connect again",
+    )
 }

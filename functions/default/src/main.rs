@@ -11,9 +11,15 @@ use tunnel_shared::cloud::{sdk, settings::Variables, telemetry};
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     telemetry::init();
-    let function = &DefaultRoute::load(Variables::of_process(), &sdk::from_environment(Variables::of_process())?, None)?;
-    lambda_runtime::run(service_fn(async |event: LambdaEvent<ApiGatewayWebsocketProxyRequest>| {
-        function.handle(event.payload).await.map_err(Error::from)
-    }))
+    let function = &DefaultRoute::load(
+        Variables::of_process(),
+        &sdk::from_environment(Variables::of_process())?,
+        None,
+    )?;
+    lambda_runtime::run(service_fn(
+        async |event: LambdaEvent<ApiGatewayWebsocketProxyRequest>| {
+            function.handle(event.payload).await.map_err(Error::from)
+        },
+    ))
     .await
 }

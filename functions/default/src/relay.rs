@@ -31,7 +31,11 @@ use crate::Error;
 /// Most reply connections remembered: more than one account has execution environments, as a rule.
 const REMEMBERED: usize = 4096;
 /// Pauses before a reply connection that takes no more is tried again. Then the mailbox takes the message.
-const PATIENCE: [Duration; 3] = [Duration::from_millis(20), Duration::from_millis(60), Duration::from_millis(180)];
+const PATIENCE: [Duration; 3] = [
+    Duration::from_millis(20),
+    Duration::from_millis(60),
+    Duration::from_millis(180),
+];
 
 #[derive(Clone, Debug)]
 pub(crate) enum Relay {
@@ -84,11 +88,19 @@ impl Relay {
 
     /// Passes a message that names a reply connection on as it is, and tells whether it did.
     pub(crate) async fn pass_on(&self, sender: &ConnectionId, text: &str) -> Result<bool, Error> {
-        let Self::Cloud { api, known, .. } = self else { return Ok(false) };
+        let Self::Cloud { api, known, .. } = self else {
+            return Ok(false);
+        };
         if text.len() > WEBSOCKET_MESSAGE {
             return Ok(false);
         }
-        let Ok(Address { kind, reply_to: Some(to) }) = serde_json::from_str(text) else { return Ok(false) };
+        let Ok(Address {
+            kind,
+            reply_to: Some(to),
+        }) = serde_json::from_str(text)
+        else {
+            return Ok(false);
+        };
         if !matches!(&*kind, "http_response" | "body_part" | "window" | "error") {
             return Ok(false);
         }
@@ -103,7 +115,10 @@ impl Relay {
                 (Err(PostError::Busy), Some(pause)) => tokio::time::sleep(pause).await,
                 (Err(error), _) => {
                     if matches!(error, PostError::Gone) {
-                        known.lock().unwrap_or_else(PoisonError::into_inner).remove(&to);
+                        known
+                            .lock()
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .remove(&to);
                     }
                     debug!(connection = %to, error = &error as &dyn std::error::Error, "not passed on; the mailbox takes it");
                     return Ok(false);
@@ -114,7 +129,11 @@ impl Relay {
     }
 
     /// Leaves a reply where `forward` finds it.
-    pub(crate) async fn deliver(&self, sender: &ConnectionId, reply: Reply) -> Result<(), StoreError> {
+    pub(crate) async fn deliver(
+        &self,
+        sender: &ConnectionId,
+        reply: Reply,
+    ) -> Result<(), StoreError> {
         match self {
             Self::InProcess(replies) => {
                 // A visitor that has left waits for nothing.
@@ -128,15 +147,32 @@ impl Relay {
     /// Tells a reply connection its own id: it cannot know it otherwise.
     pub(crate) async fn open(&self, connection: &ConnectionId) -> Result<(), PostError> {
         match self {
-            Self::InProcess(_) => warn!(%connection, "a reply connection in a process that needs none"),
-            Self::Cloud { api, .. } => api.post_text(connection, Relayed::encode(connection, r#"{"type":"ready"}"#)).await?,
+            Self::InProcess(_) => {
+                warn!(%connection, "a reply connection in a process that needs none")
+            }
+            Self::Cloud { api, .. } => {
+                api.post_text(
+                    connection,
+                    Relayed::encode(connection, r#"{"type":"ready"}"#),
+                )
+                .await?
+            }
         }
         Ok(())
     }
 
     async fn is_reply_connection(&self, id: &ConnectionId) -> Result<bool, StoreError> {
-        let Self::Cloud { connections, known, .. } = self else { return Ok(false) };
-        if known.lock().unwrap_or_else(PoisonError::into_inner).contains(id) {
+        let Self::Cloud {
+            connections, known, ..
+        } = self
+        else {
+            return Ok(false);
+        };
+        if known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(id)
+        {
             return Ok(true);
         }
         if connections.get(id, now()).await? != Some(Connection::Reply) {

@@ -42,16 +42,28 @@ impl Disconnect {
     pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, Faults> {
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
-        variables.finish(|| Some(Self { tunnels: Tunnels::new(sdk, tunnels?), connections: Connections::new(sdk, connections?) }))
+        variables.finish(|| {
+            Some(Self {
+                tunnels: Tunnels::new(sdk, tunnels?),
+                connections: Connections::new(sdk, connections?),
+            })
+        })
     }
 
     /// Handles an event.
     ///
     /// # Errors
     /// When the event is of another kind or the tables do not answer.
-    pub async fn handle(&self, event: ApiGatewayWebsocketProxyRequest) -> Result<RouteResponse, Error> {
+    pub async fn handle(
+        &self,
+        event: ApiGatewayWebsocketProxyRequest,
+    ) -> Result<RouteResponse, Error> {
         let context = event.request_context;
-        let id = connection_of("DISCONNECT", context.event_type.as_deref(), context.connection_id.as_deref())?;
+        let id = connection_of(
+            "DISCONNECT",
+            context.event_type.as_deref(),
+            context.connection_id.as_deref(),
+        )?;
         if let Some(Connection::Agent { tunnel_id, .. }) = self.connections.remove(&id).await? {
             let went_offline = self.tunnels.go_offline(&tunnel_id, &id, now()).await?;
             info!(connection = %id, tunnel = %tunnel_id, code = context.disconnect_status_code, went_offline, "disconnected");

@@ -46,7 +46,9 @@ pub struct Answer {
 
 /// A body that is there already.
 pub fn whole(body: impl Into<Bytes>) -> AnswerBody {
-    Full::new(body.into()).map_err(|never| match never {}).boxed_unsync()
+    Full::new(body.into())
+        .map_err(|never| match never {})
+        .boxed_unsync()
 }
 
 /// Collects a response into a whole answer.
@@ -60,9 +62,15 @@ pub async fn buffer(
     streaming_url: Option<&PublicUrl>,
 ) -> Result<Answer, Refusal> {
     let (head, mut body) = response.into_parts();
-    let mut bytes = Vec::with_capacity(usize::try_from(body.size_hint().lower()).unwrap_or_default());
+    let mut bytes =
+        Vec::with_capacity(usize::try_from(body.size_hint().lower()).unwrap_or_default());
     while let Some(frame) = body.frame().await {
-        bytes.extend_from_slice(&frame.map_err(|AnswerError(refusal)| refusal)?.into_data().unwrap_or_default());
+        bytes.extend_from_slice(
+            &frame
+                .map_err(|AnswerError(refusal)| refusal)?
+                .into_data()
+                .unwrap_or_default(),
+        );
         if bytes.len() > LAMBDA_PAYLOAD {
             return Err(too_large(streaming_url));
         }
@@ -76,16 +84,32 @@ pub async fn buffer(
         Ok(text) => (text, false),
         Err(binary) => (BASE64_STANDARD.encode(binary.as_bytes()), true),
     };
-    let mut answer = Answer { status_code: head.status.as_u16(), body, is_base64_encoded, ..Answer::default() };
+    let mut answer = Answer {
+        status_code: head.status.as_u16(),
+        body,
+        is_base64_encoded,
+        ..Answer::default()
+    };
     match payload {
         Payload::V1 => answer.multi_value_headers = values_by_name(&headers),
         Payload::V2 => {
-            answer.cookies = headers.get_all(header::SET_COOKIE).iter().map(value_to_text).collect();
+            answer.cookies = headers
+                .get_all(header::SET_COOKIE)
+                .iter()
+                .map(value_to_text)
+                .collect();
             headers.remove(header::SET_COOKIE);
-            answer.headers = values_by_name(&headers).into_iter().map(|(name, values)| (name, values.join(", "))).collect();
+            answer.headers = values_by_name(&headers)
+                .into_iter()
+                .map(|(name, values)| (name, values.join(", ")))
+                .collect();
         }
     }
-    if json_length(&answer) > LAMBDA_PAYLOAD { Err(too_large(streaming_url)) } else { Ok(answer) }
+    if json_length(&answer) > LAMBDA_PAYLOAD {
+        Err(too_large(streaming_url))
+    } else {
+        Ok(answer)
+    }
 }
 
 fn too_large(streaming_url: Option<&PublicUrl>) -> Refusal {
@@ -115,12 +139,21 @@ fn json_length(answer: &Answer) -> usize {
         return answer.body.len() + ENVELOPE;
     }
     let mut count = Count(0);
-    serde_json::to_writer(&mut count, answer).expect("strings, numbers and maps with string keys have a JSON text");
+    serde_json::to_writer(&mut count, answer)
+        .expect("strings, numbers and maps with string keys have a JSON text");
     count.0
 }
 
 fn values_by_name(headers: &HeaderMap) -> BTreeMap<String, Vec<String>> {
-    headers.keys().map(|name| (name.to_string(), headers.get_all(name).iter().map(value_to_text).collect())).collect()
+    headers
+        .keys()
+        .map(|name| {
+            (
+                name.to_string(),
+                headers.get_all(name).iter().map(value_to_text).collect(),
+            )
+        })
+        .collect()
 }
 
 /// A response as a streamed answer. Function URLs take one value a field, so repeated fields are joined; cookies have a list.
@@ -129,20 +162,37 @@ pub fn stream(response: Response<AnswerBody>) -> StreamResponse<AnswerStream> {
     let mut headers = head.headers;
     // A function URL would rename it to x-amzn-remapped-content-length.
     headers.remove(header::CONTENT_LENGTH);
-    let cookies = headers.get_all(header::SET_COOKIE).iter().map(value_to_text).collect();
+    let cookies = headers
+        .get_all(header::SET_COOKIE)
+        .iter()
+        .map(value_to_text)
+        .collect();
     headers.remove(header::SET_COOKIE);
-    let metadata_prelude = MetadataPrelude { status_code: head.status, headers: joined(&headers), cookies };
+    let metadata_prelude = MetadataPrelude {
+        status_code: head.status,
+        headers: joined(&headers),
+        cookies,
+    };
     let stream: AnswerStream = Box::pin(BodyDataStream::new(body).filter(|chunk| {
         let has_bytes = chunk.as_ref().map_or(true, |bytes| !bytes.is_empty());
         async move { has_bytes }
     }));
-    StreamResponse { metadata_prelude, stream }
+    StreamResponse {
+        metadata_prelude,
+        stream,
+    }
 }
 
 fn joined(headers: &HeaderMap) -> HeaderMap {
     let join = |name: &HeaderName| {
-        let values: Vec<&[u8]> = headers.get_all(name).iter().map(HeaderValue::as_bytes).collect();
-        HeaderValue::from_bytes(&values.join(&b", "[..])).ok().map(|value| (name.clone(), value))
+        let values: Vec<&[u8]> = headers
+            .get_all(name)
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .collect();
+        HeaderValue::from_bytes(&values.join(&b", "[..]))
+            .ok()
+            .map(|value| (name.clone(), value))
     };
     headers.keys().filter_map(join).collect()
 }

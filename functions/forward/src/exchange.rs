@@ -24,7 +24,9 @@ use tunnel_shared::{
         websocket::PostError,
     },
     gathering::Gathering,
-    headers::{self, FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, TUNNEL_ERROR},
+    headers::{
+        self, FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, TUNNEL_ERROR,
+    },
     id::{ConnectionId, RequestId, TunnelId},
     limits::{HEADER_FIELDS, PART_BODY},
     packing,
@@ -64,16 +66,32 @@ pub(crate) async fn run(
 ) -> Result<Replying, Refusal> {
     let head_deadline = Instant::now() + visit.patience;
     let deadline = matches!(visit.front, Front::HttpApi(_)).then_some(head_deadline);
-    let visitor = Visitor { address: visit.source_ip.parse().ok(), fields: std::mem::take(&mut visit.headers) };
+    let visitor = Visitor {
+        address: visit.source_ip.parse().ok(),
+        fields: std::mem::take(&mut visit.headers),
+    };
     let online = visitor.admitted(function, tunnel).await?;
     record.place = Some(function.throttle.take(tunnel, Instant::now())?);
     let method = visit.method.clone();
-    let (mut message, length, rest) = first_message(visit, &visitor.fields, prefix, path, &online, function.packs).await?;
+    let (mut message, length, rest) = first_message(
+        visit,
+        &visitor.fields,
+        prefix,
+        path,
+        &online,
+        function.packs,
+    )
+    .await?;
     record.request = Some(message.request_id.clone());
-    record.request_bytes.fetch_add(length as u64, Ordering::Relaxed);
-    let may_repeat = rest.is_none() && message.body.0.is_empty() && matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);
+    record
+        .request_bytes
+        .fetch_add(length as u64, Ordering::Relaxed);
+    let may_repeat = rest.is_none()
+        && message.body.0.is_empty()
+        && matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);
 
-    let mut exchange = Exchange::start(function, tunnel, &visitor, online, &mut message, deadline).await?;
+    let mut exchange =
+        Exchange::start(function, tunnel, &visitor, online, &mut message, deadline).await?;
     record.connection = Some(exchange.online.connection_id.clone());
     let has_upload = rest.is_some();
     if let Some(rest) = rest {
@@ -85,26 +103,50 @@ pub(crate) async fn run(
             function.lookup.forget(tunnel, &exchange.online);
             let online = match visitor.admitted(function, tunnel).await {
                 Ok(online) if online != exchange.online => online,
-                Err(denied @ (Refusal::Unauthorized(_) | Refusal::Forbidden(_))) => return Err(denied),
+                Err(denied @ (Refusal::Unauthorized(_) | Refusal::Forbidden(_))) => {
+                    return Err(denied);
+                }
                 _ => return Err(refusal),
             };
             message.request_id = RequestId::generate();
             record.request = Some(message.request_id.clone());
-            exchange = Exchange::start(function, tunnel, &visitor, online, &mut message, deadline).await?;
+            exchange =
+                Exchange::start(function, tunnel, &visitor, online, &mut message, deadline).await?;
             record.connection = Some(exchange.online.connection_id.clone());
             exchange.next(Some(head_deadline)).await?
         }
         first => first?,
     };
     let ReplyPart::Head(head, first) = first else {
-        return Err(Refusal::InvalidReply("its first part is not its head".to_owned()));
+        return Err(Refusal::InvalidReply(
+            "its first part is not its head".to_owned(),
+        ));
     };
-    let status = StatusCode::from_u16(head.status_code).ok().filter(|status| !status.is_informational());
-    let status = status.ok_or_else(|| Refusal::InvalidReply("its status is none that ends a response".to_owned()))?;
+    let status = StatusCode::from_u16(head.status_code)
+        .ok()
+        .filter(|status| !status.is_informational());
+    let status = status.ok_or_else(|| {
+        Refusal::InvalidReply("its status is none that ends a response".to_owned())
+    })?;
     record.replied(head.status_code);
-    let has_no_body = method == Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
-    let first = if has_no_body { Chunk { bytes: Bytes::new(), encoding: None, more: false } } else { first };
-    Ok(Replying { exchange, status, fields: response_fields(head.headers), first })
+    let has_no_body = method == Method::HEAD
+        || status == StatusCode::NO_CONTENT
+        || status == StatusCode::NOT_MODIFIED;
+    let first = if has_no_body {
+        Chunk {
+            bytes: Bytes::new(),
+            encoding: None,
+            more: false,
+        }
+    } else {
+        first
+    };
+    Ok(Replying {
+        exchange,
+        status,
+        fields: response_fields(head.headers),
+        first,
+    })
 }
 
 /// Who asks to be let in. Each connection that a request may be sent to has its own rules.
@@ -120,7 +162,9 @@ impl Visitor {
     async fn admitted(&self, function: &Parts, tunnel: &TunnelId) -> Result<Online, Refusal> {
         let online = function.lookup.find(tunnel).await?;
         if let Some(access) = &online.access {
-            access.admit(self.address, &self.fields).map_err(|denied| Refusal::of_denied(denied, tunnel))?;
+            access
+                .admit(self.address, &self.fields)
+                .map_err(|denied| Refusal::of_denied(denied, tunnel))?;
         }
         Ok(online)
     }
@@ -142,7 +186,9 @@ impl Replying {
             self.exchange.is_over = true;
             record.completed();
         }
-        let mut response = Response::new(StreamBody::new(self.exchange.into_body(self.first, record)).boxed_unsync());
+        let mut response = Response::new(
+            StreamBody::new(self.exchange.into_body(self.first, record)).boxed_unsync(),
+        );
         *response.status_mut() = self.status;
         *response.headers_mut() = self.fields;
         response
@@ -188,20 +234,29 @@ async fn first_message(
         reply_to: None,
     };
     if message.headers.len() > HEADER_FIELDS {
-        return Err(Refusal::TooLarge(format!("The request has more than {HEADER_FIELDS} header fields.")));
+        return Err(Refusal::TooLarge(format!(
+            "The request has more than {HEADER_FIELDS} header fields."
+        )));
     }
     let envelope = protocol::encode(&ToAgent::HttpRequest(message.clone())).len() + ENVELOPE_SLACK;
-    let room = parts::room_beside(envelope)
-        .ok_or_else(|| Refusal::TooLarge("The request's header is longer than a tunnel can carry.".to_owned()))?;
+    let room = parts::room_beside(envelope).ok_or_else(|| {
+        Refusal::TooLarge("The request's header is longer than a tunnel can carry.".to_owned())
+    })?;
     let mut body = Gathering::new(visit.body, packs);
     let length = if online.features.contains(&Feature::BodyParts) {
-        let piece = body.piece(room, Instant::now() + GATHER).await.map_err(broken_off)?;
-        (message.body, message.encoding, message.more) = (Body(piece.bytes), piece.encoding, piece.more);
+        let piece = body
+            .piece(room, Instant::now() + GATHER)
+            .await
+            .map_err(broken_off)?;
+        (message.body, message.encoding, message.more) =
+            (Body(piece.bytes), piece.encoding, piece.more);
         piece.length
     } else {
         message.body = Body(body.take(room).await.map_err(broken_off)?);
         if !body.is_at_end().await.map_err(broken_off)? {
-            return Err(Refusal::TooLarge(format!("The agent is an old one that takes request bodies up to {room} bytes. Update it.")));
+            return Err(Refusal::TooLarge(format!(
+                "The agent is an old one that takes request bodies up to {room} bytes. Update it."
+            )));
         }
         message.body.0.len()
     };
@@ -219,12 +274,19 @@ fn forwarded(visit: &Visit, fields: &HeaderMap, prefix: &str) -> HeaderMap {
     headers::remove_hop_by_hop(&mut fields);
     headers::remove_forwarding(&mut fields);
     fields.remove(header::EXPECT);
-    for (name, value) in [(FORWARDED_FOR, &visit.source_ip), (FORWARDED_PROTO, &visit.scheme), (FORWARDED_HOST, &visit.host)] {
+    for (name, value) in [
+        (FORWARDED_FOR, &visit.source_ip),
+        (FORWARDED_PROTO, &visit.scheme),
+        (FORWARDED_HOST, &visit.host),
+    ] {
         if let Ok(value) = HeaderValue::from_str(value) {
             fields.insert(name, value);
         }
     }
-    if let Some(value) = HeaderValue::from_str(prefix).ok().filter(|prefix| !prefix.is_empty()) {
+    if let Some(value) = HeaderValue::from_str(prefix)
+        .ok()
+        .filter(|prefix| !prefix.is_empty())
+    {
         fields.insert(FORWARDED_PREFIX, value);
     }
     fields
@@ -261,21 +323,39 @@ impl Exchange {
         loop {
             let online = connections[connections.len() - 1].clone();
             let lacks = |is_needed: bool, feature| is_needed && !online.features.contains(&feature);
-            if lacks(message.more, Feature::BodyParts) || lacks(message.encoding.is_some(), Feature::Zstd) {
+            if lacks(message.more, Feature::BodyParts)
+                || lacks(message.encoding.is_some(), Feature::Zstd)
+            {
                 // Made for a connection that is gone, and this one could not read it.
                 return Err(Refusal::Moved);
             }
-            let (source, reply_to) = function.way_back(online.features.contains(&Feature::ReplyTo)).await;
+            let (source, reply_to) = function
+                .way_back(online.features.contains(&Feature::ReplyTo))
+                .await;
             message.reply_to = reply_to;
             if let Some(access) = &online.access {
                 access.remove_secrets(&mut message.headers);
             }
             // Before it is sent: the reply may be here before the answer to the post.
-            let expected = function.replies.expect(online.connection_id.clone(), message.request_id.clone());
-            match post(function, &online.connection_id, &ToAgent::HttpRequest(message.clone())).await {
+            let expected = function
+                .replies
+                .expect(online.connection_id.clone(), message.request_id.clone());
+            match post(
+                function,
+                &online.connection_id,
+                &ToAgent::HttpRequest(message.clone()),
+            )
+            .await
+            {
                 Ok(()) => {
                     let replies = PendingReply::new(expected, source, deadline);
-                    return Ok(Self { function: function.clone(), online, replies, upload: None, is_over: false });
+                    return Ok(Self {
+                        function: function.clone(),
+                        online,
+                        replies,
+                        upload: None,
+                        is_over: false,
+                    });
                 }
                 Err(PostError::Gone) => {
                     function.lookup.lost(tunnel, &online).await?;
@@ -301,9 +381,16 @@ impl Exchange {
     }
 
     fn upload(&self, mut body: Gathering<VisitBody>, sent: Arc<AtomicU64>) -> Upload {
-        let (function, connection, request_id) =
-            (self.function.clone(), self.online.connection_id.clone(), self.replies.expected().request().clone());
-        let mut allowed = self.online.features.contains(&Feature::Window).then(|| self.replies.expected().allowed());
+        let (function, connection, request_id) = (
+            self.function.clone(),
+            self.online.connection_id.clone(),
+            self.replies.expected().request().clone(),
+        );
+        let mut allowed = self
+            .online
+            .features
+            .contains(&Feature::Window)
+            .then(|| self.replies.expected().allowed());
         let (fail, failed) = oneshot::channel();
         let task = self.function.tasks.spawn(async move {
             let send = async {
@@ -315,11 +402,21 @@ impl Exchange {
                         break;
                     }
                     body.is_at_end().await.map_err(broken_off)?;
-                    let piece = body.piece(PART_BODY, Instant::now() + GATHER).await.map_err(broken_off)?;
+                    let piece = body
+                        .piece(PART_BODY, Instant::now() + GATHER)
+                        .await
+                        .map_err(broken_off)?;
                     sent.fetch_add(piece.length as u64, Ordering::Relaxed);
                     let more = piece.more;
                     let (body, encoding) = (Body(piece.bytes), piece.encoding);
-                    let message = BodyPart { request_id: request_id.clone(), part, body, encoding, more, reply_to: None };
+                    let message = BodyPart {
+                        request_id: request_id.clone(),
+                        part,
+                        body,
+                        encoding,
+                        more,
+                        reply_to: None,
+                    };
                     post(&function, &connection, &ToAgent::BodyPart(message)).await?;
                     if !more {
                         break;
@@ -332,13 +429,18 @@ impl Exchange {
                 let _ = fail.send(refusal);
             }
         });
-        Upload { task: task.abort_handle(), failed }
+        Upload {
+            task: task.abort_handle(),
+            failed,
+        }
     }
 
     /// The next part of the reply, unless the upload fails first.
     async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, Refusal> {
         let outcome = loop {
-            let Some(upload) = &mut self.upload else { break self.replies.next(until).await };
+            let Some(upload) = &mut self.upload else {
+                break self.replies.next(until).await;
+            };
             tokio::select! {
                 biased;
                 part = self.replies.next(until) => break part,
@@ -350,7 +452,13 @@ impl Exchange {
                 }
             }
         };
-        if matches!(outcome, Err(Refusal::AgentLost | Refusal::Offline | Refusal::Moved | Refusal::LocalUnreachable(_))) {
+        if matches!(
+            outcome,
+            Err(Refusal::AgentLost
+                | Refusal::Offline
+                | Refusal::Moved
+                | Refusal::LocalUnreachable(_))
+        ) {
             self.is_over = true;
         }
         outcome
@@ -362,7 +470,11 @@ impl Exchange {
             return;
         }
         let (request_id, reply_to) = (self.replies.expected().request().clone(), None);
-        self.tell(ToAgent::Window(Window { request_id, parts, reply_to }));
+        self.tell(ToAgent::Window(Window {
+            request_id,
+            parts,
+            reply_to,
+        }));
     }
 
     /// Sends the agent a word that nothing waits for.
@@ -379,47 +491,60 @@ impl Exchange {
     async fn chunk(&mut self) -> Result<Chunk, Refusal> {
         match self.next(None).await? {
             ReplyPart::Body(chunk) => Ok(chunk),
-            _ => Err(Refusal::InvalidReply("a part after the first is none".to_owned())),
+            _ => Err(Refusal::InvalidReply(
+                "a part after the first is none".to_owned(),
+            )),
         }
     }
 
     /// The body as a stream: each part is asked for when the one before it has been taken.
-    fn into_body(self, first: Chunk, record: Record) -> impl Stream<Item = Result<Frame<Bytes>, AnswerError>> + Send {
+    fn into_body(
+        self,
+        first: Chunk,
+        record: Record,
+    ) -> impl Stream<Item = Result<Frame<Bytes>, AnswerError>> + Send {
         enum Next {
             Chunk(Chunk),
             Part,
             End,
         }
         let start = (self, record, Allowance::default(), Next::Chunk(first));
-        stream::unfold(start, |(mut exchange, mut record, mut allowance, next)| async move {
-            let chunk = match next {
-                Next::Chunk(chunk) => Ok(chunk),
-                Next::Part => exchange.chunk().await,
-                Next::End => return None,
-            };
-            record.parts += 1;
-            let unpacked = chunk.and_then(|chunk| {
-                let bytes = packing::unpack(chunk.bytes, chunk.encoding).map_err(|error| Refusal::InvalidReply(error.to_string()))?;
-                Ok((bytes, chunk.more))
-            });
-            match unpacked {
-                Ok((bytes, more)) => {
-                    record.response_bytes += bytes.len() as u64;
-                    exchange.is_over = !more;
-                    if exchange.is_over {
-                        record.completed();
-                    } else if let Some(parts) = allowance.use_part() {
-                        exchange.allow(parts);
+        stream::unfold(
+            start,
+            |(mut exchange, mut record, mut allowance, next)| async move {
+                let chunk = match next {
+                    Next::Chunk(chunk) => Ok(chunk),
+                    Next::Part => exchange.chunk().await,
+                    Next::End => return None,
+                };
+                record.parts += 1;
+                let unpacked = chunk.and_then(|chunk| {
+                    let bytes = packing::unpack(chunk.bytes, chunk.encoding)
+                        .map_err(|error| Refusal::InvalidReply(error.to_string()))?;
+                    Ok((bytes, chunk.more))
+                });
+                match unpacked {
+                    Ok((bytes, more)) => {
+                        record.response_bytes += bytes.len() as u64;
+                        exchange.is_over = !more;
+                        if exchange.is_over {
+                            record.completed();
+                        } else if let Some(parts) = allowance.use_part() {
+                            exchange.allow(parts);
+                        }
+                        let next = if more { Next::Part } else { Next::End };
+                        Some((Ok(Frame::data(bytes)), (exchange, record, allowance, next)))
                     }
-                    let next = if more { Next::Part } else { Next::End };
-                    Some((Ok(Frame::data(bytes)), (exchange, record, allowance, next)))
+                    Err(refusal) => {
+                        record.refused(&refusal);
+                        Some((
+                            Err(refusal.into()),
+                            (exchange, record, allowance, Next::End),
+                        ))
+                    }
                 }
-                Err(refusal) => {
-                    record.refused(&refusal);
-                    Some((Err(refusal.into()), (exchange, record, allowance, Next::End)))
-                }
-            }
-        })
+            },
+        )
     }
 }
 
@@ -429,7 +554,9 @@ impl Drop for Exchange {
             upload.task.abort();
         }
         if !self.is_over && self.online.features.contains(&Feature::Cancel) {
-            self.tell(ToAgent::Cancel { request_id: self.replies.expected().request().clone() });
+            self.tell(ToAgent::Cancel {
+                request_id: self.replies.expected().request().clone(),
+            });
         }
     }
 }
@@ -439,8 +566,11 @@ fn response_fields(mut fields: HeaderMap) -> HeaderMap {
     headers::remove_hop_by_hop(&mut fields);
     fields.remove(TUNNEL_ERROR);
     let mut lengths = fields.get_all(header::CONTENT_LENGTH).iter();
-    let is_one_number =
-        lengths.next().is_some_and(|length| length.to_str().is_ok_and(|length| length.parse::<u64>().is_ok())) && lengths.next().is_none();
+    let is_one_number = lengths.next().is_some_and(|length| {
+        length
+            .to_str()
+            .is_ok_and(|length| length.parse::<u64>().is_ok())
+    }) && lengths.next().is_none();
     if !is_one_number {
         fields.remove(header::CONTENT_LENGTH);
     }

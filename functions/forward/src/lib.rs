@@ -80,7 +80,11 @@ pub(crate) struct Parts {
 #[derive(Debug)]
 enum WaysBack {
     InProcess,
-    Cloud { mailbox: Mailbox, connections: Connections, reply_connection: ReplyConnection },
+    Cloud {
+        mailbox: Mailbox,
+        connections: Connections,
+        reply_connection: ReplyConnection,
+    },
 }
 
 impl Parts {
@@ -89,10 +93,25 @@ impl Parts {
     pub(crate) async fn way_back(&self, send_it_back: bool) -> (Source, Option<ConnectionId>) {
         match &self.ways_back {
             WaysBack::InProcess => (Source::InProcess, None),
-            WaysBack::Cloud { mailbox, connections, reply_connection } => {
-                let reply_to = if send_it_back { reply_connection.id().await } else { None };
+            WaysBack::Cloud {
+                mailbox,
+                connections,
+                reply_connection,
+            } => {
+                let reply_to = if send_it_back {
+                    reply_connection.id().await
+                } else {
+                    None
+                };
                 let (mailbox, connections) = (mailbox.clone(), connections.clone());
-                (Source::Cloud { mailbox, connections, is_pushed: reply_to.is_some() }, reply_to)
+                (
+                    Source::Cloud {
+                        mailbox,
+                        connections,
+                        is_pushed: reply_to.is_some(),
+                    },
+                    reply_to,
+                )
             }
         }
     }
@@ -103,7 +122,11 @@ impl Forward {
     ///
     /// # Errors
     /// All variables that are missing or faulty.
-    pub fn load(variables: Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Result<Self, Faults> {
+    pub fn load(
+        variables: Variables<'_>,
+        sdk: &SdkConfig,
+        in_process: Option<&InProcess>,
+    ) -> Result<Self, Faults> {
         let access = Access::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
@@ -116,15 +139,25 @@ impl Forward {
         let at_once = variables.optional("MAX_CONCURRENT_REQUESTS", AT_ONCE);
         let per_second = variables.optional("MAX_REQUESTS_PER_SECOND", 0);
         let lambda = variables.given_by_lambda("AWS_LAMBDA_FUNCTION_NAME");
-        let replies = in_process.map(|in_process| in_process.replies.clone()).unwrap_or_default();
+        let replies = in_process
+            .map(|in_process| in_process.replies.clone())
+            .unwrap_or_default();
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
-            let (connections, mailbox) = (Connections::new(sdk, connections?), Mailbox::new(sdk, mailbox?));
+            let (connections, mailbox) = (
+                Connections::new(sdk, connections?),
+                Mailbox::new(sdk, mailbox?),
+            );
             let ways_back = match (in_process, endpoint?) {
                 (Some(_), _) => WaysBack::InProcess,
                 (None, endpoint) => {
-                    let reply_connection = ReplyConnection::new(&endpoint, connections.clone(), replies.clone());
-                    WaysBack::Cloud { mailbox, connections, reply_connection }
+                    let reply_connection =
+                        ReplyConnection::new(&endpoint, connections.clone(), replies.clone());
+                    WaysBack::Cloud {
+                        mailbox,
+                        connections,
+                        reply_connection,
+                    }
                 }
             };
             let (access, tunnels, agents) = (access?, Tunnels::new(sdk, tunnels?), agents?);
@@ -135,7 +168,12 @@ impl Forward {
                 replies,
                 ways_back,
                 packs: packing_pays(in_process, &public_url),
-                status: Status { access, tunnels, public_url, routing: routing? },
+                status: Status {
+                    access,
+                    tunnels,
+                    public_url,
+                    routing: routing?,
+                },
                 streaming_url: streaming_url?,
                 lambda,
                 tasks: TaskTracker::new(),
@@ -147,7 +185,11 @@ impl Forward {
     ///
     /// # Errors
     /// Only when the event is none of an HTTP front. Whatever else goes wrong is an answer.
-    pub async fn handle(&self, event: LambdaRequest, time: Duration) -> Result<FunctionResponse<Answer, AnswerStream>, BadEvent> {
+    pub async fn handle(
+        &self,
+        event: LambdaRequest,
+        time: Duration,
+    ) -> Result<FunctionResponse<Answer, AnswerStream>, BadEvent> {
         let mut visit = Visit::from_event(event, self.0.streaming_url.as_ref())?;
         visit.patience = visit.patience.min(time.saturating_sub(HEAD_START));
         let (front, is_head) = (visit.front, visit.method == Method::HEAD);
@@ -160,7 +202,9 @@ impl Forward {
                     Ok(answer) => answer,
                     Err(refusal) => {
                         let response = refusal.into_response(wants_html);
-                        answer::buffer(response, payload, is_head, streaming_url).await.unwrap_or_default()
+                        answer::buffer(response, payload, is_head, streaming_url)
+                            .await
+                            .unwrap_or_default()
                     }
                 };
                 // Once this returns the environment is frozen, and a cancellation would reach the agent much later.
@@ -174,12 +218,25 @@ impl Forward {
     /// Serves a visit. What cannot be served is answered with a [`Refusal`].
     pub async fn serve(&self, visit: Visit) -> Response<AnswerBody> {
         let wants_html = visit.wants_html();
-        let Status { routing, public_url, .. } = &self.0.status;
+        let Status {
+            routing,
+            public_url,
+            ..
+        } = &self.0.status;
         match Route::of(*routing, public_url, &visit.host, &visit.path) {
             Route::Tunnel { id, prefix, path } => {
                 let mut record = Record::new(self.0.lambda.clone(), id.clone());
                 // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
-                match Box::pin(exchange::run(&self.0, visit, &id, &prefix, &path, &mut record)).await {
+                match Box::pin(exchange::run(
+                    &self.0,
+                    visit,
+                    &id,
+                    &prefix,
+                    &path,
+                    &mut record,
+                ))
+                .await
+                {
                     Ok(replying) => replying.into_response(record),
                     Err(refusal) => {
                         if let Refusal::Internal(cause) = &refusal {
@@ -192,11 +249,21 @@ impl Forward {
             }
             Route::Own(path) if path == "/_health" => {
                 let mut response = Response::new(answer::whole(r#"{"status":"ok"}"#));
-                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+                response.headers_mut().insert(
+                    header::CONTENT_TYPE,
+                    HeaderValue::from_static("application/json"),
+                );
                 response
             }
-            Route::Own(path) if path.starts_with(STATUS) && matches!(visit.method, Method::GET | Method::HEAD) => {
-                let answer = self.0.status.answer(&path[STATUS.len()..], &visit.headers).await;
+            Route::Own(path)
+                if path.starts_with(STATUS)
+                    && matches!(visit.method, Method::GET | Method::HEAD) =>
+            {
+                let answer = self
+                    .0
+                    .status
+                    .answer(&path[STATUS.len()..], &visit.headers)
+                    .await;
                 answer.unwrap_or_else(|refusal| {
                     if let Refusal::Internal(cause) = &refusal {
                         error!(error = &**cause as &dyn std::error::Error, "status failed");

@@ -43,7 +43,13 @@ pub(crate) struct Lookup {
 
 impl Lookup {
     pub(crate) fn new(tunnels: Tunnels, standing: Standing, agents: WebSocketApi) -> Self {
-        Self { tunnels, standing, agents, verified: Mutex::default(), known: Mutex::default() }
+        Self {
+            tunnels,
+            standing,
+            agents,
+            verified: Mutex::default(),
+            known: Mutex::default(),
+        }
     }
 
     /// The connection that serves a tunnel. One whose token is good no longer serves none: it is closed.
@@ -56,7 +62,9 @@ impl Lookup {
         {
             return Ok(online.clone());
         }
-        let found = Box::pin(self.tunnels.get(id, now())).await?.ok_or(Refusal::NoSuchTunnel)?;
+        let found = Box::pin(self.tunnels.get(id, now()))
+            .await?
+            .ok_or(Refusal::NoSuchTunnel)?;
         let online = found.online.ok_or(Refusal::Offline)?;
         if !Box::pin(self.is_good(&found.identity)).await? {
             warn!(tunnel = %id, connection = %online.connection_id, "closed: its token is revoked or expired");
@@ -93,7 +101,10 @@ impl Lookup {
     /// Forgets that `online` serves a tunnel.
     pub(crate) fn forget(&self, id: &TunnelId, online: &Online) {
         let mut known = self.lock();
-        if known.get(id).is_some_and(|(known, _)| known.connection_id == online.connection_id) {
+        if known
+            .get(id)
+            .is_some_and(|(known, _)| known.connection_id == online.connection_id)
+        {
             known.remove(id);
         }
     }

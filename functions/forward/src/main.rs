@@ -10,10 +10,21 @@ use tunnel_shared::cloud::{sdk, settings::Variables, telemetry};
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     telemetry::init();
-    let function = &Forward::load(Variables::of_process(), &sdk::from_environment(Variables::of_process())?, None)?;
+    let function = &Forward::load(
+        Variables::of_process(),
+        &sdk::from_environment(Variables::of_process())?,
+        None,
+    )?;
     lambda_runtime::run(service_fn(async |event: LambdaEvent<LambdaRequest>| {
-        let time = event.context.deadline().duration_since(SystemTime::now()).unwrap_or_default();
-        function.handle(event.payload, time).await.map_err(Error::from)
+        let time = event
+            .context
+            .deadline()
+            .duration_since(SystemTime::now())
+            .unwrap_or_default();
+        function
+            .handle(event.payload, time)
+            .await
+            .map_err(Error::from)
     }))
     .await
 }

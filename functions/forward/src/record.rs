@@ -156,7 +156,9 @@ mod tests {
                 record.replied(200);
             }
             let line = record.embedded_metrics("forward");
-            let directives = line["_aws"]["CloudWatchMetrics"].as_array().expect("a list");
+            let directives = line["_aws"]["CloudWatchMetrics"]
+                .as_array()
+                .expect("a list");
             assert_eq!(directives.len(), 2);
             for directive in directives {
                 for metric in directive["Metrics"].as_array().expect("a list") {
@@ -164,7 +166,10 @@ mod tests {
                     assert!(line[name].is_u64(), "{name} of {line}");
                 }
                 for dimension in directive["Dimensions"][0].as_array().expect("a list") {
-                    assert!(line[dimension.as_str().expect("a name")].is_string(), "{dimension} of {line}");
+                    assert!(
+                        line[dimension.as_str().expect("a name")].is_string(),
+                        "{dimension} of {line}"
+                    );
                 }
             }
         }

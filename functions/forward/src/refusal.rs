@@ -20,10 +20,14 @@ const RETRY_AFTER: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The address names no tunnel that exists.
-    #[error("There is no tunnel at this address. Check the address, or start the agent with this tunnel id.")]
+    #[error(
+        "There is no tunnel at this address. Check the address, or start the agent with this tunnel id."
+    )]
     NoSuchTunnel,
     /// Whoever asks for a tunnel's status does not say who that is.
-    #[error("Only the tunnel's owner may see this. Ask with its token, in a header: Authorization: Bearer TOKEN")]
+    #[error(
+        "Only the tunnel's owner may see this. Ask with its token, in a header: Authorization: Bearer TOKEN"
+    )]
     NotTheOwner,
     /// The tunnel exists, but no agent is connected.
     #[error("The tunnel exists, but its agent is not connected now. It may be back in a moment.")]
@@ -41,7 +45,9 @@ pub enum Refusal {
     #[error("The tunnel has just moved to another connection of its agent. Try again.")]
     Moved,
     /// The agent's connection ended before its reply did.
-    #[error("The agent's connection ended before it answered. The local service may have seen the request.")]
+    #[error(
+        "The agent's connection ended before it answered. The local service may have seen the request."
+    )]
     AgentLost,
     /// The agent takes no more requests.
     #[error("The agent has as many requests as it can take. Try again in a moment.")]
@@ -75,7 +81,9 @@ impl Refusal {
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Offline | Self::Moved | Self::AgentBusy => StatusCode::SERVICE_UNAVAILABLE,
-            Self::AgentLost | Self::LocalUnreachable(_) | Self::InvalidReply(_) => StatusCode::BAD_GATEWAY,
+            Self::AgentLost | Self::LocalUnreachable(_) | Self::InvalidReply(_) => {
+                StatusCode::BAD_GATEWAY
+            }
             Self::LocalTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
@@ -122,7 +130,10 @@ impl Refusal {
         let (content_type, body) = if wants_html {
             ("text/html; charset=utf-8", page(status, code, &sentence))
         } else {
-            ("application/json", serde_json::json!({ "error": code, "message": sentence }).to_string() + "\n")
+            (
+                "application/json",
+                serde_json::json!({ "error": code, "message": sentence }).to_string() + "\n",
+            )
         };
         let mut response = Response::new(answer::whole(body));
         *response.status_mut() = status;
@@ -137,7 +148,10 @@ impl Refusal {
             // Named after the tunnel, so that a browser does not send its password to others of the same host.
             Self::Unauthorized(tunnel) => {
                 let challenge = format!("Basic realm=\"{tunnel}\", charset=\"UTF-8\"");
-                headers.extend(HeaderValue::from_str(&challenge).map(|value| (header::WWW_AUTHENTICATE, value)));
+                headers.extend(
+                    HeaderValue::from_str(&challenge)
+                        .map(|value| (header::WWW_AUTHENTICATE, value)),
+                );
             }
             Self::NotTheOwner => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -153,11 +167,19 @@ impl Refusal {
 
 /// Whole seconds, at least one: what `Retry-After` can say.
 fn seconds(pause: Duration) -> u64 {
-    pause.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX).max(1)
+    pause
+        .as_millis()
+        .div_ceil(1000)
+        .try_into()
+        .unwrap_or(u64::MAX)
+        .max(1)
 }
 
 fn page(status: StatusCode, code: &str, sentence: &str) -> String {
-    let escaped = sentence.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    let escaped = sentence
+        .replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;");
     format!(
         "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\n\
          <title>{status}</title>\n<style>body{{font:1rem/1.5 system-ui;margin:15vh auto;max-width:34rem;padding:0 1rem}}</style>\n\

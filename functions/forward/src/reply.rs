@@ -49,7 +49,14 @@ pub(crate) struct PendingReply {
 
 impl PendingReply {
     pub(crate) fn new(expected: Expected, source: Source, deadline: Option<Instant>) -> Self {
-        Self { expected, source, arrived: Reorder::starting_at(0), ready: VecDeque::new(), failure: None, deadline }
+        Self {
+            expected,
+            source,
+            arrived: Reorder::starting_at(0),
+            ready: VecDeque::new(),
+            failure: None,
+            deadline,
+        }
     }
 
     /// Whether the agent has said nothing of an answer yet.
@@ -69,7 +76,10 @@ impl PendingReply {
     pub(crate) async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, Refusal> {
         let waiting_since = Instant::now();
         let limit = self.deadline.into_iter().chain(until).min();
-        let mut next_look = self.source.pause(Duration::ZERO).map(|pause| waiting_since + pause);
+        let mut next_look = self
+            .source
+            .pause(Duration::ZERO)
+            .map(|pause| waiting_since + pause);
         loop {
             while let Ok((number, part)) = self.expected.try_recv() {
                 self.take(number, part)?;
@@ -81,7 +91,10 @@ impl PendingReply {
                 return Err(Refusal::of_agent(code, message));
             }
             let waited = waiting_since.elapsed();
-            let missing_until = self.arrived.is_incomplete().then_some(waiting_since + STRAGGLER);
+            let missing_until = self
+                .arrived
+                .is_incomplete()
+                .then_some(waiting_since + STRAGGLER);
             let give_up = limit.into_iter().chain(missing_until).min();
             if give_up.is_some_and(|at| Instant::now() >= at) {
                 return Err(Refusal::LocalTimeout);
@@ -104,11 +117,21 @@ impl PendingReply {
 
     /// Looks into the mailbox.
     async fn look(&mut self, is_in_doubt: bool) -> Result<(), Refusal> {
-        let Source::Cloud { mailbox, connections, .. } = &self.source else { return Ok(()) };
+        let Source::Cloud {
+            mailbox,
+            connections,
+            ..
+        } = &self.source
+        else {
+            return Ok(());
+        };
         let sender = self.expected.sender().clone();
         // Asked before the look, so that a reply stored just before the connection ended is still found.
         let is_lost = is_in_doubt && connections.get(&sender, now()).await?.is_none();
-        for (number, part) in mailbox.read(&sender, self.expected.request(), self.arrived.expected()).await? {
+        for (number, part) in mailbox
+            .read(&sender, self.expected.request(), self.arrived.expected())
+            .await?
+        {
             self.take(number, part)?;
         }
         while let Ok((number, part)) = self.expected.try_recv() {
@@ -125,8 +148,11 @@ impl PendingReply {
             ReplyPart::Failed { .. } => self.failure = Some(part),
             ReplyPart::Window(parts) => self.expected.allow(parts),
             ReplyPart::Head(..) | ReplyPart::Body(_) => {
-                self.arrived.insert(number, part).map_err(|error| Refusal::InvalidReply(error.to_string()))?;
-                self.ready.extend(std::iter::from_fn(|| self.arrived.take_next()));
+                self.arrived
+                    .insert(number, part)
+                    .map_err(|error| Refusal::InvalidReply(error.to_string()))?;
+                self.ready
+                    .extend(std::iter::from_fn(|| self.arrived.take_next()));
             }
         }
         Ok(())
@@ -139,8 +165,12 @@ impl Source {
     fn pause(&self, waited: Duration) -> Option<Duration> {
         match self {
             Self::InProcess => None,
-            Self::Cloud { is_pushed: false, .. } => Some((waited / 4).clamp(Duration::from_millis(10), Duration::from_secs(1))),
-            Self::Cloud { is_pushed: true, .. } => Some(waited.clamp(Duration::from_millis(120), Duration::from_secs(5))),
+            Self::Cloud {
+                is_pushed: false, ..
+            } => Some((waited / 4).clamp(Duration::from_millis(10), Duration::from_secs(1))),
+            Self::Cloud {
+                is_pushed: true, ..
+            } => Some(waited.clamp(Duration::from_millis(120), Duration::from_secs(5))),
         }
     }
 }

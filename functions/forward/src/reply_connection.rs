@@ -76,10 +76,23 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 impl ReplyConnection {
     /// A connection to the WebSocket API at `endpoint` whose replies go to `replies`.
     pub(crate) fn new(endpoint: &str, connections: Connections, replies: Replies) -> Self {
-        let scheme_less = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest).trim_end_matches('/');
-        let scheme = if endpoint.starts_with("wss://") || endpoint.starts_with("https://") { "wss" } else { "ws" };
+        let scheme_less = endpoint
+            .split_once("://")
+            .map_or(endpoint, |(_, rest)| rest)
+            .trim_end_matches('/');
+        let scheme = if endpoint.starts_with("wss://") || endpoint.starts_with("https://") {
+            "wss"
+        } else {
+            "ws"
+        };
         let url = format!("{scheme}://{scheme_less}?reply=1");
-        Self(Arc::new(Shared { url, connections, replies, state: Mutex::new(State::Closed), tasks: Mutex::default() }))
+        Self(Arc::new(Shared {
+            url,
+            connections,
+            replies,
+            state: Mutex::new(State::Closed),
+            tasks: Mutex::default(),
+        }))
     }
 
     /// The connection's id, if it is open. If it is not, it is being opened when this returns.
@@ -117,11 +130,20 @@ impl ReplyConnection {
                 debug!(connection = %id, "reply connection open");
                 let mut state = self.lock();
                 let reader = self.spawn(self.clone().read(id.clone(), stream));
-                *state = State::Open { id, used: SystemTime::now(), reader };
+                *state = State::Open {
+                    id,
+                    used: SystemTime::now(),
+                    reader,
+                };
             }
             Err(error) => {
-                warn!(error = &*error as &dyn std::error::Error, "no reply connection; replies come through the mailbox");
-                *self.lock() = State::Failed { at: SystemTime::now() };
+                warn!(
+                    error = &*error as &dyn std::error::Error,
+                    "no reply connection; replies come through the mailbox"
+                );
+                *self.lock() = State::Failed {
+                    at: SystemTime::now(),
+                };
             }
         }
     }
@@ -137,17 +159,26 @@ impl ReplyConnection {
         let mut request = self.0.url.as_str().into_client_request()?;
         let mut authorization = HeaderValue::from_str(&format!("Bearer {ticket}"))?;
         authorization.set_sensitive(true);
-        request.headers_mut().insert(header::AUTHORIZATION, authorization);
+        request
+            .headers_mut()
+            .insert(header::AUTHORIZATION, authorization);
         let config = WebSocketConfig::default()
             .read_buffer_size(WEBSOCKET_FRAME)
             .max_message_size(Some(2 * WEBSOCKET_MESSAGE))
             .max_frame_size(Some(2 * WEBSOCKET_MESSAGE));
         let (mut socket, _) = connect_async_with_config(request, Some(config), true).await?;
-        socket.send(Message::text(protocol::encode(&FromAgent::Ready(Ready::default())))).await?;
+        socket
+            .send(Message::text(protocol::encode(&FromAgent::Ready(
+                Ready::default(),
+            ))))
+            .await?;
         let (_, mut stream) = socket.split();
         while let Some(message) = stream.next().await {
             if let Message::Text(text) = message?
-                && let Ok(Relayed { sender, message: FromAgent::Ready(_) }) = protocol::decode(&text)
+                && let Ok(Relayed {
+                    sender,
+                    message: FromAgent::Ready(_),
+                }) = protocol::decode(&text)
             {
                 return Ok((sender, stream));
             }
@@ -158,7 +189,9 @@ impl ReplyConnection {
     /// Hands replies to the requests that wait for them, until the connection ends.
     async fn read(self, id: ConnectionId, mut stream: SplitStream<Socket>) {
         while let Some(Ok(message)) = stream.next().await {
-            let Message::Text(text) = message else { continue };
+            let Message::Text(text) = message else {
+                continue;
+            };
             match protocol::decode::<Relayed>(&text) {
                 Ok(Relayed { sender, message }) => {
                     if let Some(reply) = reply(message) {
@@ -167,8 +200,14 @@ impl ReplyConnection {
                 }
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "not a reply");
-                    if let Ok(Relayed { sender, message: Subject { request_id } }) = protocol::decode(&text) {
-                        self.0.replies.deliver(&sender, Reply::unreadable(request_id));
+                    if let Ok(Relayed {
+                        sender,
+                        message: Subject { request_id },
+                    }) = protocol::decode(&text)
+                    {
+                        self.0
+                            .replies
+                            .deliver(&sender, Reply::unreadable(request_id));
                     }
                 }
             }

@@ -31,11 +31,26 @@ impl Status {
     ///
     /// # Errors
     /// When whoever asks does not prove to be its owner, or DynamoDB does not answer.
-    pub(crate) async fn answer(&self, name: &str, headers: &HeaderMap) -> Result<Response<AnswerBody>, Refusal> {
-        let token = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(auth::bearer_token);
-        let identity = self.access.identify(token, now()).await?.ok_or(Refusal::NotTheOwner)?;
+    pub(crate) async fn answer(
+        &self,
+        name: &str,
+        headers: &HeaderMap,
+    ) -> Result<Response<AnswerBody>, Refusal> {
+        let token = headers
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .and_then(auth::bearer_token);
+        let identity = self
+            .access
+            .identify(token, now())
+            .await?
+            .ok_or(Refusal::NotTheOwner)?;
         let id: TunnelId = name.parse().map_err(|_| Refusal::NoSuchTunnel)?;
-        let found = self.tunnels.get(&id, now()).await?.filter(|tunnel| tunnel.identity.owner == identity.owner);
+        let found = self
+            .tunnels
+            .get(&id, now())
+            .await?
+            .filter(|tunnel| tunnel.identity.owner == identity.owner);
         let tunnel = found.ok_or(Refusal::NoSuchTunnel)?;
         let since = Some(tunnel.since).filter(|since| *since > 0);
         let text = serde_json::json!({
@@ -46,8 +61,13 @@ impl Status {
             "public_url": self.public_url.of(&id, self.routing),
         });
         let mut response = Response::new(answer::whole(format!("{text}\n")));
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        response.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        response
+            .headers_mut()
+            .insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         Ok(response)
     }
 }

@@ -47,7 +47,11 @@ impl Throttle {
     /// Lets each tunnel have `at_once` requests under way and `per_second` new ones; 0 is no limit.
     pub(crate) fn new(at_once: u32, per_second: u32) -> Self {
         let at_once = if at_once == 0 { u32::MAX } else { at_once };
-        Self(Arc::new(Shared { at_once, per_second: per_second.into(), tunnels: Mutex::default() }))
+        Self(Arc::new(Shared {
+            at_once,
+            per_second: per_second.into(),
+            tunnels: Mutex::default(),
+        }))
     }
 
     /// Takes a place for a request that comes `now`.
@@ -59,7 +63,11 @@ impl Throttle {
         if tunnels.len() >= COUNTED && !tunnels.contains_key(tunnel) {
             tunnels.retain(|_, usage| usage.under_way > 0);
         }
-        let usage = tunnels.entry(tunnel.clone()).or_insert_with(|| Usage { under_way: 0, tokens: self.burst(), filled: now });
+        let usage = tunnels.entry(tunnel.clone()).or_insert_with(|| Usage {
+            under_way: 0,
+            tokens: self.burst(),
+            filled: now,
+        });
         usage.tokens = self.tokens(usage, now);
         usage.filled = now;
         if usage.under_way >= self.0.at_once {
@@ -67,7 +75,9 @@ impl Throttle {
         }
         if self.0.per_second > 0.0 {
             if usage.tokens < 1.0 {
-                return Err(Refusal::RateLimited(Duration::from_secs_f64((1.0 - usage.tokens) / self.0.per_second)));
+                return Err(Refusal::RateLimited(Duration::from_secs_f64(
+                    (1.0 - usage.tokens) / self.0.per_second,
+                )));
             }
             usage.tokens -= 1.0;
         }
@@ -85,7 +95,10 @@ impl Throttle {
 
     /// Held between awaits only.
     fn lock(&self) -> MutexGuard<'_, HashMap<TunnelId, Usage>> {
-        self.0.tunnels.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0
+            .tunnels
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -93,7 +106,9 @@ impl Drop for Place {
     fn drop(&mut self) {
         let Self(throttle, tunnel) = self;
         let mut tunnels = throttle.lock();
-        let Some(usage) = tunnels.get_mut(tunnel) else { return };
+        let Some(usage) = tunnels.get_mut(tunnel) else {
+            return;
+        };
         usage.under_way -= 1;
         // Nothing is lost that a new count would not have.
         if usage.under_way == 0 && throttle.tokens(usage, Instant::now()) >= throttle.burst() {
@@ -121,23 +136,44 @@ mod tests {
     #[test]
     fn a_tunnel_has_as_many_requests_at_once_as_it_may_and_others_have_theirs() {
         let (throttle, now) = (Throttle::new(2, 0), Instant::now());
-        let places = [throttle.take(&id("one"), now), throttle.take(&id("one"), now)];
+        let places = [
+            throttle.take(&id("one"), now),
+            throttle.take(&id("one"), now),
+        ];
         assert_eq!(pause(throttle.take(&id("one"), now)), Some(PAUSE));
         assert_eq!(pause(throttle.take(&id("two"), now)), None);
         drop(places);
-        assert!(throttle.lock().is_empty(), "something is kept of tunnels without requests");
+        assert!(
+            throttle.lock().is_empty(),
+            "something is kept of tunnels without requests"
+        );
         assert_eq!(pause(throttle.take(&id("one"), now)), None);
     }
 
     #[test]
     fn after_a_burst_requests_come_at_their_rate() {
         let (throttle, now) = (Throttle::new(0, 10), Instant::now());
-        let taken_at = |now| std::iter::repeat_with(|| throttle.take(&id("one"), now)).take_while(Result::is_ok).count();
+        let taken_at = |now| {
+            std::iter::repeat_with(|| throttle.take(&id("one"), now))
+                .take_while(Result::is_ok)
+                .count()
+        };
         assert_eq!(taken_at(now), 20);
-        assert_eq!(pause(throttle.take(&id("one"), now)), Some(Duration::from_millis(100)));
-        assert_eq!(pause(throttle.take(&id("two"), now)), None, "it is counted with another");
+        assert_eq!(
+            pause(throttle.take(&id("one"), now)),
+            Some(Duration::from_millis(100))
+        );
+        assert_eq!(
+            pause(throttle.take(&id("two"), now)),
+            None,
+            "it is counted with another"
+        );
         assert_eq!(taken_at(now + Duration::from_millis(101)), 1);
-        assert_eq!(taken_at(now + Duration::from_secs(60)), 20, "a pause saves up more than a burst");
+        assert_eq!(
+            taken_at(now + Duration::from_secs(60)),
+            20,
+            "a pause saves up more than a burst"
+        );
     }
 
     #[test]
@@ -147,7 +183,14 @@ mod tests {
         for number in 0..2 * COUNTED {
             drop(throttle.take(&id(&format!("tunnel-{number}")), now));
         }
-        assert!(throttle.lock().len() <= COUNTED, "{}", throttle.lock().len());
-        assert!(held.is_ok() && throttle.lock().contains_key(&id("held")), "a request that is under way is not counted any more");
+        assert!(
+            throttle.lock().len() <= COUNTED,
+            "{}",
+            throttle.lock().len()
+        );
+        assert!(
+            held.is_ok() && throttle.lock().contains_key(&id("held")),
+            "a request that is under way is not counted any more"
+        );
     }
 }

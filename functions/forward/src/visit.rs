@@ -25,7 +25,11 @@ pub(crate) const HEAD_START: Duration = Duration::from_secs(1);
 const FUNCTION_URL: &str = ".lambda-url.";
 
 /// What a query's key or value may hold as it is: RFC 3986's unreserved characters.
-const NOT_IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+const NOT_IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
 
 /// Where a visit came in, which decides how it is answered.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -97,7 +101,10 @@ impl Visit {
     ///
     /// # Errors
     /// When it is none of them.
-    pub fn from_event(event: LambdaRequest, streaming_url: Option<&PublicUrl>) -> Result<Self, BadEvent> {
+    pub fn from_event(
+        event: LambdaRequest,
+        streaming_url: Option<&PublicUrl>,
+    ) -> Result<Self, BadEvent> {
         match event {
             LambdaRequest::ApiGatewayV1(event) => Self::from_v1(event),
             LambdaRequest::ApiGatewayV2(event) => Self::from_v2(event, streaming_url),
@@ -105,12 +112,14 @@ impl Visit {
         }
     }
 
-    fn from_v2(event: ApiGatewayV2httpRequest, streaming_url: Option<&PublicUrl>) -> Result<Self, BadEvent> {
+    fn from_v2(
+        event: ApiGatewayV2httpRequest,
+        streaming_url: Option<&PublicUrl>,
+    ) -> Result<Self, BadEvent> {
         let context = event.request_context;
-        let is_function_url = context
-            .domain_name
-            .as_deref()
-            .is_some_and(|domain| domain.contains(FUNCTION_URL) || streaming_url.is_some_and(|url| url.has_host(domain)));
+        let is_function_url = context.domain_name.as_deref().is_some_and(|domain| {
+            domain.contains(FUNCTION_URL) || streaming_url.is_some_and(|url| url.has_host(domain))
+        });
         let mut headers = as_bytes(event.headers);
         if let Some(cookies) = event.cookies.filter(|cookies| !cookies.is_empty())
             && let Some(value) = text_to_value(&cookies.join("; "))
@@ -118,14 +127,22 @@ impl Visit {
             headers.insert(header::COOKIE, value);
         }
         let path = event.raw_path.unwrap_or_default();
-        let front = if is_function_url { Front::Streaming } else { Front::HttpApi(Payload::V2) };
+        let front = if is_function_url {
+            Front::Streaming
+        } else {
+            Front::HttpApi(Payload::V2)
+        };
         Ok(Self {
             front,
             patience: front.patience(),
             method: context.http.method,
             scheme: scheme(&headers),
             host: host(&headers, context.domain_name),
-            path: if is_function_url { encode_path(&path) } else { encode_decoded_path(&path) },
+            path: if is_function_url {
+                encode_path(&path)
+            } else {
+                encode_decoded_path(&path)
+            },
             query: event.raw_query_string.filter(|query| !query.is_empty()),
             headers,
             source_ip: context.http.source_ip.unwrap_or_default(),
@@ -142,8 +159,11 @@ impl Visit {
         }
         headers.extend(as_bytes(event.multi_value_headers));
         let escaped = |text| utf8_percent_encode(text, NOT_IN_QUERY);
-        let mut pairs: Vec<String> =
-            event.multi_value_query_string_parameters.iter().map(|(key, value)| format!("{}={}", escaped(key), escaped(value))).collect();
+        let mut pairs: Vec<String> = event
+            .multi_value_query_string_parameters
+            .iter()
+            .map(|(key, value)| format!("{}={}", escaped(key), escaped(value)))
+            .collect();
         pairs.sort_by(|a, b| a.split('=').next().cmp(&b.split('=').next()));
         Ok(Self {
             front: Front::HttpApi(Payload::V1),
@@ -167,7 +187,11 @@ impl Visit {
 
 /// Whether whoever sent these fields would rather be shown a page.
 pub fn wants_html(headers: &HeaderMap) -> bool {
-    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|value| value.contains("text/html"))
+    headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .any(|value| value.contains("text/html"))
 }
 
 /// Header values come as text in events and as its UTF-8 in the event types; this gives each character's byte back.
@@ -187,12 +211,20 @@ fn as_bytes(headers: HeaderMap) -> HeaderMap {
 }
 
 fn scheme(headers: &HeaderMap) -> String {
-    let proto = headers.get(FORWARDED_PROTO).and_then(|value| value.to_str().ok());
-    proto.filter(|proto| matches!(*proto, "http" | "https")).unwrap_or("https").to_owned()
+    let proto = headers
+        .get(FORWARDED_PROTO)
+        .and_then(|value| value.to_str().ok());
+    proto
+        .filter(|proto| matches!(*proto, "http" | "https"))
+        .unwrap_or("https")
+        .to_owned()
 }
 
 fn host(headers: &HeaderMap, domain_name: Option<String>) -> String {
-    let header = headers.get(header::HOST).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let header = headers
+        .get(header::HOST)
+        .and_then(|value| value.to_str().ok())
+        .map(str::to_owned);
     header.or(domain_name).unwrap_or_default()
 }
 
@@ -207,5 +239,7 @@ fn body(body: Option<String>, is_base64: bool) -> Result<VisitBody, BadEvent> {
 
 /// A body that is there already.
 pub fn whole(bytes: Bytes) -> VisitBody {
-    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
+    Full::new(bytes)
+        .map_err(|never| match never {})
+        .boxed_unsync()
 }

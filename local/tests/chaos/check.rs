@@ -47,7 +47,10 @@ impl Findings {
             println!("- and {} more", self.0.len() - SHOWN);
         }
         for name in ["tunnel-local", "ttf", "local-service"] {
-            println!("\nthe end of {name}.log:\n{}", tail(&world.logs.join(format!("{name}.log")), 15));
+            println!(
+                "\nthe end of {name}.log:\n{}",
+                tail(&world.logs.join(format!("{name}.log")), 15)
+            );
         }
         println!("\nlogs: {}", world.logs.display());
         false
@@ -57,7 +60,8 @@ impl Findings {
     pub(crate) fn of_visits(&mut self, world: &World, spells: &[Spell]) {
         let documented = documented();
         for visit in &world.load.visits() {
-            let meanwhile = |spell: &&Spell| spell.began <= visit.ended && visit.began <= spell.over;
+            let meanwhile =
+                |spell: &&Spell| spell.began <= visit.ended && visit.began <= spell.over;
             let mut now = spells.iter().filter(meanwhile);
             let problem = match &visit.outcome {
                 Outcome::Right | Outcome::Left => continue,
@@ -74,21 +78,42 @@ impl Findings {
                 Outcome::Broken(_) if now.any(|spell| spell.breaks()) => continue,
                 Outcome::Broken(why) => format!("broke, which no fault explains: {why}"),
             };
-            self.add(format!("{}: {problem}\n{}", describe(world, visit), around(world, visit, spells)));
+            self.add(format!(
+                "{}: {problem}\n{}",
+                describe(world, visit),
+                around(world, visit, spells)
+            ));
         }
     }
 
     /// No POST was carried out twice, and no upload that was cut passed as whole.
     pub(crate) fn of_ledger(&mut self, world: &World) {
         let ledger = std::fs::read_to_string(&world.ledger).unwrap_or_default();
-        let visits: HashMap<u64, Visit> = world.load.visits().into_iter().map(|visit| (visit.plan.wish.number, visit)).collect();
+        let visits: HashMap<u64, Visit> = world
+            .load
+            .visits()
+            .into_iter()
+            .map(|visit| (visit.plan.wish.number, visit))
+            .collect();
         let mut posts: HashMap<u64, u32> = HashMap::new();
-        let name = |number: u64| visits.get(&number).map_or(format!("request {number}"), |visit| describe(world, visit));
+        let name = |number: u64| {
+            visits
+                .get(&number)
+                .map_or(format!("request {number}"), |visit| describe(world, visit))
+        };
         for line in ledger.lines() {
-            let number = || line.rsplit(' ').next().and_then(|number| number.parse::<u64>().ok()).unwrap_or_default();
+            let number = || {
+                line.rsplit(' ')
+                    .next()
+                    .and_then(|number| number.parse::<u64>().ok())
+                    .unwrap_or_default()
+            };
             match line.split(' ').next().unwrap_or_default() {
                 "start-POST" => *posts.entry(number()).or_default() += 1,
-                "corrupt" => self.add(format!("{}: the local service took another upload for its own", name(number()))),
+                "corrupt" => self.add(format!(
+                    "{}: the local service took another upload for its own",
+                    name(number())
+                )),
                 "stray" => self.add(format!("the local service got what nobody sent: {line}")),
                 _ => {}
             }
@@ -98,9 +123,15 @@ impl Findings {
                 self.add(format!("{}: carried out {times} times", name(*number)));
             }
         }
-        for visit in visits.values().filter(|visit| visit.outcome == Outcome::Right && visit.plan.method == Method::POST) {
+        for visit in visits
+            .values()
+            .filter(|visit| visit.outcome == Outcome::Right && visit.plan.method == Method::POST)
+        {
             if !posts.contains_key(&visit.plan.wish.number) {
-                self.add(format!("{}: answered, but the local service never saw it", describe(world, visit)));
+                self.add(format!(
+                    "{}: answered, but the local service never saw it",
+                    describe(world, visit)
+                ));
             }
         }
     }
@@ -111,8 +142,14 @@ impl Findings {
             let limit = spell.back_within();
             match spell.back_after {
                 Some(time) if time <= limit => {}
-                Some(time) => self.add(format!("back only after {time:.1?}, the limit is {limit:?}: {}", line(world, spell))),
-                None => self.add(format!("the tunnel did not come back: {}", line(world, spell))),
+                Some(time) => self.add(format!(
+                    "back only after {time:.1?}, the limit is {limit:?}: {}",
+                    line(world, spell)
+                )),
+                None => self.add(format!(
+                    "the tunnel did not come back: {}",
+                    line(world, spell)
+                )),
             }
         }
     }
@@ -130,20 +167,33 @@ impl Findings {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         if left != Some(0) {
-            self.add(format!("30 s after the last request the local service has {left:?} open"));
+            self.add(format!(
+                "30 s after the last request the local service has {left:?} open"
+            ));
         }
         for (count, name) in connections.iter().zip(["tunnel-local", "local-service"]) {
             if *count > IDLE_CONNECTIONS {
-                self.add(format!("30 s after the last request {name} has {count} connections"));
+                self.add(format!(
+                    "30 s after the last request {name} has {count} connections"
+                ));
             }
         }
         for process in world.processes() {
             let mut process = lock(process);
             let (memory, name) = (process.measure(), process.name);
             let at_start = process.at_start.unwrap_or(memory);
-            println!("{name}: {:.1} MB at its start, {:.1} at the end, {:.1} at most", mb(at_start), mb(memory), mb(process.peak));
+            println!(
+                "{name}: {:.1} MB at its start, {:.1} at the end, {:.1} at most",
+                mb(at_start),
+                mb(memory),
+                mb(process.peak)
+            );
             if memory > at_start + GROWTH_KB {
-                self.add(format!("{name} has {:.1} MB, at its start it had {:.1}", mb(memory), mb(at_start)));
+                self.add(format!(
+                    "{name} has {:.1} MB, at its start it had {:.1}",
+                    mb(memory),
+                    mb(at_start)
+                ));
             }
             if let Some(status) = process.ended() {
                 self.add(format!("{name} ended by itself: {status}"));
@@ -165,7 +215,11 @@ impl Findings {
 
 /// Prints how many visits ended how.
 pub(crate) fn summary(world: &World) {
-    let (mut ends, mut slowest, mut slowest_error) = (BTreeMap::<String, u32>::new(), Duration::ZERO, Duration::ZERO);
+    let (mut ends, mut slowest, mut slowest_error) = (
+        BTreeMap::<String, u32>::new(),
+        Duration::ZERO,
+        Duration::ZERO,
+    );
     let visits = world.load.visits();
     for visit in &visits {
         let took = visit.ended - visit.began;
@@ -183,20 +237,43 @@ pub(crate) fn summary(world: &World) {
         }
         *ends.entry(end).or_default() += 1;
     }
-    let ends: Vec<String> = ends.iter().map(|(end, count)| format!("{count} {end}")).collect();
+    let ends: Vec<String> = ends
+        .iter()
+        .map(|(end, count)| format!("{count} {end}"))
+        .collect();
     println!("{} requests: {}", visits.len(), ends.join(", "));
     println!("the slowest right answer took {slowest:.1?}, the slowest error {slowest_error:.1?}");
-    let waited = |visit: &&Visit| matches!(visit.outcome, Outcome::Refused(..) | Outcome::Broken(_));
-    if let Some(visit) = visits.iter().filter(waited).max_by_key(|visit| visit.ended - visit.began) {
-        println!("the latter was {}: {:?}", describe(world, visit), visit.outcome);
+    let waited =
+        |visit: &&Visit| matches!(visit.outcome, Outcome::Refused(..) | Outcome::Broken(_));
+    if let Some(visit) = visits
+        .iter()
+        .filter(waited)
+        .max_by_key(|visit| visit.ended - visit.began)
+    {
+        println!(
+            "the latter was {}: {:?}",
+            describe(world, visit),
+            visit.outcome
+        );
     }
 }
 
 /// One line of the time line.
 pub(crate) fn line(world: &World, spell: &Spell) -> String {
-    let faults: Vec<String> = spell.faults.iter().map(|fault| format!("{fault:?}")).collect();
-    let back = spell.back_after.map_or("never".to_owned(), |time| format!("after {time:.2?}"));
-    format!("{:7.2} s to {:7.2} s  {}, back {back}", world.at(spell.began), world.at(spell.ended), faults.join(" and "))
+    let faults: Vec<String> = spell
+        .faults
+        .iter()
+        .map(|fault| format!("{fault:?}"))
+        .collect();
+    let back = spell
+        .back_after
+        .map_or("never".to_owned(), |time| format!("after {time:.2?}"));
+    format!(
+        "{:7.2} s to {:7.2} s  {}, back {back}",
+        world.at(spell.began),
+        world.at(spell.ended),
+        faults.join(" and ")
+    )
 }
 
 fn describe(world: &World, visit: &Visit) -> String {
@@ -216,10 +293,17 @@ fn describe(world: &World, visit: &Visit) -> String {
 fn around(world: &World, visit: &Visit, spells: &[Spell]) -> String {
     const MARGIN: Duration = Duration::from_secs(15);
     let mut text = String::new();
-    for spell in spells.iter().filter(|spell| spell.began <= visit.ended + MARGIN && visit.began <= spell.over + MARGIN) {
+    for spell in spells
+        .iter()
+        .filter(|spell| spell.began <= visit.ended + MARGIN && visit.began <= spell.over + MARGIN)
+    {
         let _ = writeln!(text, "      {}", line(world, spell));
     }
-    if text.is_empty() { "      no fault within 15 s".to_owned() } else { text.trim_end().to_owned() }
+    if text.is_empty() {
+        "      no fault within 15 s".to_owned()
+    } else {
+        text.trim_end().to_owned()
+    }
 }
 
 /// The codes of the table in errors.md, with their statuses.
@@ -228,10 +312,16 @@ fn documented() -> HashMap<&'static str, StatusCode> {
         .lines()
         .filter_map(|line| {
             let mut cells = line.strip_prefix("| `")?.split(" | ");
-            Some((cells.next()?.trim_end_matches('`'), cells.next()?.parse().ok()?))
+            Some((
+                cells.next()?.trim_end_matches('`'),
+                cells.next()?.parse().ok()?,
+            ))
         })
         .collect();
-    assert!(codes.len() >= 10, "the table of codes in errors.md is not found");
+    assert!(
+        codes.len() >= 10,
+        "the table of codes in errors.md is not found"
+    );
     codes
 }
 

@@ -17,7 +17,10 @@ pub(crate) fn content(number: u64, side: Side, length: usize, is_text: bool) -> 
     let mut bytes = vec![0; length];
     if is_text {
         let line = format!("{number:016x} {side:?} of a request, a line that repeats\n");
-        bytes.iter_mut().zip(line.bytes().cycle()).for_each(|(byte, letter)| *byte = letter);
+        bytes
+            .iter_mut()
+            .zip(line.bytes().cycle())
+            .for_each(|(byte, letter)| *byte = letter);
     } else {
         StdRng::seed_from_u64(2 * number + u64::from(side == Side::Answer)).fill_bytes(&mut bytes);
         let stamp = number.to_be_bytes();

@@ -106,11 +106,18 @@ impl Fault {
             | Self::KillService
             | Self::StopService => &["agent_lost", "tunnel_offline"],
             // Messages for the agent wait, until there are too many.
-            Self::StopAgent | Self::HoldBytes | Self::SwallowBytes | Self::DropPackets | Self::ForgetConnections => {
-                &["agent_lost", "tunnel_offline", "agent_busy"]
-            }
+            Self::StopAgent
+            | Self::HoldBytes
+            | Self::SwallowBytes
+            | Self::DropPackets
+            | Self::ForgetConnections => &["agent_lost", "tunnel_offline", "agent_busy"],
             Self::KillLocalService => &["local_unreachable"],
-            Self::StopLocalService => &["local_unreachable", "local_timeout", "agent_busy", "agent_lost"],
+            Self::StopLocalService => &[
+                "local_unreachable",
+                "local_timeout",
+                "agent_busy",
+                "agent_lost",
+            ],
             Self::DelayBytes => &[],
             // A transfer may take longer than the ten seconds that connections live.
             Self::ThrottleBytes => &["agent_busy", "agent_lost", "local_timeout"],
@@ -125,18 +132,43 @@ impl Fault {
 
     /// When the tunnel must answer again, counted from its end.
     pub(crate) fn back_within(self) -> Duration {
-        if self == Self::ForgetConnections { NOTICED_WITHIN + BACK_WITHIN } else { BACK_WITHIN }
+        if self == Self::ForgetConnections {
+            NOTICED_WITHIN + BACK_WITHIN
+        } else {
+            BACK_WITHIN
+        }
     }
 
     /// Lets it happen for `time`.
-    pub(crate) async fn run(self, world: &World, time: Duration, random: &mut StdRng) -> std::io::Result<()> {
+    pub(crate) async fn run(
+        self,
+        world: &World,
+        time: Duration,
+        random: &mut StdRng,
+    ) -> std::io::Result<()> {
         match self {
-            Self::KillAgent => kill(world, Place::Agent, time.min(Duration::from_secs(2)), None).await,
+            Self::KillAgent => {
+                kill(world, Place::Agent, time.min(Duration::from_secs(2)), None).await
+            }
             Self::KillService => {
                 let age = [AGE, AGE, "2h"][random.random_range(0..3)];
-                kill(world, Place::Service, time.min(Duration::from_secs(2)), Some(age)).await
+                kill(
+                    world,
+                    Place::Service,
+                    time.min(Duration::from_secs(2)),
+                    Some(age),
+                )
+                .await
             }
-            Self::KillLocalService => kill(world, Place::LocalService, time.min(Duration::from_secs(2)), None).await,
+            Self::KillLocalService => {
+                kill(
+                    world,
+                    Place::LocalService,
+                    time.min(Duration::from_secs(2)),
+                    None,
+                )
+                .await
+            }
             Self::StopAgent => stop(world, Place::Agent, time).await,
             Self::StopService => stop(world, Place::Service, time).await,
             Self::StopLocalService => stop(world, Place::LocalService, time).await,
@@ -166,7 +198,11 @@ impl Fault {
                 }
                 world.network.change(|mode, next| {
                     // What was swallowed cannot come any more.
-                    mode.reset_before = if mode.swallows { next } else { mode.reset_before };
+                    mode.reset_before = if mode.swallows {
+                        next
+                    } else {
+                        mode.reset_before
+                    };
                     (mode.refuses, mode.holds, mode.swallows) = (false, false, false);
                     (mode.delay, mode.bytes_per_second) = (Duration::ZERO, None);
                 });
@@ -176,7 +212,13 @@ impl Fault {
     }
 
     fn lasts(self) -> bool {
-        !matches!(self, Self::ResetConnections | Self::CloseToAgent | Self::CloseToService | Self::ForgetConnections)
+        !matches!(
+            self,
+            Self::ResetConnections
+                | Self::CloseToAgent
+                | Self::CloseToService
+                | Self::ForgetConnections
+        )
     }
 }
 
@@ -188,7 +230,12 @@ fn process(world: &World, place: Place) -> &std::sync::Mutex<Process> {
     }
 }
 
-async fn kill(world: &World, place: Place, time: Duration, age: Option<&str>) -> std::io::Result<()> {
+async fn kill(
+    world: &World,
+    place: Place,
+    time: Duration,
+    age: Option<&str>,
+) -> std::io::Result<()> {
     lock(process(world, place)).kill()?;
     sleep(time).await;
     lock(process(world, place)).restart(|arguments| {
@@ -234,30 +281,63 @@ const SETTLING: Duration = Duration::from_secs(1);
 
 impl Spell {
     /// Lets faults happen at once, and waits until the tunnel answers again.
-    pub(crate) async fn run(faults: &[Fault], world: &World, time: Duration, random: &mut StdRng) -> anyhow::Result<Self> {
+    pub(crate) async fn run(
+        faults: &[Fault],
+        world: &World,
+        time: Duration,
+        random: &mut StdRng,
+    ) -> anyhow::Result<Self> {
         let began = Instant::now();
         let mut other = StdRng::seed_from_u64(random.random());
-        let (first, second) =
-            tokio::join!(async { if let Some(fault) = faults.first() { fault.run(world, time, random).await } else { Ok(()) } }, async {
-                if let Some(fault) = faults.get(1) { fault.run(world, time.mul_f64(0.7), &mut other).await } else { Ok(()) }
-            },);
+        let (first, second) = tokio::join!(
+            async {
+                if let Some(fault) = faults.first() {
+                    fault.run(world, time, random).await
+                } else {
+                    Ok(())
+                }
+            },
+            async {
+                if let Some(fault) = faults.get(1) {
+                    fault.run(world, time.mul_f64(0.7), &mut other).await
+                } else {
+                    Ok(())
+                }
+            },
+        );
         first?;
         second?;
         let ended = Instant::now();
         let back_after = world.until_it_answers(Duration::from_secs(90)).await;
         // What was forgotten on the way may be noticed later than the tunnel is back, because the agent moves to other connections.
         let settled = Instant::now() + SETTLING;
-        let over = if faults.contains(&Fault::ForgetConnections) { settled.max(began + NOTICED_WITHIN) } else { settled };
+        let over = if faults.contains(&Fault::ForgetConnections) {
+            settled.max(began + NOTICED_WITHIN)
+        } else {
+            settled
+        };
         sleep_until(settled).await;
-        Ok(Self { faults: faults.to_vec(), began, ended, back_after, over })
+        Ok(Self {
+            faults: faults.to_vec(),
+            began,
+            ended,
+            back_after,
+            over,
+        })
     }
 
     pub(crate) fn back_within(&self) -> Duration {
-        self.faults.iter().map(|fault| fault.back_within()).max().unwrap_or(BACK_WITHIN)
+        self.faults
+            .iter()
+            .map(|fault| fault.back_within())
+            .max()
+            .unwrap_or(BACK_WITHIN)
     }
 
     pub(crate) fn allows(&self, code: &str) -> bool {
-        self.faults.iter().any(|fault| fault.codes().contains(&code))
+        self.faults
+            .iter()
+            .any(|fault| fault.codes().contains(&code))
     }
 
     pub(crate) fn breaks(&self) -> bool {

@@ -33,7 +33,13 @@ pub(crate) struct Load {
 
 impl Load {
     pub(crate) fn new(service: SocketAddr, prefix: &str, begun: Instant) -> Self {
-        Self { service, prefix: prefix.into(), next: Arc::new(AtomicU64::new(1)), visits: Arc::default(), begun }
+        Self {
+            service,
+            prefix: prefix.into(),
+            next: Arc::new(AtomicU64::new(1)),
+            visits: Arc::default(),
+            begun,
+        }
     }
 
     /// Numbers requests from `first` on.
@@ -50,7 +56,9 @@ impl Load {
     /// Makes requests on one connection, and returns how the last one went.
     pub(crate) async fn make(&self, plans: Vec<Plan>) -> Outcome {
         let made = visit(self.service, &self.prefix, plans).await;
-        let last = made.last().map_or(Outcome::Left, |visit| visit.outcome.clone());
+        let last = made
+            .last()
+            .map_or(Outcome::Left, |visit| visit.outcome.clone());
         for visit in &made {
             if let Outcome::Wrong(why) = &visit.outcome {
                 println!(
@@ -61,7 +69,10 @@ impl Load {
                 );
             }
         }
-        self.visits.lock().unwrap_or_else(PoisonError::into_inner).extend(made);
+        self.visits
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(made);
         last
     }
 
@@ -72,7 +83,13 @@ impl Load {
     }
 
     /// Lets `rate` requests a second come, made by `plan`, until `until`; returns when all have ended.
-    pub(crate) async fn come(&self, rate: u32, until: Instant, seed: u64, plan: fn(u64, &mut StdRng) -> Plan) {
+    pub(crate) async fn come(
+        &self,
+        rate: u32,
+        until: Instant,
+        seed: u64,
+        plan: fn(u64, &mut StdRng) -> Plan,
+    ) {
         let mut random = StdRng::seed_from_u64(seed);
         let places = Arc::new(Semaphore::new(VISITORS));
         let mut visitors = JoinSet::new();
@@ -87,10 +104,18 @@ impl Load {
                 continue;
             }
             // Some make several requests on one connection; the rate stays.
-            let count = if random.random_bool(0.2) { random.random_range(2..5) } else { 1 };
+            let count = if random.random_bool(0.2) {
+                random.random_range(2..5)
+            } else {
+                1
+            };
             skip = count - 1;
-            let plans = (0..count).map(|_| plan(self.number(), &mut random)).collect();
-            let Ok(place) = places.clone().try_acquire_owned() else { continue };
+            let plans = (0..count)
+                .map(|_| plan(self.number(), &mut random))
+                .collect();
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                continue;
+            };
             let load = self.clone();
             visitors.spawn(async move {
                 load.make(plans).await;
@@ -102,6 +127,9 @@ impl Load {
 
     /// All that have ended so far.
     pub(crate) fn visits(&self) -> Vec<Visit> {
-        self.visits.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.visits
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }

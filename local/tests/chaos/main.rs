@@ -99,17 +99,29 @@ fn main() -> ExitCode {
 /// Whether this process may make a network of its own and drop packets in it.
 fn can_isolate() -> bool {
     let try_it = "ip link set lo up && iptables -A INPUT -s 127.0.0.2 -j DROP";
-    Command::new("unshare").args(["--net", "sh", "-c", try_it]).output().is_ok_and(|output| output.status.success())
+    Command::new("unshare")
+        .args(["--net", "sh", "-c", try_it])
+        .output()
+        .is_ok_and(|output| output.status.success())
 }
 
 /// Runs this program in a network of its own, which ends with it.
 fn isolated() -> ExitCode {
     let this = std::env::current_exe().expect("a running executable has a path");
     let status = Command::new("unshare")
-        .args(["--net", "sh", "-c", "ip link set lo up && exec \"$0\" \"$@\""])
+        .args([
+            "--net",
+            "sh",
+            "-c",
+            "ip link set lo up && exec \"$0\" \"$@\"",
+        ])
         .arg(this)
         .args(std::env::args_os().skip(1))
         .arg("--isolated")
         .status();
-    if status.is_ok_and(|status| status.success()) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if status.is_ok_and(|status| status.success()) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

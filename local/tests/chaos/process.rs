@@ -26,10 +26,24 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    pub(crate) fn start(name: &'static str, program: &Path, arguments: Vec<String>, logs: &Path) -> io::Result<Self> {
+    pub(crate) fn start(
+        name: &'static str,
+        program: &Path,
+        arguments: Vec<String>,
+        logs: &Path,
+    ) -> io::Result<Self> {
         let log = logs.join(format!("{name}.log"));
         let child = spawn(program, &arguments, &log)?;
-        Ok(Self { name, program: program.into(), arguments, log, child, since: Instant::now(), at_start: None, peak: 0 })
+        Ok(Self {
+            name,
+            program: program.into(),
+            arguments,
+            log,
+            child,
+            since: Instant::now(),
+            at_start: None,
+            peak: 0,
+        })
     }
 
     pub(crate) fn kill(&mut self) -> io::Result<()> {
@@ -47,8 +61,18 @@ impl Process {
 
     /// Sends a signal, such as `STOP`.
     pub(crate) fn signal(&self, signal: &str) -> io::Result<()> {
-        let status = Command::new("kill").arg(format!("-{signal}")).arg(self.child.id().to_string()).status()?;
-        if status.success() { Ok(()) } else { Err(io::Error::other(format!("{} cannot be sent {signal}", self.name))) }
+        let status = Command::new("kill")
+            .arg(format!("-{signal}"))
+            .arg(self.child.id().to_string())
+            .status()?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(io::Error::other(format!(
+                "{} cannot be sent {signal}",
+                self.name
+            )))
+        }
     }
 
     /// Asks it to end, and waits for that.
@@ -81,9 +105,16 @@ impl Process {
     }
 
     fn resident(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
-        line.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or_default()
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
+            .unwrap_or_default();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap_or_default();
+        line.split_whitespace()
+            .next()
+            .and_then(|number| number.parse().ok())
+            .unwrap_or_default()
     }
 
     pub(crate) fn log(&self) -> String {
@@ -99,5 +130,10 @@ impl Drop for Process {
 
 fn spawn(program: &Path, arguments: &[String], log: &Path) -> io::Result<Child> {
     let log: File = OpenOptions::new().create(true).append(true).open(log)?;
-    Command::new(program).args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
 }

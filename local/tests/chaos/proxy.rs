@@ -79,14 +79,21 @@ impl Proxy {
         serving.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
-                let Ok((agent, _)) = listener.accept().await else { continue };
+                let Ok((agent, _)) = listener.accept().await else {
+                    continue;
+                };
                 while connections.try_join_next().is_some() {}
                 let number = *count.borrow();
                 count.send_replace(number + 1);
                 connections.spawn(pass_on(agent, service, from, number, seen.clone()));
             }
         });
-        Ok(Self { address, mode, next, _serving: serving })
+        Ok(Self {
+            address,
+            mode,
+            next,
+            _serving: serving,
+        })
     }
 
     /// Changes how the network is; the number is that of the next connection.
@@ -96,13 +103,23 @@ impl Proxy {
     }
 }
 
-async fn pass_on(mut agent: TcpStream, service: SocketAddr, from: Option<SocketAddr>, number: u64, mode: watch::Receiver<Mode>) {
+async fn pass_on(
+    mut agent: TcpStream,
+    service: SocketAddr,
+    from: Option<SocketAddr>,
+    number: u64,
+    mode: watch::Receiver<Mode>,
+) {
     if mode.borrow().refuses {
         let _ = agent.set_zero_linger();
         return;
     }
     let mut waits = mode.clone();
-    if waits.wait_for(|mode| !mode.holds && !mode.swallows).await.is_err() {
+    if waits
+        .wait_for(|mode| !mode.holds && !mode.swallows)
+        .await
+        .is_err()
+    {
         return;
     }
     let Ok(mut upstream) = connect(service, from).await else {
@@ -135,19 +152,41 @@ async fn connect(service: SocketAddr, from: Option<SocketAddr>) -> io::Result<Tc
     socket.connect(service).await
 }
 
-async fn pump(reader: impl AsyncRead + Unpin, writer: impl AsyncWrite + Unpin, number: u64, way: Way, mode: watch::Receiver<Mode>) {
+async fn pump(
+    reader: impl AsyncRead + Unpin,
+    writer: impl AsyncWrite + Unpin,
+    number: u64,
+    way: Way,
+    mode: watch::Receiver<Mode>,
+) {
     let (send, receive) = mpsc::channel(PIECES);
-    tokio::join!(read(reader, send, number, mode.clone()), write(writer, receive, number, way, mode));
+    tokio::join!(
+        read(reader, send, number, mode.clone()),
+        write(writer, receive, number, way, mode)
+    );
 }
 
-async fn read(mut reader: impl AsyncRead + Unpin, send: mpsc::Sender<(Instant, Bytes)>, number: u64, mode: watch::Receiver<Mode>) {
+async fn read(
+    mut reader: impl AsyncRead + Unpin,
+    send: mpsc::Sender<(Instant, Bytes)>,
+    number: u64,
+    mode: watch::Receiver<Mode>,
+) {
     let mut buffer = vec![0; PIECE];
     while let Ok(length @ 1..) = reader.read(&mut buffer).await {
         let (loses, delay) = {
             let mode = mode.borrow();
             (mode.loses(number), mode.delay)
         };
-        if !loses && send.send((Instant::now() + delay, Bytes::copy_from_slice(&buffer[..length]))).await.is_err() {
+        if !loses
+            && send
+                .send((
+                    Instant::now() + delay,
+                    Bytes::copy_from_slice(&buffer[..length]),
+                ))
+                .await
+                .is_err()
+        {
             return;
         }
     }
@@ -172,9 +211,18 @@ async fn write(
         };
         let Some((due, bytes)) = next else { break };
         sleep_until(due).await;
-        let Ok(now) = mode.wait_for(|mode| !mode.holds).await.map(|mode| mode.clone()) else { return };
+        let Ok(now) = mode
+            .wait_for(|mode| !mode.holds)
+            .await
+            .map(|mode| mode.clone())
+        else {
+            return;
+        };
         if let Some(rate) = now.bytes_per_second {
-            sleep(Duration::from_secs_f64(f64::from(u32::try_from(bytes.len()).unwrap_or(u32::MAX)) / f64::from(rate))).await;
+            sleep(Duration::from_secs_f64(
+                f64::from(u32::try_from(bytes.len()).unwrap_or(u32::MAX)) / f64::from(rate),
+            ))
+            .await;
         }
         if now.loses(number) {
             continue;

@@ -22,10 +22,16 @@ const OUTAGE: Duration = Duration::from_secs(60);
 
 /// Runs what the command line asks for, and tells whether all is well.
 pub(crate) async fn run(cli: Cli) -> anyhow::Result<bool> {
-    let seed = cli.seed.unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
+    let seed = cli
+        .seed
+        .unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
     println!(
         "seed {seed}; packets {}",
-        if cli.isolated { "can be dropped" } else { "cannot be dropped here: that takes root, unshare and iptables" }
+        if cli.isolated {
+            "can be dropped"
+        } else {
+            "cannot be dropped here: that takes root, unshare and iptables"
+        }
     );
     match cli.scenario.as_ref().unwrap_or(&Scenario::Faults) {
         Scenario::Faults | Scenario::Service { .. } => faults(&cli, seed).await,
@@ -38,14 +44,26 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<bool> {
 async fn faults(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
     let world = World::start(cli, Some(AGE)).await?;
     let end = Instant::now() + cli.time();
-    let load = world.load.come(cli.rate.unwrap_or(40), end, seed, Plan::random);
-    let (spells, ()) = tokio::join!(async { measured(&world, happen(&world, cli, seed, end)).await }, load);
+    let load = world
+        .load
+        .come(cli.rate.unwrap_or(40), end, seed, Plan::random);
+    let (spells, ()) = tokio::join!(
+        async { measured(&world, happen(&world, cli, seed, end)).await },
+        load
+    );
     let spells = spells?;
 
     summary(&world);
-    let slowest =
-        spells.iter().filter(|spell| !spell.faults.contains(&Fault::ForgetConnections)).filter_map(|spell| spell.back_after).max();
-    println!("{} faults; the tunnel was back after at most {:.2?}", spells.len(), slowest.unwrap_or_default());
+    let slowest = spells
+        .iter()
+        .filter(|spell| !spell.faults.contains(&Fault::ForgetConnections))
+        .filter_map(|spell| spell.back_after)
+        .max();
+    println!(
+        "{} faults; the tunnel was back after at most {:.2?}",
+        spells.len(),
+        slowest.unwrap_or_default()
+    );
     let mut findings = Findings::default();
     findings.of_spells(&world, &spells);
     findings.of_visits(&world, &spells);
@@ -60,14 +78,19 @@ async fn happen(world: &World, cli: &Cli, seed: u64, end: Instant) -> anyhow::Re
     let is_wanted = |fault: &Fault| {
         let name = format!("{fault:?}").to_lowercase();
         (world.can_drop_packets || *fault != Fault::DropPackets)
-            && cli.only.as_ref().is_none_or(|only| only.split(',').any(|part| name.contains(&part.to_lowercase())))
+            && cli.only.as_ref().is_none_or(|only| {
+                only.split(',')
+                    .any(|part| name.contains(&part.to_lowercase()))
+            })
     };
     let wanted: Vec<Fault> = Fault::ALL.into_iter().filter(is_wanted).collect();
     anyhow::ensure!(!wanted.is_empty(), "no fault has such a name");
     let (mut deck, mut spells) = (Vec::new(), Vec::new());
     loop {
         sleep(Duration::from_millis(random.random_range(1500..4000))).await;
-        let left = end.saturating_duration_since(Instant::now()).saturating_sub(CALM_END);
+        let left = end
+            .saturating_duration_since(Instant::now())
+            .saturating_sub(CALM_END);
         if left < Duration::from_secs(3) {
             sleep_until(end).await;
             return Ok(spells);
@@ -79,16 +102,27 @@ async fn happen(world: &World, cli: &Cli, seed: u64, end: Instant) -> anyhow::Re
         let Some(first) = deck.pop() else { continue };
         let mut faults = vec![first];
         if random.random_bool(0.25) {
-            faults.extend(deck.iter().rposition(|other| other.place() != first.place()).map(|at| deck.remove(at)));
+            faults.extend(
+                deck.iter()
+                    .rposition(|other| other.place() != first.place())
+                    .map(|at| deck.remove(at)),
+            );
         }
         let is_long = random.random_bool(0.12) && left > Duration::from_secs(60);
-        let time = Duration::from_millis(if is_long { random.random_range(26_000..36_000) } else { random.random_range(200..5000) });
+        let time = Duration::from_millis(if is_long {
+            random.random_range(26_000..36_000)
+        } else {
+            random.random_range(200..5000)
+        });
         let spell = Spell::run(&faults, world, time.min(left), &mut random).await?;
         println!("{}", line(world, &spell));
         for process in world.processes() {
             let mut process = lock(process);
             if let Some(status) = process.ended() {
-                println!("{} ENDED by itself: {status}; it is started again", process.name);
+                println!(
+                    "{} ENDED by itself: {status}; it is started again",
+                    process.name
+                );
                 process.restart(|_| {})?;
             }
         }
@@ -127,11 +161,21 @@ fn small(number: u64, random: &mut StdRng) -> Plan {
 async fn rollovers(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
     let world = World::start(cli, Some("10s")).await?;
     let end = Instant::now() + cli.time();
-    measured(&world, world.load.come(cli.rate.unwrap_or(20), end, seed, small)).await;
+    measured(
+        &world,
+        world.load.come(cli.rate.unwrap_or(20), end, seed, small),
+    )
+    .await;
     summary(&world);
     let visits = world.load.visits();
-    let slow = visits.iter().filter(|visit| visit.ended - visit.began > QUICK).count();
-    println!("{} connections took over from another; {slow} requests took longer than {QUICK:?}", times_online(&world).saturating_sub(1));
+    let slow = visits
+        .iter()
+        .filter(|visit| visit.ended - visit.began > QUICK)
+        .count();
+    println!(
+        "{} connections took over from another; {slow} requests took longer than {QUICK:?}",
+        times_online(&world).saturating_sub(1)
+    );
     let mut findings = Findings::default();
     if slow > 0 {
         findings.add(format!("{slow} requests were slow"));
@@ -163,14 +207,29 @@ async fn outage(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
         silence(false)?;
         let back_after = world.until_it_answers(Duration::from_secs(60)).await;
         let over = Instant::now() + Duration::from_secs(1);
-        anyhow::Ok((noticed, Spell { faults: vec![Fault::DropPackets], began, ended, back_after, over }))
+        anyhow::Ok((
+            noticed,
+            Spell {
+                faults: vec![Fault::DropPackets],
+                began,
+                ended,
+                back_after,
+                over,
+            },
+        ))
     };
     let end = Instant::now() + before + OUTAGE + Duration::from_secs(15);
-    let (outcome, ()) = tokio::join!(outage, world.load.come(cli.rate.unwrap_or(5), end, seed, small));
+    let (outcome, ()) = tokio::join!(
+        outage,
+        world.load.come(cli.rate.unwrap_or(5), end, seed, small)
+    );
     let (noticed, spell) = outcome?;
     summary(&world);
     let noticed = noticed.unwrap_or(Duration::MAX);
-    println!("the agent noticed after {noticed:.1?}; {}", line(&world, &spell));
+    println!(
+        "the agent noticed after {noticed:.1?}; {}",
+        line(&world, &spell)
+    );
     let waits = |from: u64, to: u64| {
         let range = spell.began + Duration::from_secs(from)..spell.began + Duration::from_secs(to);
         world
@@ -182,7 +241,11 @@ async fn outage(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
             .max()
             .unwrap_or_default()
     };
-    println!("visitors of the first 30 s waited at most {:.1?}, those of the next 30 s {:.1?}", waits(0, 30), waits(31, 60));
+    println!(
+        "visitors of the first 30 s waited at most {:.1?}, those of the next 30 s {:.1?}",
+        waits(0, 30),
+        waits(31, 60)
+    );
     let mut findings = Findings::default();
     if noticed > Duration::from_secs(30) {
         findings.add("the agent did not notice within 30 s");
@@ -213,7 +276,12 @@ async fn soak(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
                     format!("{} {memory} kB", process.name)
                 })
                 .collect();
-            println!("{:7.2} s  {}; {} requests", world.at(Instant::now()), memory.join(", "), world.load.visits().len());
+            println!(
+                "{:7.2} s  {}; {} requests",
+                world.at(Instant::now()),
+                memory.join(", "),
+                world.load.visits().len()
+            );
         }
     };
     tokio::select! {
@@ -221,7 +289,12 @@ async fn soak(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
         () = report => {}
     }
     summary(&world);
-    let wrong = world.load.visits().iter().filter(|visit| visit.outcome != Outcome::Right).count();
+    let wrong = world
+        .load
+        .visits()
+        .iter()
+        .filter(|visit| visit.outcome != Outcome::Right)
+        .count();
     let mut findings = Findings::default();
     if wrong > 0 {
         findings.add(format!("{wrong} requests did not go well"));
@@ -233,7 +306,11 @@ async fn soak(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
 }
 
 fn times_online(world: &World) -> usize {
-    lock(&world.agent).log().lines().filter(|line| line.starts_with("online:")).count()
+    lock(&world.agent)
+        .log()
+        .lines()
+        .filter(|line| line.starts_with("online:"))
+        .count()
 }
 
 async fn until_logged(world: &World, text: &str) {

@@ -49,12 +49,26 @@ pub(crate) struct Wish {
 
 impl Wish {
     pub(crate) fn path(&self) -> String {
-        let Self { number, upload, answer, is_text, wait_ms, drips } = self;
-        format!("/{number}?upload={upload}&answer={answer}&text={}&wait={wait_ms}&drips={}", u8::from(*is_text), u8::from(*drips))
+        let Self {
+            number,
+            upload,
+            answer,
+            is_text,
+            wait_ms,
+            drips,
+        } = self;
+        format!(
+            "/{number}?upload={upload}&answer={answer}&text={}&wait={wait_ms}&drips={}",
+            u8::from(*is_text),
+            u8::from(*drips)
+        )
     }
 
     fn of(path: &str, query: &str) -> Option<Self> {
-        let mut wish = Self { number: path.rsplit('/').next()?.parse().ok()?, ..Self::default() };
+        let mut wish = Self {
+            number: path.rsplit('/').next()?.parse().ok()?,
+            ..Self::default()
+        };
         for (name, value) in form_urlencoded::parse(query.as_bytes()) {
             match &*name {
                 "upload" => wish.upload = value.parse().ok()?,
@@ -87,20 +101,33 @@ impl Drop for Place {
 
 /// The process's whole life.
 pub(crate) fn main(listen: SocketAddr, ledger: &Path) -> ExitCode {
-    let file = OpenOptions::new().create(true).append(true).open(ledger).expect("a ledger can be written");
-    let service = Service { ledger: Arc::new(file), open: Arc::default() };
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(ledger)
+        .expect("a ledger can be written");
+    let service = Service {
+        ledger: Arc::new(file),
+        open: Arc::default(),
+    };
     let runtime = tokio::runtime::Runtime::new().expect("threads can be started");
     runtime.block_on(async {
-        let listener = TcpListener::bind(listen).await.expect("the port is this process's");
+        let listener = TcpListener::bind(listen)
+            .await
+            .expect("the port is this process's");
         let mut connections = JoinSet::new();
         loop {
-            let Ok((stream, _)) = listener.accept().await else { continue };
+            let Ok((stream, _)) = listener.accept().await else {
+                continue;
+            };
             while connections.try_join_next().is_some() {}
             let service = service.clone();
             connections.spawn(async move {
                 let serve = service_fn(move |request| service.clone().serve(request));
                 // Connections that break off are what this is about.
-                let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), serve).await;
+                let _ = http1::Builder::new()
+                    .serve_connection(TokioIo::new(stream), serve)
+                    .await;
             });
         }
     })
@@ -112,7 +139,10 @@ impl Service {
             let open = self.open.load(Ordering::Relaxed).to_string();
             return Ok(Response::new(body(open.into(), None)));
         }
-        let Some(wish) = Wish::of(request.uri().path(), request.uri().query().unwrap_or_default()) else {
+        let Some(wish) = Wish::of(
+            request.uri().path(),
+            request.uri().query().unwrap_or_default(),
+        ) else {
             self.note("stray", request.uri());
             return Err(std::io::Error::other("not a request of the suite"));
         };
@@ -132,17 +162,28 @@ impl Service {
         let mut response = Response::builder()
             .header("x-number", wish.number)
             .header("x-hash", hash(&uploaded))
-            .header(header::CONTENT_TYPE, if wish.is_text { "text/plain" } else { "application/octet-stream" });
+            .header(
+                header::CONTENT_TYPE,
+                if wish.is_text {
+                    "text/plain"
+                } else {
+                    "application/octet-stream"
+                },
+            );
         if !wish.drips {
             response = response.header(header::CONTENT_LENGTH, answer.len());
         }
         let pause = wish.drips.then_some(DRIP);
-        Ok(response.body(held(place, answer, pause)).expect("these fields make a response"))
+        Ok(response
+            .body(held(place, answer, pause))
+            .expect("these fields make a response"))
     }
 
     fn note(&self, what: &str, number: impl std::fmt::Display) {
         // In one write, so that lines of several threads do not mix.
-        (&*self.ledger).write_all(format!("{what} {number}\n").as_bytes()).expect("a ledger can be written");
+        (&*self.ledger)
+            .write_all(format!("{what} {number}\n").as_bytes())
+            .expect("a ledger can be written");
     }
 }
 
@@ -151,7 +192,11 @@ fn body(bytes: Bytes, pause: Option<Duration>) -> UnsyncBoxBody<Bytes, std::io::
 }
 
 /// A body in chunks that keeps its request's place.
-fn held(place: Place, bytes: Bytes, pause: Option<Duration>) -> UnsyncBoxBody<Bytes, std::io::Error> {
+fn held(
+    place: Place,
+    bytes: Bytes,
+    pause: Option<Duration>,
+) -> UnsyncBoxBody<Bytes, std::io::Error> {
     let chunks = stream::unfold((place, bytes), move |(place, mut bytes)| async move {
         if bytes.is_empty() {
             return None;

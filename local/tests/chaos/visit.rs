@@ -83,8 +83,19 @@ pub(crate) struct Visit {
 impl Plan {
     /// A quick GET.
     pub(crate) fn get(kind: &'static str, number: u64, answer: usize) -> Self {
-        let wish = Wish { number, answer, ..Wish::default() };
-        Self { kind, method: Method::GET, wish, is_chunked: false, is_slow: false, leaves: None }
+        let wish = Wish {
+            number,
+            answer,
+            ..Wish::default()
+        };
+        Self {
+            kind,
+            method: Method::GET,
+            wish,
+            is_chunked: false,
+            is_slow: false,
+            leaves: None,
+        }
     }
 
     /// One of all kinds. None takes longer than two or three seconds by itself, so that none has to outlive a connection of ten.
@@ -106,27 +117,45 @@ impl Plan {
                 plan.is_chunked = random.random_bool(0.3);
             }
             12 => {
-                (plan.kind, plan.method, plan.wish.upload) = ("slow post", Method::POST, random.random_range(0..512 * 1024));
+                (plan.kind, plan.method, plan.wish.upload) = (
+                    "slow post",
+                    Method::POST,
+                    random.random_range(0..512 * 1024),
+                );
                 (plan.is_chunked, plan.is_slow) = (random.random_bool(0.5), true);
             }
-            13 => (plan.kind, plan.wish.answer, plan.is_slow) = ("slow reader", random.random_range(0..LARGEST), true),
-            14 => (plan.kind, plan.wish.answer, plan.wish.drips) = ("drip", random.random_range(0..LARGEST), true),
+            13 => {
+                (plan.kind, plan.wish.answer, plan.is_slow) =
+                    ("slow reader", random.random_range(0..LARGEST), true)
+            }
+            14 => {
+                (plan.kind, plan.wish.answer, plan.wish.drips) =
+                    ("drip", random.random_range(0..LARGEST), true)
+            }
             15 => (plan.kind, plan.wish.wait_ms) = ("slow get", random.random_range(100..2000)),
             16 => {
-                (plan.kind, plan.method, plan.wish.upload) = ("slow answer to post", Method::POST, size(random));
+                (plan.kind, plan.method, plan.wish.upload) =
+                    ("slow answer to post", Method::POST, size(random));
                 plan.wish.wait_ms = random.random_range(100..2000);
             }
             17 => {
-                (plan.kind, plan.method, plan.wish.upload) = ("leaver in upload", Method::POST, random.random_range(10..LARGEST));
+                (plan.kind, plan.method, plan.wish.upload) = (
+                    "leaver in upload",
+                    Method::POST,
+                    random.random_range(10..LARGEST),
+                );
                 (plan.leaves, plan.is_chunked) = (Some(Leave::InUpload), random.random_bool(0.5));
             }
             18 => {
                 (plan.kind, plan.method, plan.wish.upload) = ("leaver", Method::POST, size(random));
                 plan.wish.wait_ms = random.random_range(0..3000);
-                plan.leaves = Some(Leave::After(Duration::from_millis(random.random_range(0..500))));
+                plan.leaves = Some(Leave::After(Duration::from_millis(
+                    random.random_range(0..500),
+                )));
             }
             _ => {
-                (plan.kind, plan.wish.answer, plan.wish.drips) = ("leaver at head", random.random_range(0..LARGEST), true);
+                (plan.kind, plan.wish.answer, plan.wish.drips) =
+                    ("leaver at head", random.random_range(0..LARGEST), true);
                 plan.leaves = Some(Leave::AtHead);
             }
         }
@@ -140,14 +169,20 @@ pub(crate) async fn visit(service: SocketAddr, prefix: &str, plans: Vec<Plan>) -
     let mut connection = None;
     for plan in plans {
         let began = Instant::now();
-        let outcome = match timeout(PATIENCE, attempt(service, prefix, &plan, &mut connection)).await {
-            Ok(outcome) => outcome,
-            Err(_) => Outcome::Wrong(format!("no answer and no error within {PATIENCE:?}")),
-        };
+        let outcome =
+            match timeout(PATIENCE, attempt(service, prefix, &plan, &mut connection)).await {
+                Ok(outcome) => outcome,
+                Err(_) => Outcome::Wrong(format!("no answer and no error within {PATIENCE:?}")),
+            };
         if outcome != Outcome::Right {
             connection = None;
         }
-        visits.push(Visit { plan, began, ended: Instant::now(), outcome });
+        visits.push(Visit {
+            plan,
+            began,
+            ended: Instant::now(),
+            outcome,
+        });
     }
     visits
 }
@@ -158,27 +193,48 @@ struct Connection {
     _driving: JoinSet<Result<(), hyper::Error>>,
 }
 
-async fn attempt(service: SocketAddr, prefix: &str, plan: &Plan, connection: &mut Option<Connection>) -> Outcome {
+async fn attempt(
+    service: SocketAddr,
+    prefix: &str,
+    plan: &Plan,
+    connection: &mut Option<Connection>,
+) -> Outcome {
     if connection.is_none() {
         match connect(service, plan.is_slow).await {
             Ok(new) => *connection = Some(new),
             Err(error) => return Outcome::Broken(error),
         }
     }
-    let Some(Connection { sender, .. }) = connection else { return Outcome::Broken("not connected".to_owned()) };
+    let Some(Connection { sender, .. }) = connection else {
+        return Outcome::Broken("not connected".to_owned());
+    };
     if let Err(error) = sender.ready().await {
         return Outcome::Broken(error.to_string());
     }
-    let upload = content(plan.wish.number, Side::Upload, plan.wish.upload, plan.wish.is_text);
+    let upload = content(
+        plan.wish.number,
+        Side::Upload,
+        plan.wish.upload,
+        plan.wish.is_text,
+    );
     let mut request = Request::builder()
         .method(plan.method.clone())
         .uri(format!("{prefix}{}", plan.wish.path()))
         .header(header::HOST, service.to_string())
-        .header(header::CONTENT_TYPE, if plan.wish.is_text { "text/plain" } else { "application/octet-stream" });
+        .header(
+            header::CONTENT_TYPE,
+            if plan.wish.is_text {
+                "text/plain"
+            } else {
+                "application/octet-stream"
+            },
+        );
     if plan.method == Method::POST && !plan.is_chunked {
         request = request.header(header::CONTENT_LENGTH, upload.len());
     }
-    let request = request.body(uploading(plan, upload.clone())).expect("these fields make a request");
+    let request = request
+        .body(uploading(plan, upload.clone()))
+        .expect("these fields make a request");
     let exchange = async {
         let response = match sender.send_request(request).await {
             Ok(response) => response,
@@ -191,7 +247,9 @@ async fn attempt(service: SocketAddr, prefix: &str, plan: &Plan, connection: &mu
     };
     match plan.leaves {
         Some(Leave::After(time)) => timeout(time, exchange).await.unwrap_or(Outcome::Left),
-        Some(Leave::InUpload) => timeout(Duration::from_millis(300), exchange).await.unwrap_or(Outcome::Left),
+        Some(Leave::InUpload) => timeout(Duration::from_millis(300), exchange)
+            .await
+            .unwrap_or(Outcome::Left),
         Some(Leave::AtHead) | None => exchange.await,
     }
 }
@@ -201,15 +259,26 @@ async fn connect(service: SocketAddr, is_slow: bool) -> Result<Connection, Strin
     if is_slow {
         let _ = socket.set_recv_buffer_size(SMALL_BUFFER);
     }
-    let stream = socket.connect(service).await.map_err(|error| format!("cannot connect: {error}"))?;
-    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
+    let stream = socket
+        .connect(service)
+        .await
+        .map_err(|error| format!("cannot connect: {error}"))?;
+    let (sender, connection) = http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| error.to_string())?;
     let mut driving = JoinSet::new();
     driving.spawn(connection);
-    Ok(Connection { sender, _driving: driving })
+    Ok(Connection {
+        sender,
+        _driving: driving,
+    })
 }
 
 fn uploading(plan: &Plan, bytes: Bytes) -> Body {
-    let (pause, stops_at) = (plan.is_slow, (plan.leaves == Some(Leave::InUpload)).then_some(bytes.len() / 2));
+    let (pause, stops_at) = (
+        plan.is_slow,
+        (plan.leaves == Some(Leave::InUpload)).then_some(bytes.len() / 2),
+    );
     let piece = if plan.is_slow { PIECE } else { 8 * PIECE };
     let pieces = stream::unfold(bytes, move |mut bytes| async move {
         if bytes.is_empty() {
@@ -221,7 +290,11 @@ fn uploading(plan: &Plan, bytes: Bytes) -> Body {
         if pause {
             sleep(PAUSE).await;
         }
-        let piece = bytes.split_to(piece.min(bytes.len()).min(stops_at.map_or(usize::MAX, |at| bytes.len() - at)));
+        let piece = bytes.split_to(
+            piece
+                .min(bytes.len())
+                .min(stops_at.map_or(usize::MAX, |at| bytes.len() - at)),
+        );
         Some((Ok(Frame::data(piece)), bytes))
     });
     StreamBody::new(pieces).boxed_unsync()
@@ -230,10 +303,17 @@ fn uploading(plan: &Plan, bytes: Bytes) -> Body {
 /// Compares an answer with what it must be.
 async fn check(response: Response<Incoming>, plan: &Plan, upload: &Bytes) -> Outcome {
     let (head, mut body) = response.into_parts();
-    let field = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let field = |name: &str| {
+        head.headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned)
+    };
     if let Some(code) = field("x-tunnel-error") {
         return match body.collect().await {
-            Ok(body) => match String::from_utf8_lossy(&body.to_bytes()).contains(&format!("\"{code}\"")) {
+            Ok(body) => match String::from_utf8_lossy(&body.to_bytes())
+                .contains(&format!("\"{code}\""))
+            {
                 true => Outcome::Refused(head.status, code),
                 false => Outcome::Wrong(format!("an answer {code} whose body says something else")),
             },
@@ -245,7 +325,10 @@ async fn check(response: Response<Incoming>, plan: &Plan, upload: &Bytes) -> Out
     }
     let number = plan.wish.number;
     if field("x-number") != Some(number.to_string()) {
-        return Outcome::Wrong(format!("crossed: the answer to request {:?}", field("x-number")));
+        return Outcome::Wrong(format!(
+            "crossed: the answer to request {:?}",
+            field("x-number")
+        ));
     }
     if field("x-hash") != Some(hash(upload)) {
         return Outcome::Wrong("the local service got another upload".to_owned());
@@ -256,10 +339,18 @@ async fn check(response: Response<Incoming>, plan: &Plan, upload: &Bytes) -> Out
         let bytes = match frame.map(Frame::into_data) {
             Ok(Ok(bytes)) => bytes,
             Ok(Err(_)) => continue,
-            Err(error) => return Outcome::Broken(format!("after {read} of {} bytes: {error}", expected.len())),
+            Err(error) => {
+                return Outcome::Broken(format!(
+                    "after {read} of {} bytes: {error}",
+                    expected.len()
+                ));
+            }
         };
         if expected.get(read..read + bytes.len()) != Some(&bytes[..]) {
-            return Outcome::Wrong(format!("other bytes than the local service sent, from byte {read} of {} on", expected.len()));
+            return Outcome::Wrong(format!(
+                "other bytes than the local service sent, from byte {read} of {} on",
+                expected.len()
+            ));
         }
         read += bytes.len();
         if plan.is_slow {
@@ -269,6 +360,9 @@ async fn check(response: Response<Incoming>, plan: &Plan, upload: &Bytes) -> Out
     if read == expected.len() {
         Outcome::Right
     } else {
-        Outcome::Wrong(format!("cut: {read} of {} bytes, as if they were all", expected.len()))
+        Outcome::Wrong(format!(
+            "cut: {read} of {} bytes, as if they were all",
+            expected.len()
+        ))
     }
 }

@@ -51,32 +51,66 @@ impl World {
         let this = std::env::current_exe()?;
         let bin = match &cli.bin {
             Some(bin) => bin.clone(),
-            None => this.ancestors().nth(2).context("this executable is nowhere")?.to_owned(),
+            None => this
+                .ancestors()
+                .nth(2)
+                .context("this executable is nowhere")?
+                .to_owned(),
         };
-        let logs = cli.logs.clone().unwrap_or_else(|| std::env::temp_dir().join(format!("chaos-{}", std::process::id())));
-        std::fs::create_dir_all(&logs).with_context(|| format!("cannot write to {}", logs.display()))?;
+        let logs = cli
+            .logs
+            .clone()
+            .unwrap_or_else(|| std::env::temp_dir().join(format!("chaos-{}", std::process::id())));
+        std::fs::create_dir_all(&logs)
+            .with_context(|| format!("cannot write to {}", logs.display()))?;
         let ledger = logs.join("ledger");
         let visitors_at = free_port()?;
         let local_service_at = SocketAddr::new(visitors_at.ip(), visitors_at.port() + 3000);
         let local_service = Process::start(
             "local-service",
             &this,
-            ["service", &local_service_at.to_string(), &ledger.to_string_lossy()].map(str::to_owned).into(),
+            [
+                "service",
+                &local_service_at.to_string(),
+                &ledger.to_string_lossy(),
+            ]
+            .map(str::to_owned)
+            .into(),
             &logs,
         )?;
-        let mut arguments =
-            ["--listen", &visitors_at.to_string(), "--data", &logs.join("data").to_string_lossy()].map(str::to_owned).to_vec();
+        let mut arguments = [
+            "--listen",
+            &visitors_at.to_string(),
+            "--data",
+            &logs.join("data").to_string_lossy(),
+        ]
+        .map(str::to_owned)
+        .to_vec();
         set_age(&mut arguments, age);
-        let service = Process::start("tunnel-local", &bin.join("tunnel-local"), arguments, &logs).context("cannot start tunnel-local")?;
+        let service = Process::start("tunnel-local", &bin.join("tunnel-local"), arguments, &logs)
+            .context("cannot start tunnel-local")?;
         let from = cli.isolated.then(|| SocketAddr::from(([127, 0, 0, 2], 0)));
         let network = Proxy::start(visitors_at, from).await?;
         let endpoint = format!("ws://{}/_ws", network.address);
-        let arguments = ["http", &local_service_at.to_string(), "--endpoint", &endpoint, "--tunnel-id", TUNNEL]
-            .into_iter()
-            .chain(["--max-concurrent", &MAX_CONCURRENT.to_string(), "--request-timeout", REQUEST_TIMEOUT])
-            .map(str::to_owned)
-            .collect();
-        let agent = Process::start("ttf", &bin.join("ttf"), arguments, &logs).context("cannot start ttf")?;
+        let arguments = [
+            "http",
+            &local_service_at.to_string(),
+            "--endpoint",
+            &endpoint,
+            "--tunnel-id",
+            TUNNEL,
+        ]
+        .into_iter()
+        .chain([
+            "--max-concurrent",
+            &MAX_CONCURRENT.to_string(),
+            "--request-timeout",
+            REQUEST_TIMEOUT,
+        ])
+        .map(str::to_owned)
+        .collect();
+        let agent = Process::start("ttf", &bin.join("ttf"), arguments, &logs)
+            .context("cannot start ttf")?;
         let begun = Instant::now();
         let world = Self {
             service: Mutex::new(service),
@@ -92,9 +126,17 @@ impl World {
             local_service_at,
         };
         let found = world.until_it_answers(Duration::from_secs(20)).await;
-        ensure!(found.is_some(), "the tunnel did not open; see {}", world.logs.display());
+        ensure!(
+            found.is_some(),
+            "the tunnel did not open; see {}",
+            world.logs.display()
+        );
         // The tries until then are no part of the scenario.
-        Ok(Self { load: Load::new(visitors_at, &format!("/{TUNNEL}"), Instant::now()).from(1_000_000), begun: Instant::now(), ..world })
+        Ok(Self {
+            load: Load::new(visitors_at, &format!("/{TUNNEL}"), Instant::now()).from(1_000_000),
+            begun: Instant::now(),
+            ..world
+        })
     }
 
     /// How long it takes from now until a request is answered.
@@ -122,8 +164,17 @@ impl World {
     pub(crate) fn drop_packets(&self, drops: bool) -> io::Result<()> {
         let port = self.network.address.port().to_string();
         let action = if drops { "-I" } else { "-D" };
-        for rule in [["--dport", &port], ["--sport", &port], ["-s", "127.0.0.2"], ["-d", "127.0.0.2"]] {
-            let status = Command::new("iptables").args([action, "INPUT", "-p", "tcp"]).args(rule).args(["-j", "DROP"]).status()?;
+        for rule in [
+            ["--dport", &port],
+            ["--sport", &port],
+            ["-s", "127.0.0.2"],
+            ["-d", "127.0.0.2"],
+        ] {
+            let status = Command::new("iptables")
+                .args([action, "INPUT", "-p", "tcp"])
+                .args(rule)
+                .args(["-j", "DROP"])
+                .status()?;
             if !status.success() {
                 return Err(io::Error::other("iptables failed"));
             }
@@ -140,7 +191,9 @@ impl World {
     pub(crate) async fn open_requests(&self) -> Option<usize> {
         let ask = async {
             let mut stream = TcpStream::connect(self.local_service_at).await?;
-            stream.write_all(format!("GET {} HTTP/1.0\r\n\r\n", service::OPEN).as_bytes()).await?;
+            stream
+                .write_all(format!("GET {} HTTP/1.0\r\n\r\n", service::OPEN).as_bytes())
+                .await?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer).await?;
             io::Result::Ok(answer)
@@ -158,7 +211,8 @@ impl World {
             let port = format!(":{:04X}", address.port());
             let is_open = |line: &&str| {
                 let mut cells = line.split_whitespace().skip(1);
-                cells.next().is_some_and(|local| local.ends_with(&port)) && cells.nth(1).is_some_and(|state| OPEN.contains(&state))
+                cells.next().is_some_and(|local| local.ends_with(&port))
+                    && cells.nth(1).is_some_and(|state| OPEN.contains(&state))
             };
             table.lines().filter(is_open).count()
         })
@@ -177,10 +231,16 @@ pub(crate) fn lock(process: &Mutex<Process>) -> MutexGuard<'_, Process> {
 
 /// Changes how long agents' connections live in the arguments of `tunnel-local`.
 pub(crate) fn set_age(arguments: &mut Vec<String>, age: Option<&str>) {
-    if let Some(at) = arguments.iter().position(|argument| argument == "--max-connection-age") {
+    if let Some(at) = arguments
+        .iter()
+        .position(|argument| argument == "--max-connection-age")
+    {
         arguments.drain(at..at + 2);
     }
-    arguments.extend(age.into_iter().flat_map(|age| ["--max-connection-age".to_owned(), age.to_owned()]));
+    arguments.extend(
+        age.into_iter()
+            .flat_map(|age| ["--max-connection-age".to_owned(), age.to_owned()]),
+    );
 }
 
 /// Where nobody listens now, outside the range that connections are given theirs from: processes that restart need the same, and
@@ -188,12 +248,21 @@ pub(crate) fn set_age(arguments: &mut Vec<String>, age: Option<&str>) {
 fn free_port() -> io::Result<SocketAddr> {
     let first = 20_000 + u16::try_from(std::process::id() % 10_000).unwrap_or_default();
     let mut tries = (first..first + 2000).map(|port| TcpListener::bind(("127.0.0.1", port)));
-    tries.find_map(Result::ok).ok_or_else(|| io::Error::other("no port is free"))?.local_addr()
+    tries
+        .find_map(Result::ok)
+        .ok_or_else(|| io::Error::other("no port is free"))?
+        .local_addr()
 }
 
 /// A file's lines that say something of a bug.
 pub(crate) fn panics(log: &str) -> Vec<&str> {
-    log.lines().filter(|line| line.contains("panicked at") || line.contains("RUST_BACKTRACE") || line.contains("overflow")).collect()
+    log.lines()
+        .filter(|line| {
+            line.contains("panicked at")
+                || line.contains("RUST_BACKTRACE")
+                || line.contains("overflow")
+        })
+        .collect()
 }
 
 /// The last lines of a log.

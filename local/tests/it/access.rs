@@ -8,34 +8,67 @@ use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite;
 use tunnel_shared::{cidr::Cidr, routing::Routing};
 
-use crate::harness::{Agent, Got, Origin, ScriptedAgent, ScriptedService, agent, get, raw, settings, stack, stack_with, visit, within};
+use crate::harness::{
+    Agent, Got, Origin, ScriptedAgent, ScriptedService, agent, get, raw, settings, stack,
+    stack_with, visit, within,
+};
 
 /// `alice:opensesame`, as a visitor sends it.
 const ALICE: &str = "Basic YWxpY2U6b3BlbnNlc2FtZQ==";
 
 fn secrets(texts: &[&str]) -> Option<Vec<Secret>> {
-    Some(texts.iter().map(|text| Secret::from((*text).to_owned())).collect())
+    Some(
+        texts
+            .iter()
+            .map(|text| Secret::from((*text).to_owned()))
+            .collect(),
+    )
 }
 
 fn networks(texts: &[&str]) -> Option<Vec<Cidr>> {
-    Some(texts.iter().map(|text| text.parse().expect("a network")).collect())
+    Some(
+        texts
+            .iter()
+            .map(|text| text.parse().expect("a network"))
+            .collect(),
+    )
 }
 
 async fn protected(stack: &Stack, origin: &Origin, rules: Rules) -> Agent {
     let access = rules.check().expect("rules");
-    Agent::online(forwarder::settings::Settings { access, ..settings(stack, origin.address) }).await
+    Agent::online(forwarder::settings::Settings {
+        access,
+        ..settings(stack, origin.address)
+    })
+    .await
 }
 
 async fn visit_with(url: &str, fields: &[(&str, &str)]) -> Got {
-    let request = fields.iter().fold(Request::get(url), |request, (name, value)| request.header(*name, *value));
+    let request = fields
+        .iter()
+        .fold(Request::get(url), |request, (name, value)| {
+            request.header(*name, *value)
+        });
     visit(request.body(Bytes::new()).expect("a request")).await
 }
 
 #[tokio::test]
 async fn a_password_is_asked_for_in_every_way_a_tunnel_can_be_reached() {
-    let stack = stack_with(Options { routing: Routing::Subdomain, ..Options::default() }).await;
+    let stack = stack_with(Options {
+        routing: Routing::Subdomain,
+        ..Options::default()
+    })
+    .await;
     let origin = Origin::echo().await;
-    let agent = protected(&stack, &origin, Rules { basic_auth: secrets(&["bob:x", "alice:opensesame"]), ..Rules::default() }).await;
+    let agent = protected(
+        &stack,
+        &origin,
+        Rules {
+            basic_auth: secrets(&["bob:x", "alice:opensesame"]),
+            ..Rules::default()
+        },
+    )
+    .await;
     let host = stack.public_url.to_string().split_off("http://".len());
     let subdomain = format!("my-app.{host}");
     let wrong = "authorization: Basic YWxpY2U6b3BlbnNlc2FtZA==\r\n";
@@ -58,23 +91,59 @@ async fn a_password_is_asked_for_in_every_way_a_tunnel_can_be_reached() {
         ("GET /my-app/ HTTP/1.1", &host, wrong),
         ("GET /my-app/ HTTP/1.1", &host, &*twice),
         ("GET /my-app/ HTTP/1.1", &host, &*other_scheme),
-        ("GET /my-app/ HTTP/1.1", &host, &*format!("connection: authorization\r\nx-authorization: {ALICE}\r\n")),
+        (
+            "GET /my-app/ HTTP/1.1",
+            &host,
+            &*format!("connection: authorization\r\nx-authorization: {ALICE}\r\n"),
+        ),
     ] {
-        let answer = raw(&stack, format!("{line}\r\nhost: {host}\r\n{fields}connection: close\r\n\r\n").as_bytes()).await.to_lowercase();
-        assert!(answer.starts_with("http/1.") && answer[8..].starts_with(" 401 "), "{line} {host} {fields}: {answer}");
-        assert!(answer.contains("x-tunnel-error: visitor_unauthorized\r\n"), "{answer}");
-        assert!(answer.contains("www-authenticate: basic realm=\"my-app\""), "{answer}");
+        let answer = raw(
+            &stack,
+            format!("{line}\r\nhost: {host}\r\n{fields}connection: close\r\n\r\n").as_bytes(),
+        )
+        .await
+        .to_lowercase();
+        assert!(
+            answer.starts_with("http/1.") && answer[8..].starts_with(" 401 "),
+            "{line} {host} {fields}: {answer}"
+        );
+        assert!(
+            answer.contains("x-tunnel-error: visitor_unauthorized\r\n"),
+            "{answer}"
+        );
+        assert!(
+            answer.contains("www-authenticate: basic realm=\"my-app\""),
+            "{answer}"
+        );
     }
-    let upper_case = raw(&stack, format!("GET /MY-APP/ HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").as_bytes()).await;
+    let upper_case = raw(
+        &stack,
+        format!("GET /MY-APP/ HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").as_bytes(),
+    )
+    .await;
     assert!(upper_case.starts_with("HTTP/1.1 404 "), "{upper_case}");
     assert_eq!(origin.count(), 0, "a request came through");
 
     let by_path = stack.public_url.to_string() + "/my-app/";
     for scheme in ["Basic", "basic", "BASIC"] {
-        let got = visit_with(&by_path, &[("authorization", &ALICE.replace("Basic", scheme)), ("x-other", "1")]).await;
+        let got = visit_with(
+            &by_path,
+            &[
+                ("authorization", &ALICE.replace("Basic", scheme)),
+                ("x-other", "1"),
+            ],
+        )
+        .await;
         assert_eq!(got.status, StatusCode::OK);
     }
-    assert_eq!((origin.last().header("authorization"), origin.last().header("x-other")), (None, Some("1")), "what was meant for us");
+    assert_eq!(
+        (
+            origin.last().header("authorization"),
+            origin.last().header("x-other")
+        ),
+        (None, Some("1")),
+        "what was meant for us"
+    );
     drop(agent);
 }
 
@@ -89,7 +158,11 @@ async fn without_rules_authorization_is_the_local_services_business() {
 #[tokio::test]
 async fn networks_decide_by_the_visitors_address_and_not_by_what_it_says() {
     let stack = stack().await;
-    let claims = [("x-forwarded-for", "192.0.2.1"), ("forwarded", "for=192.0.2.1"), ("x-real-ip", "192.0.2.1")];
+    let claims = [
+        ("x-forwarded-for", "192.0.2.1"),
+        ("forwarded", "for=192.0.2.1"),
+        ("x-real-ip", "192.0.2.1"),
+    ];
     for (allow, deny, is_admitted) in [
         (None, networks(&["192.0.2.0/24"]), true),
         (networks(&["127.0.0.0/8"]), None, true),
@@ -100,10 +173,27 @@ async fn networks_decide_by_the_visitors_address_and_not_by_what_it_says() {
         (networks(&["127.0.0.1"]), networks(&["127.0.0.0/8"]), false),
     ] {
         let origin = Origin::echo().await;
-        let agent = protected(&stack, &origin, Rules { allow: allow.clone(), deny: deny.clone(), ..Rules::default() }).await;
+        let agent = protected(
+            &stack,
+            &origin,
+            Rules {
+                allow: allow.clone(),
+                deny: deny.clone(),
+                ..Rules::default()
+            },
+        )
+        .await;
         let got = visit_with(&agent.url, &claims).await;
-        let expected = if is_admitted { (StatusCode::OK, None, 1) } else { (StatusCode::FORBIDDEN, Some("visitor_forbidden"), 0) };
-        assert_eq!((got.status, got.error(), origin.count()), expected, "allow {allow:?}, deny {deny:?}");
+        let expected = if is_admitted {
+            (StatusCode::OK, None, 1)
+        } else {
+            (StatusCode::FORBIDDEN, Some("visitor_forbidden"), 0)
+        };
+        assert_eq!(
+            (got.status, got.error(), origin.count()),
+            expected,
+            "allow {allow:?}, deny {deny:?}"
+        );
         agent.stop().await.expect("stopped as asked");
     }
 }
@@ -111,16 +201,38 @@ async fn networks_decide_by_the_visitors_address_and_not_by_what_it_says() {
 #[tokio::test]
 async fn a_secret_header_is_asked_for_and_not_passed_on() {
     let (stack, origin) = (stack().await, Origin::echo().await);
-    let rules = Rules { require_header: secrets(&["X-Origin-Verify: swordfish", "x-origin-verify: next"]), ..Rules::default() };
+    let rules = Rules {
+        require_header: secrets(&["X-Origin-Verify: swordfish", "x-origin-verify: next"]),
+        ..Rules::default()
+    };
     let agent = protected(&stack, &origin, rules).await;
-    for fields in [&[][..], &[("x-origin-verify", "Swordfish")], &[("x-origin-verify", "swordfish"), ("x-origin-verify", "next")]] {
+    for fields in [
+        &[][..],
+        &[("x-origin-verify", "Swordfish")],
+        &[
+            ("x-origin-verify", "swordfish"),
+            ("x-origin-verify", "next"),
+        ],
+    ] {
         let got = visit_with(&agent.url, fields).await;
-        assert_eq!((got.status, got.error()), (StatusCode::FORBIDDEN, Some("visitor_forbidden")), "{fields:?}");
-        assert!(!String::from_utf8_lossy(&got.body).contains("verify"), "it tells which header: {got:?}");
+        assert_eq!(
+            (got.status, got.error()),
+            (StatusCode::FORBIDDEN, Some("visitor_forbidden")),
+            "{fields:?}"
+        );
+        assert!(
+            !String::from_utf8_lossy(&got.body).contains("verify"),
+            "it tells which header: {got:?}"
+        );
     }
     assert_eq!(origin.count(), 0);
     for value in ["swordfish", "next"] {
-        assert_eq!(visit_with(&agent.url, &[("X-Origin-Verify", value)]).await.status, StatusCode::OK);
+        assert_eq!(
+            visit_with(&agent.url, &[("X-Origin-Verify", value)])
+                .await
+                .status,
+            StatusCode::OK
+        );
         assert_eq!(origin.last().header("x-origin-verify"), None);
     }
 }
@@ -132,14 +244,20 @@ fn answer(request: &Value) -> Value {
 
 /// Rules that a scripted agent can send.
 fn rules(rules: Rules) -> Value {
-    rules.check().expect("rules").for_one_connection().expect("rules").to_json()
+    rules
+        .check()
+        .expect("rules")
+        .for_one_connection()
+        .expect("rules")
+        .to_json()
 }
 
 #[tokio::test]
 async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there() {
     let stack = stack().await;
     let mut open = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    open.ready(&json!({ "type": "ready", "features": ["notices"] })).await;
+    open.ready(&json!({ "type": "ready", "features": ["notices"] }))
+        .await;
     let url = format!("{}/my-app/", stack.public_url);
     // Which connection serves the tunnel is remembered now.
     let (_, ()) = tokio::join!(get(&url), async {
@@ -147,24 +265,43 @@ async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there()
         open.say(&answer(&request)).await;
     });
     let mut closed = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    let access = rules(Rules { basic_auth: secrets(&["alice:opensesame"]), ..Rules::default() });
-    closed.ready(&json!({ "type": "ready", "access": access })).await;
+    let access = rules(Rules {
+        basic_auth: secrets(&["alice:opensesame"]),
+        ..Rules::default()
+    });
+    closed
+        .ready(&json!({ "type": "ready", "access": access }))
+        .await;
     assert_eq!(open.hear().await["type"], "replaced");
 
     let give_back = async |open: &mut ScriptedAgent| {
         let request = open.hear().await;
-        open.say(&json!({ "type": "error", "request_id": request["request_id"], "code": "replaced" })).await;
+        open.say(
+            &json!({ "type": "error", "request_id": request["request_id"], "code": "replaced" }),
+        )
+        .await;
         request
     };
     let (got, _) = tokio::join!(get(&url), give_back(&mut open));
-    assert_eq!((got.status, got.error()), (StatusCode::UNAUTHORIZED, Some("visitor_unauthorized")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::UNAUTHORIZED, Some("visitor_unauthorized"))
+    );
     closed.say(&json!({ "type": "ping" })).await;
-    assert_eq!(closed.hear().await, json!({ "type": "pong" }), "the request was sent on");
+    assert_eq!(
+        closed.hear().await,
+        json!({ "type": "pong" }),
+        "the request was sent on"
+    );
 
     let admitted = visit_with(&url, &[("authorization", ALICE)]);
     let (got, ()) = tokio::join!(admitted, async {
         let request = closed.hear().await;
-        assert_eq!(request["headers"]["authorization"], Value::Null, "the password went on");
+        assert_eq!(
+            request["headers"]["authorization"],
+            Value::Null,
+            "the password went on"
+        );
         closed.say(&answer(&request)).await;
     });
     assert_eq!(got.status, StatusCode::OK);
@@ -173,9 +310,14 @@ async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there()
 #[tokio::test]
 async fn a_connection_without_rules_after_one_with_rules_lets_everybody_in() {
     let stack = stack().await;
-    let access = rules(Rules { deny: networks(&["127.0.0.1"]), ..Rules::default() });
+    let access = rules(Rules {
+        deny: networks(&["127.0.0.1"]),
+        ..Rules::default()
+    });
     let mut strict = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    strict.ready(&json!({ "type": "ready", "access": access })).await;
+    strict
+        .ready(&json!({ "type": "ready", "access": access }))
+        .await;
     let mut open = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
     open.ready(&json!({ "type": "ready" })).await;
     let url = format!("{}/my-app/", stack.public_url);
@@ -205,11 +347,17 @@ async fn rules_that_the_service_cannot_keep_to_open_no_tunnel() {
         json!({ "salt": salt, "headers": [{ "name": "host", "hash": hash }] }),
     ] {
         let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-        let said = agent.ready(&json!({ "type": "ready", "access": access })).await;
+        let said = agent
+            .ready(&json!({ "type": "ready", "access": access }))
+            .await;
         assert_eq!(said["type"], "error", "{access}: {said}");
         assert_eq!(agent.close_code().await, 1000);
         let got = get(&format!("{}/my-app/", stack.public_url)).await;
-        assert_eq!((got.status, got.error()), (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline")), "{access}");
+        assert_eq!(
+            (got.status, got.error()),
+            (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline")),
+            "{access}"
+        );
     }
 }
 
@@ -232,8 +380,13 @@ async fn an_agent_with_rules_ends_where_the_service_does_not_know_them() {
     let ready = connection.hear().await;
     let access = ready["access"].to_string();
     assert!(access.contains("192.0.2.1"), "{ready}");
-    assert!(!access.contains("alice") && !access.contains("sesame") && !access.contains("swordfish"), "{access}");
-    connection.establish("my-app", &["body_parts", "cancel", "notices", "window"]).await;
+    assert!(
+        !access.contains("alice") && !access.contains("sesame") && !access.contains("swordfish"),
+        "{access}"
+    );
+    connection
+        .establish("my-app", &["body_parts", "cancel", "notices", "window"])
+        .await;
     assert_eq!(agent.ended().await, Err(Failure::Unprotected));
     assert_eq!(connection.close_code().await, 1005, "it was not closed");
     assert_eq!(origin.count(), 0);
@@ -252,7 +405,11 @@ fn settings_without_stack(origin: &Origin) -> forwarder::settings::Settings {
 #[tokio::test]
 async fn of_what_proxies_say_only_the_word_of_trusted_ones_counts() {
     let trusted = networks(&["127.0.0.1", "198.51.100.0/24"]).expect("networks");
-    let stack = stack_with(Options { trusted_proxies: trusted, ..Options::default() }).await;
+    let stack = stack_with(Options {
+        trusted_proxies: trusted,
+        ..Options::default()
+    })
+    .await;
     let origin = Origin::echo().await;
     let agent = agent(&stack, &origin).await;
     for (said, address) in [
@@ -269,23 +426,59 @@ async fn of_what_proxies_say_only_the_word_of_trusted_ones_counts() {
         (&["203.0.113.9, "], "unknown"),
         (&[], "127.0.0.1"),
     ] {
-        let fields: Vec<(&str, &str)> = said.iter().map(|value| ("x-forwarded-for", *value)).collect();
+        let fields: Vec<(&str, &str)> = said
+            .iter()
+            .map(|value| ("x-forwarded-for", *value))
+            .collect();
         visit_with(&agent.url, &fields).await;
-        assert_eq!(origin.last().header("x-forwarded-for"), Some(address), "{said:?}");
+        assert_eq!(
+            origin.last().header("x-forwarded-for"),
+            Some(address),
+            "{said:?}"
+        );
     }
-    visit_with(&agent.url, &[("x-forwarded-proto", "gopher"), ("x-forwarded-host", "")]).await;
+    visit_with(
+        &agent.url,
+        &[("x-forwarded-proto", "gopher"), ("x-forwarded-host", "")],
+    )
+    .await;
     assert_eq!(origin.last().header("x-forwarded-proto"), Some("http"));
-    visit_with(&agent.url, &[("x-forwarded-proto", "http, HTTPS"), ("x-forwarded-host", "evil.example, public.example")]).await;
+    visit_with(
+        &agent.url,
+        &[
+            ("x-forwarded-proto", "http, HTTPS"),
+            ("x-forwarded-host", "evil.example, public.example"),
+        ],
+    )
+    .await;
     let seen = origin.last();
-    assert_eq!((seen.header("x-forwarded-proto"), seen.header("x-forwarded-host")), (Some("https"), Some("public.example")));
+    assert_eq!(
+        (
+            seen.header("x-forwarded-proto"),
+            seen.header("x-forwarded-host")
+        ),
+        (Some("https"), Some("public.example"))
+    );
 }
 
 #[tokio::test]
 async fn networks_are_asked_about_the_visitor_behind_a_trusted_proxy() {
     let trusted = networks(&["127.0.0.1"]).expect("networks");
-    let stack = stack_with(Options { trusted_proxies: trusted, ..Options::default() }).await;
+    let stack = stack_with(Options {
+        trusted_proxies: trusted,
+        ..Options::default()
+    })
+    .await;
     let origin = Origin::echo().await;
-    let agent = protected(&stack, &origin, Rules { allow: networks(&["203.0.113.0/24"]), ..Rules::default() }).await;
+    let agent = protected(
+        &stack,
+        &origin,
+        Rules {
+            allow: networks(&["203.0.113.0/24"]),
+            ..Rules::default()
+        },
+    )
+    .await;
     for (said, status) in [
         ("203.0.113.9", StatusCode::OK),
         ("192.0.2.1, 203.0.113.9", StatusCode::OK),
@@ -293,29 +486,49 @@ async fn networks_are_asked_about_the_visitor_behind_a_trusted_proxy() {
         ("203.0.113.9, unreadable", StatusCode::FORBIDDEN),
         ("", StatusCode::FORBIDDEN),
     ] {
-        assert_eq!(visit_with(&agent.url, &[("x-forwarded-for", said)]).await.status, status, "{said}");
+        assert_eq!(
+            visit_with(&agent.url, &[("x-forwarded-for", said)])
+                .await
+                .status,
+            status,
+            "{said}"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_tunnel_has_no_more_requests_at_once_than_it_may() {
-    let stack = stack_with(Options { max_concurrent_requests: 1, ..Options::default() }).await;
+    let stack = stack_with(Options {
+        max_concurrent_requests: 1,
+        ..Options::default()
+    })
+    .await;
     let mut busy = ScriptedAgent::connect(&stack, "?tunnel_id=busy").await;
     busy.ready(&json!({ "type": "ready" })).await;
     let mut other = ScriptedAgent::connect(&stack, "?tunnel_id=other").await;
     other.ready(&json!({ "type": "ready" })).await;
-    let (busy_url, other_url) = (format!("{}/busy/", stack.public_url), format!("{}/other/", stack.public_url));
+    let (busy_url, other_url) = (
+        format!("{}/busy/", stack.public_url),
+        format!("{}/other/", stack.public_url),
+    );
 
     let (first, ()) = tokio::join!(get(&busy_url), async {
         let request = busy.hear().await;
         let second = get(&busy_url).await;
-        assert_eq!((second.status, second.error()), (StatusCode::TOO_MANY_REQUESTS, Some("rate_limited")));
+        assert_eq!(
+            (second.status, second.error()),
+            (StatusCode::TOO_MANY_REQUESTS, Some("rate_limited"))
+        );
         assert_eq!(second.header("retry-after"), Some("1"));
         let (elsewhere, ()) = tokio::join!(get(&other_url), async {
             let request = other.hear().await;
             other.say(&answer(&request)).await;
         });
-        assert_eq!(elsewhere.status, StatusCode::OK, "another tunnel has to wait");
+        assert_eq!(
+            elsewhere.status,
+            StatusCode::OK,
+            "another tunnel has to wait"
+        );
         busy.say(&answer(&request)).await;
     });
     assert_eq!(first.status, StatusCode::OK);
@@ -331,26 +544,49 @@ async fn a_tunnel_has_no_more_requests_at_once_than_it_may() {
 
 #[tokio::test]
 async fn a_tunnel_has_no_more_requests_a_second_than_it_may() {
-    let stack = stack_with(Options { max_requests_per_second: 1, ..Options::default() }).await;
+    let stack = stack_with(Options {
+        max_requests_per_second: 1,
+        ..Options::default()
+    })
+    .await;
     let origin = Origin::echo().await;
     let agent = agent(&stack, &origin).await;
     let visits = (0..40).map(|_| get(&agent.url));
     let got = within("answers", futures_util::future::join_all(visits)).await;
-    let (served, refused): (Vec<&Got>, Vec<&Got>) = got.iter().partition(|got| got.status == StatusCode::OK);
-    assert!(served.len() >= 2 && !refused.is_empty(), "{} were served", served.len());
+    let (served, refused): (Vec<&Got>, Vec<&Got>) =
+        got.iter().partition(|got| got.status == StatusCode::OK);
+    assert!(
+        served.len() >= 2 && !refused.is_empty(),
+        "{} were served",
+        served.len()
+    );
     assert_eq!(origin.count(), served.len());
     for got in refused {
-        assert_eq!((got.status, got.error()), (StatusCode::TOO_MANY_REQUESTS, Some("rate_limited")));
+        assert_eq!(
+            (got.status, got.error()),
+            (StatusCode::TOO_MANY_REQUESTS, Some("rate_limited"))
+        );
         assert_eq!(got.header("retry-after"), Some("1"));
     }
 }
 
 #[tokio::test]
 async fn one_owner_has_no_more_agents_connected_than_it_may() {
-    let quotas = Quotas { agents_of_one: 2, ..Quotas::default() };
+    let quotas = Quotas {
+        agents_of_one: 2,
+        ..Quotas::default()
+    };
     let auth = tunnel_shared::cloud::auth::Auth::Token;
-    let stack = stack_with(Options { quotas, auth, ..Options::default() }).await;
-    let (alice, bob) = (stack.create_token("alice").await.expect("a token"), stack.create_token("bob").await.expect("a token"));
+    let stack = stack_with(Options {
+        quotas,
+        auth,
+        ..Options::default()
+    })
+    .await;
+    let (alice, bob) = (
+        stack.create_token("alice").await.expect("a token"),
+        stack.create_token("bob").await.expect("a token"),
+    );
     let connect = |token: String| {
         let stack = &stack;
         async move { ScriptedAgent::try_connect(stack, "", Some(&token)).await }
@@ -361,5 +597,8 @@ async fn one_owner_has_no_more_agents_connected_than_it_may() {
     assert!(is_refused(&connect(alice.clone()).await));
     assert!(connect(bob).await.is_ok(), "another owner has to wait");
     drop(first);
-    within("a free place", async { while is_refused(&connect(alice.clone()).await) {} }).await;
+    within("a free place", async {
+        while is_refused(&connect(alice.clone()).await) {}
+    })
+    .await;
 }

@@ -26,16 +26,37 @@ const WEBSOCKET: [(&str, &str); 7] = [
 ];
 
 fn visit(event: &str) -> Visit {
-    Visit::from_event(serde_json::from_str::<LambdaRequest>(event).expect("an HTTP event"), None).expect("a visit")
+    Visit::from_event(
+        serde_json::from_str::<LambdaRequest>(event).expect("an HTTP event"),
+        None,
+    )
+    .expect("a visit")
 }
 
 #[test]
 fn payload_1_0_and_2_0_and_function_urls_are_read_alike() {
     let visits = HTTP.map(visit);
-    assert_eq!(visits.each_ref().map(|visit| visit.front), [Front::HttpApi(Payload::V1), Front::HttpApi(Payload::V2), Front::Streaming]);
+    assert_eq!(
+        visits.each_ref().map(|visit| visit.front),
+        [
+            Front::HttpApi(Payload::V1),
+            Front::HttpApi(Payload::V2),
+            Front::Streaming
+        ]
+    );
     for visit in visits {
-        assert_eq!((visit.method.as_str(), visit.path.as_str(), visit.query.as_deref()), ("GET", "/sample/hello", Some("name=world")));
-        assert_eq!((visit.source_ip.as_str(), visit.scheme.as_str()), ("203.0.113.9", "https"));
+        assert_eq!(
+            (
+                visit.method.as_str(),
+                visit.path.as_str(),
+                visit.query.as_deref()
+            ),
+            ("GET", "/sample/hello", Some("name=world"))
+        );
+        assert_eq!(
+            (visit.source_ip.as_str(), visit.scheme.as_str()),
+            ("203.0.113.9", "https")
+        );
         assert_eq!(visit.headers["cookie"], "a=1; b=2");
         assert_eq!(visit.headers["user-agent"], "curl/8.14.1");
     }
@@ -44,7 +65,10 @@ fn payload_1_0_and_2_0_and_function_urls_are_read_alike() {
 #[test]
 fn http_events_are_never_taken_for_websocket_events() {
     for event in HTTP {
-        assert!(serde_json::from_str::<ApiGatewayWebsocketProxyRequest>(event).is_err(), "{event}");
+        assert!(
+            serde_json::from_str::<ApiGatewayWebsocketProxyRequest>(event).is_err(),
+            "{event}"
+        );
     }
     // Nor would one that had all other fields: only a WebSocket event has a type.
     assert!(connection_of("MESSAGE", None, Some("L0SM9cOFvHcCIhw=")).is_err());
@@ -55,19 +79,30 @@ fn http_events_are_never_taken_for_websocket_events() {
 #[test]
 fn websocket_events_are_never_taken_for_http_events() {
     for (event_type, event) in WEBSOCKET {
-        assert!(serde_json::from_str::<LambdaRequest>(event).is_err(), "{event}");
-        let event: ApiGatewayWebsocketProxyRequest = serde_json::from_str(event).expect("a WebSocket event");
-        assert_eq!(event.request_context.event_type.as_deref(), Some(event_type));
+        assert!(
+            serde_json::from_str::<LambdaRequest>(event).is_err(),
+            "{event}"
+        );
+        let event: ApiGatewayWebsocketProxyRequest =
+            serde_json::from_str(event).expect("a WebSocket event");
+        assert_eq!(
+            event.request_context.event_type.as_deref(),
+            Some(event_type)
+        );
     }
 }
 
 #[test]
 fn the_sample_messages_are_messages_of_the_protocol() {
-    let bodies = WEBSOCKET.iter().filter(|(event_type, _)| *event_type == "MESSAGE");
+    let bodies = WEBSOCKET
+        .iter()
+        .filter(|(event_type, _)| *event_type == "MESSAGE");
     let mut count = 0;
     for (_, event) in bodies {
-        let event: ApiGatewayWebsocketProxyRequest = serde_json::from_str(event).expect("a WebSocket event");
-        let message = protocol::decode::<FromAgent>(event.body.as_deref().expect("a body")).expect("a message");
+        let event: ApiGatewayWebsocketProxyRequest =
+            serde_json::from_str(event).expect("a WebSocket event");
+        let message = protocol::decode::<FromAgent>(event.body.as_deref().expect("a body"))
+            .expect("a message");
         assert_ne!(message, FromAgent::Unknown);
         count += 1;
     }
@@ -76,21 +111,37 @@ fn the_sample_messages_are_messages_of_the_protocol() {
 
 #[test]
 fn what_an_http_api_decoded_is_encoded_again_and_what_a_function_url_kept_stays() {
-    let with_path = |event: &str, path: &str| visit(&event.replace("\"/sample/hello\"", &serde_json::json!(path).to_string())).path;
-    assert_eq!(with_path(event!("http-v2"), "/sample/caf\u{e9} {x}?#"), "/sample/caf%C3%A9%20%7Bx%7D%3F%23");
-    assert_eq!(with_path(event!("url"), "/sample/a%2Fb{x}"), "/sample/a%2Fb{x}");
+    let with_path = |event: &str, path: &str| {
+        visit(&event.replace("\"/sample/hello\"", &serde_json::json!(path).to_string())).path
+    };
+    assert_eq!(
+        with_path(event!("http-v2"), "/sample/caf\u{e9} {x}?#"),
+        "/sample/caf%C3%A9%20%7Bx%7D%3F%23"
+    );
+    assert_eq!(
+        with_path(event!("url"), "/sample/a%2Fb{x}"),
+        "/sample/a%2Fb{x}"
+    );
 }
 
 #[test]
 fn bodies_are_what_the_flag_says_they_are() {
     use http_body_util::BodyExt;
     let with_body = |body: &str, is_base64: bool| {
-        let flag = format!("\"body\": {}, \"isBase64Encoded\": {is_base64}", serde_json::json!(body));
+        let flag = format!(
+            "\"body\": {}, \"isBase64Encoded\": {is_base64}",
+            serde_json::json!(body)
+        );
         visit(&event!("http-v2").replace("\"isBase64Encoded\": false", &flag)).body
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a runtime");
     for (body, is_base64, expected) in [("aGk=", true, "hi"), ("aGk=", false, "aGk=")] {
-        let bytes = runtime.block_on(with_body(body, is_base64).collect()).expect("a body").to_bytes();
+        let bytes = runtime
+            .block_on(with_body(body, is_base64).collect())
+            .expect("a body")
+            .to_bytes();
         assert_eq!(bytes, expected);
     }
 }
@@ -100,10 +151,26 @@ fn a_function_url_behind_another_name_is_known_where_the_name_is_set() {
     let event = event!("url").replace(".lambda-url.us-east-1.on.aws", ".example.com");
     let visit = |streaming_url: Option<&str>| {
         let url = streaming_url.map(|url| url.parse().expect("an address"));
-        Visit::from_event(serde_json::from_str(&event).expect("an HTTP event"), url.as_ref()).expect("a visit").front
+        Visit::from_event(
+            serde_json::from_str(&event).expect("an HTTP event"),
+            url.as_ref(),
+        )
+        .expect("a visit")
+        .front
     };
-    let domain = serde_json::from_str::<serde_json::Value>(&event).expect("JSON")["requestContext"]["domainName"].clone();
+    let domain = serde_json::from_str::<serde_json::Value>(&event).expect("JSON")["requestContext"]
+        ["domainName"]
+        .clone();
     assert_eq!(visit(None), Front::HttpApi(Payload::V2));
-    assert_eq!(visit(Some("https://other.example.com")), Front::HttpApi(Payload::V2));
-    assert_eq!(visit(Some(&format!("https://{}", domain.as_str().expect("a name")))), Front::Streaming);
+    assert_eq!(
+        visit(Some("https://other.example.com")),
+        Front::HttpApi(Payload::V2)
+    );
+    assert_eq!(
+        visit(Some(&format!(
+            "https://{}",
+            domain.as_str().expect("a name")
+        ))),
+        Front::Streaming
+    );
 }

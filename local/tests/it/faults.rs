@@ -46,7 +46,10 @@ struct Service {
 
 impl Service {
     fn new(fault: Fault, calls: &Arc<Mutex<Vec<String>>>) -> Self {
-        Self { fault: Arc::new(Mutex::new(fault)), calls: calls.clone() }
+        Self {
+            fault: Arc::new(Mutex::new(fault)),
+            calls: calls.clone(),
+        }
     }
 
     /// Notes a call and says how it fails, if it does.
@@ -57,13 +60,26 @@ impl Service {
         fault.0 = times.checked_sub(1)?;
         let error_type = [(HeaderName::from_static("x-amzn-errortype"), name)];
         let body = json!({ "__type": format!("com.amazonaws#{name}"), "message": "as the story wants it" }).to_string();
-        Some((StatusCode::from_u16(status).expect("a status"), error_type, body).into_response())
+        Some(
+            (
+                StatusCode::from_u16(status).expect("a status"),
+                error_type,
+                body,
+            )
+                .into_response(),
+        )
     }
 }
 
 /// One tunnel that is online, one connection, and a reply to whatever is asked.
 async fn dynamodb(State(service): State<Service>, headers: HeaderMap, body: Bytes) -> Response {
-    let operation = headers["x-amz-target"].to_str().expect("text").split_once('.').expect("a target").1.to_owned();
+    let operation = headers["x-amz-target"]
+        .to_str()
+        .expect("text")
+        .split_once('.')
+        .expect("a target")
+        .1
+        .to_owned();
     let request: Value = serde_json::from_slice(&body).expect("JSON");
     let table = request["TableName"].as_str().expect("a table");
     if let Some(failed) = service.called(format!("{operation} {table}")) {
@@ -77,16 +93,26 @@ async fn dynamodb(State(service): State<Service>, headers: HeaderMap, body: Byte
             json!({ "Item": { "connectionId": { "S": "agent=" }, "kind": { "S": "agent" }, "tunnelId": { "S": "my-app" }, "owner": { "S": "open" } } })
         }
         ("Query", _) => {
-            let head = json!({ "status_code": 200, "headers": {}, "processing_time_ms": 1 }).to_string();
+            let head =
+                json!({ "status_code": 200, "headers": {}, "processing_time_ms": 1 }).to_string();
             json!({ "Items": [{ "part": { "N": "0" }, "head": { "S": head }, "body": { "B": "aGk=" }, "more": { "BOOL": false } }], "Count": 1 })
         }
         _ => json!({}),
     };
-    ([(HeaderName::from_static("content-type"), "application/x-amz-json-1.0")], answer.to_string()).into_response()
+    (
+        [(
+            HeaderName::from_static("content-type"),
+            "application/x-amz-json-1.0",
+        )],
+        answer.to_string(),
+    )
+        .into_response()
 }
 
 async fn connections(State(service): State<Service>, method: Method) -> Response {
-    service.called(format!("{method} @connections")).unwrap_or_else(|| StatusCode::OK.into_response())
+    service
+        .called(format!("{method} @connections"))
+        .unwrap_or_else(|| StatusCode::OK.into_response())
 }
 
 /// What the functions run before.
@@ -100,8 +126,12 @@ struct Aws {
 impl Aws {
     async fn failing(dynamodb_fault: Fault, connections_fault: Fault) -> Self {
         let calls = Arc::default();
-        let tables = Router::new().fallback(dynamodb).with_state(Service::new(dynamodb_fault, &calls));
-        let management = Router::new().fallback(connections).with_state(Service::new(connections_fault, &calls));
+        let tables = Router::new()
+            .fallback(dynamodb)
+            .with_state(Service::new(dynamodb_fault, &calls));
+        let management = Router::new()
+            .fallback(connections)
+            .with_state(Service::new(connections_fault, &calls));
         let (mut serving, mut addresses) = (JoinSet::new(), Vec::new());
         for router in [tables, management] {
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -109,7 +139,12 @@ impl Aws {
             serving.spawn(async move { axum::serve(listener, router).await.expect("served") });
         }
         let sdk = sdk::for_loopback(&format!("http://{}", addresses[0]), "anybody");
-        Self { calls, sdk, endpoint: format!("http://{}/v1", addresses[1]), _serving: serving }
+        Self {
+            calls,
+            sdk,
+            endpoint: format!("http://{}/v1", addresses[1]),
+            _serving: serving,
+        }
     }
 
     fn load<T>(&self, load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, Faults>) -> T {
@@ -125,7 +160,12 @@ impl Aws {
     }
 
     fn count(&self, call: &str) -> usize {
-        self.calls.lock().expect("not poisoned").iter().filter(|made| *made == call).count()
+        self.calls
+            .lock()
+            .expect("not poisoned")
+            .iter()
+            .filter(|made| *made == call)
+            .count()
     }
 
     /// What a visitor of the HTTP API gets: the status and the tunnel's code.
@@ -133,16 +173,27 @@ impl Aws {
         let forward = self.load(|variables, sdk| Forward::load(variables, sdk, None));
         let event = include_str!("../../../events/http-v2.json").replace("\"POST\"", "\"GET\"");
         let event = serde_json::from_str::<LambdaRequest>(&event).expect("an event");
-        let answer = within("an answer", forward.handle(event, LAMBDA_RUN)).await.expect("an HTTP event");
-        let FunctionResponse::BufferedResponse(answer) = answer else { panic!("a stream") };
+        let answer = within("an answer", forward.handle(event, LAMBDA_RUN))
+            .await
+            .expect("an HTTP event");
+        let FunctionResponse::BufferedResponse(answer) = answer else {
+            panic!("a stream")
+        };
         let answer = serde_json::to_value(answer).expect("JSON");
-        (answer["statusCode"].as_u64().expect("a status"), answer["headers"]["x-tunnel-error"].as_str().map(str::to_owned))
+        (
+            answer["statusCode"].as_u64().expect("a status"),
+            answer["headers"]["x-tunnel-error"]
+                .as_str()
+                .map(str::to_owned),
+        )
     }
 
     /// Whether an agent's message is handled.
     async fn takes(&self, event: &str) -> bool {
         let default = self.load(|variables, sdk| DefaultRoute::load(variables, sdk, None));
-        within("an answer", default.handle(websocket(event))).await.is_ok()
+        within("an answer", default.handle(websocket(event)))
+            .await
+            .is_ok()
     }
 }
 
@@ -156,7 +207,11 @@ const RESPONSE: &str = include_str!("../../../events/http-response.json");
 
 #[tokio::test]
 async fn an_agent_that_takes_no_more_for_a_moment_costs_no_request() {
-    for fault in [Fault(2, 429, "LimitExceededException"), Fault(5, 429, "LimitExceededException"), Fault(2, 500, "InternalServerError")] {
+    for fault in [
+        Fault(2, 429, "LimitExceededException"),
+        Fault(5, 429, "LimitExceededException"),
+        Fault(2, 500, "InternalServerError"),
+    ] {
         let aws = Aws::failing(NONE, fault).await;
         assert_eq!(aws.visit().await, (200, None), "{} x {}", fault.0, fault.1);
         assert_eq!(aws.count(POST), fault.0 + 1);
@@ -173,7 +228,10 @@ async fn an_agent_that_takes_nothing_at_all_is_busy() {
 async fn a_connection_that_is_gone_takes_its_tunnel_offline() {
     let aws = Aws::failing(NONE, Fault(ALWAYS, 410, "GoneException")).await;
     assert_eq!(aws.visit().await, (503, Some("tunnel_offline".to_owned())));
-    assert_eq!((aws.count(POST), aws.count("UpdateItem TunnelsTable")), (1, 1));
+    assert_eq!(
+        (aws.count(POST), aws.count("UpdateItem TunnelsTable")),
+        (1, 1)
+    );
 }
 
 #[tokio::test]
@@ -185,9 +243,25 @@ async fn what_only_the_operator_can_mend_is_an_internal_error_at_once() {
         (Fault(ALWAYS, 400, "AccessDeniedException"), NONE),
     ] {
         let aws = Aws::failing(dynamodb, connections).await;
-        assert_eq!(aws.visit().await, (500, Some("internal_error".to_owned())), "{} {}", dynamodb.2, connections.2);
-        let failed = if dynamodb.0 > 0 { "GetItem TunnelsTable" } else { POST };
-        assert_eq!(aws.count(failed), 1, "{} {} was tried again", dynamodb.2, connections.2);
+        assert_eq!(
+            aws.visit().await,
+            (500, Some("internal_error".to_owned())),
+            "{} {}",
+            dynamodb.2,
+            connections.2
+        );
+        let failed = if dynamodb.0 > 0 {
+            "GetItem TunnelsTable"
+        } else {
+            POST
+        };
+        assert_eq!(
+            aws.count(failed),
+            1,
+            "{} {} was tried again",
+            dynamodb.2,
+            connections.2
+        );
     }
 }
 
@@ -202,9 +276,17 @@ async fn faults_of_aws_are_tried_again_and_then_told() {
         let aws = Aws::failing(Fault(2, status, name), NONE).await;
         assert_eq!(aws.visit().await, (200, None), "{name}");
         let aws = Aws::failing(Fault(ALWAYS, status, name), NONE).await;
-        assert_eq!(aws.visit().await, (500, Some("internal_error".to_owned())), "{name}");
+        assert_eq!(
+            aws.visit().await,
+            (500, Some("internal_error".to_owned())),
+            "{name}"
+        );
         assert_eq!(aws.count("GetItem TunnelsTable"), 3, "{name}");
-        assert_eq!(aws.count(POST), 0, "{name}: something was sent to the agent of a tunnel that was not found");
+        assert_eq!(
+            aws.count(POST),
+            0,
+            "{name}: something was sent to the agent of a tunnel that was not found"
+        );
     }
     let aws = Aws::failing(NONE, Fault(ALWAYS, 500, "InternalServerError")).await;
     assert_eq!(aws.visit().await, (500, Some("internal_error".to_owned())));
@@ -218,7 +300,10 @@ async fn an_agents_message_is_stored_in_spite_of_a_throttle_or_is_an_error() {
     assert!(aws.takes(RESPONSE).await);
     assert_eq!(aws.count("PutItem PendingRequestsTable"), 3);
     let aws = Aws::failing(Fault(ALWAYS, 400, throttle), NONE).await;
-    assert!(!aws.takes(RESPONSE).await, "the agent is not told that its reply is lost");
+    assert!(
+        !aws.takes(RESPONSE).await,
+        "the agent is not told that its reply is lost"
+    );
 }
 
 #[tokio::test]
@@ -231,9 +316,20 @@ async fn an_agent_becomes_ready_in_spite_of_a_fault_or_is_told() {
         (Fault(ALWAYS, 410, "GoneException"), true),
     ] {
         let aws = Aws::failing(NONE, fault).await;
-        assert_eq!(aws.takes(READY).await, is_taken, "{} x {}", fault.0, fault.1);
+        assert_eq!(
+            aws.takes(READY).await,
+            is_taken,
+            "{} x {}",
+            fault.0,
+            fault.1
+        );
     }
-    assert!(!Aws::failing(Fault(ALWAYS, 500, "InternalServerError"), NONE).await.takes(READY).await);
+    assert!(
+        !Aws::failing(Fault(ALWAYS, 500, "InternalServerError"), NONE)
+            .await
+            .takes(READY)
+            .await
+    );
 }
 
 #[tokio::test]
@@ -244,9 +340,16 @@ async fn no_agent_is_let_in_or_forgotten_by_a_database_that_does_not_answer() {
         let throttled = Fault(times, 400, "ThrottlingException");
         let aws = Aws::failing(throttled, NONE).await;
         let connected = within("an answer", aws.load(Connect::load).handle(connect_event())).await;
-        assert_eq!(connected.is_ok_and(|answer| answer.status_code == 200), is_good);
+        assert_eq!(
+            connected.is_ok_and(|answer| answer.status_code == 200),
+            is_good
+        );
         let aws = Aws::failing(throttled, NONE).await;
-        let disconnected = within("an answer", aws.load(Disconnect::load).handle(disconnect_event())).await;
+        let disconnected = within(
+            "an answer",
+            aws.load(Disconnect::load).handle(disconnect_event()),
+        )
+        .await;
         assert_eq!(disconnected.is_ok(), is_good);
     }
 }

@@ -3,16 +3,31 @@
 use http::{Method, Request, StatusCode};
 use tunnel_shared::limits::PART_BODY;
 
-use crate::harness::{Agent, Origin, agent, get, post, raw, reply, reply_with, settings, stack, visit};
+use crate::harness::{
+    Agent, Origin, agent, get, post, raw, reply, reply_with, settings, stack, visit,
+};
 
 #[tokio::test]
 async fn every_method_arrives_and_is_answered() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
 
-    for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "BREW"] {
-        let got = visit(Request::builder().method(method).uri(format!("{}/m", agent.url)).body(method.into()).expect("a request")).await;
-        assert_eq!((got.status, got.body), (StatusCode::OK, method.into()), "{method}");
+    for method in [
+        "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "BREW",
+    ] {
+        let got = visit(
+            Request::builder()
+                .method(method)
+                .uri(format!("{}/m", agent.url))
+                .body(method.into())
+                .expect("a request"),
+        )
+        .await;
+        assert_eq!(
+            (got.status, got.body),
+            (StatusCode::OK, method.into()),
+            "{method}"
+        );
         assert_eq!(origin.last().method.as_str(), method);
     }
 }
@@ -43,16 +58,30 @@ async fn repeated_and_binary_request_fields_arrive_as_sent() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
 
-    let mut request = Request::get(format!("{}/", agent.url)).header("x-two", "1").header("x-two", "2, 3").header("x-empty", "");
-    request = request.header("x-latin-1", http::HeaderValue::from_bytes(b"caf\xe9").expect("a value"));
-    request = request.header("cookie", "a=1; b=2").header("authorization", "Basic eDp5");
+    let mut request = Request::get(format!("{}/", agent.url))
+        .header("x-two", "1")
+        .header("x-two", "2, 3")
+        .header("x-empty", "");
+    request = request.header(
+        "x-latin-1",
+        http::HeaderValue::from_bytes(b"caf\xe9").expect("a value"),
+    );
+    request = request
+        .header("cookie", "a=1; b=2")
+        .header("authorization", "Basic eDp5");
     visit(request.body("".into()).expect("a request")).await;
 
     let seen = origin.last();
-    assert_eq!(seen.headers.get_all("x-two").iter().collect::<Vec<_>>(), ["1", "2, 3"]);
+    assert_eq!(
+        seen.headers.get_all("x-two").iter().collect::<Vec<_>>(),
+        ["1", "2, 3"]
+    );
     assert_eq!(seen.header("x-empty"), Some(""));
     assert_eq!(seen.headers["x-latin-1"].as_bytes(), b"caf\xe9");
-    assert_eq!((seen.header("cookie"), seen.header("authorization")), (Some("a=1; b=2"), Some("Basic eDp5")));
+    assert_eq!(
+        (seen.header("cookie"), seen.header("authorization")),
+        (Some("a=1; b=2"), Some("Basic eDp5"))
+    );
 }
 
 #[tokio::test]
@@ -65,13 +94,21 @@ async fn repeated_and_binary_response_fields_arrive_as_sent() {
         ("x-two", b"2"),
         ("x-latin-1", b"caf\xe9"),
     ];
-    let origin = Origin::answering(move |_| Some(reply_with(StatusCode::IM_A_TEAPOT, fields, "short"))).await;
+    let origin =
+        Origin::answering(move |_| Some(reply_with(StatusCode::IM_A_TEAPOT, fields, "short")))
+            .await;
     let agent = agent(&stack, &origin).await;
 
     let got = get(&agent.url).await;
 
     assert_eq!(got.status, StatusCode::IM_A_TEAPOT);
-    assert_eq!(got.all("set-cookie"), [&b"a=1; Expires=Wed, 21 Oct 2026 07:28:00 GMT"[..], b"b=2; HttpOnly"]);
+    assert_eq!(
+        got.all("set-cookie"),
+        [
+            &b"a=1; Expires=Wed, 21 Oct 2026 07:28:00 GMT"[..],
+            b"b=2; HttpOnly"
+        ]
+    );
     assert_eq!(got.all("x-two"), [&b"1"[..], b"2"]);
     assert_eq!(got.all("x-latin-1"), [&b"caf\xe9"[..]]);
 }
@@ -81,11 +118,28 @@ async fn bodies_of_every_size_arrive_both_ways() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
 
-    for size in [0, 1, 1024, 33 * 1024, PART_BODY - 1, PART_BODY, PART_BODY + 1, 100 * 1024, 2 * PART_BODY, 1024 * 1024, 4 * 1024 * 1024] {
-        let body: Vec<u8> = (0..size).map(|at| u8::try_from((at * 31 + at / 251) % 256).expect("a byte")).collect();
+    for size in [
+        0,
+        1,
+        1024,
+        33 * 1024,
+        PART_BODY - 1,
+        PART_BODY,
+        PART_BODY + 1,
+        100 * 1024,
+        2 * PART_BODY,
+        1024 * 1024,
+        4 * 1024 * 1024,
+    ] {
+        let body: Vec<u8> = (0..size)
+            .map(|at| u8::try_from((at * 31 + at / 251) % 256).expect("a byte"))
+            .collect();
         let got = post(&format!("{}/echo", agent.url), body.clone()).await;
         assert_eq!(got.status, StatusCode::OK, "{size}");
-        assert!(origin.last().body == body, "a request of {size} bytes was changed");
+        assert!(
+            origin.last().body == body,
+            "a request of {size} bytes was changed"
+        );
         assert!(got.body == body, "a response of {size} bytes was changed");
     }
 }
@@ -93,13 +147,24 @@ async fn bodies_of_every_size_arrive_both_ways() {
 #[tokio::test]
 async fn encoded_bodies_are_not_decoded() {
     let stack = stack().await;
-    let gzip: &[u8] = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xcb\x48\x04\x00\xac\x2a\x93\xd8\x02\x00\x00\x00";
-    let origin = Origin::answering(move |_| Some(reply_with(StatusCode::OK, &[("content-encoding", b"gzip")], gzip))).await;
+    let gzip: &[u8] =
+        b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xcb\x48\x04\x00\xac\x2a\x93\xd8\x02\x00\x00\x00";
+    let origin = Origin::answering(move |_| {
+        Some(reply_with(
+            StatusCode::OK,
+            &[("content-encoding", b"gzip")],
+            gzip,
+        ))
+    })
+    .await;
     let agent = agent(&stack, &origin).await;
 
     let got = get(&agent.url).await;
 
-    assert_eq!((got.header("content-encoding"), &got.body[..]), (Some("gzip"), gzip));
+    assert_eq!(
+        (got.header("content-encoding"), &got.body[..]),
+        (Some("gzip"), gzip)
+    );
 }
 
 #[tokio::test]
@@ -107,7 +172,11 @@ async fn redirects_are_passed_on_and_point_where_the_visitor_can_go() {
     let stack = stack().await;
     let origin = Origin::answering(|seen| {
         let location = seen.uri.query().expect("a location").as_bytes();
-        Some(reply_with(StatusCode::FOUND, &[("location", location), ("set-cookie", b"s=1; Path=/")], ""))
+        Some(reply_with(
+            StatusCode::FOUND,
+            &[("location", location), ("set-cookie", b"s=1; Path=/")],
+            "",
+        ))
     })
     .await;
     let agent = agent(&stack, &origin).await;
@@ -120,7 +189,10 @@ async fn redirects_are_passed_on_and_point_where_the_visitor_can_go() {
         ("relative", "relative".to_owned()),
     ] {
         let got = get(&format!("{}/?{location}", agent.url)).await;
-        assert_eq!((got.status, got.header("location")), (StatusCode::FOUND, Some(expected.as_str())));
+        assert_eq!(
+            (got.status, got.header("location")),
+            (StatusCode::FOUND, Some(expected.as_str()))
+        );
         assert_eq!(got.header("set-cookie"), Some("s=1; Path=/my-app"));
     }
     assert_eq!(origin.count(), 4, "the agent followed a redirect");
@@ -142,7 +214,10 @@ async fn the_local_service_learns_where_a_request_comes_from_and_nothing_a_visit
     visit(request.body("".into()).expect("a request")).await;
 
     let seen = origin.last();
-    assert_eq!(seen.header("host"), Some(origin.address.to_string().as_str()));
+    assert_eq!(
+        seen.header("host"),
+        Some(origin.address.to_string().as_str())
+    );
     assert_eq!(seen.header("x-forwarded-for"), Some("127.0.0.1"));
     assert_eq!(seen.header("x-forwarded-host"), Some("public.example.com"));
     assert_eq!(seen.header("x-forwarded-proto"), Some("http"));
@@ -159,7 +234,13 @@ async fn the_visitors_host_is_kept_where_that_is_set() {
     settings.host_header = forwarder::settings::HostHeader::Preserve;
     let agent = Agent::online(settings).await;
 
-    visit(Request::get(&agent.url).header("host", "public.example.com").body("".into()).expect("a request")).await;
+    visit(
+        Request::get(&agent.url)
+            .header("host", "public.example.com")
+            .body("".into())
+            .expect("a request"),
+    )
+    .await;
 
     assert_eq!(origin.last().header("host"), Some("public.example.com"));
 }
@@ -177,19 +258,41 @@ async fn head_has_the_length_and_no_body_and_neither_has_no_content() {
     .await;
     let agent = agent(&stack, &origin).await;
 
-    let head = visit(Request::head(&agent.url).body("".into()).expect("a request")).await;
-    assert_eq!((head.header("content-length"), head.body.len()), (Some("12345"), 0));
-    assert_eq!(get(&format!("{}/204", agent.url)).await.status, StatusCode::NO_CONTENT);
+    let head = visit(
+        Request::head(&agent.url)
+            .body("".into())
+            .expect("a request"),
+    )
+    .await;
+    assert_eq!(
+        (head.header("content-length"), head.body.len()),
+        (Some("12345"), 0)
+    );
+    assert_eq!(
+        get(&format!("{}/204", agent.url)).await.status,
+        StatusCode::NO_CONTENT
+    );
     let not_modified = get(&format!("{}/304", agent.url)).await;
-    assert_eq!((not_modified.status, not_modified.header("etag")), (StatusCode::NOT_MODIFIED, Some("\"x\"")));
+    assert_eq!(
+        (not_modified.status, not_modified.header("etag")),
+        (StatusCode::NOT_MODIFIED, Some("\"x\""))
+    );
 }
 
 #[tokio::test]
 async fn the_local_service_cannot_speak_for_the_tunnel() {
     let stack = stack().await;
-    let origin =
-        Origin::answering(|_| Some(reply_with(StatusCode::OK, &[("x-tunnel-error", b"tunnel_offline"), ("keep-alive", b"timeout=1")], "")))
-            .await;
+    let origin = Origin::answering(|_| {
+        Some(reply_with(
+            StatusCode::OK,
+            &[
+                ("x-tunnel-error", b"tunnel_offline"),
+                ("keep-alive", b"timeout=1"),
+            ],
+            "",
+        ))
+    })
+    .await;
     let agent = agent(&stack, &origin).await;
 
     let got = get(&agent.url).await;
@@ -202,7 +305,15 @@ async fn targets_that_only_a_proxy_takes_are_refused() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
 
-    let absolute = raw(&stack, format!("GET {}/x HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", agent.url).as_bytes()).await;
+    let absolute = raw(
+        &stack,
+        format!(
+            "GET {}/x HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+            agent.url
+        )
+        .as_bytes(),
+    )
+    .await;
     assert!(absolute.starts_with("HTTP/1.1 400"), "{absolute}");
     let nonsense = raw(&stack, b"GET /my-app/ NOTHTTP/1.1\r\n\r\n").await;
     assert!(nonsense.starts_with("HTTP/1.1 400"), "{nonsense}");
@@ -214,7 +325,13 @@ async fn a_request_that_says_two_things_about_its_length_is_refused() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
     let chunked = "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
-    let ask = async |fields: &str| raw(&stack, format!("POST /my-app/ HTTP/1.1\r\nhost: x\r\n{fields}").as_bytes()).await;
+    let ask = async |fields: &str| {
+        raw(
+            &stack,
+            format!("POST /my-app/ HTTP/1.1\r\nhost: x\r\n{fields}").as_bytes(),
+        )
+        .await
+    };
 
     for fields in [
         format!("content-length: 6\r\n{chunked}"),
@@ -222,16 +339,24 @@ async fn a_request_that_says_two_things_about_its_length_is_refused() {
         "content-length: 5\r\ncontent-length: 5\r\n\r\nhello".to_owned(),
         "content-length: 5\r\ncontent-length: 6\r\n\r\nhello".to_owned(),
         // The second comes before the answer to the first, so nobody can see what it was made of.
-        format!("content-length: 0\r\n\r\nPOST /my-app/ HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n{chunked}"),
+        format!(
+            "content-length: 0\r\n\r\nPOST /my-app/ HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n{chunked}"
+        ),
     ] {
         let answer = ask(&fields).await;
         let last = answer.rfind("HTTP/1.1 ").expect("an answer");
-        assert!(answer[last..].starts_with("HTTP/1.1 400"), "{fields}: {answer}");
+        assert!(
+            answer[last..].starts_with("HTTP/1.1 400"),
+            "{fields}: {answer}"
+        );
     }
 
     // On one connection after the other, each is served.
     let plain = ask(&format!("connection: close\r\n{chunked}")).await;
-    assert!(plain.starts_with("HTTP/1.1 200") && plain.contains("hello"), "{plain}");
+    assert!(
+        plain.starts_with("HTTP/1.1 200") && plain.contains("hello"),
+        "{plain}"
+    );
     assert_eq!(agent.url, format!("{}/my-app", stack.public_url));
     assert_eq!(origin.last().body, "hello");
 }
@@ -242,17 +367,31 @@ async fn bodies_that_are_packed_on_the_way_arrive_as_they_were() {
     let sent = text.clone();
     let origin = Origin::answering(move |seen| {
         assert_eq!(seen.body.len(), 500_000);
-        Some(reply_with(StatusCode::OK, &[("content-type", b"text/html"), ("etag", b"\"1\"")], sent.clone()))
+        Some(reply_with(
+            StatusCode::OK,
+            &[("content-type", b"text/html"), ("etag", b"\"1\"")],
+            sent.clone(),
+        ))
     })
     .await;
     let stack = stack().await;
     for compression in [true, false] {
         // A tunnel of its own for each: for a moment the service remembers what the agent before could do.
         let tunnel_id = Some(format!("packs-{compression}").parse().expect("an id"));
-        let agent = Agent::online(forwarder::settings::Settings { compression, tunnel_id, ..settings(&stack, origin.address) }).await;
-        let request = Request::post(&agent.url).header("content-type", "application/json").body(vec![b' '; 500_000].into());
+        let agent = Agent::online(forwarder::settings::Settings {
+            compression,
+            tunnel_id,
+            ..settings(&stack, origin.address)
+        })
+        .await;
+        let request = Request::post(&agent.url)
+            .header("content-type", "application/json")
+            .body(vec![b' '; 500_000].into());
         let got = visit(request.expect("a request")).await;
-        assert_eq!((got.status, got.header("content-length"), got.header("etag")), (StatusCode::OK, Some("960000"), Some("\"1\"")));
+        assert_eq!(
+            (got.status, got.header("content-length"), got.header("etag")),
+            (StatusCode::OK, Some("960000"), Some("\"1\""))
+        );
         assert!(got.body == text, "the body is another");
         assert_eq!(origin.last().body, vec![b' '; 500_000]);
         agent.stop().await.expect("stopped as asked");

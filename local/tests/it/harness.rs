@@ -34,7 +34,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits for what must come.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+    timeout(PATIENCE, future)
+        .await
+        .unwrap_or_else(|_| panic!("waited in vain for {what}"))
 }
 
 /// A stack on free ports that forgets all.
@@ -45,7 +47,13 @@ pub(crate) async fn stack() -> Stack {
 /// A stack on a free port, otherwise with these options.
 pub(crate) async fn stack_with(options: Options) -> Stack {
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    Stack::start(Options { listen, shape: shape(), ..options }).await.expect("a stack")
+    Stack::start(Options {
+        listen,
+        shape: shape(),
+        ..options
+    })
+    .await
+    .expect("a stack")
 }
 
 /// The shape that this run of the suite is about: every story is told in both.
@@ -84,7 +92,9 @@ pub(crate) struct Origin {
 
 impl Origin {
     /// Answers with what `answering` returns; breaks the connection off where it returns nothing.
-    pub(crate) async fn answering(answering: impl Fn(&Seen) -> Option<Answer> + Send + Sync + 'static) -> Self {
+    pub(crate) async fn answering(
+        answering: impl Fn(&Seen) -> Option<Answer> + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let seen = Arc::new(Mutex::new(VecDeque::new()));
@@ -95,13 +105,21 @@ impl Origin {
             while let Ok((stream, _)) = listener.accept().await {
                 let (answering, record) = (answering.clone(), record.clone());
                 connections.spawn(async move {
-                    let service = service_fn(move |request| serve(request, answering.clone(), record.clone()));
+                    let service = service_fn(move |request| {
+                        serve(request, answering.clone(), record.clone())
+                    });
                     // A connection that breaks off is what some stories are about.
-                    let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+                    let _ = http1::Builder::new()
+                        .serve_connection(TokioIo::new(stream), service)
+                        .await;
                 });
             }
         });
-        Self { address, seen, _serving: serving }
+        Self {
+            address,
+            seen,
+            _serving: serving,
+        }
     }
 
     /// Echoes each request's body.
@@ -111,7 +129,12 @@ impl Origin {
 
     /// The last request it saw.
     pub(crate) fn last(&self) -> Seen {
-        self.seen.lock().expect("not poisoned").back().cloned().expect("a request")
+        self.seen
+            .lock()
+            .expect("not poisoned")
+            .back()
+            .cloned()
+            .expect("a request")
     }
 
     /// How many requests it saw.
@@ -126,24 +149,43 @@ async fn serve(
     record: Arc<Mutex<VecDeque<Seen>>>,
 ) -> Result<Answer, std::io::Error> {
     let (head, body) = request.into_parts();
-    let body = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
-    let seen = Seen { method: head.method, uri: head.uri, headers: head.headers, body };
+    let body = body
+        .collect()
+        .await
+        .map_err(std::io::Error::other)?
+        .to_bytes();
+    let seen = Seen {
+        method: head.method,
+        uri: head.uri,
+        headers: head.headers,
+        body,
+    };
     record.lock().expect("not poisoned").push_back(seen.clone());
     answering(&seen).ok_or_else(|| std::io::Error::other("breaks off"))
 }
 
 /// An answer with this body.
 pub(crate) fn reply(status: StatusCode, body: impl Into<Bytes>) -> Answer {
-    let mut response = Response::new(Full::new(body.into()).map_err(|never: Infallible| match never {}).boxed());
+    let mut response = Response::new(
+        Full::new(body.into())
+            .map_err(|never: Infallible| match never {})
+            .boxed(),
+    );
     *response.status_mut() = status;
     response
 }
 
 /// An answer with these header fields.
-pub(crate) fn reply_with(status: StatusCode, fields: &[(&'static str, &[u8])], body: impl Into<Bytes>) -> Answer {
+pub(crate) fn reply_with(
+    status: StatusCode,
+    fields: &[(&'static str, &[u8])],
+    body: impl Into<Bytes>,
+) -> Answer {
     let mut response = reply(status, body);
     for (name, value) in fields {
-        response.headers_mut().append(*name, HeaderValue::from_bytes(value).expect("a value"));
+        response
+            .headers_mut()
+            .append(*name, HeaderValue::from_bytes(value).expect("a value"));
     }
     response
 }
@@ -189,7 +231,12 @@ impl Agent {
             let _ = send.send(event);
         });
         running.spawn(forwarder::run(vec![settings], observer, stop.clone()));
-        Self { url: String::new(), events, stop, running }
+        Self {
+            url: String::new(),
+            events,
+            stop,
+            running,
+        }
     }
 
     /// Starts an agent and waits until its tunnel is open.
@@ -209,7 +256,11 @@ impl Agent {
     }
 
     /// Waits for an event that `is_wanted`.
-    pub(crate) async fn until<T>(&mut self, what: &str, is_wanted: impl Fn(Event) -> Option<T>) -> T {
+    pub(crate) async fn until<T>(
+        &mut self,
+        what: &str,
+        is_wanted: impl Fn(Event) -> Option<T>,
+    ) -> T {
         within(what, async {
             loop {
                 let event = self.events.recv().await.expect("the agent to run");
@@ -234,7 +285,10 @@ impl Agent {
 
     /// Waits until the agent ends by itself.
     pub(crate) async fn ended(&mut self) -> Result<(), Failure> {
-        within("the agent to end", self.running.join_next()).await.expect("one task").expect("no panic")
+        within("the agent to end", self.running.join_next())
+            .await
+            .expect("one task")
+            .expect("no panic")
     }
 }
 
@@ -262,7 +316,11 @@ impl Got {
     }
 
     pub(crate) fn all(&self, name: &str) -> Vec<&[u8]> {
-        self.headers.get_all(name).iter().map(HeaderValue::as_bytes).collect()
+        self.headers
+            .get_all(name)
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .collect()
     }
 }
 
@@ -278,7 +336,9 @@ pub(crate) async fn post(url: &str, body: impl Into<Bytes>) -> Got {
 
 /// Makes one request over a connection of its own. Redirects are not followed.
 pub(crate) async fn visit(request: Request<Bytes>) -> Got {
-    within("an answer", try_visit(request)).await.expect("an answer")
+    within("an answer", try_visit(request))
+        .await
+        .expect("an answer")
 }
 
 /// Like [`visit`], for stories in which the connection breaks off.
@@ -286,18 +346,34 @@ pub(crate) async fn try_visit(request: Request<Bytes>) -> Result<Got, hyper::Err
     let (mut head, body) = request.into_parts();
     let authority = head.uri.authority().expect("an address").clone();
     head.uri = Uri::from(head.uri.into_parts().path_and_query.expect("a path"));
-    head.headers.entry("host").or_insert_with(|| HeaderValue::from_str(authority.as_str()).expect("a host"));
-    let stream = TcpStream::connect(authority.as_str()).await.expect("a connection");
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    head.headers
+        .entry("host")
+        .or_insert_with(|| HeaderValue::from_str(authority.as_str()).expect("a host"));
+    let stream = TcpStream::connect(authority.as_str())
+        .await
+        .expect("a connection");
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let mut driving = JoinSet::new();
     driving.spawn(connection);
-    let (head, body) = sender.send_request(Request::from_parts(head, Full::new(body))).await?.into_parts();
-    Ok(Got { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
+    let (head, body) = sender
+        .send_request(Request::from_parts(head, Full::new(body)))
+        .await?
+        .into_parts();
+    Ok(Got {
+        status: head.status,
+        headers: head.headers,
+        body: body.collect().await?.to_bytes(),
+    })
 }
 
 /// Like [`get`], for stories in which the connection breaks off.
 pub(crate) async fn try_get(url: &str) -> Result<Got, hyper::Error> {
-    within("an answer", try_visit(Request::get(url).body(Bytes::new()).expect("a request"))).await
+    within(
+        "an answer",
+        try_visit(Request::get(url).body(Bytes::new()).expect("a request")),
+    )
+    .await
 }
 
 /// Sends bytes as they are to the stack's front and returns all that comes back until it closes.
@@ -306,7 +382,9 @@ pub(crate) async fn raw(stack: &Stack, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(authority).await.expect("a connection");
     stream.write_all(request).await.expect("sent");
     let mut answer = Vec::new();
-    within("the connection to close", stream.read_to_end(&mut answer)).await.expect("read");
+    within("the connection to close", stream.read_to_end(&mut answer))
+        .await
+        .expect("read");
     String::from_utf8_lossy(&answer).into_owned()
 }
 
@@ -316,16 +394,27 @@ pub(crate) struct ScriptedAgent(WebSocketStream<MaybeTlsStream<TcpStream>>);
 impl ScriptedAgent {
     /// Connects without a word.
     pub(crate) async fn connect(stack: &Stack, query: &str) -> Self {
-        Self::try_connect(stack, query, None).await.expect("a connection")
+        Self::try_connect(stack, query, None)
+            .await
+            .expect("a connection")
     }
 
     /// Tries to connect.
-    pub(crate) async fn try_connect(stack: &Stack, query: &str, token: Option<&str>) -> Result<Self, tungstenite::Error> {
+    pub(crate) async fn try_connect(
+        stack: &Stack,
+        query: &str,
+        token: Option<&str>,
+    ) -> Result<Self, tungstenite::Error> {
         let mut request = format!("{}{query}", stack.endpoint).into_client_request()?;
         if let Some(token) = token {
-            request.headers_mut().insert("authorization", HeaderValue::from_str(&format!("Bearer {token}")).expect("a value"));
+            request.headers_mut().insert(
+                "authorization",
+                HeaderValue::from_str(&format!("Bearer {token}")).expect("a value"),
+            );
         }
-        tokio_tungstenite::connect_async(request).await.map(|(socket, _)| Self(socket))
+        tokio_tungstenite::connect_async(request)
+            .await
+            .map(|(socket, _)| Self(socket))
     }
 
     pub(crate) async fn send(&mut self, message: impl Into<Message>) {
@@ -348,7 +437,9 @@ impl ScriptedAgent {
     pub(crate) async fn close_code(&mut self) -> u16 {
         loop {
             match self.hear_anything().await {
-                Some(Message::Close(frame)) => return frame.map_or(1005, |frame| frame.code.into()),
+                Some(Message::Close(frame)) => {
+                    return frame.map_or(1005, |frame| frame.code.into());
+                }
                 Some(_) => {}
                 None => panic!("ended without a close frame"),
             }
@@ -393,12 +484,21 @@ pub(crate) struct ScriptedService {
 impl ScriptedService {
     pub(crate) async fn listening() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        Self { endpoint: format!("ws://{}/_ws", listener.local_addr().expect("an address")), listener }
+        Self {
+            endpoint: format!("ws://{}/_ws", listener.local_addr().expect("an address")),
+            listener,
+        }
     }
 
     /// The next agent's connection.
     pub(crate) async fn accept(&self) -> ScriptedAgent {
-        let (stream, _) = within("an agent", self.listener.accept()).await.expect("a connection");
-        ScriptedAgent(tokio_tungstenite::accept_async(MaybeTlsStream::Plain(stream)).await.expect("a handshake"))
+        let (stream, _) = within("an agent", self.listener.accept())
+            .await
+            .expect("a connection");
+        ScriptedAgent(
+            tokio_tungstenite::accept_async(MaybeTlsStream::Plain(stream))
+                .await
+                .expect("a handshake"),
+        )
     }
 }

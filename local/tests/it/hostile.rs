@@ -6,10 +6,16 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tunnel_shared::limits::PARTS_AHEAD;
 
-use crate::harness::{Agent, Got, Origin, ScriptedAgent, ScriptedService, get, settings_for, stack, within};
+use crate::harness::{
+    Agent, Got, Origin, ScriptedAgent, ScriptedService, get, settings_for, stack, within,
+};
 
 /// What a visitor gets whose request the agent answers with these messages.
-async fn answered(agent: &mut ScriptedAgent, url: &str, messages: impl FnOnce(&Value) -> Vec<Value>) -> Got {
+async fn answered(
+    agent: &mut ScriptedAgent,
+    url: &str,
+    messages: impl FnOnce(&Value) -> Vec<Value>,
+) -> Got {
     let (got, ()) = tokio::join!(get(url), async {
         let request = loop {
             let heard = agent.hear().await;
@@ -25,7 +31,11 @@ async fn answered(agent: &mut ScriptedAgent, url: &str, messages: impl FnOnce(&V
 }
 
 async fn still_serves(agent: &mut ScriptedAgent, url: &str) {
-    let good = |id: &Value| vec![json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": {}, "body": "aGk=" })];
+    let good = |id: &Value| {
+        vec![
+            json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": {}, "body": "aGk=" }),
+        ]
+    };
     let got = answered(agent, url, good).await;
     assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
 }
@@ -34,9 +44,13 @@ async fn still_serves(agent: &mut ScriptedAgent, url: &str) {
 async fn a_reply_that_is_no_response_is_a_502_at_once() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent.ready(&json!({ "type": "ready", "features": ["body_parts", "reply_to"] })).await;
+    agent
+        .ready(&json!({ "type": "ready", "features": ["body_parts", "reply_to"] }))
+        .await;
     let url = format!("{}/my-app/", stack.public_url);
-    let many: serde_json::Map<String, Value> = (0..300).map(|number| (format!("x-{number}"), json!(["1"]))).collect();
+    let many: serde_json::Map<String, Value> = (0..300)
+        .map(|number| (format!("x-{number}"), json!(["1"])))
+        .collect();
     let with_headers = |headers: Value| json!({ "status_code": 200, "headers": headers });
     for response in [
         with_headers(json!(many)),
@@ -78,7 +92,11 @@ async fn a_reply_that_is_no_response_is_a_502_at_once() {
             });
             match got {
                 Ok(got) => {
-                    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("invalid_reply")), "{response}");
+                    assert_eq!(
+                        (got.status, got.error()),
+                        (StatusCode::BAD_GATEWAY, Some("invalid_reply")),
+                        "{response}"
+                    );
                     assert_eq!(got.header("set-cookie"), None, "{response}");
                 }
                 // The head was good, and the body was found bad behind it.
@@ -93,17 +111,33 @@ async fn a_reply_that_is_no_response_is_a_502_at_once() {
 async fn parts_that_cannot_be_put_in_order_or_come_again_do_no_harm() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent.ready(&json!({ "type": "ready", "features": ["body_parts"] })).await;
+    agent
+        .ready(&json!({ "type": "ready", "features": ["body_parts"] }))
+        .await;
     let url = format!("{}/my-app/", stack.public_url);
     let head = |id: &Value, body: &str, more: bool| json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": {}, "body": body, "more": more });
     let part = |id: &Value, number: u64, body: &str, more: bool| json!({ "type": "body_part", "request_id": id, "part": number, "body": body, "more": more });
 
-    for number in [PARTS_AHEAD as u64, 1000, u64::from(u32::MAX) - 2, u64::from(u32::MAX), u64::from(u32::MAX) + 1] {
+    for number in [
+        PARTS_AHEAD as u64,
+        1000,
+        u64::from(u32::MAX) - 2,
+        u64::from(u32::MAX),
+        u64::from(u32::MAX) + 1,
+    ] {
         let got = answered(&mut agent, &url, |id| vec![part(id, number, "MQ==", true)]).await;
-        assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("invalid_reply")), "part {number}");
+        assert_eq!(
+            (got.status, got.error()),
+            (StatusCode::BAD_GATEWAY, Some("invalid_reply")),
+            "part {number}"
+        );
     }
     let got = answered(&mut agent, &url, |id| vec![part(id, 0, "MQ==", false)]).await;
-    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("invalid_reply")), "a part with the number of the head");
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::BAD_GATEWAY, Some("invalid_reply")),
+        "a part with the number of the head"
+    );
 
     // The same again changes nothing, before the part was taken or after it.
     let (got, ()) = tokio::join!(get(&url), async {
@@ -134,7 +168,17 @@ async fn guessed_request_ids_reach_nobody() {
         let text = id.as_str().expect("an id");
         let (start, end) = text.split_at(text.len() - 1);
         let next = format!("{start}{}", if end == "0" { "1" } else { "0" });
-        for guess in [&*next, "", "0", "*", "../x", "a/b", &"0".repeat(64), &"0".repeat(65), &text.to_lowercase()] {
+        for guess in [
+            &*next,
+            "",
+            "0",
+            "*",
+            "../x",
+            "a/b",
+            &"0".repeat(64),
+            &"0".repeat(65),
+            &text.to_lowercase(),
+        ] {
             agent
                 .say(&json!({ "type": "http_response", "request_id": guess, "status_code": 200, "headers": {}, "body": "ZXZpbA==" }))
                 .await;
@@ -149,12 +193,24 @@ async fn an_agent_that_sends_a_thousand_parts_to_a_visitor_who_does_not_read_los
     const PART: usize = 24_000;
     // Where parts are pushed; the mailbox holds what nobody asks for, as long as it does anything.
     let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    let stack = Stack::start(Options { listen, shape: Shape::OneProcess, ..Options::default() }).await.expect("a stack");
+    let stack = Stack::start(Options {
+        listen,
+        shape: Shape::OneProcess,
+        ..Options::default()
+    })
+    .await
+    .expect("a stack");
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent.ready(&json!({ "type": "ready", "features": ["body_parts", "cancel", "window"] })).await;
+    agent
+        .ready(&json!({ "type": "ready", "features": ["body_parts", "cancel", "window"] }))
+        .await;
     let authority = stack.public_url.to_string().split_off("http://".len());
-    let mut slow = tokio::net::TcpStream::connect(authority).await.expect("a connection");
-    slow.write_all(b"GET /my-app/ HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.expect("sent");
+    let mut slow = tokio::net::TcpStream::connect(authority)
+        .await
+        .expect("a connection");
+    slow.write_all(b"GET /my-app/ HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        .await
+        .expect("sent");
     let id = agent.hear().await["request_id"].clone();
     agent.say(&json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": {}, "body": "", "more": true })).await;
     let body = "A".repeat(PART / 3 * 4);
@@ -168,11 +224,23 @@ async fn an_agent_that_sends_a_thousand_parts_to_a_visitor_who_does_not_read_los
     }
 
     let mut got = Vec::new();
-    within("the end of the response", slow.read_to_end(&mut got)).await.expect("read");
-    assert!(got.len() < 500 * PART, "{} bytes were kept for a visitor who does not read", got.len());
-    assert!(!got.ends_with(b"0\r\n\r\n"), "a response that broke off looks complete");
+    within("the end of the response", slow.read_to_end(&mut got))
+        .await
+        .expect("read");
+    assert!(
+        got.len() < 500 * PART,
+        "{} bytes were kept for a visitor who does not read",
+        got.len()
+    );
+    assert!(
+        !got.ends_with(b"0\r\n\r\n"),
+        "a response that broke off looks complete"
+    );
     if !heard.contains(&json!("cancel")) {
-        within("cancel", async { while agent.hear().await["type"] != "cancel" {} }).await;
+        within("cancel", async {
+            while agent.hear().await["type"] != "cancel" {}
+        })
+        .await;
     }
     let url = format!("{}/my-app/", stack.public_url);
     still_serves(&mut agent, &url).await;
@@ -187,15 +255,18 @@ async fn a_request_that_the_service_sends_twice_is_carried_out_once() {
     connection.establish("my-app", &["body_parts"]).await;
     agent.until_online().await;
 
-    let request =
-        |id: &str| json!({ "type": "http_request", "request_id": id, "method": "POST", "uri": "/", "headers": {}, "body": "aGk=" });
+    let request = |id: &str| json!({ "type": "http_request", "request_id": id, "method": "POST", "uri": "/", "headers": {}, "body": "aGk=" });
     for _ in 0..3 {
         connection.say(&request("once")).await;
     }
     assert_eq!(connection.hear().await["request_id"], "once");
     connection.say(&request("once")).await;
     connection.say(&request("next")).await;
-    assert_eq!(connection.hear().await["request_id"], "next", "an answer came twice");
+    assert_eq!(
+        connection.hear().await["request_id"],
+        "next",
+        "an answer came twice"
+    );
     assert_eq!(origin.count(), 2);
 }
 
@@ -205,7 +276,9 @@ async fn nonsense_of_a_service_harms_no_agent() {
     let mut agent = Agent::start(settings_for(&service.endpoint, origin.address));
     let mut connection = service.accept().await;
     connection.hear().await;
-    connection.establish("my-app", &["body_parts", "window"]).await;
+    connection
+        .establish("my-app", &["body_parts", "window"])
+        .await;
     agent.until_online().await;
 
     for nonsense in [
@@ -222,23 +295,42 @@ async fn nonsense_of_a_service_harms_no_agent() {
     }
     // What names its request is answered.
     let heard = connection.hear().await;
-    assert_eq!((&heard["request_id"], &heard["code"]), (&json!("r1"), &json!("invalid_request")));
-    for (id, method, uri) in [("r2", "GET", "http://elsewhere.example/"), ("r3", "CONNECT", "/"), ("r4", "GE T", "/"), ("r5", "GET", "//[")]
-    {
-        connection.say(&json!({ "type": "http_request", "request_id": id, "method": method, "uri": uri })).await;
+    assert_eq!(
+        (&heard["request_id"], &heard["code"]),
+        (&json!("r1"), &json!("invalid_request"))
+    );
+    for (id, method, uri) in [
+        ("r2", "GET", "http://elsewhere.example/"),
+        ("r3", "CONNECT", "/"),
+        ("r4", "GE T", "/"),
+        ("r5", "GET", "//["),
+    ] {
+        connection
+            .say(&json!({ "type": "http_request", "request_id": id, "method": method, "uri": uri }))
+            .await;
         let heard = connection.hear().await;
-        let is_refused = (&heard["type"], &heard["code"]) == (&json!("error"), &json!("invalid_request"));
-        assert!(is_refused || (id == "r5" && heard["type"] == "http_response"), "{method} {uri}: {heard}");
+        let is_refused =
+            (&heard["type"], &heard["code"]) == (&json!("error"), &json!("invalid_request"));
+        assert!(
+            is_refused || (id == "r5" && heard["type"] == "http_response"),
+            "{method} {uri}: {heard}"
+        );
         assert_eq!(heard["request_id"], id);
     }
     // A body that goes on far beyond what was allowed.
     connection.say(&json!({ "type": "http_request", "request_id": "r6", "method": "POST", "uri": "/", "more": true })).await;
     connection.say(&json!({ "type": "body_part", "request_id": "r6", "part": 1000, "body": "aGk=", "more": false })).await;
     let heard = connection.hear().await;
-    assert_eq!((&heard["request_id"], &heard["code"]), (&json!("r6"), &json!("busy")));
+    assert_eq!(
+        (&heard["request_id"], &heard["code"]),
+        (&json!("r6"), &json!("busy"))
+    );
 
     connection.say(&json!({ "type": "http_request", "request_id": "r7", "method": "POST", "uri": "/good", "body": "aGk=" })).await;
     let heard = connection.hear().await;
-    assert_eq!((&heard["request_id"], &heard["body"]), (&json!("r7"), &json!("aGk=")));
+    assert_eq!(
+        (&heard["request_id"], &heard["body"]),
+        (&json!("r7"), &json!("aGk="))
+    );
     assert_eq!(origin.last().uri.path(), "/good");
 }

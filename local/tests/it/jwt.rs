@@ -43,7 +43,11 @@ fn encoded(bytes: impl AsRef<[u8]>) -> String {
 }
 
 fn token(header: &Value, claims: &Value, sign: impl Fn(&[u8]) -> Vec<u8>) -> String {
-    let message = format!("{}.{}", encoded(header.to_string()), encoded(claims.to_string()));
+    let message = format!(
+        "{}.{}",
+        encoded(header.to_string()),
+        encoded(claims.to_string())
+    );
     let signature = sign(message.as_bytes());
     format!("{message}.{}", encoded(signature))
 }
@@ -55,7 +59,8 @@ fn with_secret(secret: &str) -> impl Fn(&[u8]) -> Vec<u8> {
 
 /// The claims of a good token, with some of them replaced; those that are null are left out.
 fn claims(replaced: &Value) -> Value {
-    let mut claims = json!({ "iss": ISSUER, "aud": "tunnel", "sub": "alice", "exp": now().as_secs() + 600 });
+    let mut claims =
+        json!({ "iss": ISSUER, "aud": "tunnel", "sub": "alice", "exp": now().as_secs() + 600 });
     let all = claims.as_object_mut().expect("an object");
     all.extend(replaced.as_object().expect("an object").clone());
     all.retain(|_, value| !value.is_null());
@@ -63,35 +68,78 @@ fn claims(replaced: &Value) -> Value {
 }
 
 fn by_secret(replaced: &Value) -> String {
-    token(&json!({ "alg": "HS256" }), &claims(replaced), with_secret(SECRET))
+    token(
+        &json!({ "alg": "HS256" }),
+        &claims(replaced),
+        with_secret(SECRET),
+    )
 }
 
 fn access(jwt: &[(&str, &str)]) -> Result<Access, String> {
-    let settings: BTreeMap<&str, &str> = jwt.iter().copied().chain([("AUTH", "jwt"), ("TOKENS_TABLE", "tokens")]).collect();
+    let settings: BTreeMap<&str, &str> = jwt
+        .iter()
+        .copied()
+        .chain([("AUTH", "jwt"), ("TOKENS_TABLE", "tokens")])
+        .collect();
     let variables = Variables::new(move |name| settings.get(name).map(|value| (*value).to_owned()));
-    let access = Access::load(&variables, &sdk::for_loopback("http://127.0.0.1:9", "nobody"));
-    variables.finish(|| access).map_err(|faults| faults.to_string())
+    let access = Access::load(
+        &variables,
+        &sdk::for_loopback("http://127.0.0.1:9", "nobody"),
+    );
+    variables
+        .finish(|| access)
+        .map_err(|faults| faults.to_string())
 }
 
 fn access_by_secret() -> Access {
-    access(&[("JWT_ISSUER", ISSUER), ("JWT_AUDIENCE", "tunnel"), ("JWT_SECRET", SECRET)]).expect("settings")
+    access(&[
+        ("JWT_ISSUER", ISSUER),
+        ("JWT_AUDIENCE", "tunnel"),
+        ("JWT_SECRET", SECRET),
+    ])
+    .expect("settings")
 }
 
 async fn owner(access: &Access, token: &str) -> Option<String> {
-    access.identify(Some(token), now()).await.expect("an answer").map(|identity| identity.owner)
+    access
+        .identify(Some(token), now())
+        .await
+        .expect("an answer")
+        .map(|identity| identity.owner)
 }
 
 #[tokio::test]
 async fn a_good_token_names_its_owner_and_another_subject_is_another() {
     let access = access_by_secret();
-    let alice = owner(&access, &by_secret(&json!({}))).await.expect("an owner");
+    let alice = owner(&access, &by_secret(&json!({})))
+        .await
+        .expect("an owner");
     assert!(alice.starts_with("jwt:"), "{alice}");
-    assert_eq!(owner(&access, &by_secret(&json!({ "exp": now().as_secs() + 5 }))).await, Some(alice.clone()));
-    assert_eq!(owner(&access, &by_secret(&json!({ "aud": ["other", "tunnel"] }))).await, Some(alice.clone()));
-    assert_ne!(owner(&access, &by_secret(&json!({ "sub": "bob" }))).await, Some(alice));
+    assert_eq!(
+        owner(&access, &by_secret(&json!({ "exp": now().as_secs() + 5 }))).await,
+        Some(alice.clone())
+    );
+    assert_eq!(
+        owner(&access, &by_secret(&json!({ "aud": ["other", "tunnel"] }))).await,
+        Some(alice.clone())
+    );
+    assert_ne!(
+        owner(&access, &by_secret(&json!({ "sub": "bob" }))).await,
+        Some(alice)
+    );
 
-    let expires = access.identify(Some(&by_secret(&json!({ "exp": 4_102_444_800_u64 }))), now()).await.expect("an answer");
-    assert_eq!(expires.and_then(|identity| identity.expires_at), Some(4_102_444_860), "with a minute for the clocks");
+    let expires = access
+        .identify(
+            Some(&by_secret(&json!({ "exp": 4_102_444_800_u64 }))),
+            now(),
+        )
+        .await
+        .expect("an answer");
+    assert_eq!(
+        expires.and_then(|identity| identity.expires_at),
+        Some(4_102_444_860),
+        "with a minute for the clocks"
+    );
 }
 
 #[tokio::test]
@@ -113,17 +161,41 @@ async fn a_token_that_is_not_good_names_nobody() {
         json!({ "sub": null }),
         json!({ "sub": "" }),
     ] {
-        assert_eq!(owner(&access, &by_secret(&replaced)).await, None, "{replaced}");
+        assert_eq!(
+            owner(&access, &by_secret(&replaced)).await,
+            None,
+            "{replaced}"
+        );
     }
     for replaced in [json!({ "exp": now - 30 }), json!({ "nbf": now + 30 })] {
-        assert!(owner(&access, &by_secret(&replaced)).await.is_some(), "clocks differ: {replaced}");
+        assert!(
+            owner(&access, &by_secret(&replaced)).await.is_some(),
+            "clocks differ: {replaced}"
+        );
     }
     let good = by_secret(&json!({}));
     let (message, _) = good.rsplit_once('.').expect("three parts");
-    for spoilt in ["", ".", "..", "...", "a.b.c", message, &format!("{message}."), &good[1..], &"a".repeat(100_000), &format!("{good}.x")] {
+    for spoilt in [
+        "",
+        ".",
+        "..",
+        "...",
+        "a.b.c",
+        message,
+        &format!("{message}."),
+        &good[1..],
+        &"a".repeat(100_000),
+        &format!("{good}.x"),
+    ] {
         assert_eq!(owner(&access, spoilt).await, None, "{spoilt}");
     }
-    assert_eq!(access.identify(None, tunnel_shared::cloud::now()).await.expect("an answer"), None);
+    assert_eq!(
+        access
+            .identify(None, tunnel_shared::cloud::now())
+            .await
+            .expect("an answer"),
+        None
+    );
 }
 
 #[tokio::test]
@@ -139,29 +211,66 @@ async fn the_token_does_not_choose_how_it_is_checked() {
         json!({}),
         json!({ "alg": "HS256", "crit": ["b64"], "b64": false }),
     ] {
-        assert_eq!(owner(&access, &token(&header, &good, with_secret(SECRET))).await, None, "{header}");
-        assert_eq!(owner(&access, &token(&header, &good, |_| Vec::new())).await, None, "{header} without signature");
+        assert_eq!(
+            owner(&access, &token(&header, &good, with_secret(SECRET))).await,
+            None,
+            "{header}"
+        );
+        assert_eq!(
+            owner(&access, &token(&header, &good, |_| Vec::new())).await,
+            None,
+            "{header} without signature"
+        );
     }
     let other = with_secret("another secret of 32 or more bytes");
-    assert_eq!(owner(&access, &token(&json!({ "alg": "HS256" }), &good, other)).await, None);
+    assert_eq!(
+        owner(&access, &token(&json!({ "alg": "HS256" }), &good, other)).await,
+        None
+    );
 }
 
 #[test]
 fn settings_that_would_believe_too_much_are_refused() {
     let (issuer, audience) = (("JWT_ISSUER", ISSUER), ("JWT_AUDIENCE", "tunnel"));
-    let (secret, url) = (("JWT_SECRET", SECRET), ("JWT_JWKS_URL", "https://issuer.example.com/keys"));
+    let (secret, url) = (
+        ("JWT_SECRET", SECRET),
+        ("JWT_JWKS_URL", "https://issuer.example.com/keys"),
+    );
     for (settings, fault) in [
         (&[issuer, audience][..], "exactly one"),
         (&[issuer, audience, secret, url], "exactly one"),
-        (&[issuer, audience, ("JWT_SECRET", "0123456789abcdef0123456789abcde")], "32 bytes"),
-        (&[issuer, audience, ("JWT_JWKS_URL", "http://issuer.example.com/keys")], "https://"),
+        (
+            &[
+                issuer,
+                audience,
+                ("JWT_SECRET", "0123456789abcdef0123456789abcde"),
+            ],
+            "32 bytes",
+        ),
+        (
+            &[
+                issuer,
+                audience,
+                ("JWT_JWKS_URL", "http://issuer.example.com/keys"),
+            ],
+            "https://",
+        ),
         (&[audience, secret], "JWT_ISSUER"),
         (&[issuer, secret], "JWT_AUDIENCE"),
     ] {
         let said = access(settings).expect_err("a fault");
-        assert!(said.contains(fault) && !said.contains("0123456789"), "{said}");
+        assert!(
+            said.contains(fault) && !said.contains("0123456789"),
+            "{said}"
+        );
     }
-    assert!(!format!("{:?}", access(&[issuer, audience, secret]).expect("settings")).contains("0123456789"));
+    assert!(
+        !format!(
+            "{:?}",
+            access(&[issuer, audience, secret]).expect("settings")
+        )
+        .contains("0123456789")
+    );
     access(&[issuer, audience, url]).expect("settings");
 }
 
@@ -175,7 +284,10 @@ struct Publisher {
 
 impl Publisher {
     async fn of(keys: Value) -> Self {
-        let (asked, answer) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new((StatusCode::OK, json!({ "keys": keys })))));
+        let (asked, answer) = (
+            Arc::new(AtomicUsize::new(0)),
+            Arc::new(Mutex::new((StatusCode::OK, json!({ "keys": keys })))),
+        );
         let (count, said) = (asked.clone(), answer.clone());
         let keys = axum::routing::get(async move || {
             count.fetch_add(1, Ordering::SeqCst);
@@ -185,12 +297,26 @@ impl Publisher {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}/keys", listener.local_addr().expect("an address"));
         let mut serving = JoinSet::new();
-        serving.spawn(async move { axum::serve(listener, axum::Router::new().route("/keys", keys)).await.expect("served") });
-        Self { url, asked, answer, _serving: serving }
+        serving.spawn(async move {
+            axum::serve(listener, axum::Router::new().route("/keys", keys))
+                .await
+                .expect("served")
+        });
+        Self {
+            url,
+            asked,
+            answer,
+            _serving: serving,
+        }
     }
 
     fn access(&self) -> Access {
-        access(&[("JWT_ISSUER", ISSUER), ("JWT_AUDIENCE", "tunnel"), ("JWT_JWKS_URL", &self.url)]).expect("settings")
+        access(&[
+            ("JWT_ISSUER", ISSUER),
+            ("JWT_AUDIENCE", "tunnel"),
+            ("JWT_JWKS_URL", &self.url),
+        ])
+        .expect("settings")
     }
 
     fn asked(&self) -> usize {
@@ -200,8 +326,11 @@ impl Publisher {
 
 fn p256() -> (EcdsaKeyPair, Value) {
     let random = SystemRandom::new();
-    let document = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &random).expect("a key");
-    let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, document.as_ref(), &random).expect("a key");
+    let document =
+        EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &random).expect("a key");
+    let pair =
+        EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, document.as_ref(), &random)
+            .expect("a key");
     let point = pair.public_key().as_ref();
     let jwk = json!({ "kty": "EC", "crv": "P-256", "use": "sig", "kid": "ec", "x": encoded(&point[1..33]), "y": encoded(&point[33..]) });
     (pair, jwk)
@@ -218,13 +347,29 @@ async fn tokens_signed_with_published_keys_are_believed_and_the_keys_are_fetched
     let publisher = Publisher::of(json!([strange, jwk.clone(), ed_jwk, rsa])).await;
     let access = publisher.access();
     let by_ec = |header: &Value, claims: &Value| {
-        token(header, claims, |message| pair.sign(&SystemRandom::new(), message).expect("signed").as_ref().to_vec())
+        token(header, claims, |message| {
+            pair.sign(&SystemRandom::new(), message)
+                .expect("signed")
+                .as_ref()
+                .to_vec()
+        })
     };
 
     let good = claims(&json!({}));
-    let alice = owner(&access, &by_ec(&json!({ "alg": "ES256", "kid": "ec" }), &good)).await.expect("an owner");
-    assert_eq!(owner(&access_by_secret(), &by_secret(&json!({}))).await, Some(alice.clone()), "an owner is issuer and subject");
-    let by_ed = token(&json!({ "alg": "EdDSA", "kid": "ed" }), &good, |message| edwards.sign(message).as_ref().to_vec());
+    let alice = owner(
+        &access,
+        &by_ec(&json!({ "alg": "ES256", "kid": "ec" }), &good),
+    )
+    .await
+    .expect("an owner");
+    assert_eq!(
+        owner(&access_by_secret(), &by_secret(&json!({}))).await,
+        Some(alice.clone()),
+        "an owner is issuer and subject"
+    );
+    let by_ed = token(&json!({ "alg": "EdDSA", "kid": "ed" }), &good, |message| {
+        edwards.sign(message).as_ref().to_vec()
+    });
     assert_eq!(owner(&access, &by_ed).await, Some(alice.clone()));
     for by_rsa in BY_RSA {
         assert_eq!(owner(&access, by_rsa).await, Some(alice.clone()));
@@ -233,7 +378,9 @@ async fn tokens_signed_with_published_keys_are_believed_and_the_keys_are_fetched
     // The public key as if it were a secret, a key for another algorithm, and no key at all.
     let point = pair.public_key().as_ref().to_vec();
     let confused = token(&json!({ "alg": "HS256", "kid": "ec" }), &good, |message| {
-        hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &point), message).as_ref().to_vec()
+        hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &point), message)
+            .as_ref()
+            .to_vec()
     });
     for wrong in [
         confused,
@@ -243,31 +390,59 @@ async fn tokens_signed_with_published_keys_are_believed_and_the_keys_are_fetched
         by_ec(&json!({ "alg": "none", "kid": "ec" }), &good),
         by_ec(&json!({ "alg": "ES256", "kid": "unknown" }), &good),
         by_ec(&json!({ "alg": "ES256" }), &good),
-        by_ec(&json!({ "alg": "ES256", "kid": "ec" }), &claims(&json!({ "aud": "other" }))),
+        by_ec(
+            &json!({ "alg": "ES256", "kid": "ec" }),
+            &claims(&json!({ "aud": "other" })),
+        ),
         by_secret(&json!({})),
-        format!("{}.{}", BY_RSA[1].rsplit_once('.').expect("three parts").0, BY_RSA[0].rsplit_once('.').expect("three parts").1),
+        format!(
+            "{}.{}",
+            BY_RSA[1].rsplit_once('.').expect("three parts").0,
+            BY_RSA[0].rsplit_once('.').expect("three parts").1
+        ),
     ] {
         assert_eq!(owner(&access, &wrong).await, None, "{wrong}");
     }
     assert_eq!(publisher.asked(), 1, "within a minute");
 
     let only = Publisher::of(json!([jwk])).await;
-    assert_eq!(owner(&only.access(), &by_ec(&json!({ "alg": "ES256" }), &good)).await, Some(alice), "the only key needs no name");
+    assert_eq!(
+        owner(&only.access(), &by_ec(&json!({ "alg": "ES256" }), &good)).await,
+        Some(alice),
+        "the only key needs no name"
+    );
 }
 
 #[tokio::test]
 async fn a_key_that_is_not_for_signatures_or_is_a_secret_is_not_used() {
     let (pair, mut jwk) = p256();
     let mint = || {
-        token(&json!({ "alg": "ES256", "kid": "ec" }), &claims(&json!({})), |message| {
-            pair.sign(&SystemRandom::new(), message).expect("signed").as_ref().to_vec()
-        })
+        token(
+            &json!({ "alg": "ES256", "kid": "ec" }),
+            &claims(&json!({})),
+            |message| {
+                pair.sign(&SystemRandom::new(), message)
+                    .expect("signed")
+                    .as_ref()
+                    .to_vec()
+            },
+        )
     };
     jwk["use"] = json!("enc");
-    assert_eq!(owner(&Publisher::of(json!([jwk])).await.access(), &mint()).await, None);
+    assert_eq!(
+        owner(&Publisher::of(json!([jwk])).await.access(), &mint()).await,
+        None
+    );
     let oct = json!({ "kty": "oct", "kid": "oct", "k": encoded(SECRET) });
-    let by_oct = token(&json!({ "alg": "HS256", "kid": "oct" }), &claims(&json!({})), with_secret(SECRET));
-    assert_eq!(owner(&Publisher::of(json!([oct])).await.access(), &by_oct).await, None);
+    let by_oct = token(
+        &json!({ "alg": "HS256", "kid": "oct" }),
+        &claims(&json!({})),
+        with_secret(SECRET),
+    );
+    assert_eq!(
+        owner(&Publisher::of(json!([oct])).await.access(), &by_oct).await,
+        None
+    );
 }
 
 #[tokio::test]
@@ -275,15 +450,28 @@ async fn while_the_keys_cannot_be_fetched_nobody_is_told_that_a_token_is_wrong()
     let (pair, jwk) = p256();
     let publisher = Publisher::of(json!([jwk])).await;
     let answer = publisher.answer.lock().expect("not poisoned").clone();
-    for broken in [(StatusCode::INTERNAL_SERVER_ERROR, answer.1.clone()), (StatusCode::OK, json!("no set"))] {
+    for broken in [
+        (StatusCode::INTERNAL_SERVER_ERROR, answer.1.clone()),
+        (StatusCode::OK, json!("no set")),
+    ] {
         *publisher.answer.lock().expect("not poisoned") = broken;
         let access = publisher.access();
-        let good = token(&json!({ "alg": "ES256", "kid": "ec" }), &claims(&json!({})), |message| {
-            pair.sign(&SystemRandom::new(), message).expect("signed").as_ref().to_vec()
-        });
+        let good = token(
+            &json!({ "alg": "ES256", "kid": "ec" }),
+            &claims(&json!({})),
+            |message| {
+                pair.sign(&SystemRandom::new(), message)
+                    .expect("signed")
+                    .as_ref()
+                    .to_vec()
+            },
+        );
         let before = publisher.asked();
         for _ in 0..3 {
-            assert!(matches!(access.identify(Some(&good), now()).await, Err(AccessError::Keys(_))));
+            assert!(matches!(
+                access.identify(Some(&good), now()).await,
+                Err(AccessError::Keys(_))
+            ));
         }
         assert_eq!(publisher.asked(), before + 1, "within a minute");
     }
@@ -291,19 +479,42 @@ async fn while_the_keys_cannot_be_fetched_nobody_is_told_that_a_token_is_wrong()
 
 #[tokio::test]
 async fn an_agent_with_a_json_web_token_is_an_owner_until_that_expires() {
-    let issuer = JwtIssuer { issuer: ISSUER.to_owned(), audience: "tunnel".to_owned(), jwks_url: String::new(), secret: SECRET.to_owned() };
-    let quotas = Quotas { recheck: Duration::from_millis(20), ..Quotas::default() };
-    let stack = stack_with(Options { auth: Auth::Jwt, jwt: Some(issuer), quotas, ..Options::default() }).await;
+    let issuer = JwtIssuer {
+        issuer: ISSUER.to_owned(),
+        audience: "tunnel".to_owned(),
+        jwks_url: String::new(),
+        secret: SECRET.to_owned(),
+    };
+    let quotas = Quotas {
+        recheck: Duration::from_millis(20),
+        ..Quotas::default()
+    };
+    let stack = stack_with(Options {
+        auth: Auth::Jwt,
+        jwt: Some(issuer),
+        quotas,
+        ..Options::default()
+    })
+    .await;
     assert_eq!(stack.first_token, None);
     let origin = Origin::echo().await;
-    let with = |token: String| forwarder::settings::Settings { token: Some(Secret::from(token)), ..settings(&stack, origin.address) };
+    let with = |token: String| forwarder::settings::Settings {
+        token: Some(Secret::from(token)),
+        ..settings(&stack, origin.address)
+    };
     let agent = Agent::online(with(by_secret(&json!({})))).await;
     assert_eq!(get(&agent.url).await.status, StatusCode::OK);
 
     let bob = by_secret(&json!({ "sub": "bob" }));
-    assert!(matches!(Agent::start(with(bob)).ended().await, Err(Failure::NameTaken(_))));
+    assert!(matches!(
+        Agent::start(with(bob)).ended().await,
+        Err(Failure::NameTaken(_))
+    ));
     let stored = stack.create_token("stored").await.expect("a token");
-    assert_eq!(Agent::start(with(stored)).ended().await, Err(Failure::Unauthorized));
+    assert_eq!(
+        Agent::start(with(stored)).ended().await,
+        Err(Failure::Unauthorized)
+    );
 
     agent.stop().await.expect("stopped as asked");
     // With the minute for the clocks it is good for two seconds more, or a little less.

@@ -13,7 +13,9 @@ use tokio::{
 use tokio_tungstenite::tungstenite;
 use tunnel_shared::cloud::auth::Auth;
 
-use crate::harness::{Agent, Origin, ScriptedAgent, agent, get, reply, settings, stack, stack_with, within};
+use crate::harness::{
+    Agent, Origin, ScriptedAgent, agent, get, reply, settings, stack, stack_with, within,
+};
 
 #[expect(clippy::needless_pass_by_value, reason = "what Agent::until takes")]
 fn offline(event: Event) -> Option<()> {
@@ -25,7 +27,10 @@ async fn visitors_of_an_unknown_tunnel_get_404_and_of_an_offline_one_503() {
     let (stack, origin) = (stack().await, Origin::echo().await);
 
     let unknown = get(&format!("{}/my-app/", stack.public_url)).await;
-    assert_eq!((unknown.status, unknown.error()), (StatusCode::NOT_FOUND, Some("tunnel_not_found")));
+    assert_eq!(
+        (unknown.status, unknown.error()),
+        (StatusCode::NOT_FOUND, Some("tunnel_not_found"))
+    );
 
     let agent = agent(&stack, &origin).await;
     let url = agent.url.clone();
@@ -33,7 +38,10 @@ async fn visitors_of_an_unknown_tunnel_get_404_and_of_an_offline_one_503() {
     agent.stop().await.expect("stopped as asked");
     // The tunnel goes offline when $disconnect has been handled, or at the first request that finds its agent gone.
     let offline = get(&url).await;
-    assert_eq!((offline.status, offline.error()), (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline")));
+    assert_eq!(
+        (offline.status, offline.error()),
+        (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline"))
+    );
     assert!(offline.header("retry-after").is_some());
 }
 
@@ -41,8 +49,17 @@ async fn visitors_of_an_unknown_tunnel_get_404_and_of_an_offline_one_503() {
 async fn browsers_get_a_page_and_others_json() {
     let stack = stack().await;
     let url = format!("{}/my-app/", stack.public_url);
-    let page = crate::harness::visit(http::Request::get(&url).header("accept", "text/html,*/*").body("".into()).expect("a request")).await;
-    assert_eq!(page.header("content-type"), Some("text/html; charset=utf-8"));
+    let page = crate::harness::visit(
+        http::Request::get(&url)
+            .header("accept", "text/html,*/*")
+            .body("".into())
+            .expect("a request"),
+    )
+    .await;
+    assert_eq!(
+        page.header("content-type"),
+        Some("text/html; charset=utf-8")
+    );
     assert!(page.body.starts_with(b"<!doctype html>"));
     let json: serde_json::Value = serde_json::from_slice(&get(&url).await.body).expect("JSON");
     assert_eq!(json["error"], "tunnel_not_found");
@@ -51,16 +68,26 @@ async fn browsers_get_a_page_and_others_json() {
 #[tokio::test]
 async fn a_local_service_that_is_down_breaks_off_or_talks_nonsense_is_a_502() {
     let stack = stack().await;
-    let free = TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr().expect("an address");
+    let free = TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port")
+        .local_addr()
+        .expect("an address");
     let agent = Agent::online(settings(&stack, free)).await;
     let got = get(&agent.url).await;
-    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("local_unreachable")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::BAD_GATEWAY, Some("local_unreachable"))
+    );
     agent.stop().await.expect("stopped as asked");
 
     let origin = Origin::answering(|_| None).await;
     let agent = Agent::online(settings(&stack, origin.address)).await;
     let got = get(&agent.url).await;
-    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("local_unreachable")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::BAD_GATEWAY, Some("local_unreachable"))
+    );
     assert_eq!(origin.count(), 1, "the request was sent again");
 }
 
@@ -74,7 +101,10 @@ async fn a_request_the_local_service_never_answers_is_a_504() {
 
     let got = get(&agent.url).await;
 
-    assert_eq!((got.status, got.error()), (StatusCode::GATEWAY_TIMEOUT, Some("local_timeout")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::GATEWAY_TIMEOUT, Some("local_timeout"))
+    );
 }
 
 #[tokio::test]
@@ -89,7 +119,10 @@ async fn a_visitor_learns_at_once_that_the_agent_died() {
         drop(agent);
     });
 
-    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("agent_lost")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::BAD_GATEWAY, Some("agent_lost"))
+    );
 }
 
 #[tokio::test]
@@ -104,7 +137,11 @@ async fn requests_in_flight_finish_when_the_agent_is_told_to_stop() {
         Some(reply(StatusCode::OK, "late"))
     });
     // The local service blocks its thread on purpose, so it has a runtime of its own.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
     let origin = runtime.spawn(origin).await.expect("an origin");
     let mut agent = agent(&stack, &origin).await;
 
@@ -112,7 +149,11 @@ async fn requests_in_flight_finish_when_the_agent_is_told_to_stop() {
     let (got, stopped) = tokio::join!(get(&url), async {
         within("the request", asked.recv()).await;
         agent.stop_soon();
-        agent.until("draining", |event| matches!(event, Event::Draining { in_flight: 1 }).then_some(())).await;
+        agent
+            .until("draining", |event| {
+                matches!(event, Event::Draining { in_flight: 1 }).then_some(())
+            })
+            .await;
         hold.send(()).expect("the local service waits");
         agent.ended().await
     });
@@ -125,17 +166,29 @@ async fn requests_in_flight_finish_when_the_agent_is_told_to_stop() {
 async fn a_tunnel_comes_back_on_the_same_address_after_the_stack_restarts() {
     let data = tempfile::tempdir().expect("a directory");
     let origin = Origin::echo().await;
-    let options =
-        |port: u16| Options { listen: SocketAddr::from(([127, 0, 0, 1], port)), data: Some(data.path().to_owned()), ..Options::default() };
+    let options = |port: u16| Options {
+        listen: SocketAddr::from(([127, 0, 0, 1], port)),
+        data: Some(data.path().to_owned()),
+        ..Options::default()
+    };
     let stack = Stack::start(options(0)).await.expect("a stack");
-    let port = stack.public_url.to_string().rsplit(':').next().expect("a port").parse().expect("a number");
+    let port = stack
+        .public_url
+        .to_string()
+        .rsplit(':')
+        .next()
+        .expect("a port")
+        .parse()
+        .expect("a number");
     let mut settings = settings(&stack, origin.address);
     settings.tunnel_id = None;
     let mut agent = Agent::online(settings).await;
 
     stack.stop().await;
     agent.until("the agent to notice", offline).await;
-    let stack = Stack::start(options(port)).await.expect("the same stack again");
+    let stack = Stack::start(options(port))
+        .await
+        .expect("the same stack again");
     let url = agent.until_online().await;
 
     assert_eq!(url, agent.url);
@@ -145,10 +198,19 @@ async fn a_tunnel_comes_back_on_the_same_address_after_the_stack_restarts() {
 
 #[tokio::test]
 async fn no_request_fails_while_an_agent_moves_from_one_connection_to_the_next() {
-    let quotas = Quotas { life: std::time::Duration::from_secs(2), ..Quotas::default() };
+    let quotas = Quotas {
+        life: std::time::Duration::from_secs(2),
+        ..Quotas::default()
+    };
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
     // Only a process that holds the connections itself can shorten their life.
-    let stack = Stack::start(Options { listen, quotas, ..Options::default() }).await.expect("a stack");
+    let stack = Stack::start(Options {
+        listen,
+        quotas,
+        ..Options::default()
+    })
+    .await
+    .expect("a stack");
     let origin = Origin::echo().await;
     let mut agent = agent(&stack, &origin).await;
 
@@ -169,7 +231,11 @@ async fn no_request_fails_while_an_agent_moves_from_one_connection_to_the_next()
         () = visits => {}
         () = moves => {}
     }
-    assert!(origin.count() > 100, "there was hardly a visit: {}", origin.count());
+    assert!(
+        origin.count() > 100,
+        "there was hardly a visit: {}",
+        origin.count()
+    );
 }
 
 #[tokio::test]
@@ -192,14 +258,22 @@ async fn a_connection_that_ends_takes_only_its_own_tunnel_offline() {
     old.ready(&json!({ "type": "ready" })).await;
 
     let agent = agent(&stack, &origin).await;
-    assert_eq!(old.close_code().await, 1000, "an agent that does not know of being replaced is closed");
+    assert_eq!(
+        old.close_code().await,
+        1000,
+        "an agent that does not know of being replaced is closed"
+    );
     drop(old);
 
     assert_eq!(get(&agent.url).await.status, StatusCode::OK);
 }
 
 async fn with_tokens() -> (Stack, String) {
-    let mut stack = stack_with(Options { auth: Auth::Token, ..Options::default() }).await;
+    let mut stack = stack_with(Options {
+        auth: Auth::Token,
+        ..Options::default()
+    })
+    .await;
     let token = stack.first_token.take().expect("a first token");
     (stack, token)
 }
@@ -211,11 +285,17 @@ async fn an_agent_without_a_good_token_is_refused_and_does_not_try_again() {
     for token in [None, Some("wrong".to_owned()), Some(token.to_uppercase())] {
         let mut settings = settings(&stack, origin.address);
         settings.token = token.map(Secret::from);
-        assert_eq!(Agent::start(settings).ended().await, Err(Failure::Unauthorized));
+        assert_eq!(
+            Agent::start(settings).ended().await,
+            Err(Failure::Unauthorized)
+        );
     }
     let mut settings = settings(&stack, origin.address);
     settings.token = Some(Secret::from(token));
-    assert_eq!(get(&Agent::online(settings).await.url).await.status, StatusCode::OK);
+    assert_eq!(
+        get(&Agent::online(settings).await.url).await.status,
+        StatusCode::OK
+    );
 }
 
 #[tokio::test]
@@ -229,7 +309,10 @@ async fn a_name_that_is_somebody_elses_is_refused_and_stays_theirs() {
     };
     let agent = Agent::online(with(&token, &first)).await;
 
-    assert_eq!(Agent::start(with(&other, &second)).ended().await, Err(Failure::NameTaken("my-app".to_owned())));
+    assert_eq!(
+        Agent::start(with(&other, &second)).ended().await,
+        Err(Failure::NameTaken("my-app".to_owned()))
+    );
 
     assert_eq!(get(&agent.url).await.status, StatusCode::OK);
     agent.stop().await.expect("stopped as asked");
@@ -251,14 +334,21 @@ async fn a_web_page_cannot_be_an_agent() {
         .header("sec-websocket-version", "13")
         .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
         .header("origin", "https://evil.example.com");
-    assert_eq!(crate::harness::visit(request.body("".into()).expect("a request")).await.status, StatusCode::FORBIDDEN);
+    assert_eq!(
+        crate::harness::visit(request.body("".into()).expect("a request"))
+            .await
+            .status,
+        StatusCode::FORBIDDEN
+    );
 }
 
 #[tokio::test]
 async fn a_name_that_is_no_name_is_refused() {
     let stack = stack().await;
     for name in ["No", "_ws", "a/b", ""] {
-        let Err(tungstenite::Error::Http(response)) = ScriptedAgent::try_connect(&stack, &format!("?tunnel_id={name}"), None).await else {
+        let Err(tungstenite::Error::Http(response)) =
+            ScriptedAgent::try_connect(&stack, &format!("?tunnel_id={name}"), None).await
+        else {
             panic!("{name} was let in")
         };
         assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{name}");
@@ -267,32 +357,62 @@ async fn a_name_that_is_no_name_is_refused() {
 
 #[tokio::test]
 async fn strangers_are_not_let_in_without_tokens() {
-    let error = Stack::start(Options { listen: SocketAddr::from(([0, 0, 0, 0], 0)), auth: Auth::Open, ..Options::default() })
-        .await
-        .expect_err("a refusal");
+    let error = Stack::start(Options {
+        listen: SocketAddr::from(([0, 0, 0, 0], 0)),
+        auth: Auth::Open,
+        ..Options::default()
+    })
+    .await
+    .expect_err("a refusal");
     assert!(error.to_string().contains("--auth token"), "{error}");
     let public_url = Some("https://tunnel.example.com".parse().expect("an address"));
-    let behind_proxy = Options { listen: SocketAddr::from(([127, 0, 0, 1], 0)), public_url, ..Options::default() };
-    assert!(Stack::start(behind_proxy).await.is_err(), "a proxy lets the world in");
+    let behind_proxy = Options {
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        public_url,
+        ..Options::default()
+    };
+    assert!(
+        Stack::start(behind_proxy).await.is_err(),
+        "a proxy lets the world in"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_that_breaks_off_never_looks_complete_to_the_local_service() {
-    let (stack, local_service) = (stack().await, TcpListener::bind("127.0.0.1:0").await.expect("a port"));
-    let _agent = Agent::online(settings(&stack, local_service.local_addr().expect("an address"))).await;
+    let (stack, local_service) = (
+        stack().await,
+        TcpListener::bind("127.0.0.1:0").await.expect("a port"),
+    );
+    let _agent = Agent::online(settings(
+        &stack,
+        local_service.local_addr().expect("an address"),
+    ))
+    .await;
     // Often, because whether its end or its break is seen first was a race.
     for _ in 0..100 {
-        let mut visitor = TcpStream::connect(stack.public_url.to_string().split_off("http://".len())).await.expect("a connection");
-        let half = b"POST /my-app/ HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n";
+        let mut visitor =
+            TcpStream::connect(stack.public_url.to_string().split_off("http://".len()))
+                .await
+                .expect("a connection");
+        let half =
+            b"POST /my-app/ HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n";
         visitor.write_all(half).await.expect("sent");
-        let (mut stream, _) = within("the upload", local_service.accept()).await.expect("a connection");
+        let (mut stream, _) = within("the upload", local_service.accept())
+            .await
+            .expect("a connection");
         let mut seen = Vec::new();
         while !seen.ends_with(b"half\r\n") {
-            within("the first half", stream.read_buf(&mut seen)).await.expect("read");
+            within("the first half", stream.read_buf(&mut seen))
+                .await
+                .expect("read");
         }
         drop(visitor);
         // A reset is as good as an end.
         let _ = within("the connection to end", stream.read_to_end(&mut seen)).await;
-        assert!(seen.ends_with(b"half\r\n"), "{}", String::from_utf8_lossy(&seen));
+        assert!(
+            seen.ends_with(b"half\r\n"),
+            "{}",
+            String::from_utf8_lossy(&seen)
+        );
     }
 }

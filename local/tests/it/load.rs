@@ -18,7 +18,10 @@ async fn of_a_thousand_requests_at_fifty_at_once_none_is_lost_or_crossed() {
             for round in 0..20 {
                 let body = format!("{visitor}-{round}").repeat(1 + (visitor * 20 + round) % 97);
                 let got = post(&format!("{url}/{visitor}/{round}"), body.clone()).await;
-                assert_eq!((got.status, &got.body[..]), (StatusCode::OK, body.as_bytes()));
+                assert_eq!(
+                    (got.status, &got.body[..]),
+                    (StatusCode::OK, body.as_bytes())
+                );
             }
         });
     }
@@ -32,9 +35,16 @@ async fn of_a_thousand_requests_at_fifty_at_once_none_is_lost_or_crossed() {
 // On one thread, so that the agent reads many requests before it can write.
 #[tokio::test]
 async fn visitors_whom_a_full_agent_refuses_are_all_told_so() {
-    let (stack, silent) = (stack().await, TcpListener::bind("127.0.0.1:0").await.expect("a port"));
+    let (stack, silent) = (
+        stack().await,
+        TcpListener::bind("127.0.0.1:0").await.expect("a port"),
+    );
     let settings = settings(&stack, silent.local_addr().expect("an address"));
-    let agent = Agent::online(Settings { max_concurrent: 1, ..settings }).await;
+    let agent = Agent::online(Settings {
+        max_concurrent: 1,
+        ..settings
+    })
+    .await;
 
     let mut visitors = JoinSet::new();
     for visitor in 0..400 {
@@ -42,7 +52,13 @@ async fn visitors_whom_a_full_agent_refuses_are_all_told_so() {
         visitors.spawn(async move { get(&url).await });
     }
     for _ in 0..399 {
-        let got = within("a refusal", visitors.join_next()).await.expect("a visitor").expect("an answer");
-        assert_eq!((got.status, got.error()), (StatusCode::SERVICE_UNAVAILABLE, Some("agent_busy")));
+        let got = within("a refusal", visitors.join_next())
+            .await
+            .expect("a visitor")
+            .expect("an answer");
+        assert_eq!(
+            (got.status, got.error()),
+            (StatusCode::SERVICE_UNAVAILABLE, Some("agent_busy"))
+        );
     }
 }

@@ -34,12 +34,22 @@ use tunnel_shared::{
     id::TunnelId,
 };
 
-use crate::harness::{Agent, Got, Origin, ScriptedAgent, agent, get, settings, stack, stack_with, visit, within};
+use crate::harness::{
+    Agent, Got, Origin, ScriptedAgent, agent, get, settings, stack, stack_with, visit, within,
+};
 
 /// A stack that asks for tokens and checks open connections this often, and two tokens.
 async fn two_owners(recheck: Duration) -> (Stack, String, String) {
-    let quotas = Quotas { recheck, ..Quotas::default() };
-    let mut stack = stack_with(Options { auth: Auth::Token, quotas, ..Options::default() }).await;
+    let quotas = Quotas {
+        recheck,
+        ..Quotas::default()
+    };
+    let mut stack = stack_with(Options {
+        auth: Auth::Token,
+        quotas,
+        ..Options::default()
+    })
+    .await;
     let ours = stack.first_token.take().expect("a first token");
     let theirs = stack.create_token("theirs").await.expect("another token");
     (stack, ours, theirs)
@@ -50,7 +60,10 @@ const NEVER: Duration = Duration::from_secs(3600);
 const OFTEN: Duration = Duration::from_millis(20);
 
 fn with_token(stack: &Stack, origin: &Origin, token: &str) -> Settings {
-    Settings { token: Some(Secret::from(token.to_owned())), ..settings(stack, origin.address) }
+    Settings {
+        token: Some(Secret::from(token.to_owned())),
+        ..settings(stack, origin.address)
+    }
 }
 
 fn id(name: &str) -> TunnelId {
@@ -58,7 +71,12 @@ fn id(name: &str) -> TunnelId {
 }
 
 async fn owner_of(stack: &Stack, name: &str) -> Option<String> {
-    stack.tunnels().get(&id(name), now()).await.expect("an answer").map(|tunnel| tunnel.identity.owner)
+    stack
+        .tunnels()
+        .get(&id(name), now())
+        .await
+        .expect("an answer")
+        .map(|tunnel| tunnel.identity.owner)
 }
 
 /// The status with which a handshake is refused; 101 if it is not.
@@ -72,7 +90,11 @@ async fn handshake(stack: &Stack, query: &str, token: &str) -> u16 {
 
 /// An agent without a wish for a name, that remembers in this file the one it gets.
 fn forgetful(stack: &Stack, origin: &Origin, file: &std::path::Path) -> Settings {
-    Settings { tunnel_id: None, memory: Some(file.to_owned()), ..settings(stack, origin.address) }
+    Settings {
+        tunnel_id: None,
+        memory: Some(file.to_owned()),
+        ..settings(stack, origin.address)
+    }
 }
 
 #[tokio::test]
@@ -84,8 +106,15 @@ async fn an_agent_without_a_chosen_name_has_the_same_address_after_a_restart() {
     let first = Agent::online(forgetful(&stack, &origin, &file)).await;
     let beside = Agent::online(forgetful(&stack, &other, &file)).await;
     let twin = Agent::online(forgetful(&stack, &origin, &file)).await;
-    assert!(first.url != beside.url && first.url != twin.url && beside.url != twin.url, "agents share a name");
-    assert_eq!(get(&first.url).await.status, StatusCode::OK, "its twin has taken its name");
+    assert!(
+        first.url != beside.url && first.url != twin.url && beside.url != twin.url,
+        "agents share a name"
+    );
+    assert_eq!(
+        get(&first.url).await.status,
+        StatusCode::OK,
+        "its twin has taken its name"
+    );
 
     let url = first.url.clone();
     for agent in [first, beside, twin] {
@@ -106,7 +135,10 @@ async fn a_remembered_name_that_is_somebody_elses_by_now_is_given_up_for_a_new_o
     let origin = Origin::echo().await;
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("tunnels.toml");
-    let mine = |token: &str| Settings { token: Some(Secret::from(token.to_owned())), ..forgetful(&stack, &origin, &file) };
+    let mine = |token: &str| Settings {
+        token: Some(Secret::from(token.to_owned())),
+        ..forgetful(&stack, &origin, &file)
+    };
     let first = Agent::online(mine(&ours)).await;
     let url = first.url.clone();
     first.stop().await.expect("stopped as asked");
@@ -116,9 +148,22 @@ async fn a_remembered_name_that_is_somebody_elses_by_now_is_given_up_for_a_new_o
     assert_ne!(new, url);
     second.stop().await.expect("stopped as asked");
 
-    assert_eq!(Agent::online(mine(&theirs)).await.url, new, "the new one is remembered");
-    let chosen = Settings { tunnel_id: Some(id(url.rsplit('/').next().expect("a name"))), ..mine(&theirs) };
-    assert!(matches!(Agent::start(chosen).ended().await, Err(Failure::NameTaken(_))), "a chosen name is no remembered one");
+    assert_eq!(
+        Agent::online(mine(&theirs)).await.url,
+        new,
+        "the new one is remembered"
+    );
+    let chosen = Settings {
+        tunnel_id: Some(id(url.rsplit('/').next().expect("a name"))),
+        ..mine(&theirs)
+    };
+    assert!(
+        matches!(
+            Agent::start(chosen).ended().await,
+            Err(Failure::NameTaken(_))
+        ),
+        "a chosen name is no remembered one"
+    );
 }
 
 #[tokio::test]
@@ -129,12 +174,27 @@ async fn a_released_name_is_anybodys_and_its_agent_ends() {
     let name = id("my-app");
 
     let stranger = with_token(&stack, &other, &theirs);
-    assert_eq!(handshake::release(&stranger, &name).await, Err(Failed::NameTaken));
-    assert_eq!(handshake::release(&with_token(&stack, &other, "wrong"), &name).await, Err(Failed::Unauthorized));
-    assert_eq!(get(&agent.url).await.status, StatusCode::OK, "a stranger has released it");
+    assert_eq!(
+        handshake::release(&stranger, &name).await,
+        Err(Failed::NameTaken)
+    );
+    assert_eq!(
+        handshake::release(&with_token(&stack, &other, "wrong"), &name).await,
+        Err(Failed::Unauthorized)
+    );
+    assert_eq!(
+        get(&agent.url).await.status,
+        StatusCode::OK,
+        "a stranger has released it"
+    );
 
-    assert_eq!(handshake::release(&with_token(&stack, &origin, &ours), &name).await, Ok(true));
-    let Err(Failure::Replaced(reason)) = agent.ended().await else { panic!("the agent goes on without its name") };
+    assert_eq!(
+        handshake::release(&with_token(&stack, &origin, &ours), &name).await,
+        Ok(true)
+    );
+    let Err(Failure::Replaced(reason)) = agent.ended().await else {
+        panic!("the agent goes on without its name")
+    };
     assert!(reason.contains("released"), "{reason}");
     assert_eq!(owner_of(&stack, "my-app").await, None);
 
@@ -147,11 +207,18 @@ async fn a_released_name_is_anybodys_and_its_agent_ends() {
 async fn releasing_a_name_that_nobody_has_says_so_and_claims_nothing() {
     let (stack, ours, _) = two_owners(NEVER).await;
     let origin = Origin::echo().await;
-    assert_eq!(handshake::release(&with_token(&stack, &origin, &ours), &id("nobodys")).await, Ok(false));
+    assert_eq!(
+        handshake::release(&with_token(&stack, &origin, &ours), &id("nobodys")).await,
+        Ok(false)
+    );
     assert_eq!(owner_of(&stack, "nobodys").await, None);
 
     // Whoever breaks off in between has claimed nothing either.
-    drop(ScriptedAgent::try_connect(&stack, "?release=nobodys", Some(&ours)).await.expect("a connection"));
+    drop(
+        ScriptedAgent::try_connect(&stack, "?release=nobodys", Some(&ours))
+            .await
+            .expect("a connection"),
+    );
     assert_eq!(owner_of(&stack, "nobodys").await, None);
 }
 
@@ -159,9 +226,14 @@ async fn releasing_a_name_that_nobody_has_says_so_and_claims_nothing() {
 async fn an_old_agent_whose_name_is_released_is_closed() {
     let (stack, ours, _) = two_owners(NEVER).await;
     let origin = Origin::echo().await;
-    let mut old = ScriptedAgent::try_connect(&stack, "?tunnel_id=my-app", Some(&ours)).await.expect("a connection");
+    let mut old = ScriptedAgent::try_connect(&stack, "?tunnel_id=my-app", Some(&ours))
+        .await
+        .expect("a connection");
     old.ready(&json!({ "type": "ready" })).await;
-    assert_eq!(handshake::release(&with_token(&stack, &origin, &ours), &id("my-app")).await, Ok(true));
+    assert_eq!(
+        handshake::release(&with_token(&stack, &origin, &ours), &id("my-app")).await,
+        Ok(true)
+    );
     assert_eq!(old.close_code().await, 1000);
 }
 
@@ -171,15 +243,27 @@ async fn an_agent_learns_that_the_operator_has_released_its_name() {
     let origin = Origin::echo().await;
     let mut agent = Agent::online(with_token(&stack, &origin, &ours)).await;
 
-    assert!(stack.tunnels().release(&id("my-app")).await.expect("released"));
+    assert!(
+        stack
+            .tunnels()
+            .release(&id("my-app"))
+            .await
+            .expect("released")
+    );
 
     assert!(matches!(agent.ended().await, Err(Failure::Replaced(_))));
-    assert_eq!(owner_of(&stack, "my-app").await, None, "the agent has taken it again");
+    assert_eq!(
+        owner_of(&stack, "my-app").await,
+        None,
+        "the agent has taken it again"
+    );
 }
 
 async fn status(stack: &Stack, name: &str, token: Option<&str>) -> Got {
     let request = Request::get(format!("{}/_status/{name}", stack.public_url));
-    let request = token.into_iter().fold(request, |request, token| request.header("authorization", format!("Bearer {token}")));
+    let request = token.into_iter().fold(request, |request, token| {
+        request.header("authorization", format!("Bearer {token}"))
+    });
     visit(request.body("".into()).expect("a request")).await
 }
 
@@ -191,30 +275,66 @@ async fn an_owner_can_ask_how_a_tunnel_is_and_nobody_else() {
     let agent = Agent::online(with_token(&stack, &origin, &ours)).await;
 
     let got = status(&stack, "my-app", Some(&ours)).await;
-    assert_eq!((got.status, got.header("cache-control")), (StatusCode::OK, Some("no-store")));
+    assert_eq!(
+        (got.status, got.header("cache-control")),
+        (StatusCode::OK, Some("no-store"))
+    );
     let told: serde_json::Value = serde_json::from_slice(&got.body).expect("JSON");
-    assert_eq!((&told["tunnel_id"], &told["status"], &told["public_url"]), (&json!("my-app"), &json!("online"), &json!(agent.url)));
+    assert_eq!(
+        (&told["tunnel_id"], &told["status"], &told["public_url"]),
+        (&json!("my-app"), &json!("online"), &json!(agent.url))
+    );
     let since = told["since_seconds"].as_u64().expect("a number");
     assert!((started..=now().as_secs()).contains(&since), "{told}");
     let text = told["since"].as_str().expect("a text");
-    assert!(text.len() == "2026-01-01T00:00:00Z".len() && text.ends_with('Z') && text.starts_with("20"), "{text}");
+    assert!(
+        text.len() == "2026-01-01T00:00:00Z".len() && text.ends_with('Z') && text.starts_with("20"),
+        "{text}"
+    );
 
-    for (token, name) in [(None, "my-app"), (None, "nobodys"), (Some("wrong"), "my-app"), (Some(""), "my-app")] {
+    for (token, name) in [
+        (None, "my-app"),
+        (None, "nobodys"),
+        (Some("wrong"), "my-app"),
+        (Some(""), "my-app"),
+    ] {
         let got = status(&stack, name, token).await;
-        assert_eq!((got.status, got.error()), (StatusCode::UNAUTHORIZED, Some("unauthorized")), "{token:?} {name}");
+        assert_eq!(
+            (got.status, got.error()),
+            (StatusCode::UNAUTHORIZED, Some("unauthorized")),
+            "{token:?} {name}"
+        );
         assert!(got.header("www-authenticate").is_some());
     }
-    let (theirs, unknown) = (status(&stack, "my-app", Some(&theirs)).await, status(&stack, "nobodys", Some(&theirs)).await);
+    let (theirs, unknown) = (
+        status(&stack, "my-app", Some(&theirs)).await,
+        status(&stack, "nobodys", Some(&theirs)).await,
+    );
     assert_eq!(theirs.status, StatusCode::NOT_FOUND);
-    assert_eq!((theirs.status, &theirs.body, theirs.headers.len()), (unknown.status, &unknown.body, unknown.headers.len()));
-    assert_eq!(status(&stack, "No/such", Some(&ours)).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(
+        (theirs.status, &theirs.body, theirs.headers.len()),
+        (unknown.status, &unknown.body, unknown.headers.len())
+    );
+    assert_eq!(
+        status(&stack, "No/such", Some(&ours)).await.status,
+        StatusCode::NOT_FOUND
+    );
 
     agent.stop().await.expect("stopped as asked");
     let url = format!("{}/my-app", stack.public_url);
-    assert_eq!(get(&url).await.status, StatusCode::SERVICE_UNAVAILABLE, "offline for everybody");
-    let told: serde_json::Value = serde_json::from_slice(&status(&stack, "my-app", Some(&ours)).await.body).expect("JSON");
+    assert_eq!(
+        get(&url).await.status,
+        StatusCode::SERVICE_UNAVAILABLE,
+        "offline for everybody"
+    );
+    let told: serde_json::Value =
+        serde_json::from_slice(&status(&stack, "my-app", Some(&ours)).await.body).expect("JSON");
     assert_eq!(told["status"], "offline");
-    assert_eq!(origin.count(), 0, "a question about the tunnel reached the local service");
+    assert_eq!(
+        origin.count(),
+        0,
+        "a question about the tunnel reached the local service"
+    );
 }
 
 #[tokio::test]
@@ -235,7 +355,10 @@ async fn a_revoked_token_ends_its_open_connection_though_nobody_visits() {
 
     assert_eq!(agent.ended().await, Err(Failure::Unauthorized));
     let got = get(&agent.url).await;
-    assert_eq!((got.status, got.error()), (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline"))
+    );
 }
 
 #[tokio::test]
@@ -243,7 +366,11 @@ async fn an_expired_token_ends_its_open_connection() {
     let (stack, _, _) = two_owners(OFTEN).await;
     let origin = Origin::echo().await;
     // Seconds are counted whole, so one second may be none.
-    let token = stack.tokens().create("brief", Some(Duration::from_secs(2)), now()).await.expect("a token");
+    let token = stack
+        .tokens()
+        .create("brief", Some(Duration::from_secs(2)), now())
+        .await
+        .expect("a token");
     let mut agent = Agent::online(with_token(&stack, &origin, &token)).await;
     assert_eq!(agent.ended().await, Err(Failure::Unauthorized));
 }
@@ -257,7 +384,10 @@ async fn visitors_of_a_revoked_token_are_refused_and_its_agent_ends() {
     stack.tokens().revoke("theirs").await.expect("revoked");
 
     let got = get(&agent.url).await;
-    assert_eq!((got.status, got.error()), (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline"))
+    );
     assert_eq!(agent.ended().await, Err(Failure::Unauthorized));
     assert_eq!(origin.count(), 0);
 }
@@ -267,7 +397,11 @@ async fn an_agent_whose_token_was_revoked_is_closed_when_it_speaks() {
     let (stack, _, theirs) = two_owners(NEVER).await;
     let mut agents = Vec::new();
     for name in ["pings", "opens", "releases"] {
-        agents.push(ScriptedAgent::try_connect(&stack, &format!("?tunnel_id={name}"), Some(&theirs)).await.expect("a connection"));
+        agents.push(
+            ScriptedAgent::try_connect(&stack, &format!("?tunnel_id={name}"), Some(&theirs))
+                .await
+                .expect("a connection"),
+        );
     }
     agents[0].say(&json!({ "type": "ping" })).await;
     assert_eq!(agents[0].hear().await, json!({ "type": "pong" }));
@@ -279,7 +413,12 @@ async fn an_agent_whose_token_was_revoked_is_closed_when_it_speaks() {
         assert_eq!(agent.close_code().await, 1000, "{word}");
     }
     for name in ["pings", "opens", "releases"] {
-        let tunnel = stack.tunnels().get(&id(name), now()).await.expect("an answer").expect("still its owner's");
+        let tunnel = stack
+            .tunnels()
+            .get(&id(name), now())
+            .await
+            .expect("an answer")
+            .expect("still its owner's");
         assert_eq!(tunnel.online, None, "{name}");
     }
 }
@@ -296,14 +435,34 @@ impl Deployment {
     async fn new() -> Self {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr().expect("an address")), "test");
-        dynamodb::serve(dynamodb::open(None).expect("a database"), listener, AccessKey::only("test"), &tasks, &stop);
-        dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&sdk)).await.expect("tables");
+        let sdk = sdk::for_loopback(
+            &format!("http://{}", listener.local_addr().expect("an address")),
+            "test",
+        );
+        dynamodb::serve(
+            dynamodb::open(None).expect("a database"),
+            listener,
+            AccessKey::only("test"),
+            &tasks,
+            &stop,
+        );
+        dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&sdk))
+            .await
+            .expect("tables");
         let connections = Connections::default();
         let (commands, sent) = mpsc::channel(8);
         connections.insert(Self::connection(), commands);
-        let in_process = InProcess { connections: Arc::new(connections), replies: Replies::default(), life: Duration::from_secs(7200) };
-        Self { sdk, in_process, sent, _stop: stop.drop_guard() }
+        let in_process = InProcess {
+            connections: Arc::new(connections),
+            replies: Replies::default(),
+            life: Duration::from_secs(7200),
+        };
+        Self {
+            sdk,
+            in_process,
+            sent,
+            _stop: stop.drop_guard(),
+        }
     }
 
     fn connection() -> tunnel_shared::id::ConnectionId {
@@ -321,9 +480,21 @@ impl Deployment {
     }
 
     /// Lets the service at this address handle a message, and returns what the agent is told.
-    async fn hears(&mut self, public_url: &str, message: &serde_json::Value) -> Vec<serde_json::Value> {
-        let default = DefaultRoute::load(Self::variables(public_url), &self.sdk, Some(&self.in_process)).expect("settings");
-        default.message(&Self::connection(), &message.to_string()).await.expect("handled");
+    async fn hears(
+        &mut self,
+        public_url: &str,
+        message: &serde_json::Value,
+    ) -> Vec<serde_json::Value> {
+        let default = DefaultRoute::load(
+            Self::variables(public_url),
+            &self.sdk,
+            Some(&self.in_process),
+        )
+        .expect("settings");
+        default
+            .message(&Self::connection(), &message.to_string())
+            .await
+            .expect("handled");
         let mut told = Vec::new();
         while let Ok(Command::Send(text)) = self.sent.try_recv() {
             told.push(serde_json::from_str(&text).expect("JSON"));
@@ -334,21 +505,42 @@ impl Deployment {
 
 #[tokio::test]
 async fn an_agent_is_told_once_when_the_service_has_moved_to_another_address() {
-    let event: ApiGatewayWebsocketProxyRequest = serde_json::from_str(include_str!("../../../events/connect.json")).expect("an event");
+    let event: ApiGatewayWebsocketProxyRequest =
+        serde_json::from_str(include_str!("../../../events/connect.json")).expect("an event");
     let (old, new) = ("https://old.example.com", "https://new.example.com");
     let (ping, pong) = (json!({ "type": "ping" }), json!({ "type": "pong" }));
     for (features, is_told) in [(&["notices"][..], true), (&["cancel"], false)] {
         let mut service = Deployment::new().await;
         let connect = Connect::load(Deployment::variables(old), &service.sdk).expect("settings");
-        assert_eq!(connect.handle(event.clone()).await.expect("handled").status_code, 200);
-        let established = service.hears(old, &json!({ "type": "ready", "features": features })).await;
+        assert_eq!(
+            connect
+                .handle(event.clone())
+                .await
+                .expect("handled")
+                .status_code,
+            200
+        );
+        let established = service
+            .hears(old, &json!({ "type": "ready", "features": features }))
+            .await;
         assert_eq!(established[0]["public_url"], format!("{old}/sample"));
         assert_eq!(service.hears(old, &ping).await, std::slice::from_ref(&pong));
 
         let told = service.hears(new, &ping).await;
         let expected = json!({ "type": "url_updated", "public_url": format!("{new}/sample") });
-        assert_eq!(told, if is_told { vec![expected, pong.clone()] } else { vec![pong.clone()] });
-        assert_eq!(service.hears(new, &ping).await, std::slice::from_ref(&pong), "it is told twice");
+        assert_eq!(
+            told,
+            if is_told {
+                vec![expected, pong.clone()]
+            } else {
+                vec![pong.clone()]
+            }
+        );
+        assert_eq!(
+            service.hears(new, &ping).await,
+            std::slice::from_ref(&pong),
+            "it is told twice"
+        );
     }
 }
 
@@ -359,29 +551,56 @@ const ROUNDS: usize = 40;
 /// What the owner of a name does in a round: comes and goes, opens its tunnel, moves it to another connection, or asks how it is.
 async fn own(stack: &Stack, name: &str, token: &str, round: usize) {
     let query = format!("?tunnel_id={name}");
-    let connect = async || ScriptedAgent::try_connect(stack, &query, Some(token)).await.expect("the owner is let in");
+    let connect = async || {
+        ScriptedAgent::try_connect(stack, &query, Some(token))
+            .await
+            .expect("the owner is let in")
+    };
     match round % 4 {
         0 => drop(connect().await),
-        1 => assert_eq!(connect().await.ready(&json!({ "type": "ready" })).await["tunnel_id"], name),
+        1 => assert_eq!(
+            connect().await.ready(&json!({ "type": "ready" })).await["tunnel_id"],
+            name
+        ),
         2 => {
             let (mut first, mut second) = tokio::join!(connect(), connect());
             for connection in [&mut first, &mut second] {
-                assert_eq!(connection.ready(&json!({ "type": "ready" })).await["tunnel_id"], name);
+                assert_eq!(
+                    connection.ready(&json!({ "type": "ready" })).await["tunnel_id"],
+                    name
+                );
             }
         }
-        _ => assert_eq!(status(stack, name, Some(token)).await.status, StatusCode::OK),
+        _ => assert_eq!(
+            status(stack, name, Some(token)).await.status,
+            StatusCode::OK
+        ),
     }
 }
 
 /// What somebody else tries meanwhile.
 async fn covet(stack: &Stack, name: &str, token: &str, own: &mut ScriptedAgent, round: usize) {
     match round % 5 {
-        0 | 1 => assert_eq!(handshake(stack, &format!("?tunnel_id={name}"), token).await, 409, "{name} was taken"),
-        2 => assert_eq!(handshake(stack, &format!("?release={name}"), token).await, 409, "{name} could be released"),
-        3 => assert_eq!(status(stack, name, Some(token)).await.status, StatusCode::NOT_FOUND, "{name} was told of"),
+        0 | 1 => assert_eq!(
+            handshake(stack, &format!("?tunnel_id={name}"), token).await,
+            409,
+            "{name} was taken"
+        ),
+        2 => assert_eq!(
+            handshake(stack, &format!("?release={name}"), token).await,
+            409,
+            "{name} could be released"
+        ),
+        3 => assert_eq!(
+            status(stack, name, Some(token)).await.status,
+            StatusCode::NOT_FOUND,
+            "{name} was told of"
+        ),
         // Over its own connection it can say what it likes: the name is what its handshake said.
         _ => {
-            let established = own.ready(&json!({ "type": "ready", "tunnel_id": name, "public_url": name })).await;
+            let established = own
+                .ready(&json!({ "type": "ready", "tunnel_id": name, "public_url": name }))
+                .await;
             assert_ne!(established["tunnel_id"], name);
         }
     }
@@ -396,18 +615,36 @@ async fn in_a_thousand_interleavings_a_name_stays_its_owners() {
         let (stack, ours, theirs) = (stack.clone(), ours.clone(), theirs.clone());
         names.spawn(async move {
             let (name, other) = (format!("ours-{number}"), format!("theirs-{number}"));
-            assert_eq!(handshake(&stack, &format!("?tunnel_id={name}"), &ours).await, 101);
-            let mut their_own = ScriptedAgent::try_connect(&stack, &format!("?tunnel_id={other}"), Some(&theirs)).await.expect("let in");
+            assert_eq!(
+                handshake(&stack, &format!("?tunnel_id={name}"), &ours).await,
+                101
+            );
+            let mut their_own =
+                ScriptedAgent::try_connect(&stack, &format!("?tunnel_id={other}"), Some(&theirs))
+                    .await
+                    .expect("let in");
             for round in 0..ROUNDS {
-                tokio::join!(own(&stack, &name, &ours, round), covet(&stack, &name, &theirs, &mut their_own, round));
+                tokio::join!(
+                    own(&stack, &name, &ours, round),
+                    covet(&stack, &name, &theirs, &mut their_own, round)
+                );
             }
         });
     }
     within("a thousand rounds", names.join_all()).await;
-    let (owner, stranger) = (auth::owner_of(&auth::hash_token(&ours)), auth::owner_of(&auth::hash_token(&theirs)));
+    let (owner, stranger) = (
+        auth::owner_of(&auth::hash_token(&ours)),
+        auth::owner_of(&auth::hash_token(&theirs)),
+    );
     for number in 0..NAMES {
-        assert_eq!(owner_of(&stack, &format!("ours-{number}")).await.as_ref(), Some(&owner));
-        assert_eq!(owner_of(&stack, &format!("theirs-{number}")).await.as_ref(), Some(&stranger));
+        assert_eq!(
+            owner_of(&stack, &format!("ours-{number}")).await.as_ref(),
+            Some(&owner)
+        );
+        assert_eq!(
+            owner_of(&stack, &format!("theirs-{number}")).await.as_ref(),
+            Some(&stranger)
+        );
     }
 }
 
@@ -431,7 +668,12 @@ async fn of_many_who_ask_for_a_free_name_at_once_one_owner_gets_it() {
         }
         admitted.sort();
         admitted.dedup();
-        let [winner] = &admitted[..] else { panic!("{} owners got {query}", admitted.len()) };
-        assert_eq!(owner_of(&stack, &format!("free-{number}")).await, Some(auth::owner_of(&auth::hash_token(winner))));
+        let [winner] = &admitted[..] else {
+            panic!("{} owners got {query}", admitted.len())
+        };
+        assert_eq!(
+            owner_of(&stack, &format!("free-{number}")).await,
+            Some(auth::owner_of(&auth::hash_token(winner)))
+        );
     }
 }

@@ -12,7 +12,10 @@ async fn an_agent_that_speaks_only_the_first_messages_serves_small_requests() {
     let established = agent.ready(&json!({ "type": "ready" })).await;
     assert_eq!(established["type"], "connection_established");
     assert_eq!(established["tunnel_id"], "old-one");
-    assert_eq!(established["public_url"], format!("{}/old-one", stack.public_url));
+    assert_eq!(
+        established["public_url"],
+        format!("{}/old-one", stack.public_url)
+    );
 
     agent.say(&json!({ "type": "ping" })).await;
     assert_eq!(agent.hear().await, json!({ "type": "pong" }));
@@ -20,18 +23,30 @@ async fn an_agent_that_speaks_only_the_first_messages_serves_small_requests() {
     let url = format!("{}/old-one/x?y=1", stack.public_url);
     let (got, ()) = tokio::join!(post(&url, "hello"), async {
         let request = agent.hear().await;
-        assert_eq!((&request["type"], &request["method"], &request["uri"]), (&json!("http_request"), &json!("POST"), &json!("/x?y=1")));
-        assert_eq!((&request["body"], &request["more"]), (&json!("aGVsbG8="), &json!(null)));
+        assert_eq!(
+            (&request["type"], &request["method"], &request["uri"]),
+            (&json!("http_request"), &json!("POST"), &json!("/x?y=1"))
+        );
+        assert_eq!(
+            (&request["body"], &request["more"]),
+            (&json!("aGVsbG8="), &json!(null))
+        );
         let (id, headers) = (&request["request_id"], json!({ "x-a": ["1"] }));
         agent.say(&json!({ "type": "http_response", "request_id": id, "status_code": 201, "headers": headers, "body": "aGk=", "processing_time_ms": 1 })).await;
     });
-    assert_eq!((got.status, got.header("x-a"), &got.body[..]), (StatusCode::CREATED, Some("1"), &b"hi"[..]));
+    assert_eq!(
+        (got.status, got.header("x-a"), &got.body[..]),
+        (StatusCode::CREATED, Some("1"), &b"hi"[..])
+    );
 
     let (got, ()) = tokio::join!(get(&url), async {
         let id = agent.hear().await["request_id"].clone();
         agent.say(&json!({ "type": "error", "request_id": id, "code": "local_service_unavailable", "message": "refused" })).await;
     });
-    assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("local_unreachable")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::BAD_GATEWAY, Some("local_unreachable"))
+    );
 }
 
 #[tokio::test]
@@ -41,7 +56,10 @@ async fn an_old_agent_is_never_sent_what_it_did_not_announce() {
     agent.ready(&json!({ "type": "ready" })).await;
 
     let got = post(&format!("{}/old-one/", stack.public_url), vec![0; 200_000]).await;
-    assert_eq!((got.status, got.error()), (StatusCode::PAYLOAD_TOO_LARGE, Some("too_large")));
+    assert_eq!(
+        (got.status, got.error()),
+        (StatusCode::PAYLOAD_TOO_LARGE, Some("too_large"))
+    );
 
     // The next thing it hears is the answer to its own question, and no part of that body.
     agent.say(&json!({ "type": "ping" })).await;
@@ -52,7 +70,9 @@ async fn an_old_agent_is_never_sent_what_it_did_not_announce() {
 async fn parts_may_come_in_any_order_and_twice() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=shuffles").await;
-    agent.ready(&json!({ "type": "ready", "features": ["body_parts"] })).await;
+    agent
+        .ready(&json!({ "type": "ready", "features": ["body_parts"] }))
+        .await;
 
     let url = format!("{}/shuffles/", stack.public_url);
     let (got, ()) = tokio::join!(get(&url), async {
@@ -67,7 +87,10 @@ async fn parts_may_come_in_any_order_and_twice() {
         agent.say(&part(1, "MQ==", true)).await;
     });
     assert_eq!(got.status, StatusCode::OK);
-    assert!(["0123", "01X3"].contains(&std::str::from_utf8(&got.body).expect("text")), "{got:?}");
+    assert!(
+        ["0123", "01X3"].contains(&std::str::from_utf8(&got.body).expect("text")),
+        "{got:?}"
+    );
 }
 
 #[tokio::test]
@@ -96,8 +119,17 @@ async fn nonsense_is_ignored_and_invalid_responses_are_refused() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=nonsense").await;
     agent.ready(&json!({ "type": "ready" })).await;
-    for nonsense in ["", "nonsense", "[]", "{}", "{\"type\":\"http_response\"}", "{\"type\":\"from_the_future\",\"x\":1}"] {
-        agent.send(tokio_tungstenite::tungstenite::Message::text(nonsense)).await;
+    for nonsense in [
+        "",
+        "nonsense",
+        "[]",
+        "{}",
+        "{\"type\":\"http_response\"}",
+        "{\"type\":\"from_the_future\",\"x\":1}",
+    ] {
+        agent
+            .send(tokio_tungstenite::tungstenite::Message::text(nonsense))
+            .await;
     }
 
     let url = format!("{}/nonsense/", stack.public_url);
@@ -106,7 +138,11 @@ async fn nonsense_is_ignored_and_invalid_responses_are_refused() {
             let id = agent.hear().await["request_id"].clone();
             agent.say(&json!({ "type": "http_response", "request_id": id, "status_code": status, "headers": {}, "body": "" })).await;
         });
-        assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("invalid_reply")), "{status}");
+        assert_eq!(
+            (got.status, got.error()),
+            (StatusCode::BAD_GATEWAY, Some("invalid_reply")),
+            "{status}"
+        );
     }
 }
 
@@ -114,7 +150,9 @@ async fn nonsense_is_ignored_and_invalid_responses_are_refused() {
 async fn a_visitor_who_leaves_cancels_the_request() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=patient").await;
-    agent.ready(&json!({ "type": "ready", "features": ["cancel"] })).await;
+    agent
+        .ready(&json!({ "type": "ready", "features": ["cancel"] }))
+        .await;
 
     let url = format!("{}/patient/", stack.public_url);
     let id = tokio::select! {
@@ -122,5 +160,8 @@ async fn a_visitor_who_leaves_cancels_the_request() {
         request = agent.hear() => request["request_id"].clone(),
     };
 
-    assert_eq!(within("cancel", agent.hear()).await, json!({ "type": "cancel", "request_id": id }));
+    assert_eq!(
+        within("cancel", agent.hear()).await,
+        json!({ "type": "cancel", "request_id": id })
+    );
 }

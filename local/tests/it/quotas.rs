@@ -41,7 +41,13 @@ async fn send_in_frames(agent: &mut ScriptedAgent, text: String, longest: usize)
     let mut data = Data::Text;
     while !rest.is_empty() {
         let frame = rest.split_to(rest.len().min(longest));
-        agent.send(Message::Frame(Frame::message(frame, OpCode::Data(data), rest.is_empty()))).await;
+        agent
+            .send(Message::Frame(Frame::message(
+                frame,
+                OpCode::Data(data),
+                rest.is_empty(),
+            )))
+            .await;
         data = Data::Continue;
     }
 }
@@ -49,7 +55,11 @@ async fn send_in_frames(agent: &mut ScriptedAgent, text: String, longest: usize)
 #[tokio::test]
 async fn a_frame_over_32_kib_closes_the_connection() {
     let stack = stack().await;
-    for (length, is_allowed) in [(WEBSOCKET_FRAME - 1, true), (WEBSOCKET_FRAME, true), (WEBSOCKET_FRAME + 1, false)] {
+    for (length, is_allowed) in [
+        (WEBSOCKET_FRAME - 1, true),
+        (WEBSOCKET_FRAME, true),
+        (WEBSOCKET_FRAME + 1, false),
+    ] {
         let mut agent = ScriptedAgent::connect(&stack, "").await;
         send_in_frames(&mut agent, ping(length), usize::MAX).await;
         if is_allowed {
@@ -63,7 +73,11 @@ async fn a_frame_over_32_kib_closes_the_connection() {
 #[tokio::test]
 async fn a_message_over_128_kib_closes_the_connection() {
     let stack = stack().await;
-    for (length, is_allowed) in [(WEBSOCKET_MESSAGE - 1, true), (WEBSOCKET_MESSAGE, true), (WEBSOCKET_MESSAGE + 1, false)] {
+    for (length, is_allowed) in [
+        (WEBSOCKET_MESSAGE - 1, true),
+        (WEBSOCKET_MESSAGE, true),
+        (WEBSOCKET_MESSAGE + 1, false),
+    ] {
         let mut agent = ScriptedAgent::connect(&stack, "").await;
         send_in_frames(&mut agent, ping(length), WEBSOCKET_FRAME).await;
         if is_allowed {
@@ -78,23 +92,40 @@ async fn a_message_over_128_kib_closes_the_connection() {
 async fn a_binary_frame_closes_the_connection() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "").await;
-    agent.send(Message::binary(&b"{\"type\":\"ping\"}"[..])).await;
+    agent
+        .send(Message::binary(&b"{\"type\":\"ping\"}"[..]))
+        .await;
     assert_eq!(agent.close_code().await, 1003);
 }
 
 async fn impatient(quotas: Quotas) -> Stack {
-    stack_with(Options { quotas, ..Options::default() }).await
+    stack_with(Options {
+        quotas,
+        ..Options::default()
+    })
+    .await
 }
 
 #[tokio::test]
 async fn an_idle_connection_is_closed() {
-    let stack = impatient(Quotas { idle: Duration::from_millis(50), ..Quotas::default() }).await;
-    assert_eq!(ScriptedAgent::connect(&stack, "").await.close_code().await, 1001);
+    let stack = impatient(Quotas {
+        idle: Duration::from_millis(50),
+        ..Quotas::default()
+    })
+    .await;
+    assert_eq!(
+        ScriptedAgent::connect(&stack, "").await.close_code().await,
+        1001
+    );
 }
 
 #[tokio::test]
 async fn a_connection_is_closed_at_the_end_of_its_life_however_busy() {
-    let stack = impatient(Quotas { life: Duration::from_millis(200), ..Quotas::default() }).await;
+    let stack = impatient(Quotas {
+        life: Duration::from_millis(200),
+        ..Quotas::default()
+    })
+    .await;
     let mut agent = ScriptedAgent::connect(&stack, "").await;
     agent.say(&json!({ "type": "ping" })).await;
     assert_eq!(agent.hear().await, json!({ "type": "pong" }));
@@ -102,13 +133,26 @@ async fn a_connection_is_closed_at_the_end_of_its_life_however_busy() {
 }
 
 /// @connections with its key, as the functions see it.
-async fn management(connections: Connections, quotas: Quotas, key: &str) -> (WebSocketApi, JoinSet<()>) {
+async fn management(
+    connections: Connections,
+    quotas: Quotas,
+    key: &str,
+) -> (WebSocketApi, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let endpoint = format!("ws://{}/{}", listener.local_addr().expect("an address"), connections::STAGE).parse().expect("an endpoint");
+    let endpoint = format!(
+        "ws://{}/{}",
+        listener.local_addr().expect("an address"),
+        connections::STAGE
+    )
+    .parse()
+    .expect("an endpoint");
     let router = connections::router(connections, quotas, AccessKey::only("the key"));
     let mut serving = JoinSet::new();
     serving.spawn(async move { axum::serve(listener, router).await.expect("served") });
-    (WebSocketApi::new(&sdk::for_loopback("http://127.0.0.1:9", key), &endpoint), serving)
+    (
+        WebSocketApi::new(&sdk::for_loopback("http://127.0.0.1:9", key), &endpoint),
+        serving,
+    )
 }
 
 /// A message whose JSON has exactly this many bytes.
@@ -139,13 +183,21 @@ async fn a_message_to_an_agent_is_at_most_128_kib_long() {
     let id: ConnectionId = "abc=".parse().expect("an id");
     connections.insert(id.clone(), commands);
     // One byte shorter than what the client itself would send, so that the other side has to refuse.
-    let quotas = Quotas { message: WEBSOCKET_MESSAGE - 1, ..Quotas::default() };
-    for (quotas, limit) in [(Quotas::default(), WEBSOCKET_MESSAGE), (quotas, WEBSOCKET_MESSAGE - 1)] {
+    let quotas = Quotas {
+        message: WEBSOCKET_MESSAGE - 1,
+        ..Quotas::default()
+    };
+    for (quotas, limit) in [
+        (Quotas::default(), WEBSOCKET_MESSAGE),
+        (quotas, WEBSOCKET_MESSAGE - 1),
+    ] {
         let (api, _serving) = management(connections.clone(), quotas, "the key").await;
         for length in [limit - 1, limit] {
             api.post(&id, &text(length)).await.expect("taken");
         }
-        assert!(matches!(api.post(&id, &text(limit + 1)).await, Err(PostError::TooLarge(length)) if length == limit + 1));
+        assert!(
+            matches!(api.post(&id, &text(limit + 1)).await, Err(PostError::TooLarge(length)) if length == limit + 1)
+        );
     }
 }
 
@@ -167,24 +219,47 @@ async fn nobody_else_on_the_machine_can_speak_to_agents() {
     let id: ConnectionId = "abc=".parse().expect("an id");
     connections.insert(id.clone(), commands);
     let (api, _serving) = management(connections, Quotas::default(), "a guess").await;
-    assert!(matches!(api.post(&id, &"x").await, Err(PostError::Failed { .. })));
+    assert!(matches!(
+        api.post(&id, &"x").await,
+        Err(PostError::Failed { .. })
+    ));
     assert!(api.close(&id).await.is_err());
-    assert!(sent.try_recv().is_err(), "the connection was told something");
+    assert!(
+        sent.try_recv().is_err(),
+        "the connection was told something"
+    );
 }
 
 #[tokio::test]
 async fn nobody_else_on_the_machine_can_read_the_tables() {
     use aws_sdk_dynamodb::Client;
-    let (tasks, stop) = (tokio_util::task::TaskTracker::new(), tokio_util::sync::CancellationToken::new());
+    let (tasks, stop) = (
+        tokio_util::task::TaskTracker::new(),
+        tokio_util::sync::CancellationToken::new(),
+    );
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = format!("http://{}", listener.local_addr().expect("an address"));
-    local::dynamodb::serve(local::dynamodb::open(None).expect("an engine"), listener, AccessKey::only("the key"), &tasks, &stop);
+    local::dynamodb::serve(
+        local::dynamodb::open(None).expect("an engine"),
+        listener,
+        AccessKey::only("the key"),
+        &tasks,
+        &stop,
+    );
 
-    let list = async |key| Client::new(&sdk::for_loopback(&address, key)).list_tables().send().await;
+    let list = async |key| {
+        Client::new(&sdk::for_loopback(&address, key))
+            .list_tables()
+            .send()
+            .await
+    };
     assert!(list("the key").await.is_ok());
     for other in ["a guess", "the", "the key and more"] {
         let error = list(other).await.expect_err("a refusal");
-        assert!(format!("{error:?}").contains("UnrecognizedClientException"), "{error:?}");
+        assert!(
+            format!("{error:?}").contains("UnrecognizedClientException"),
+            "{error:?}"
+        );
     }
     stop.cancel();
 }

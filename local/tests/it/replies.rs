@@ -19,21 +19,31 @@ use crate::harness::{Got, Origin, ScriptedAgent, agent, get, post, stack, visit,
 
 async fn as_in_aws() -> Stack {
     let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    Stack::start(Options { listen, shape: Shape::AsInAws, ..Options::default() }).await.expect("a stack")
+    Stack::start(Options {
+        listen,
+        shape: Shape::AsInAws,
+        ..Options::default()
+    })
+    .await
+    .expect("a stack")
 }
 
 /// An agent on a tunnel of this name that answers over reply connections, once there is one.
 async fn connected(stack: &Stack, name: &str) -> (ScriptedAgent, String) {
     let mut agent = ScriptedAgent::connect(stack, &format!("?tunnel_id={name}")).await;
-    agent.ready(&json!({ "type": "ready", "features": ["body_parts", "reply_to"] })).await;
+    agent
+        .ready(&json!({ "type": "ready", "features": ["body_parts", "reply_to"] }))
+        .await;
     (agent, format!("{}/{name}/", stack.public_url))
 }
 
 /// A 200 to a request, with what `more` adds to the message.
 fn answer(request: &Value, body: &str, more: &Value) -> Value {
-    let mut answer =
-        json!({ "type": "http_response", "request_id": request["request_id"], "status_code": 200, "headers": {}, "body": body });
-    answer.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    let mut answer = json!({ "type": "http_response", "request_id": request["request_id"], "status_code": 200, "headers": {}, "body": body });
+    answer
+        .as_object_mut()
+        .expect("an object")
+        .extend(more.as_object().expect("an object").clone());
     answer
 }
 
@@ -45,7 +55,11 @@ async fn reply_connection(agent: &mut ScriptedAgent, url: &str) -> Value {
             let (got, ()) = tokio::join!(get(url), async {
                 let request = agent.hear().await;
                 reply_to = request["reply_to"].clone();
-                let more = if reply_to.is_null() { json!({}) } else { json!({ "reply_to": reply_to }) };
+                let more = if reply_to.is_null() {
+                    json!({})
+                } else {
+                    json!({ "reply_to": reply_to })
+                };
                 agent.say(&answer(&request, "aGk=", &more)).await;
             });
             assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
@@ -57,7 +71,11 @@ async fn reply_connection(agent: &mut ScriptedAgent, url: &str) -> Value {
     .await
 }
 
-async fn visited(agent: &mut ScriptedAgent, url: &str, answer: impl FnOnce(&Value) -> Value) -> Got {
+async fn visited(
+    agent: &mut ScriptedAgent,
+    url: &str,
+    answer: impl FnOnce(&Value) -> Value,
+) -> Got {
     let (got, ()) = tokio::join!(get(url), async {
         let request = agent.hear().await;
         agent.say(&answer(&request)).await;
@@ -70,7 +88,10 @@ async fn a_reply_is_found_whether_it_names_a_reply_connection_or_not() {
     let stack = as_in_aws().await;
     let (mut agent, url) = connected(&stack, "my-app").await;
     reply_connection(&mut agent, &url).await;
-    let got = visited(&mut agent, &url, |request| answer(request, "bWFpbGJveA==", &json!({}))).await;
+    let got = visited(&mut agent, &url, |request| {
+        answer(request, "bWFpbGJveA==", &json!({}))
+    })
+    .await;
     assert_eq!(&got.body[..], b"mailbox");
 }
 
@@ -81,11 +102,18 @@ async fn an_agent_cannot_have_the_service_speak_to_another_agent() {
     let mut other = ScriptedAgent::connect(&stack, "?tunnel_id=other").await;
     let other_id = other.ready(&json!({ "type": "ready" })).await["connection_id"].clone();
 
-    let got = visited(&mut agent, &url, |request| answer(request, "aGk=", &json!({ "reply_to": other_id }))).await;
+    let got = visited(&mut agent, &url, |request| {
+        answer(request, "aGk=", &json!({ "reply_to": other_id }))
+    })
+    .await;
 
     assert_eq!(&got.body[..], b"hi", "the mailbox took it");
     other.say(&json!({ "type": "ping" })).await;
-    assert_eq!(other.hear().await, json!({ "type": "pong" }), "it heard something before");
+    assert_eq!(
+        other.hear().await,
+        json!({ "type": "pong" }),
+        "it heard something before"
+    );
 }
 
 #[tokio::test]
@@ -105,7 +133,10 @@ async fn a_reply_connection_that_is_killed_costs_no_request() {
     assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
 
     // Until this side has seen its end, requests may still name it, and are answered all the same.
-    within("another one to be opened", async { while reply_connection(&mut agent, &url).await == first {} }).await;
+    within("another one to be opened", async {
+        while reply_connection(&mut agent, &url).await == first {}
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -113,7 +144,9 @@ async fn nobody_opens_a_reply_connection_without_a_ticket() {
     let stack = as_in_aws().await;
     for ticket in [None, Some("ttf_0000")] {
         let refused = ScriptedAgent::try_connect(&stack, "?reply=1", ticket).await;
-        assert!(matches!(refused, Err(tokio_tungstenite::tungstenite::Error::Http(response)) if response.status() == 401));
+        assert!(
+            matches!(refused, Err(tokio_tungstenite::tungstenite::Error::Http(response)) if response.status() == 401)
+        );
     }
 }
 
@@ -121,7 +154,9 @@ async fn nobody_opens_a_reply_connection_without_a_ticket() {
 async fn a_body_goes_on_only_as_far_as_the_receiver_allows() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent.ready(&json!({ "type": "ready", "features": ["body_parts", "window"] })).await;
+    agent
+        .ready(&json!({ "type": "ready", "features": ["body_parts", "window"] }))
+        .await;
     let url = format!("{}/my-app/", stack.public_url);
 
     // Ten megabytes are more than a hundred parts; 32 of them, numbered 0 to 31, may be sent unasked.
@@ -135,8 +170,16 @@ async fn a_body_goes_on_only_as_far_as_the_receiver_allows() {
         // Nothing more comes: the next it hears is the answer to its question.
         agent.say(&json!({ "type": "ping" })).await;
         assert_eq!(agent.hear().await, json!({ "type": "pong" }));
-        agent.say(&json!({ "type": "window", "request_id": request["request_id"], "parts": 34 })).await;
-        assert_eq!([agent.hear().await["part"].clone(), agent.hear().await["part"].clone()], [32, 33]);
+        agent
+            .say(&json!({ "type": "window", "request_id": request["request_id"], "parts": 34 }))
+            .await;
+        assert_eq!(
+            [
+                agent.hear().await["part"].clone(),
+                agent.hear().await["part"].clone()
+            ],
+            [32, 33]
+        );
     };
     tokio::select! {
         () = told => {}
@@ -160,17 +203,25 @@ async fn a_visitor_who_does_not_read_stops_the_local_service_and_not_the_tunnel(
     .await;
     let agent = agent(&stack, &origin).await;
     let authority = stack.public_url.to_string().split_off("http://".len());
-    let mut slow = tokio::net::TcpStream::connect(authority).await.expect("a connection");
-    slow.write_all(b"GET /my-app/ HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    let mut slow = tokio::net::TcpStream::connect(authority)
+        .await
+        .expect("a connection");
+    slow.write_all(b"GET /my-app/ HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await
+        .expect("sent");
     let mut start = [0; 1024];
-    slow.read_exact(&mut start).await.expect("the start of an endless body");
+    slow.read_exact(&mut start)
+        .await
+        .expect("the start of an endless body");
 
     // It stops: the count stays the same while other requests go on.
     let stopped = within("the local service to be stopped", async {
         loop {
             let before = produced.load(Ordering::Relaxed);
             for _ in 0..20 {
-                let request = http::Request::head(&agent.url).body("".into()).expect("a request");
+                let request = http::Request::head(&agent.url)
+                    .body("".into())
+                    .expect("a request");
                 assert_eq!(visit(request).await.status, StatusCode::OK);
             }
             if produced.load(Ordering::Relaxed) == before {
@@ -179,17 +230,24 @@ async fn a_visitor_who_does_not_read_stops_the_local_service_and_not_the_tunnel(
         }
     })
     .await;
-    assert!(stopped < 32 * 1024 * 1024, "{stopped} bytes are kept for a visitor who does not read");
+    assert!(
+        stopped < 32 * 1024 * 1024,
+        "{stopped} bytes are kept for a visitor who does not read"
+    );
 }
 
 #[tokio::test]
 async fn a_request_that_a_replaced_agent_gives_back_is_sent_to_the_one_that_serves_now() {
     let stack = stack().await;
     let mut old = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    old.ready(&json!({ "type": "ready", "features": ["notices"] })).await;
+    old.ready(&json!({ "type": "ready", "features": ["notices"] }))
+        .await;
     let url = format!("{}/my-app/", stack.public_url);
     // Which connection serves the tunnel is remembered now.
-    visited(&mut old, &url, |request| answer(request, "b2xk", &json!({}))).await;
+    visited(&mut old, &url, |request| {
+        answer(request, "b2xk", &json!({}))
+    })
+    .await;
     let mut new = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
     new.ready(&json!({ "type": "ready" })).await;
     assert_eq!(old.hear().await["type"], "replaced");
@@ -197,7 +255,10 @@ async fn a_request_that_a_replaced_agent_gives_back_is_sent_to_the_one_that_serv
     let give_back = async {
         loop {
             let id = old.hear().await["request_id"].clone();
-            old.say(&json!({ "type": "error", "request_id": id, "code": "replaced", "message": "" })).await;
+            old.say(
+                &json!({ "type": "error", "request_id": id, "code": "replaced", "message": "" }),
+            )
+            .await;
         }
     };
     let visit = async {
@@ -219,8 +280,11 @@ async fn a_request_whose_agent_died_is_sent_again_only_if_it_changes_nothing() {
     let stack = stack().await;
     for (method, is_repeated) in [("GET", true), ("POST", false)] {
         let mut old = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-        old.ready(&json!({ "type": "ready", "features": ["notices"] })).await;
-        let request = http::Request::builder().method(method).uri(format!("{}/my-app/", stack.public_url));
+        old.ready(&json!({ "type": "ready", "features": ["notices"] }))
+            .await;
+        let request = http::Request::builder()
+            .method(method)
+            .uri(format!("{}/my-app/", stack.public_url));
         let visit = visit(request.body("".into()).expect("a request"));
         let story = async {
             old.hear().await;
@@ -238,9 +302,16 @@ async fn a_request_whose_agent_died_is_sent_again_only_if_it_changes_nothing() {
         if is_repeated {
             assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"new"[..]));
         } else {
-            assert_eq!((got.status, got.error()), (StatusCode::BAD_GATEWAY, Some("agent_lost")));
+            assert_eq!(
+                (got.status, got.error()),
+                (StatusCode::BAD_GATEWAY, Some("agent_lost"))
+            );
             new.say(&json!({ "type": "ping" })).await;
-            assert_eq!(new.hear().await, json!({ "type": "pong" }), "it was sent again");
+            assert_eq!(
+                new.hear().await,
+                json!({ "type": "pong" }),
+                "it was sent again"
+            );
         }
     }
 }

@@ -29,7 +29,12 @@ use tunnel_shared::{
 
 use crate::harness::within;
 
-const FUNCTIONS: [&str; 4] = ["ConnectFunction", "DisconnectFunction", "DefaultFunction", "ForwardFunction"];
+const FUNCTIONS: [&str; 4] = [
+    "ConnectFunction",
+    "DisconnectFunction",
+    "DefaultFunction",
+    "ForwardFunction",
+];
 
 fn template() -> Value {
     serde_yaml_ng::from_str(include_str!("../../../template.yaml")).expect("YAML")
@@ -42,8 +47,15 @@ fn properties(template: &Value, resource: &str) -> Value {
 #[test]
 fn the_template_describes_the_tables_that_the_functions_use() {
     let tables = dynamodb::tables().expect("a template");
-    let keys: Vec<(&str, Vec<&str>)> =
-        tables.iter().map(|table| (table.logical_id.as_str(), table.keys.iter().map(|(name, _)| name.as_str()).collect())).collect();
+    let keys: Vec<(&str, Vec<&str>)> = tables
+        .iter()
+        .map(|table| {
+            (
+                table.logical_id.as_str(),
+                table.keys.iter().map(|(name, _)| name.as_str()).collect(),
+            )
+        })
+        .collect();
     assert_eq!(
         keys,
         [
@@ -53,7 +65,12 @@ fn the_template_describes_the_tables_that_the_functions_use() {
             (dynamodb::TOKENS, vec!["tokenHash"]),
         ]
     );
-    assert!(tables.iter().all(|table| table.ttl.as_deref() == Some("ttl")), "{tables:?}");
+    assert!(
+        tables
+            .iter()
+            .all(|table| table.ttl.as_deref() == Some("ttl")),
+        "{tables:?}"
+    );
 }
 
 /// The variables that a function reads, found by loading it.
@@ -63,7 +80,10 @@ fn asked_for<T>(load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, Faults>) -
         asked.borrow_mut().insert(name.to_owned());
         None
     };
-    let loaded = load(Variables::new(read), &sdk::for_loopback("http://127.0.0.1:9", "nobody"));
+    let loaded = load(
+        Variables::new(read),
+        &sdk::for_loopback("http://127.0.0.1:9", "nobody"),
+    );
     assert!(loaded.is_err(), "a function does without any settings");
     asked.into_inner()
 }
@@ -85,10 +105,15 @@ fn each_function_is_given_the_variables_it_asks_for_and_no_others() {
         asked.insert("AWS_ENDPOINT_URL_DYNAMODB".to_owned());
         asked.insert("LOG_LEVEL".to_owned());
         let mut given: BTreeSet<String> = BTreeSet::new();
-        for variables in
-            [&template["Globals"]["Function"]["Environment"]["Variables"], &properties(&template, function)["Environment"]["Variables"]]
-        {
-            let names = variables.as_mapping().into_iter().flatten().filter_map(|(name, _)| name.as_str());
+        for variables in [
+            &template["Globals"]["Function"]["Environment"]["Variables"],
+            &properties(&template, function)["Environment"]["Variables"],
+        ] {
+            let names = variables
+                .as_mapping()
+                .into_iter()
+                .flatten()
+                .filter_map(|(name, _)| name.as_str());
             given.extend(names.map(str::to_owned));
         }
         assert_eq!(given, asked, "{function}");
@@ -108,16 +133,27 @@ fn allowed(template: &Value, function: &str) -> BTreeSet<String> {
     let mut allowed = BTreeSet::new();
     for policy in list(&properties(template, function)["Policies"]) {
         for statement in list(&policy["Statement"]) {
-            for (action, resource) in list(&statement["Action"])
-                .iter()
-                .flat_map(|action| list(&statement["Resource"]).into_iter().map(move |resource| (action.clone(), resource)))
-            {
+            for (action, resource) in list(&statement["Action"]).iter().flat_map(|action| {
+                list(&statement["Resource"])
+                    .into_iter()
+                    .map(move |resource| (action.clone(), resource))
+            }) {
                 let (action, resource) = (text(&action), text(&resource));
                 if action == "execute-api:ManageConnections" {
-                    let (_, route) = resource.split_once("${WebSocketApi}/v1/").expect("an ARN with the stage");
-                    allowed.insert(format!("@connections {}", route.strip_suffix("/@connections/*").expect("all connections")));
+                    let (_, route) = resource
+                        .split_once("${WebSocketApi}/v1/")
+                        .expect("an ARN with the stage");
+                    allowed.insert(format!(
+                        "@connections {}",
+                        route
+                            .strip_suffix("/@connections/*")
+                            .expect("all connections")
+                    ));
                 } else {
-                    allowed.insert(format!("{action} {}", resource.strip_suffix(".Arn").expect("a table")));
+                    allowed.insert(format!(
+                        "{action} {}",
+                        resource.strip_suffix(".Arn").expect("a table")
+                    ));
                 }
             }
         }
@@ -133,28 +169,55 @@ type Calls = Arc<Mutex<BTreeSet<String>>>;
 struct Spy {
     calls: Calls,
     dynamodb: String,
-    client: hyper_util::client::legacy::Client<hyper_util::client::legacy::connect::HttpConnector, http_body_util::Full<Bytes>>,
+    client: hyper_util::client::legacy::Client<
+        hyper_util::client::legacy::connect::HttpConnector,
+        http_body_util::Full<Bytes>,
+    >,
 }
 
 /// Notes a DynamoDB call, then passes it on.
 async fn note_call(State(spy): State<Spy>, headers: HeaderMap, body: Bytes) -> impl IntoResponse {
-    let (_, operation) = headers["x-amz-target"].to_str().expect("text").split_once('.').expect("a target");
+    let (_, operation) = headers["x-amz-target"]
+        .to_str()
+        .expect("text")
+        .split_once('.')
+        .expect("a target");
     let request: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
-    spy.calls.lock().expect("not poisoned").insert(format!("dynamodb:{operation} {}", request["TableName"].as_str().expect("a table")));
-    let mut on = http::Request::post(&spy.dynamodb).body(http_body_util::Full::new(body)).expect("a request");
+    spy.calls.lock().expect("not poisoned").insert(format!(
+        "dynamodb:{operation} {}",
+        request["TableName"].as_str().expect("a table")
+    ));
+    let mut on = http::Request::post(&spy.dynamodb)
+        .body(http_body_util::Full::new(body))
+        .expect("a request");
     for (name, value) in headers.iter().filter(|(name, _)| *name != "host") {
         on.headers_mut().append(name, value.clone());
     }
-    spy.client.request(on).await.expect("an answer").map(axum::body::Body::new)
+    spy.client
+        .request(on)
+        .await
+        .expect("an answer")
+        .map(axum::body::Body::new)
 }
 
 /// Stands for connections: `gone` is, all others take what they are sent.
-async fn note_post(State(calls): State<Calls>, method: http::Method, uri: http::Uri) -> http::StatusCode {
+async fn note_post(
+    State(calls): State<Calls>,
+    method: http::Method,
+    uri: http::Uri,
+) -> http::StatusCode {
     // A GET is an attempt to open a reply connection, which needs no permission.
     if method != http::Method::GET {
-        calls.lock().expect("not poisoned").insert(format!("@connections {method}"));
+        calls
+            .lock()
+            .expect("not poisoned")
+            .insert(format!("@connections {method}"));
     }
-    if uri.path().ends_with("gone") { http::StatusCode::GONE } else { http::StatusCode::OK }
+    if uri.path().ends_with("gone") {
+        http::StatusCode::GONE
+    } else {
+        http::StatusCode::OK
+    }
 }
 
 /// A function's surroundings, in which every call is noted.
@@ -167,8 +230,13 @@ struct Surroundings {
 
 async fn surroundings(dynamodb: &str) -> Surroundings {
     let calls = Calls::default();
-    let client = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new()).build_http();
-    let spy = Router::new().fallback(note_call).with_state(Spy { calls: calls.clone(), dynamodb: dynamodb.to_owned(), client });
+    let client = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+        .build_http();
+    let spy = Router::new().fallback(note_call).with_state(Spy {
+        calls: calls.clone(),
+        dynamodb: dynamodb.to_owned(),
+        client,
+    });
     let posts = Router::new().fallback(note_post).with_state(calls.clone());
     let mut serving = JoinSet::new();
     let mut addresses = Vec::new();
@@ -199,7 +267,9 @@ impl Surroundings {
 }
 
 fn websocket(event: &str, replace: &[(&str, &str)]) -> ApiGatewayWebsocketProxyRequest {
-    let event = replace.iter().fold(event.to_owned(), |event, (from, to)| event.replace(from, to));
+    let event = replace.iter().fold(event.to_owned(), |event, (from, to)| {
+        event.replace(from, to)
+    });
     serde_json::from_str(&event).expect("an event")
 }
 
@@ -208,9 +278,17 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = format!("http://{}", listener.local_addr().expect("an address"));
-    dynamodb::serve(dynamodb::open(None).expect("a database"), listener, AccessKey::only("key"), &tasks, &stop);
+    dynamodb::serve(
+        dynamodb::open(None).expect("a database"),
+        listener,
+        AccessKey::only("key"),
+        &tasks,
+        &stop,
+    );
     let direct = sdk::for_loopback(&address, "key");
-    dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct)).await.expect("tables");
+    dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct))
+        .await
+        .expect("tables");
     let token = tunnel_shared::cloud::tokens::Token {
         hash: tunnel_shared::cloud::auth::hash_token("sample"),
         name: "sample".to_owned(),
@@ -228,15 +306,40 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     let at = surroundings(&address).await;
     let connect = at.load(Connect::load);
     for id in [ID, "second=", "third=", "gone"] {
-        assert_eq!(connect.handle(websocket(CONNECT, &[(ID, id)])).await.expect("handled").status_code, 200);
+        assert_eq!(
+            connect
+                .handle(websocket(CONNECT, &[(ID, id)]))
+                .await
+                .expect("handled")
+                .status_code,
+            200
+        );
     }
     let releases = [(ID, "releases="), ("\"tunnel_id\"", "\"release\"")];
-    assert_eq!(connect.handle(websocket(CONNECT, &releases)).await.expect("handled").status_code, 200);
-    let ticket = Connections::new(&direct, dynamodb::CONNECTIONS.to_owned()).issue_ticket(now()).await.expect("a ticket");
-    let reply_connection = [(ID, "reply="), ("tunnel_id", "reply"), ("Bearer sample", &format!("Bearer {ticket}"))];
+    assert_eq!(
+        connect
+            .handle(websocket(CONNECT, &releases))
+            .await
+            .expect("handled")
+            .status_code,
+        200
+    );
+    let ticket = Connections::new(&direct, dynamodb::CONNECTIONS.to_owned())
+        .issue_ticket(now())
+        .await
+        .expect("a ticket");
+    let reply_connection = [
+        (ID, "reply="),
+        ("tunnel_id", "reply"),
+        ("Bearer sample", &format!("Bearer {ticket}")),
+    ];
     for status in [200, 401] {
         let event = websocket(CONNECT, &reply_connection);
-        assert_eq!(connect.handle(event).await.expect("handled").status_code, status, "a ticket is good once");
+        assert_eq!(
+            connect.handle(event).await.expect("handled").status_code,
+            status,
+            "a ticket is good once"
+        );
     }
     made.insert(FUNCTIONS[0], at.calls);
 
@@ -245,55 +348,125 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     // An old agent, then one that knows of being replaced, then one that replaces it, then one that is gone.
     for (id, ready) in [
         (ID, "ready"),
-        ("second=", r#"ready\",\"features\":[\"notices\"],\"agent\":\"x"#),
+        (
+            "second=",
+            r#"ready\",\"features\":[\"notices\"],\"agent\":\"x"#,
+        ),
         ("third=", "ready"),
         ("gone", "ready"),
         ("reply=", "ready"),
     ] {
-        default.handle(websocket(READY, &[(ID, id), ("ready", ready)])).await.expect("handled");
+        default
+            .handle(websocket(READY, &[(ID, id), ("ready", ready)]))
+            .await
+            .expect("handled");
     }
-    default.handle(websocket(include_str!("../../../events/http-response.json"), &[])).await.expect("handled");
-    default.handle(websocket(include_str!("../../../events/ping.json"), &[(ID, "third=")])).await.expect("handled");
-    let release = default.handle(websocket(READY, &[(ID, "releases="), ("ready", "release")])).await.expect("handled");
+    default
+        .handle(websocket(
+            include_str!("../../../events/http-response.json"),
+            &[],
+        ))
+        .await
+        .expect("handled");
+    default
+        .handle(websocket(
+            include_str!("../../../events/ping.json"),
+            &[(ID, "third=")],
+        ))
+        .await
+        .expect("handled");
+    let release = default
+        .handle(websocket(READY, &[(ID, "releases="), ("ready", "release")]))
+        .await
+        .expect("handled");
     assert_eq!(release.status_code, 200);
     // The tunnel is nobody's now; the next steps need it again.
-    assert_eq!(connect.handle(websocket(CONNECT, &[(ID, "gone")])).await.expect("handled").status_code, 200);
-    default.handle(websocket(READY, &[(ID, "gone")])).await.expect("handled");
+    assert_eq!(
+        connect
+            .handle(websocket(CONNECT, &[(ID, "gone")]))
+            .await
+            .expect("handled")
+            .status_code,
+        200
+    );
+    default
+        .handle(websocket(READY, &[(ID, "gone")]))
+        .await
+        .expect("handled");
     made.insert(FUNCTIONS[2], at.calls);
 
     let at = surroundings(&address).await;
     let forward = at.load(|variables, sdk| Forward::load(variables, sdk, None));
-    let visit = || serde_json::from_str::<LambdaRequest>(include_str!("../../../events/http-v2.json")).expect("an event");
-    assert!(forward.handle(visit(), LAMBDA_RUN).await.is_ok(), "the tunnel's agent is gone, which is an answer");
+    let visit = || {
+        serde_json::from_str::<LambdaRequest>(include_str!("../../../events/http-v2.json"))
+            .expect("an event")
+    };
+    assert!(
+        forward.handle(visit(), LAMBDA_RUN).await.is_ok(),
+        "the tunnel's agent is gone, which is an answer"
+    );
     let ready = r#"ready\",\"features\":[\"reply_to\"],\"agent\":\"x"#;
-    default.handle(websocket(READY, &[(ID, "third="), ("ready", ready)])).await.expect("handled");
+    default
+        .handle(websocket(READY, &[(ID, "third="), ("ready", ready)]))
+        .await
+        .expect("handled");
     // Nobody answers, so it looks into the mailbox, doubts, and finds the connection gone once it is.
     let disconnect = surroundings(&address).await;
     let asked = at.calls.clone();
     let (answer, ()) = tokio::join!(forward.handle(visit(), LAMBDA_RUN), async {
         within("a look at the connection", async {
-            let expected = ["dynamodb:GetItem ConnectionsTable", "dynamodb:PutItem ConnectionsTable"];
-            while !expected.iter().all(|call| asked.lock().expect("not poisoned").contains(*call)) {
+            let expected = [
+                "dynamodb:GetItem ConnectionsTable",
+                "dynamodb:PutItem ConnectionsTable",
+            ];
+            while !expected
+                .iter()
+                .all(|call| asked.lock().expect("not poisoned").contains(*call))
+            {
                 tokio::task::yield_now().await;
             }
         })
         .await;
-        let event = websocket(include_str!("../../../events/disconnect.json"), &[(ID, "third=")]);
-        disconnect.load(Disconnect::load).handle(event).await.expect("handled");
+        let event = websocket(
+            include_str!("../../../events/disconnect.json"),
+            &[(ID, "third=")],
+        );
+        disconnect
+            .load(Disconnect::load)
+            .handle(event)
+            .await
+            .expect("handled");
     });
     assert!(answer.is_ok(), "the agent is lost, which is an answer");
     // One whose token is revoked is closed; a function that starts afresh has not seen the token when it was good.
-    assert_eq!(connect.handle(websocket(CONNECT, &[(ID, "third=")])).await.expect("handled").status_code, 200);
-    default.handle(websocket(READY, &[(ID, "third="), ("ready", ready)])).await.expect("handled");
+    assert_eq!(
+        connect
+            .handle(websocket(CONNECT, &[(ID, "third=")]))
+            .await
+            .expect("handled")
+            .status_code,
+        200
+    );
+    default
+        .handle(websocket(READY, &[(ID, "third="), ("ready", ready)]))
+        .await
+        .expect("handled");
     tokens.revoke("sample").await.expect("revoked");
     let afresh = at.load(|variables, sdk| Forward::load(variables, sdk, None));
-    assert!(afresh.handle(visit(), LAMBDA_RUN).await.is_ok(), "the tunnel is offline, which is an answer");
+    assert!(
+        afresh.handle(visit(), LAMBDA_RUN).await.is_ok(),
+        "the tunnel is offline, which is an answer"
+    );
     made.insert(FUNCTIONS[3], at.calls);
     made.insert(FUNCTIONS[1], disconnect.calls);
 
     let template = template();
     for function in FUNCTIONS {
-        assert_eq!(*made[function].lock().expect("not poisoned"), allowed(&template, function), "{function}: made, allowed");
+        assert_eq!(
+            *made[function].lock().expect("not poisoned"),
+            allowed(&template, function),
+            "{function}: made, allowed"
+        );
     }
     stop.cancel();
 }
@@ -312,5 +485,8 @@ fn the_permission_to_call_forward_names_stage_and_route() {
         })
         .collect();
     assert_eq!(permissions.len(), 1, "{permissions:?}");
-    assert!(permissions[0].ends_with(":${HttpApi}/$default/$default"), "{permissions:?}");
+    assert!(
+        permissions[0].ends_with(":${HttpApi}/$default/$default"),
+        "{permissions:?}"
+    );
 }

@@ -24,7 +24,10 @@ pub struct Identity {
 impl Identity {
     /// Everybody, where agents do not authenticate.
     pub fn anybody() -> Self {
-        Self { owner: auth::ANYBODY.to_owned(), expires_at: None }
+        Self {
+            owner: auth::ANYBODY.to_owned(),
+            expires_at: None,
+        }
     }
 
     /// Whether the proof's time is over.
@@ -57,7 +60,11 @@ impl Access {
         let standing = Standing::load(variables, sdk);
         let settings = JwtSettings::read(variables);
         let standing = standing?;
-        let jwt = if standing.auth == Auth::Jwt { Some(Arc::new(Jwt::load(variables, settings)?)) } else { None };
+        let jwt = if standing.auth == Auth::Jwt {
+            Some(Arc::new(Jwt::load(variables, settings)?))
+        } else {
+            None
+        };
         Some(Self { standing, jwt })
     }
 
@@ -65,12 +72,23 @@ impl Access {
     ///
     /// # Errors
     /// When it cannot be told now.
-    pub async fn identify(&self, token: Option<&str>, now: Duration) -> Result<Option<Identity>, AccessError> {
+    pub async fn identify(
+        &self,
+        token: Option<&str>,
+        now: Duration,
+    ) -> Result<Option<Identity>, AccessError> {
         match (self.standing.auth, &self.jwt, token) {
             (Auth::Open, _, _) => Ok(Some(Identity::anybody())),
             (Auth::Token, _, Some(token)) => {
-                let found = self.standing.tokens.good(&auth::hash_token(token), now).await?;
-                Ok(found.map(|token| Identity { owner: auth::owner_of(&token.hash), expires_at: token.expires_at }))
+                let found = self
+                    .standing
+                    .tokens
+                    .good(&auth::hash_token(token), now)
+                    .await?;
+                Ok(found.map(|token| Identity {
+                    owner: auth::owner_of(&token.hash),
+                    expires_at: token.expires_at,
+                }))
             }
             (Auth::Jwt, Some(jwt), Some(token)) => Ok(jwt.identify(token).await?),
             (Auth::Token | Auth::Jwt, _, _) => Ok(None),
@@ -95,7 +113,10 @@ impl Standing {
     pub fn load(variables: &Variables<'_>, sdk: &SdkConfig) -> Option<Self> {
         let auth = variables.optional("AUTH", Auth::Token);
         let tokens = variables.required("TOKENS_TABLE");
-        Some(Self { auth: auth?, tokens: Tokens::new(sdk, tokens?) })
+        Some(Self {
+            auth: auth?,
+            tokens: Tokens::new(sdk, tokens?),
+        })
     }
 
     /// Whether somebody would be identified again: the proof has not expired and its token was not revoked.

@@ -72,7 +72,10 @@ const JWT: &str = "jwt:";
 
 /// The owner that an issuer's subject is. Both are hashed in a form that tells where one ends and the other begins.
 pub(super) fn owner_of_subject(issuer: &str, subject: &str) -> String {
-    format!("{JWT}{}", hash_token(&serde_json::json!([issuer, subject]).to_string()))
+    format!(
+        "{JWT}{}",
+        hash_token(&serde_json::json!([issuer, subject]).to_string())
+    )
 }
 
 /// Whether an owner is an issuer's subject.
@@ -93,10 +96,12 @@ pub fn bearer_token(authorization: &str) -> Option<&str> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("writing to a String cannot fail");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            write!(text, "{byte:02x}").expect("writing to a String cannot fail");
+            text
+        })
 }
 
 #[cfg(test)]
@@ -105,7 +110,10 @@ mod tests {
 
     #[test]
     fn a_token_is_stored_as_its_sha_256() {
-        assert_eq!(hash_token("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(
+            hash_token("abc"),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
         assert_ne!(generate_token(), generate_token());
     }
 

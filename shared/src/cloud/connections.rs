@@ -59,7 +59,12 @@ impl Connections {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn put(&self, id: &ConnectionId, connection: &Connection, now: Duration) -> Result<(), StoreError> {
+    pub async fn put(
+        &self,
+        id: &ConnectionId,
+        connection: &Connection,
+        now: Duration,
+    ) -> Result<(), StoreError> {
         let table = &self.0;
         let put = table
             .client
@@ -69,9 +74,19 @@ impl Connections {
             .item("connectedAt", number(now.as_secs()))
             .item("ttl", number((now + WEBSOCKET_LIFE + GRACE).as_secs()));
         let put = match connection {
-            Connection::Agent { tunnel_id, identity, .. } => {
-                let put = put.item("kind", text("agent")).item("tunnelId", text(tunnel_id.as_str())).item("owner", text(&identity.owner));
-                identity.expires_at.into_iter().fold(put, |put, at| put.item("expiresAt", number(at)))
+            Connection::Agent {
+                tunnel_id,
+                identity,
+                ..
+            } => {
+                let put = put
+                    .item("kind", text("agent"))
+                    .item("tunnelId", text(tunnel_id.as_str()))
+                    .item("owner", text(&identity.owner));
+                identity
+                    .expires_at
+                    .into_iter()
+                    .fold(put, |put, at| put.item("expiresAt", number(at)))
             }
             Connection::Reply => put.item("kind", text("reply")),
         };
@@ -83,7 +98,11 @@ impl Connections {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn note_opened(&self, id: &ConnectionId, opened: &Opened) -> Result<bool, StoreError> {
+    pub async fn note_opened(
+        &self,
+        id: &ConnectionId,
+        opened: &Opened,
+    ) -> Result<bool, StoreError> {
         let table = &self.0;
         let outcome = table
             .client
@@ -104,7 +123,11 @@ impl Connections {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn get(&self, id: &ConnectionId, now: Duration) -> Result<Option<Connection>, StoreError> {
+    pub async fn get(
+        &self,
+        id: &ConnectionId,
+        now: Duration,
+    ) -> Result<Option<Connection>, StoreError> {
         let table = &self.0;
         let output = table
             .client
@@ -115,7 +138,10 @@ impl Connections {
             .send()
             .await
             .map_err(table.failed("GetItem"))?;
-        Ok(output.item.filter(|item| is_live(item, now)).and_then(|item| connection(&item)))
+        Ok(output
+            .item
+            .filter(|item| is_live(item, now))
+            .and_then(|item| connection(&item)))
     }
 
     /// Issues a ticket for one reply connection and returns it; only its hash is kept. Whoever can write to this table can, and
@@ -143,7 +169,10 @@ impl Connections {
     /// # Errors
     /// When DynamoDB does not answer.
     pub async fn redeem_ticket(&self, ticket: &str, now: Duration) -> Result<bool, StoreError> {
-        Ok(self.delete(ticket_key(ticket)).await?.is_some_and(|item| is_live(&item, now)))
+        Ok(self
+            .delete(ticket_key(ticket))
+            .await?
+            .is_some_and(|item| is_live(&item, now)))
     }
 
     /// Forgets a connection and returns what it was.
@@ -151,7 +180,10 @@ impl Connections {
     /// # Errors
     /// When DynamoDB does not answer.
     pub async fn remove(&self, id: &ConnectionId) -> Result<Option<Connection>, StoreError> {
-        Ok(self.delete(id.as_str().to_owned()).await?.and_then(|item| connection(&item)))
+        Ok(self
+            .delete(id.as_str().to_owned())
+            .await?
+            .and_then(|item| connection(&item)))
     }
 
     async fn delete(&self, key: String) -> Result<Option<Item>, StoreError> {
@@ -177,12 +209,22 @@ fn ticket_key(ticket: &str) -> String {
 fn connection(item: &Item) -> Option<Connection> {
     match read_text(item, "kind")? {
         "agent" => {
-            let identity = Identity { owner: read_text(item, "owner")?.to_owned(), expires_at: read_number(item, "expiresAt") };
+            let identity = Identity {
+                owner: read_text(item, "owner")?.to_owned(),
+                expires_at: read_number(item, "expiresAt"),
+            };
             let opened = || {
                 let features = features_of_text(read_text(item, "features")?);
-                Some(Opened { features, public_url: read_text(item, "publicUrl")?.to_owned() })
+                Some(Opened {
+                    features,
+                    public_url: read_text(item, "publicUrl")?.to_owned(),
+                })
             };
-            Some(Connection::Agent { tunnel_id: read_text(item, "tunnelId")?.parse().ok()?, identity, opened: opened() })
+            Some(Connection::Agent {
+                tunnel_id: read_text(item, "tunnelId")?.parse().ok()?,
+                identity,
+                opened: opened(),
+            })
         }
         "reply" => Some(Connection::Reply),
         _ => None,

@@ -16,12 +16,17 @@ pub struct WrongEvent {
 ///
 /// # Errors
 /// When the event has another type or names no connection.
-pub fn connection_of(expected: &'static str, event_type: Option<&str>, connection_id: Option<&str>) -> Result<ConnectionId, WrongEvent> {
+pub fn connection_of(
+    expected: &'static str,
+    event_type: Option<&str>,
+    connection_id: Option<&str>,
+) -> Result<ConnectionId, WrongEvent> {
     let wrong = |fault| WrongEvent { expected, fault };
     match event_type {
-        Some(kind) if kind == expected => {
-            connection_id.ok_or(wrong("it names no connection"))?.parse().map_err(|_| wrong("its connectionId is none"))
-        }
+        Some(kind) if kind == expected => connection_id
+            .ok_or(wrong("it names no connection"))?
+            .parse()
+            .map_err(|_| wrong("its connectionId is none")),
         _ => Err(wrong("its eventType is another")),
     }
 }

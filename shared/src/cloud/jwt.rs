@@ -67,28 +67,58 @@ pub(crate) struct JwtSettings {
 impl JwtSettings {
     pub(crate) fn read(variables: &Variables<'_>) -> Self {
         let text = |name: &str| variables.optional(name, String::new()).unwrap_or_default();
-        Self { issuer: text("JWT_ISSUER"), audience: text("JWT_AUDIENCE"), jwks_url: text("JWT_JWKS_URL"), secret: text("JWT_SECRET") }
+        Self {
+            issuer: text("JWT_ISSUER"),
+            audience: text("JWT_AUDIENCE"),
+            jwks_url: text("JWT_JWKS_URL"),
+            secret: text("JWT_SECRET"),
+        }
     }
 }
 
 impl Jwt {
     /// Checks the settings. `None` means that a fault was noted.
     pub(crate) fn load(variables: &Variables<'_>, settings: JwtSettings) -> Option<Self> {
-        let JwtSettings { issuer, audience, jwks_url, secret } = settings;
-        let required = |name: &str, text: String| if text.is_empty() { variables.fault(name, "is not set") } else { Some(text) };
-        let (issuer, audience) = (required("JWT_ISSUER", issuer), required("JWT_AUDIENCE", audience));
+        let JwtSettings {
+            issuer,
+            audience,
+            jwks_url,
+            secret,
+        } = settings;
+        let required = |name: &str, text: String| {
+            if text.is_empty() {
+                variables.fault(name, "is not set")
+            } else {
+                Some(text)
+            }
+        };
+        let (issuer, audience) = (
+            required("JWT_ISSUER", issuer),
+            required("JWT_AUDIENCE", audience),
+        );
         let given = |text: String| Some(text).filter(|text| !text.is_empty());
         let keys = match (given(jwks_url), given(secret)) {
             (Some(url), None) => match published(&url) {
                 Ok(keys) => Some(Keys::Published(Box::new(keys))),
                 Err(fault) => variables.fault("JWT_JWKS_URL", &fault),
             },
-            (None, Some(secret)) if secret.len() >= SECRET => Some(Keys::Secret(DecodingKey::from_secret(secret.as_bytes()))),
-            (None, Some(_)) => variables.fault("JWT_SECRET", &format!("must have at least {SECRET} bytes")),
-            (Some(_), Some(_)) | (None, None) => variables.fault("JWT_JWKS_URL, JWT_SECRET", "exactly one of them must be set"),
+            (None, Some(secret)) if secret.len() >= SECRET => {
+                Some(Keys::Secret(DecodingKey::from_secret(secret.as_bytes())))
+            }
+            (None, Some(_)) => {
+                variables.fault("JWT_SECRET", &format!("must have at least {SECRET} bytes"))
+            }
+            (Some(_), Some(_)) | (None, None) => variables.fault(
+                "JWT_JWKS_URL, JWT_SECRET",
+                "exactly one of them must be set",
+            ),
         };
         ring::install();
-        Some(Self { issuer: issuer?, audience: audience?, keys: keys? })
+        Some(Self {
+            issuer: issuer?,
+            audience: audience?,
+            keys: keys?,
+        })
     }
 
     /// Who presents this token. `None` when it proves nothing.
@@ -100,26 +130,43 @@ impl Jwt {
             return Ok(None);
         }
         // An unknown `alg` such as none cannot be read; of `crit` nothing is understood, so nothing may be demanded.
-        let Some(header) = decode_header(token).ok().filter(|header| header.crit.is_none()) else { return Ok(None) };
+        let Some(header) = decode_header(token)
+            .ok()
+            .filter(|header| header.crit.is_none())
+        else {
+            return Ok(None);
+        };
         let key = match &self.keys {
             Keys::Secret(key) if header.alg == Algorithm::HS256 => Some(key.clone()),
-            Keys::Published(keys) if ASYMMETRIC.contains(&header.alg) => keys.find(header.kid.as_deref(), header.alg).await?,
+            Keys::Published(keys) if ASYMMETRIC.contains(&header.alg) => {
+                keys.find(header.kid.as_deref(), header.alg).await?
+            }
             Keys::Secret(_) | Keys::Published(_) => None,
         };
-        let Some(key) = key.filter(|key| key.family() == header.alg.family()) else { return Ok(None) };
+        let Some(key) = key.filter(|key| key.family() == header.alg.family()) else {
+            return Ok(None);
+        };
         let mut validation = Validation::new(header.alg);
         validation.leeway = LEEWAY.as_secs();
         validation.validate_nbf = true;
         validation.set_issuer(&[&self.issuer]);
         validation.set_audience(&[&self.audience]);
         validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
-        let Ok(token) = decode::<Claims>(token, &key, &validation) else { return Ok(None) };
+        let Ok(token) = decode::<Claims>(token, &key, &validation) else {
+            return Ok(None);
+        };
         let Claims { iss, sub, exp } = token.claims;
-        Ok((!sub.is_empty())
-            .then(|| Identity { owner: auth::owner_of_subject(&iss, &sub), expires_at: Some(exp.saturating_add(LEEWAY.as_secs())) }))
+        Ok((!sub.is_empty()).then(|| Identity {
+            owner: auth::owner_of_subject(&iss, &sub),
+            expires_at: Some(exp.saturating_add(LEEWAY.as_secs())),
+        }))
     }
 }
 
 fn published(url: &str) -> Result<PublishedKeys, String> {
-    PublishedKeys::new(url.parse().map_err(|invalid: InvalidUrl| invalid.to_string())?).map_err(|error| error.to_string())
+    PublishedKeys::new(
+        url.parse()
+            .map_err(|invalid: InvalidUrl| invalid.to_string())?,
+    )
+    .map_err(|error| error.to_string())
 }

@@ -38,7 +38,12 @@ impl Mailbox {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn put(&self, sender: &ConnectionId, reply: Reply, now: Duration) -> Result<(), StoreError> {
+    pub async fn put(
+        &self,
+        sender: &ConnectionId,
+        reply: Reply,
+        now: Duration,
+    ) -> Result<(), StoreError> {
         let table = &self.0;
         let part = match reply.content {
             ReplyPart::Head(..) | ReplyPart::Body(_) => reply.part,
@@ -55,7 +60,9 @@ impl Mailbox {
         let put = match reply.content {
             ReplyPart::Head(head, chunk) => with_chunk(put.item("head", text(json(&head))), chunk),
             ReplyPart::Body(chunk) => with_chunk(put, chunk),
-            ReplyPart::Failed { code, message } => put.item("failure", text(json(&(code, message)))),
+            ReplyPart::Failed { code, message } => {
+                put.item("failure", text(json(&(code, message))))
+            }
             ReplyPart::Window(parts) => put.item("window", number(parts.into())),
         };
         put.send().await.map_err(table.failed("PutItem"))?;
@@ -66,7 +73,12 @@ impl Mailbox {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn read(&self, sender: &ConnectionId, request: &RequestId, from: u32) -> Result<Vec<(u32, ReplyPart)>, StoreError> {
+    pub async fn read(
+        &self,
+        sender: &ConnectionId,
+        request: &RequestId,
+        from: u32,
+    ) -> Result<Vec<(u32, ReplyPart)>, StoreError> {
         let table = &self.0;
         let output = table
             .client
@@ -88,15 +100,22 @@ fn key(sender: &ConnectionId, request: &RequestId) -> String {
 }
 
 fn json(value: &impl Serialize) -> String {
-    serde_json::to_string(value).expect("strings, numbers and maps with string keys have a JSON text")
+    serde_json::to_string(value)
+        .expect("strings, numbers and maps with string keys have a JSON text")
 }
 
 fn with_chunk(
     put: aws_sdk_dynamodb::operation::put_item::builders::PutItemFluentBuilder,
     chunk: Chunk,
 ) -> aws_sdk_dynamodb::operation::put_item::builders::PutItemFluentBuilder {
-    let put = put.item("body", AttributeValue::B(Blob::new(chunk.bytes))).item("more", AttributeValue::Bool(chunk.more));
-    if chunk.encoding == Some(Encoding::Zstd) { put.item("zstd", AttributeValue::Bool(true)) } else { put }
+    let put = put
+        .item("body", AttributeValue::B(Blob::new(chunk.bytes)))
+        .item("more", AttributeValue::Bool(chunk.more));
+    if chunk.encoding == Some(Encoding::Zstd) {
+        put.item("zstd", AttributeValue::Bool(true))
+    } else {
+        put
+    }
 }
 
 fn part(item: &Item) -> Option<(u32, ReplyPart)> {
@@ -109,7 +128,11 @@ fn part(item: &Item) -> Option<(u32, ReplyPart)> {
     } else {
         let bytes = item.get("body")?.as_b().ok()?.clone().into_inner().into();
         let encoding = read_flag(item, "zstd").then_some(Encoding::Zstd);
-        let chunk = Chunk { bytes, encoding, more: read_flag(item, "more") };
+        let chunk = Chunk {
+            bytes,
+            encoding,
+            more: read_flag(item, "more"),
+        };
         match read_text(item, "head") {
             Some(head) => ReplyPart::Head(serde_json::from_str(head).ok()?, chunk),
             None => ReplyPart::Body(chunk),

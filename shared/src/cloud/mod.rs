@@ -21,7 +21,9 @@ use serde::Serialize;
 
 /// The time since 1970. What is stored counts whole seconds of it, as DynamoDB's TTL wants.
 pub fn now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
 }
 
 /// What a WebSocket route's function returns. API Gateway reads the status of $connect only; no route passes a body on.
@@ -38,11 +40,17 @@ pub struct RouteResponse {
 impl RouteResponse {
     /// Done.
     pub fn ok() -> Self {
-        Self { status_code: 200, body: None }
+        Self {
+            status_code: 200,
+            body: None,
+        }
     }
 
     /// Refused, with a stable code and a sentence.
     pub fn refused(status_code: u16, code: &str, message: &str) -> Self {
-        Self { status_code, body: Some(serde_json::json!({ "error": code, "message": message }).to_string()) }
+        Self {
+            status_code,
+            body: Some(serde_json::json!({ "error": code, "message": message }).to_string()),
+        }
     }
 }

@@ -75,37 +75,75 @@ pub struct Reply {
 
 impl From<HttpResponse> for Reply {
     fn from(response: HttpResponse) -> Self {
-        let head =
-            ReplyHead { status_code: response.status_code, headers: response.headers, processing_time_ms: response.processing_time_ms };
-        let chunk = Chunk { bytes: response.body.0, encoding: response.encoding, more: response.more };
-        Self { request_id: response.request_id, part: 0, content: ReplyPart::Head(head, chunk) }
+        let head = ReplyHead {
+            status_code: response.status_code,
+            headers: response.headers,
+            processing_time_ms: response.processing_time_ms,
+        };
+        let chunk = Chunk {
+            bytes: response.body.0,
+            encoding: response.encoding,
+            more: response.more,
+        };
+        Self {
+            request_id: response.request_id,
+            part: 0,
+            content: ReplyPart::Head(head, chunk),
+        }
     }
 }
 
 impl From<BodyPart> for Reply {
     fn from(part: BodyPart) -> Self {
-        let chunk = Chunk { bytes: part.body.0, encoding: part.encoding, more: part.more };
-        Self { request_id: part.request_id, part: part.part, content: ReplyPart::Body(chunk) }
+        let chunk = Chunk {
+            bytes: part.body.0,
+            encoding: part.encoding,
+            more: part.more,
+        };
+        Self {
+            request_id: part.request_id,
+            part: part.part,
+            content: ReplyPart::Body(chunk),
+        }
     }
 }
 
 impl From<Window> for Reply {
     fn from(window: Window) -> Self {
-        Self { request_id: window.request_id, part: 0, content: ReplyPart::Window(window.parts) }
+        Self {
+            request_id: window.request_id,
+            part: 0,
+            content: ReplyPart::Window(window.parts),
+        }
     }
 }
 
 impl Reply {
     /// What it means to a request that a message about it cannot be read.
     pub fn unreadable(request_id: RequestId) -> Self {
-        let message = "a message of it has a header, a status or a body that cannot be read".to_owned();
-        Self { request_id, part: 0, content: ReplyPart::Failed { code: AgentErrorCode::InternalError, message } }
+        let message =
+            "a message of it has a header, a status or a body that cannot be read".to_owned();
+        Self {
+            request_id,
+            part: 0,
+            content: ReplyPart::Failed {
+                code: AgentErrorCode::InternalError,
+                message,
+            },
+        }
     }
 
     /// A failure of one request; `None` when the agent named none.
     pub fn of_error(error: AgentError) -> Option<Self> {
-        let content = ReplyPart::Failed { code: error.code, message: error.message };
-        Some(Self { request_id: error.request_id?, part: 0, content })
+        let content = ReplyPart::Failed {
+            code: error.code,
+            message: error.message,
+        };
+        Some(Self {
+            request_id: error.request_id?,
+            part: 0,
+            content,
+        })
     }
 }
 
@@ -129,15 +167,28 @@ impl Replies {
         let (parts, received) = mpsc::channel(PARTS_AHEAD + 1);
         let (allowed, _) = watch::channel(WINDOW);
         let key = (sender, request);
-        self.lock().insert(key.clone(), Inbox { parts, allowed: allowed.clone() });
-        Expected { replies: self.clone(), key, received, allowed }
+        self.lock().insert(
+            key.clone(),
+            Inbox {
+                parts,
+                allowed: allowed.clone(),
+            },
+        );
+        Expected {
+            replies: self.clone(),
+            key,
+            received,
+            allowed,
+        }
     }
 
     /// Hands a reply to the request that waits for it, and tells whether one does.
     pub fn deliver(&self, sender: &ConnectionId, reply: Reply) -> bool {
         let mut waiting = self.lock();
         let key = (sender.clone(), reply.request_id);
-        let Some(inbox) = waiting.get(&key) else { return false };
+        let Some(inbox) = waiting.get(&key) else {
+            return false;
+        };
         if let ReplyPart::Window(parts) = reply.content {
             raise(&inbox.allowed, parts);
             return true;
@@ -146,8 +197,15 @@ impl Replies {
             // It has a place, and the lock keeps others from taking it.
             return inbox.parts.try_send((reply.part, reply.content)).is_ok();
         }
-        let message = format!("it sends more than {PARTS_AHEAD} parts ahead of what the visitor takes");
-        let _ = inbox.parts.try_send((reply.part, ReplyPart::Failed { code: AgentErrorCode::InternalError, message }));
+        let message =
+            format!("it sends more than {PARTS_AHEAD} parts ahead of what the visitor takes");
+        let _ = inbox.parts.try_send((
+            reply.part,
+            ReplyPart::Failed {
+                code: AgentErrorCode::InternalError,
+                message,
+            },
+        ));
         waiting.remove(&key);
         true
     }
@@ -227,8 +285,16 @@ mod tests {
     use super::*;
 
     fn part(request: &RequestId, part: u32) -> Reply {
-        let chunk = Chunk { bytes: Bytes::new(), encoding: None, more: true };
-        Reply { request_id: request.clone(), part, content: ReplyPart::Body(chunk) }
+        let chunk = Chunk {
+            bytes: Bytes::new(),
+            encoding: None,
+            more: true,
+        };
+        Reply {
+            request_id: request.clone(),
+            part,
+            content: ReplyPart::Body(chunk),
+        }
     }
 
     fn id(text: &str) -> ConnectionId {
@@ -240,23 +306,37 @@ mod tests {
         let (replies, request) = (Replies::default(), RequestId::generate());
         let mut expected = replies.expect(id("asked"), request.clone());
         assert!(!replies.deliver(&id("other"), part(&request, 0)));
-        assert!(!replies.deliver(&id("asked"), part(&RequestId::generate(), 0)), "a request that nobody made");
+        assert!(
+            !replies.deliver(&id("asked"), part(&RequestId::generate(), 0)),
+            "a request that nobody made"
+        );
         assert!(replies.deliver(&id("asked"), part(&request, 7)));
         assert_eq!(expected.recv().await.map(|(number, _)| number), Some(7));
         drop(expected);
-        assert!(!replies.deliver(&id("asked"), part(&request, 8)), "nobody waits any more");
+        assert!(
+            !replies.deliver(&id("asked"), part(&request, 8)),
+            "nobody waits any more"
+        );
     }
 
     #[tokio::test]
     async fn an_agent_that_sends_without_end_is_cut_off_and_its_visitor_told() {
         let (replies, request) = (Replies::default(), RequestId::generate());
         let mut expected = replies.expect(id("c"), request.clone());
-        let taken = (0..1000).filter(|number| replies.deliver(&id("c"), part(&request, *number))).count();
+        let taken = (0..1000)
+            .filter(|number| replies.deliver(&id("c"), part(&request, *number)))
+            .count();
         assert_eq!(taken, PARTS_AHEAD + 1);
         for _ in 0..PARTS_AHEAD {
-            assert!(matches!(expected.recv().await, Some((_, ReplyPart::Body(_)))));
+            assert!(matches!(
+                expected.recv().await,
+                Some((_, ReplyPart::Body(_)))
+            ));
         }
-        assert!(matches!(expected.recv().await, Some((_, ReplyPart::Failed { .. }))));
+        assert!(matches!(
+            expected.recv().await,
+            Some((_, ReplyPart::Failed { .. }))
+        ));
         assert_eq!(expected.recv().await, None);
     }
 
@@ -275,7 +355,15 @@ mod tests {
         let (replies, request) = (Replies::default(), RequestId::generate());
         let expected = replies.expect(id("c"), request.clone());
         for parts in [50, 40] {
-            replies.deliver(&id("c"), Window { request_id: request.clone(), parts, reply_to: None }.into());
+            replies.deliver(
+                &id("c"),
+                Window {
+                    request_id: request.clone(),
+                    parts,
+                    reply_to: None,
+                }
+                .into(),
+            );
         }
         assert_eq!(*expected.allowed().borrow(), 50);
     }

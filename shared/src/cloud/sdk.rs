@@ -5,7 +5,9 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
-use aws_sdk_dynamodb::config::{BehaviorVersion, Credentials, Region, SharedCredentialsProvider, timeout::TimeoutConfig};
+use aws_sdk_dynamodb::config::{
+    BehaviorVersion, Credentials, Region, SharedCredentialsProvider, timeout::TimeoutConfig,
+};
 use aws_smithy_http_client::{
     Builder,
     tls::{Provider, rustls_provider::CryptoMode},
@@ -31,7 +33,11 @@ impl FromStr for Secret {
 fn common() -> aws_types::sdk_config::Builder {
     SdkConfig::builder()
         .behavior_version(BehaviorVersion::latest())
-        .timeout_config(TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT).build())
+        .timeout_config(
+            TimeoutConfig::builder()
+                .operation_attempt_timeout(ATTEMPT)
+                .build(),
+        )
 }
 
 /// The configuration from `AWS_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and, where they are set,
@@ -44,13 +50,24 @@ pub fn from_environment(variables: Variables<'_>) -> Result<SdkConfig, Faults> {
     let key = variables.required::<String>("AWS_ACCESS_KEY_ID");
     let secret = variables.required::<Secret>("AWS_SECRET_ACCESS_KEY");
     let session = variables.given_by_lambda("AWS_SESSION_TOKEN");
-    let dynamodb = variables.given_by_lambda("AWS_ENDPOINT_URL_DYNAMODB").filter(|url| !url.is_empty());
+    let dynamodb = variables
+        .given_by_lambda("AWS_ENDPOINT_URL_DYNAMODB")
+        .filter(|url| !url.is_empty());
     variables.finish(|| {
         let credentials = Credentials::new(key?, secret?.0, session, None, "environment");
-        let https = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
-        let config =
-            common().region(Region::new(region?)).credentials_provider(SharedCredentialsProvider::new(credentials)).http_client(https);
-        Some(dynamodb.into_iter().fold(config, aws_types::sdk_config::Builder::endpoint_url).build())
+        let https = Builder::new()
+            .tls_provider(Provider::Rustls(CryptoMode::Ring))
+            .build_https();
+        let config = common()
+            .region(Region::new(region?))
+            .credentials_provider(SharedCredentialsProvider::new(credentials))
+            .http_client(https);
+        Some(
+            dynamodb
+                .into_iter()
+                .fold(config, aws_types::sdk_config::Builder::endpoint_url)
+                .build(),
+        )
     })
 }
 
@@ -58,7 +75,9 @@ pub fn from_environment(variables: Variables<'_>) -> Result<SdkConfig, Faults> {
 pub fn for_loopback(dynamodb: &str, access_key: &str) -> SdkConfig {
     common()
         .region(Region::from_static("local"))
-        .credentials_provider(SharedCredentialsProvider::new(Credentials::new(access_key, access_key, None, None, "loopback")))
+        .credentials_provider(SharedCredentialsProvider::new(Credentials::new(
+            access_key, access_key, None, None, "loopback",
+        )))
         .http_client(Builder::new().build_http())
         .endpoint_url(dynamodb)
         .build()

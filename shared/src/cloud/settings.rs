@@ -32,11 +32,17 @@ impl fmt::Display for Faults {
 impl<'a> Variables<'a> {
     /// Reads variables with `read`.
     pub fn new(read: impl Fn(&str) -> Option<String> + 'a) -> Self {
-        Self { read: Box::new(read), faults: RefCell::default() }
+        Self {
+            read: Box::new(read),
+            faults: RefCell::default(),
+        }
     }
 
     /// Reads the process's environment.
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment of a function")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place that reads the environment of a function"
+    )]
     pub fn of_process() -> Self {
         Self::new(|name| std::env::var(name).ok())
     }
@@ -88,6 +94,8 @@ impl<'a> Variables<'a> {
     }
 
     fn parse<T: FromStr<Err: fmt::Display>>(&self, name: &str, text: &str) -> Option<T> {
-        text.parse().map_err(|fault| self.faults.borrow_mut().push(format!("{name}: {fault}"))).ok()
+        text.parse()
+            .map_err(|fault| self.faults.borrow_mut().push(format!("{name}: {fault}")))
+            .ok()
     }
 }

@@ -34,21 +34,39 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) fn new(sdk: &SdkConfig, name: String) -> Self {
-        Self { client: Client::new(sdk), name }
+        Self {
+            client: Client::new(sdk),
+            name,
+        }
     }
 
     /// All items, for administration. Page by page, so that no table is too long.
     pub(crate) async fn scan(&self) -> Result<Vec<Item>, StoreError> {
-        let pages = self.client.scan().table_name(&self.name).consistent_read(true).into_paginator().items().send();
+        let pages = self
+            .client
+            .scan()
+            .table_name(&self.name)
+            .consistent_read(true)
+            .into_paginator()
+            .items()
+            .send();
         pages.try_collect().await.map_err(self.failed("Scan"))
     }
 
-    pub(crate) fn failed<E>(&self, operation: &'static str) -> impl FnOnce(SdkError<E>) -> StoreError
+    pub(crate) fn failed<E>(
+        &self,
+        operation: &'static str,
+    ) -> impl FnOnce(SdkError<E>) -> StoreError
     where
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
         let table = self.name.clone();
-        move |error| StoreError { operation, table, code: error.code().unwrap_or("no answer").to_owned(), source: Box::new(error) }
+        move |error| StoreError {
+            operation,
+            table,
+            code: error.code().unwrap_or("no answer").to_owned(),
+            source: Box::new(error),
+        }
     }
 
     /// The outcome of a conditional update: `None` when the condition did not hold.
@@ -58,7 +76,13 @@ impl Table {
     ) -> Result<Option<UpdateItemOutput>, StoreError> {
         match outcome {
             Ok(output) => Ok(Some(output)),
-            Err(error) if error.as_service_error().is_some_and(UpdateItemError::is_conditional_check_failed_exception) => Ok(None),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(UpdateItemError::is_conditional_check_failed_exception) =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(self.failed("UpdateItem")(error)),
         }
     }

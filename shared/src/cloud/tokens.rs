@@ -32,7 +32,8 @@ impl Tokens {
             .send()
             .await
             .map_err(table.failed("GetItem"))?;
-        let is_good = |token: &Token| !token.revoked && token.expires_at.is_none_or(|at| at > now.as_secs());
+        let is_good =
+            |token: &Token| !token.revoked && token.expires_at.is_none_or(|at| at > now.as_secs());
         Ok(output.item.as_ref().and_then(token).filter(is_good))
     }
 
@@ -40,10 +41,21 @@ impl Tokens {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn create(&self, name: &str, expires: Option<Duration>, now: Duration) -> Result<String, StoreError> {
+    pub async fn create(
+        &self,
+        name: &str,
+        expires: Option<Duration>,
+        now: Duration,
+    ) -> Result<String, StoreError> {
         let token = auth::generate_token();
         let expires_at = expires.map(|expires| (now + expires).as_secs());
-        let kept = Token { hash: auth::hash_token(&token), name: name.to_owned(), created_at: now.as_secs(), expires_at, revoked: false };
+        let kept = Token {
+            hash: auth::hash_token(&token),
+            name: name.to_owned(),
+            created_at: now.as_secs(),
+            expires_at,
+            revoked: false,
+        };
         self.put(&kept).await?;
         Ok(token)
     }
@@ -62,7 +74,10 @@ impl Tokens {
             .item("name", text(&token.name))
             .item("createdAt", number(token.created_at))
             .item("revoked", AttributeValue::Bool(token.revoked));
-        let put = token.expires_at.into_iter().fold(put, |put, at| put.item("expiresAt", number(at)));
+        let put = token
+            .expires_at
+            .into_iter()
+            .fold(put, |put, at| put.item("expiresAt", number(at)));
         put.send().await.map_err(table.failed("PutItem"))?;
         Ok(())
     }
@@ -82,8 +97,17 @@ impl Tokens {
     /// When DynamoDB does not answer.
     pub async fn revoke(&self, name: &str) -> Result<usize, StoreError> {
         let mut revoked = 0;
-        for token in self.list().await?.into_iter().filter(|token| token.name == name && !token.revoked) {
-            self.put(&Token { revoked: true, ..token }).await?;
+        for token in self
+            .list()
+            .await?
+            .into_iter()
+            .filter(|token| token.name == name && !token.revoked)
+        {
+            self.put(&Token {
+                revoked: true,
+                ..token
+            })
+            .await?;
             revoked += 1;
         }
         Ok(revoked)

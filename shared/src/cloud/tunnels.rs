@@ -67,14 +67,22 @@ impl Tunnels {
             .send()
             .await
             .map_err(table.failed("GetItem"))?;
-        Ok(output.item.filter(|item| is_live(item, now)).and_then(|item| tunnel(&item)))
+        Ok(output
+            .item
+            .filter(|item| is_live(item, now))
+            .and_then(|item| tunnel(&item)))
     }
 
     /// Makes the name `owner`'s if it is nobody's, and tells whether it is `owner`'s now.
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn claim(&self, id: &TunnelId, owner: &str, now: Duration) -> Result<bool, StoreError> {
+    pub async fn claim(
+        &self,
+        id: &TunnelId,
+        owner: &str,
+        now: Duration,
+    ) -> Result<bool, StoreError> {
         let table = &self.0;
         let outcome = table
             .client
@@ -82,7 +90,9 @@ impl Tunnels {
             .table_name(&table.name)
             .key("tunnelId", text(id.as_str()))
             .update_expression("SET #owner = :owner, #ttl = :ttl")
-            .condition_expression("attribute_not_exists(tunnelId) OR #owner = :owner OR #ttl <= :now")
+            .condition_expression(
+                "attribute_not_exists(tunnelId) OR #owner = :owner OR #ttl <= :now",
+            )
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_names("#ttl", "ttl")
             .expression_attribute_values(":owner", text(owner))
@@ -111,9 +121,13 @@ impl Tunnels {
             Some(_) => {
                 "SET connectionId = :connection, features = :features, #access = :access, expiresAt = :expires, since = :now, #ttl = :ttl"
             }
-            None => "SET connectionId = :connection, features = :features, expiresAt = :expires, since = :now, #ttl = :ttl REMOVE #access",
+            None => {
+                "SET connectionId = :connection, features = :features, expiresAt = :expires, since = :now, #ttl = :ttl REMOVE #access"
+            }
         };
-        let expires_at = identity.expires_at.map_or(AttributeValue::Null(true), number);
+        let expires_at = identity
+            .expires_at
+            .map_or(AttributeValue::Null(true), number);
         let outcome = table
             .client
             .update_item()
@@ -125,20 +139,30 @@ impl Tunnels {
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_names("#ttl", "ttl")
             .set_expression_attribute_values(
-                online.access.as_ref().map(|access| Item::from([(":access".to_owned(), access_to_text(access))])),
+                online
+                    .access
+                    .as_ref()
+                    .map(|access| Item::from([(":access".to_owned(), access_to_text(access))])),
             )
             .expression_attribute_values(":owner", text(&identity.owner))
             .expression_attribute_values(":expires", expires_at)
             .expression_attribute_values(":connection", text(online.connection_id.as_str()))
-            .expression_attribute_values(":features", AttributeValue::S(features_to_text(&online.features)))
+            .expression_attribute_values(
+                ":features",
+                AttributeValue::S(features_to_text(&online.features)),
+            )
             .expression_attribute_values(":now", number(now.as_secs()))
             .expression_attribute_values(":ttl", number((now + UNUSED).as_secs()))
             .return_values(ReturnValue::UpdatedOld)
             .send()
             .await;
-        let Some(output) = table.conditional(outcome)? else { return Ok(None) };
+        let Some(output) = table.conditional(outcome)? else {
+            return Ok(None);
+        };
         let before = output.attributes.as_ref().and_then(online_of);
-        Ok(Some(before.filter(|before| before.connection_id != online.connection_id)))
+        Ok(Some(before.filter(|before| {
+            before.connection_id != online.connection_id
+        })))
     }
 
     /// All tunnels with their names, for whoever runs the service.
@@ -148,7 +172,11 @@ impl Tunnels {
     pub async fn list(&self, now: Duration) -> Result<Vec<(TunnelId, Tunnel)>, StoreError> {
         let items = self.0.scan().await?;
         let named = |item: &Item| Some((read_text(item, "tunnelId")?.parse().ok()?, tunnel(item)?));
-        Ok(items.iter().filter(|item| is_live(item, now)).filter_map(named).collect())
+        Ok(items
+            .iter()
+            .filter(|item| is_live(item, now))
+            .filter_map(named)
+            .collect())
     }
 
     /// Makes the name nobody's if it is `owner`'s, and returns what it was. `None` when it is not `owner`'s.
@@ -170,7 +198,13 @@ impl Tunnels {
             .await;
         match outcome {
             Ok(output) => Ok(output.attributes.as_ref().and_then(tunnel)),
-            Err(error) if error.as_service_error().is_some_and(DeleteItemError::is_conditional_check_failed_exception) => Ok(None),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(DeleteItemError::is_conditional_check_failed_exception) =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(table.failed("DeleteItem")(error)),
         }
     }
@@ -197,7 +231,12 @@ impl Tunnels {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn go_offline(&self, id: &TunnelId, connection: &ConnectionId, now: Duration) -> Result<bool, StoreError> {
+    pub async fn go_offline(
+        &self,
+        id: &TunnelId,
+        connection: &ConnectionId,
+        now: Duration,
+    ) -> Result<bool, StoreError> {
         let table = &self.0;
         let outcome = table
             .client
@@ -219,7 +258,10 @@ impl Tunnels {
 
 fn tunnel(item: &Item) -> Option<Tunnel> {
     Some(Tunnel {
-        identity: Identity { owner: read_text(item, "owner")?.to_owned(), expires_at: read_number(item, "expiresAt") },
+        identity: Identity {
+            owner: read_text(item, "owner")?.to_owned(),
+            expires_at: read_number(item, "expiresAt"),
+        },
         online: online_of(item),
         since: read_number(item, "since").unwrap_or_default(),
     })
@@ -228,7 +270,9 @@ fn tunnel(item: &Item) -> Option<Tunnel> {
 fn online_of(item: &Item) -> Option<Online> {
     Some(Online {
         connection_id: read_text(item, "connectionId")?.parse().ok()?,
-        features: read_text(item, "features").map(features_of_text).unwrap_or_default(),
+        features: read_text(item, "features")
+            .map(features_of_text)
+            .unwrap_or_default(),
         access: item.get("access").map(|rules| Arc::new(access_of(rules))),
     })
 }
@@ -247,7 +291,10 @@ fn access_to_text(access: &Access) -> AttributeValue {
 
 /// The rules of an item, which another version may have written: what cannot be read lets nobody in.
 fn access_of(rules: &AttributeValue) -> Access {
-    let read = rules.as_s().ok().and_then(|text| serde_json::from_str(text).ok());
+    let read = rules
+        .as_s()
+        .ok()
+        .and_then(|text| serde_json::from_str(text).ok());
     read.unwrap_or_else(|| {
         error!("the access rules of a tunnel cannot be read; no visitor is let in until its agent connects again");
         Access::nobody()
@@ -266,10 +313,15 @@ mod tests {
     fn rules_that_cannot_be_read_back_let_nobody_in() {
         let address: IpAddr = "192.0.2.1".parse().expect("an address");
         let admits = |rules: Option<AttributeValue>| {
-            let mut item = Item::from([("owner".to_owned(), text("open")), ("connectionId".to_owned(), text("abc="))]);
+            let mut item = Item::from([
+                ("owner".to_owned(), text("open")),
+                ("connectionId".to_owned(), text("abc=")),
+            ]);
             item.extend(rules.map(|rules| ("access".to_owned(), rules)));
             let online = tunnel(&item).expect("a tunnel").online.expect("online");
-            online.access.is_none_or(|access| access.admit(Some(address), &HeaderMap::new()).is_ok())
+            online
+                .access
+                .is_none_or(|access| access.admit(Some(address), &HeaderMap::new()).is_ok())
         };
         assert!(admits(None));
         assert!(admits(Some(text(r#"{"allow":["192.0.2.0/24"]}"#))));

@@ -35,7 +35,9 @@ impl FromStr for ManagementEndpoint {
 
     fn from_str(text: &str) -> Result<Self, InvalidEndpoint> {
         let uri: Uri = text.parse().map_err(|_| InvalidEndpoint)?;
-        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return Err(InvalidEndpoint) };
+        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+            return Err(InvalidEndpoint);
+        };
         let host = authority.host();
         // The last is how a container calls the machine it runs on.
         let is_this_machine = is_loopback(host) || host == "host.docker.internal";
@@ -44,7 +46,10 @@ impl FromStr for ManagementEndpoint {
             "ws" | "http" if is_this_machine => "http",
             _ => return Err(InvalidEndpoint),
         };
-        Ok(Self(format!("{scheme}://{authority}{}", uri.path().trim_end_matches('/'))))
+        Ok(Self(format!(
+            "{scheme}://{authority}{}",
+            uri.path().trim_end_matches('/')
+        )))
     }
 }
 
@@ -117,19 +122,26 @@ enum Reached {
 impl WebSocketApi {
     /// The WebSocket API at `endpoint`.
     pub fn new(sdk: &SdkConfig, endpoint: &ManagementEndpoint) -> Self {
-        let config = aws_sdk_apigatewaymanagement::config::Builder::from(sdk).endpoint_url(&endpoint.0).build();
+        let config = aws_sdk_apigatewaymanagement::config::Builder::from(sdk)
+            .endpoint_url(&endpoint.0)
+            .build();
         Self(Reached::Management(Client::from_conf(config)))
     }
 
     /// Those that the process holds itself, or else those of `WEBSOCKET_API_ENDPOINT`; @connections is under the same address
     /// unless the SDK's own `AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI` names another, as emulators need it. `None` means that a
     /// fault was noted.
-    pub fn load(variables: &Variables<'_>, sdk: &SdkConfig, in_process: Option<&InProcess>) -> Option<Self> {
+    pub fn load(
+        variables: &Variables<'_>,
+        sdk: &SdkConfig,
+        in_process: Option<&InProcess>,
+    ) -> Option<Self> {
         if let Some(in_process) = in_process {
             return Some(Self(Reached::InProcess(in_process.connections.clone())));
         }
         let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
-        let elsewhere = variables.possible::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
+        let elsewhere =
+            variables.possible::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
         let endpoint = endpoint?;
         Some(Self::new(sdk, &elsewhere?.unwrap_or(endpoint)))
     }
@@ -138,7 +150,11 @@ impl WebSocketApi {
     ///
     /// # Errors
     /// See [`PostError`].
-    pub async fn post<M: Serialize>(&self, to: &ConnectionId, message: &M) -> Result<(), PostError> {
+    pub async fn post<M: Serialize>(
+        &self,
+        to: &ConnectionId,
+        message: &M,
+    ) -> Result<(), PostError> {
         self.post_text(to, protocol::encode(message)).await
     }
 
@@ -154,7 +170,12 @@ impl WebSocketApi {
         match &self.0 {
             Reached::InProcess(connections) => connections.send(to, text),
             Reached::Management(client) => {
-                let outcome = client.post_to_connection().connection_id(to.as_str()).data(Blob::new(text)).send().await;
+                let outcome = client
+                    .post_to_connection()
+                    .connection_id(to.as_str())
+                    .data(Blob::new(text))
+                    .send()
+                    .await;
                 outcome.map(drop).map_err(|error| post_error(error, length))
             }
         }
@@ -168,7 +189,11 @@ impl WebSocketApi {
         let outcome = match &self.0 {
             Reached::InProcess(connections) => connections.close(connection),
             Reached::Management(client) => {
-                let outcome = client.delete_connection().connection_id(connection.as_str()).send().await;
+                let outcome = client
+                    .delete_connection()
+                    .connection_id(connection.as_str())
+                    .send()
+                    .await;
                 outcome.map(drop).map_err(|error| post_error(error, 0))
             }
         };
@@ -184,11 +209,17 @@ fn post_error<E>(error: SdkError<E>, length: usize) -> PostError
 where
     E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
 {
-    match error.raw_response().map(|response| response.status().as_u16()) {
+    match error
+        .raw_response()
+        .map(|response| response.status().as_u16())
+    {
         Some(410) => PostError::Gone,
         Some(429) => PostError::Busy,
         Some(413) => PostError::TooLarge(length),
-        _ => PostError::Failed { code: error.code().unwrap_or("no answer").to_owned(), source: Box::new(error) },
+        _ => PostError::Failed {
+            code: error.code().unwrap_or("no answer").to_owned(),
+            source: Box::new(error),
+        },
     }
 }
 
@@ -199,20 +230,44 @@ mod tests {
     #[test]
     fn the_management_endpoint_never_has_a_websocket_scheme() {
         for (setting, endpoint) in [
-            ("wss://id.execute-api.eu-west-1.amazonaws.com/dev", "https://id.execute-api.eu-west-1.amazonaws.com/dev"),
-            ("wss://id.execute-api.eu-west-1.amazonaws.com/dev/", "https://id.execute-api.eu-west-1.amazonaws.com/dev"),
-            ("https://id.execute-api.eu-west-1.amazonaws.com/dev", "https://id.execute-api.eu-west-1.amazonaws.com/dev"),
+            (
+                "wss://id.execute-api.eu-west-1.amazonaws.com/dev",
+                "https://id.execute-api.eu-west-1.amazonaws.com/dev",
+            ),
+            (
+                "wss://id.execute-api.eu-west-1.amazonaws.com/dev/",
+                "https://id.execute-api.eu-west-1.amazonaws.com/dev",
+            ),
+            (
+                "https://id.execute-api.eu-west-1.amazonaws.com/dev",
+                "https://id.execute-api.eu-west-1.amazonaws.com/dev",
+            ),
             ("ws://127.0.0.1:4566/x/dev", "http://127.0.0.1:4566/x/dev"),
             ("http://localhost:1/dev", "http://localhost:1/dev"),
         ] {
-            assert_eq!(setting.parse(), Ok(ManagementEndpoint(endpoint.to_owned())), "{setting}");
+            assert_eq!(
+                setting.parse(),
+                Ok(ManagementEndpoint(endpoint.to_owned())),
+                "{setting}"
+            );
         }
     }
 
     #[test]
     fn credentials_never_go_over_plain_http_to_another_machine() {
-        for setting in ["ws://example.com/dev", "ws://127.0.0.1.example.com/dev", "http://10.0.0.1/dev", "ftp://x/dev", "example.com", ""] {
-            assert_eq!(setting.parse::<ManagementEndpoint>(), Err(InvalidEndpoint), "{setting}");
+        for setting in [
+            "ws://example.com/dev",
+            "ws://127.0.0.1.example.com/dev",
+            "http://10.0.0.1/dev",
+            "ftp://x/dev",
+            "example.com",
+            "",
+        ] {
+            assert_eq!(
+                setting.parse::<ManagementEndpoint>(),
+                Err(InvalidEndpoint),
+                "{setting}"
+            );
         }
     }
 }

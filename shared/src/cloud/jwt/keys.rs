@@ -103,15 +103,28 @@ impl PublishedKeys {
             .enable_http1()
             .build();
         let client = Client::builder(TokioExecutor::new()).build(connector);
-        Ok(Self { url, client, fetched: Mutex::default(), asked: AsyncMutex::default() })
+        Ok(Self {
+            url,
+            client,
+            fetched: Mutex::default(),
+            asked: AsyncMutex::default(),
+        })
     }
 
     /// The key of this id for this algorithm; without an id the only key there is. `None` when there is none.
     ///
     /// # Errors
     /// When it is not known whether there is, because the keys cannot be fetched.
-    pub(super) async fn find(&self, kid: Option<&str>, algorithm: Algorithm) -> Result<Option<DecodingKey>, KeysError> {
-        let known = |fetched: &Option<Arc<Fetched>>| fetched.as_ref().and_then(|fetched| choose(&fetched.keys, kid, algorithm));
+    pub(super) async fn find(
+        &self,
+        kid: Option<&str>,
+        algorithm: Algorithm,
+    ) -> Result<Option<DecodingKey>, KeysError> {
+        let known = |fetched: &Option<Arc<Fetched>>| {
+            fetched
+                .as_ref()
+                .and_then(|fetched| choose(&fetched.keys, kid, algorithm))
+        };
         let fetched = self.fetched();
         if let (Some(key), Some(fetched)) = (known(&fetched), &fetched)
             && fetched.at.elapsed() < GOOD
@@ -136,35 +149,66 @@ impl PublishedKeys {
 
     async fn fetch(&self) -> Result<(), KeysError> {
         let failed = |error: &dyn fmt::Display| KeysError(error.to_string().into());
-        let request =
-            Request::get(&self.url).header(header::ACCEPT, "application/json").body(Empty::new()).map_err(|error| failed(&error))?;
+        let request = Request::get(&self.url)
+            .header(header::ACCEPT, "application/json")
+            .body(Empty::new())
+            .map_err(|error| failed(&error))?;
         let answer = async {
-            let response = self.client.request(request).await.map_err(|error| failed(&error))?;
+            let response = self
+                .client
+                .request(request)
+                .await
+                .map_err(|error| failed(&error))?;
             if response.status() != StatusCode::OK {
                 return Err(failed(&format!("it answered {}", response.status())));
             }
-            Limited::new(response.into_body(), LENGTH).collect().await.map_err(|error| failed(&error))
+            Limited::new(response.into_body(), LENGTH)
+                .collect()
+                .await
+                .map_err(|error| failed(&error))
         };
-        let body = timeout(PATIENCE, answer).await.map_err(|_| failed(&format!("it did not answer within {PATIENCE:?}")))??;
-        let set: KeySet = serde_json::from_slice(&body.to_bytes()).map_err(|error| failed(&error))?;
-        let keys: Vec<Jwk> = set.keys.into_iter().filter_map(|key| serde_json::from_value(key).ok()).collect();
+        let body = timeout(PATIENCE, answer)
+            .await
+            .map_err(|_| failed(&format!("it did not answer within {PATIENCE:?}")))??;
+        let set: KeySet =
+            serde_json::from_slice(&body.to_bytes()).map_err(|error| failed(&error))?;
+        let keys: Vec<Jwk> = set
+            .keys
+            .into_iter()
+            .filter_map(|key| serde_json::from_value(key).ok())
+            .collect();
         info!(url = %self.url, keys = keys.len(), "keys fetched");
-        *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(Fetched { keys, at: Instant::now() }));
+        *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(Fetched {
+            keys,
+            at: Instant::now(),
+        }));
         Ok(())
     }
 
     /// Held between awaits only.
     fn fetched(&self) -> Option<Arc<Fetched>> {
-        self.fetched.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.fetched
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
 fn choose(keys: &[Jwk], kid: Option<&str>, algorithm: Algorithm) -> Option<DecodingKey> {
-    let mut matching = keys.iter().filter(|key| kid.is_none() || key.common.key_id.as_deref() == kid);
+    let mut matching = keys
+        .iter()
+        .filter(|key| kid.is_none() || key.common.key_id.as_deref() == kid);
     let key = matching.next()?;
     let is_the_only_one = kid.is_some() || matching.next().is_none();
-    let may_sign = key.common.public_key_use.as_ref().is_none_or(|used_for| *used_for == PublicKeyUse::Signature);
-    let is_for_it = key.common.key_algorithm.is_none_or(|named| named == algorithm.into());
+    let may_sign = key
+        .common
+        .public_key_use
+        .as_ref()
+        .is_none_or(|used_for| *used_for == PublicKeyUse::Signature);
+    let is_for_it = key
+        .common
+        .key_algorithm
+        .is_none_or(|named| named == algorithm.into());
     let key = DecodingKey::from_jwk(key).ok()?;
     (is_the_only_one && may_sign && is_for_it && key.family() == algorithm.family()).then_some(key)
 }
