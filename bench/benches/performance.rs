@@ -181,7 +181,7 @@ impl Scene {
         self.cloud.meter.settled().await;
         self.cloud.meter.reset();
         for _ in 0..COLD {
-            self.cloud.lambda.retire();
+            self.cloud.lambda.notify_replaced();
             first.push(visitor.fetch(&url, 1024).await?);
             second.push(visitor.fetch(&url, 1024).await?);
             // By then the reply connection is open, for which the other functions started.

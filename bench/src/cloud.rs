@@ -4,10 +4,10 @@ use std::{path::Path, pin::Pin, sync::Arc};
 
 use anyhow::Context;
 use axum::Router;
-use local::{access::AccessKey, connections::STAGE, dynamodb};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tunnel_shared::cloud::{now, sdk, tokens::Tokens};
+use tunnel_local_aws::{caller::AccessKey, dynamodb, management::STAGE};
+use tunnel_service::{aws::sdk, now, tables::tokens::TokensTable};
 
 use crate::{
     lambda::{self, Lambda},
@@ -15,7 +15,7 @@ use crate::{
     meter::Meter,
     tables::{self, Tables},
     visitors::{self, Fronts},
-    websocket::{self, WebSocketApi},
+    websocket::{self, AgentConnections},
 };
 
 /// The functions, by their executables.
@@ -41,7 +41,7 @@ pub struct Cloud {
     /// The functions' environments.
     pub lambda: Arc<Lambda>,
     /// The connections.
-    pub websocket: Arc<WebSocketApi>,
+    pub websocket: Arc<AgentConnections>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -89,7 +89,7 @@ impl Cloud {
         );
         let direct = sdk::for_loopback(&format!("http://{engine}"), "stand-in");
         dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct)).await?;
-        let token = Tokens::new(&direct, dynamodb::TOKENS.to_owned())
+        let token = TokensTable::new(&direct, dynamodb::TOKENS.to_owned())
             .create("agent", None, now())
             .await?;
         let (listener, dynamodb) = listen().await?;
@@ -147,7 +147,7 @@ impl Cloud {
         };
         serve(visitors, visitors::http_api(fronts.clone()));
         serve(streaming, visitors::function_url(fronts));
-        let websocket = WebSocketApi::new(lambda.clone(), latency, meter.clone());
+        let websocket = AgentConnections::new(lambda.clone(), latency, meter.clone());
         serve(agents, websocket::router(&websocket));
         let (http_api, function_url) = (
             format!("http://{http_api}"),

@@ -1,7 +1,7 @@
 //! The bill: prices, what a request uses, and the tables of docs/cost.md.
 
-use forwarder::session::{PING_MESSAGE, PING_MESSAGE_ALONE};
-use tunnel_shared::{limits::PART_BODY, parts::room_beside};
+use forwarder::session::{PING_MESSAGE_INTERVAL, SOLE_PING_MESSAGE_INTERVAL};
+use tunnel_protocol::{body::room_beside, limits::MAX_PART_BYTES};
 
 use crate::{lambda::MEMORY, meter::Counts, visitors::CALL, websocket::units};
 
@@ -10,7 +10,7 @@ pub mod price {
     /// A call of an HTTP API, for each 512 KB begun.
     pub const HTTP_API_CALL: f64 = 1.00e-6;
     /// A message of a WebSocket API, for each 32 KB begun.
-    pub const WEBSOCKET_MESSAGE: f64 = 1.00e-6;
+    pub const MAX_MESSAGE_BYTES: f64 = 1.00e-6;
     /// A minute of a WebSocket connection.
     pub const CONNECTION_MINUTE: f64 = 0.25e-6;
     /// A call of a function.
@@ -88,7 +88,7 @@ impl Usage {
         let seconds = self.milliseconds / 1e3 * f64::from(MEMORY) / 1024.0;
         Bill {
             http_api: self.http_calls * price::HTTP_API_CALL,
-            websocket: self.messages * price::WEBSOCKET_MESSAGE,
+            websocket: self.messages * price::MAX_MESSAGE_BYTES,
             lambda: self.calls * price::LAMBDA_CALL + seconds * price::LAMBDA_GB_SECOND,
             dynamodb: self.reads * price::READ_UNIT + self.writes * price::WRITE_UNIT,
         }
@@ -125,16 +125,19 @@ const RELAYED: usize = 60;
 /// The pieces in which a body is sent.
 fn parts_of(bytes: usize) -> Vec<usize> {
     let first = bytes.min(room_beside(HEAD).unwrap_or_default());
-    let (full, rest) = ((bytes - first) / PART_BODY, (bytes - first) % PART_BODY);
+    let (full, rest) = (
+        (bytes - first) / MAX_PART_BYTES,
+        (bytes - first) % MAX_PART_BYTES,
+    );
     std::iter::once(first)
-        .chain(std::iter::repeat_n(PART_BODY, full))
+        .chain(std::iter::repeat_n(MAX_PART_BYTES, full))
         .chain((rest > 0).then_some(rest))
         .collect()
 }
 
 /// How long a message with a piece is.
 fn encoded(bytes: usize) -> usize {
-    bytes.div_ceil(3) * 4 + if bytes == PART_BODY { PART } else { HEAD }
+    bytes.div_ceil(3) * 4 + if bytes == MAX_PART_BYTES { PART } else { HEAD }
 }
 
 /// A line of the table in docs/cost.md.
@@ -221,8 +224,8 @@ pub fn idle_table() -> String {
         "| ping frames are | a `ping` every | messages | WebSocket | Lambda | connection | sum |\n|---|---|---|---|---|---|---|\n",
     );
     for (are, every) in [
-        ("answered", PING_MESSAGE),
-        ("not answered", PING_MESSAGE_ALONE),
+        ("answered", PING_MESSAGE_INTERVAL),
+        ("not answered", SOLE_PING_MESSAGE_INTERVAL),
     ] {
         let pings = seconds / every.as_secs_f64();
         // Each is answered with a `pong`.

@@ -31,7 +31,8 @@ use tokio::{
     time::timeout,
 };
 use tokio_util::task::TaskTracker;
-use tunnel_shared::{cloud::now, id::RequestId, limits::LAMBDA_PAYLOAD};
+use tunnel_protocol::{id::RequestId, limits::MAX_LAMBDA_PAYLOAD_BYTES};
+use tunnel_service::now;
 
 use crate::{
     latency::{self, Latency},
@@ -187,7 +188,7 @@ impl Lambda {
     }
 
     /// Ends all idle environments, so that the next calls find new ones.
-    pub fn retire(&self) {
+    pub fn notify_replaced(&self) {
         for environment in self.idle().drain(..) {
             environment.signal(Signal::KILL);
         }
@@ -390,12 +391,12 @@ async fn answer(
         }
         lambda.ran(&environment, running.since);
     } else {
-        let body = axum::body::to_bytes(body, 2 * LAMBDA_PAYLOAD)
+        let body = axum::body::to_bytes(body, 2 * MAX_LAMBDA_PAYLOAD_BYTES)
             .await
             .map_err(|_| StatusCode::PAYLOAD_TOO_LARGE)?;
         lambda.ran(&environment, running.since);
         let outcome = match kind.as_str() {
-            "response" if body.len() <= LAMBDA_PAYLOAD => Outcome::Whole(body),
+            "response" if body.len() <= MAX_LAMBDA_PAYLOAD_BYTES => Outcome::Whole(body),
             "response" => Outcome::Failed("the answer is longer than Lambda takes".to_owned()),
             _ => Outcome::Failed(String::from_utf8_lossy(&body).into_owned()),
         };

@@ -14,9 +14,9 @@ use bytes::{Bytes, BytesMut};
 use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tunnel_shared::{
+use tunnel_protocol::{
     headers::{text_to_value, value_to_text},
-    limits::{HTTP_API_BODY, HTTP_API_INTEGRATION, LAMBDA_PAYLOAD, LAMBDA_RUN},
+    limits::{HTTP_API_BODY, HTTP_API_TIMEOUT, LAMBDA_RUN, MAX_LAMBDA_PAYLOAD_BYTES},
 };
 
 use crate::{
@@ -99,7 +99,7 @@ async fn serve_http_api(State(fronts): State<Fronts>, request: Request) -> Respo
     let event = event(include_str!("../../events/http-v2.json"), &head, &body);
     let outcome = fronts
         .lambda
-        .invoke(FUNCTION, &event, HTTP_API_INTEGRATION)
+        .invoke(FUNCTION, &event, HTTP_API_TIMEOUT)
         .await;
     let answer = match outcome {
         Outcome::Whole(answer) => {
@@ -127,7 +127,7 @@ async fn serve_http_api(State(fronts): State<Fronts>, request: Request) -> Respo
 async fn serve_function_url(State(fronts): State<Fronts>, request: Request) -> Response {
     let under_way = fronts.meter.begin();
     let (head, body) = request.into_parts();
-    let Ok(body) = axum::body::to_bytes(body, LAMBDA_PAYLOAD).await else {
+    let Ok(body) = axum::body::to_bytes(body, MAX_LAMBDA_PAYLOAD_BYTES).await else {
         return say(StatusCode::PAYLOAD_TOO_LARGE, "Request Entity Too Large");
     };
     fronts.meter.count(|counts| counts.url_requests += 1);

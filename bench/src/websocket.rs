@@ -17,13 +17,7 @@ use axum::{
 use futures_util::StreamExt;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use local::{
-    access::AccessKey,
-    agents,
-    connections::{self, Command, Connections, STAGE},
-    event::Source,
-    quotas::Quotas,
-};
+use local::front::agents;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_tungstenite::{
@@ -34,12 +28,19 @@ use tokio_tungstenite::{
     },
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tunnel_shared::{
-    cloud::now,
-    id::{ConnectionId, RequestId},
-    limits::WEBSOCKET_INTEGRATION,
-    protocol::{self, FromAgent, ToAgent},
+use tunnel_local_aws::{
+    caller::AccessKey,
+    events::EventSource,
+    management::{self, ConnectionCommand, ConnectionRegistry, STAGE},
+    quotas::Quotas,
 };
+use tunnel_protocol::{
+    id::{ConnectionId, RequestId},
+    limits::WEBSOCKET_INTEGRATION_TIMEOUT,
+    message,
+    message::{FromAgent, ToAgent},
+};
+use tunnel_service::now;
 
 use crate::{
     lambda::{Lambda, Outcome},
@@ -51,19 +52,19 @@ use crate::{
 pub const UNIT: usize = 32 * 1024;
 
 /// The API.
-pub struct WebSocketApi {
+pub struct AgentConnections {
     lambda: Arc<Lambda>,
     latency: Latency,
     meter: Meter,
     quotas: Quotas,
-    connections: Connections,
+    connections: ConnectionRegistry,
     /// Reply connections, and what breaks them.
     reply_connections: Mutex<HashMap<ConnectionId, CancellationToken>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
-impl WebSocketApi {
+impl AgentConnections {
     /// An API with the routes' functions.
     pub fn new(lambda: Arc<Lambda>, latency: Latency, meter: Meter) -> Arc<Self> {
         let (connections, reply_connections, tasks, stop) = Default::default();
@@ -108,7 +109,7 @@ impl WebSocketApi {
         let _under_way = self.meter.begin();
         self.latency.pause(latency::WEBSOCKET_API).await;
         self.lambda
-            .invoke(function, event, WEBSOCKET_INTEGRATION)
+            .invoke(function, event, WEBSOCKET_INTEGRATION_TIMEOUT)
             .await
     }
 
@@ -119,7 +120,7 @@ impl WebSocketApi {
             return StatusCode::UPGRADE_REQUIRED.into_response();
         };
         let id = RequestId::generate().to_string();
-        let source = Source {
+        let source = EventSource {
             connection_id: id.parse().expect("a request id is a connection id, too"),
             connected_at: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
             source_ip: "203.0.113.10".to_owned(),
@@ -183,7 +184,7 @@ impl WebSocketApi {
     async fn serve(
         self: &Arc<Self>,
         upgraded: Upgraded,
-        source: &Source,
+        source: &EventSource,
         broken: &CancellationToken,
     ) {
         let config = WebSocketConfig::default()
@@ -209,21 +210,26 @@ impl WebSocketApi {
                     Some(Ok(Message::Close(_)) | Err(_)) | None => return,
                 },
                 Some(command) = queue.recv() => match command {
-                    Command::Send(text) => {
+                    ConnectionCommand::Send(text) => {
                         if agents::send(&mut socket, text).await.is_err() {
                             return;
                         }
                     }
-                    Command::Close(code, _) => return close(&mut socket, code).await,
+                    ConnectionCommand::Close(code, _) => return close(&mut socket, code).await,
                 },
             }
         }
     }
 
-    async fn message(&self, source: &Source, text: &str, commands: &mpsc::Sender<Command>) {
+    async fn message(
+        &self,
+        source: &EventSource,
+        text: &str,
+        commands: &mpsc::Sender<ConnectionCommand>,
+    ) {
         let _under_way = self.meter.begin();
         let units = units(text.len());
-        let is_ping = matches!(protocol::decode(text), Ok(FromAgent::Ping));
+        let is_ping = matches!(message::decode(text), Ok(FromAgent::Ping));
         self.meter.count(|counts| {
             *(if is_ping {
                 &mut counts.units_of_pings
@@ -236,7 +242,7 @@ impl WebSocketApi {
             .await
         {
             let said = json!({ "message": "Internal server error", "connectionId": source.connection_id.as_str() });
-            let _ = commands.try_send(Command::Send(said.to_string()));
+            let _ = commands.try_send(ConnectionCommand::Send(said.to_string()));
         }
     }
 
@@ -258,7 +264,7 @@ impl WebSocketApi {
         };
         let units = units(body.len());
         let is_pong = matches!(
-            std::str::from_utf8(&body).map(protocol::decode),
+            std::str::from_utf8(&body).map(message::decode),
             Ok(Ok(ToAgent::Pong))
         );
         let is_relayed = id
@@ -277,13 +283,14 @@ impl WebSocketApi {
 }
 
 /// The API under its stage, and @connections below it.
-pub fn router(api: &Arc<WebSocketApi>) -> Router {
-    let connect =
-        async |State(api): State<Arc<WebSocketApi>>, request: Request| api.connect(request).await;
-    let manage = async |State(api): State<Arc<WebSocketApi>>, request: Request, next: Next| {
+pub fn router(api: &Arc<AgentConnections>) -> Router {
+    let connect = async |State(api): State<Arc<AgentConnections>>, request: Request| {
+        api.connect(request).await
+    };
+    let manage = async |State(api): State<Arc<AgentConnections>>, request: Request, next: Next| {
         api.manage(request, next).await
     };
-    let management = connections::router(api.connections.clone(), api.quotas, AccessKey::any())
+    let management = management::router(api.connections.clone(), api.quotas, AccessKey::any())
         .layer(middleware::from_fn_with_state(api.clone(), manage));
     Router::new()
         .route(&format!("/{STAGE}"), routing::get(connect))

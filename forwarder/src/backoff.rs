@@ -5,9 +5,9 @@ use std::time::Duration;
 use rand::RngExt;
 
 /// The first pause is at most this long.
-const SHORTEST: Duration = Duration::from_millis(250);
+const MIN_PAUSE: Duration = Duration::from_millis(250);
 /// No pause is longer: once the service can be reached again, a tunnel is back within seconds.
-const LONGEST: Duration = Duration::from_millis(2500);
+const MAX_PAUSE: Duration = Duration::from_millis(2500);
 
 /// The pauses of one series of tries.
 #[derive(Debug, Default)]
@@ -23,9 +23,9 @@ impl Backoff {
 
     /// The next pause: a random time between half of the current limit and all of it.
     pub fn next_pause(&mut self) -> Duration {
-        let limit = SHORTEST
+        let limit = MIN_PAUSE
             .saturating_mul(1 << self.attempt.min(16))
-            .min(LONGEST);
+            .min(MAX_PAUSE);
         self.attempt += 1;
         limit.mul_f64(rand::rng().random_range(0.5..=1.0))
     }
@@ -45,16 +45,16 @@ mod tests {
         let mut backoff = Backoff::default();
         let pauses: Vec<Duration> = (0..40).map(|_| backoff.next_pause()).collect();
         assert!(
-            pauses[0] >= SHORTEST / 2 && pauses[0] <= SHORTEST,
+            pauses[0] >= MIN_PAUSE / 2 && pauses[0] <= MIN_PAUSE,
             "{pauses:?}"
         );
-        assert!(pauses.iter().all(|pause| *pause <= LONGEST), "{pauses:?}");
+        assert!(pauses.iter().all(|pause| *pause <= MAX_PAUSE), "{pauses:?}");
         assert!(
-            pauses[10..].iter().all(|pause| *pause >= LONGEST / 2),
+            pauses[10..].iter().all(|pause| *pause >= MAX_PAUSE / 2),
             "{pauses:?}"
         );
         assert_eq!(backoff.attempt(), 40);
         backoff.reset();
-        assert!(backoff.next_pause() <= SHORTEST);
+        assert!(backoff.next_pause() <= MIN_PAUSE);
     }
 }

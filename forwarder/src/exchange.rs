@@ -12,32 +12,33 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, timeout_at},
 };
-use tunnel_shared::{
-    gathering::{Gathering, Piece},
+use tunnel_protocol::{
+    body::chunker::{Chunker, Piece},
+    body::window::ReceiveWindow,
+    body::{self, compression},
     headers::remove_hop_by_hop,
     id::{ConnectionId, RequestId},
-    limits::PART_BODY,
-    packing,
-    parts::{self, Allowance},
-    protocol::{
-        self, AgentError, AgentErrorCode, Body, BodyPart, Encoding, Feature, FromAgent,
-        HttpRequest, HttpResponse, Window,
+    limits::MAX_PART_BYTES,
+    message,
+    message::{
+        AgentError, AgentErrorCode, Body, BodyPart, Encoding, Feature, FromAgent, HttpRequest,
+        HttpResponse, Window,
     },
 };
 
 use crate::{
     event::Event,
-    origin::{Failed, Origin, RequestBody},
+    origin::{Origin, OriginError, RequestBody},
     rewrite::PublicAddress,
     settings::Settings,
 };
 
 /// How long bytes wait for company before they go out: a visitor does not notice, and each message has a price.
-const GATHER: Duration = Duration::from_millis(10);
+const COALESCE_FOR: Duration = Duration::from_millis(10);
 /// How long a body that will fit the first message is waited for.
-const GATHER_WHOLE: Duration = Duration::from_millis(50);
+const COALESCE_WHOLE_FOR: Duration = Duration::from_millis(50);
 /// Room for flags and digits that the measure of an envelope does not show.
-const ENVELOPE_SLACK: usize = 128;
+const ENVELOPE_SLACK_BYTES: usize = 128;
 
 /// What an exchange needs to know.
 #[derive(Clone, Debug)]
@@ -124,13 +125,13 @@ async fn attempt(
     more: Option<BodyParts>,
     reply: &mut Reply,
     started: Instant,
-) -> Result<StatusCode, Failed> {
+) -> Result<StatusCode, OriginError> {
     let timeout = match message.deadline_ms {
         0 => context.timeout,
         deadline => context.timeout.min(Duration::from_millis(deadline)),
     };
     let public = PublicAddress::of(&message.headers);
-    let first = unpack(message.body.0.clone(), message.encoding).map_err(|_| Failed {
+    let first = unpack(message.body.0.clone(), message.encoding).map_err(|_| OriginError {
         code: AgentErrorCode::InvalidRequest,
         message: "its body cannot be unpacked",
     })?;
@@ -142,7 +143,7 @@ async fn attempt(
     let is_head = request.method() == Method::HEAD;
     let mut response = timeout_at(started + timeout, context.origin.call(request))
         .await
-        .unwrap_or(Err(Failed {
+        .unwrap_or(Err(OriginError {
             code: AgentErrorCode::Timeout,
             message: "the local service took too long",
         }))?;
@@ -157,7 +158,7 @@ async fn attempt(
 }
 
 fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> io::Result<Bytes> {
-    packing::unpack(bytes, encoding).map_err(io::Error::other)
+    compression::decompress(bytes, encoding).map_err(io::Error::other)
 }
 
 /// The body as the local service gets it. Each part that it takes lets the service send more, as `windows` tells it.
@@ -167,9 +168,9 @@ fn body(first: Bytes, more: Option<BodyParts>, windows: Option<Outgoing>) -> Req
             .map_err(|never| match never {})
             .boxed_unsync();
     };
-    let mut allowance = Allowance::default();
+    let mut allowance = ReceiveWindow::default();
     // The first message had a part too, and is used up at once.
-    allowance.use_part();
+    allowance.part_used();
     let rest = stream::unfold(
         (parts, windows, allowance, true),
         |(mut parts, windows, mut allowance, more)| async move {
@@ -182,7 +183,7 @@ fn body(first: Bytes, more: Option<BodyParts>, windows: Option<Outgoing>) -> Req
                     io::Error::new(io::ErrorKind::UnexpectedEof, "the upload broke off");
                 return Some((Err(broken_off), (parts, windows, allowance, false)));
             };
-            if let (Some(outgoing), Some(allowed)) = (&windows, allowance.use_part()) {
+            if let (Some(outgoing), Some(allowed)) = (&windows, allowance.part_used()) {
                 outgoing.window(allowed).await;
             }
             let more = part.more;
@@ -207,7 +208,7 @@ impl Outgoing {
     /// Waits for room on the connection, which is what slows a fast local service down. When the connection has ended the
     /// exchange is about to be dropped with it.
     async fn send(&self, message: FromAgent) {
-        let _ = self.messages.send(protocol::encode(&message)).await;
+        let _ = self.messages.send(message::encode(&message)).await;
     }
 
     async fn window(&self, parts: u32) {
@@ -246,9 +247,9 @@ impl Reply {
         is_head: bool,
         processing_time_ms: u64,
         context: &Context,
-    ) -> Result<(), Failed> {
+    ) -> Result<(), OriginError> {
         let (head, body) = response.into_parts();
-        let packs = context.packs && packing::pays(&head.headers);
+        let packs = context.packs && compression::is_compressible(&head.headers);
         let mut message = self.head(head.status, head.headers, processing_time_ms);
         let room = room_beside_head(&message)?;
         if is_head {
@@ -259,11 +260,16 @@ impl Reply {
             .size_hint()
             .exact()
             .is_some_and(|length| length <= room as u64);
-        let mut body = Gathering::new(body, packs);
+        let mut body = Chunker::new(body, packs);
         let first = if context.parts {
             body.piece(
                 room,
-                Instant::now() + if fits { GATHER_WHOLE } else { GATHER },
+                Instant::now()
+                    + if fits {
+                        COALESCE_WHOLE_FOR
+                    } else {
+                        COALESCE_FOR
+                    },
             )
             .await
             .map_err(broken_off)?
@@ -277,7 +283,7 @@ impl Reply {
             }
         };
         if first.more && !context.parts {
-            return Err(Failed {
+            return Err(OriginError {
                 code: AgentErrorCode::ResponseTooLarge,
                 message: "The response is longer than this service's version can carry.",
             });
@@ -296,7 +302,7 @@ impl Reply {
             }
             body.is_at_end().await.map_err(broken_off)?;
             let piece = body
-                .piece(PART_BODY, Instant::now() + GATHER)
+                .piece(MAX_PART_BYTES, Instant::now() + COALESCE_FOR)
                 .await
                 .map_err(broken_off)?;
             self.bytes += piece.length as u64;
@@ -338,17 +344,17 @@ impl Reply {
     }
 }
 
-fn broken_off(_: hyper::Error) -> Failed {
-    Failed {
+fn broken_off(_: hyper::Error) -> OriginError {
+    OriginError {
         code: AgentErrorCode::LocalServiceUnavailable,
         message: "it broke off in the middle of its response",
     }
 }
 
-fn room_beside_head(message: &HttpResponse) -> Result<usize, Failed> {
+fn room_beside_head(message: &HttpResponse) -> Result<usize, OriginError> {
     let envelope =
-        protocol::encode(&FromAgent::HttpResponse(message.clone())).len() + ENVELOPE_SLACK;
-    parts::room_beside(envelope).ok_or(Failed {
+        message::encode(&FromAgent::HttpResponse(message.clone())).len() + ENVELOPE_SLACK_BYTES;
+    body::room_beside(envelope).ok_or(OriginError {
         code: AgentErrorCode::ResponseTooLarge,
         message: "The response's header is longer than a tunnel can carry.",
     })

@@ -13,21 +13,22 @@ use tokio_tungstenite::{
     tungstenite::{self, Message, client::IntoClientRequest, protocol::WebSocketConfig},
 };
 use tracing::debug;
-use tunnel_shared::{
-    access::Access,
+use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
-    limits::{WEBSOCKET_FRAME, WEBSOCKET_MESSAGE},
-    protocol::{self, ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, ToAgent},
+    limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
+    message,
+    message::{ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, ToAgent},
+    visitor_policy::VisitorPolicy,
 };
 
 use crate::settings::Settings;
 
 /// How long reaching the service's machine may take. Short, because a network that has just come back is found by the next try.
-const CONNECT: Duration = Duration::from_secs(3);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long saying goodbye may take.
-const CLOSE: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long all of it may take. Functions of the service may be starting cold.
-const HANDSHAKE: Duration = Duration::from_secs(15);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A connection over which messages go.
 pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
@@ -45,7 +46,7 @@ pub struct Opened {
 
 /// Why there is no connection.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Failed {
+pub enum HandshakeError {
     /// 401 or 403.
     Unauthorized,
     /// 409.
@@ -66,11 +67,16 @@ pub async fn open(
     settings: &Settings,
     tunnel_id: Option<&TunnelId>,
     previous: Option<&ConnectionId>,
-) -> Result<Opened, Failed> {
-    match timeout(HANDSHAKE, shake_hands(settings, tunnel_id, previous)).await {
+) -> Result<Opened, HandshakeError> {
+    match timeout(
+        HANDSHAKE_TIMEOUT,
+        shake_hands(settings, tunnel_id, previous),
+    )
+    .await
+    {
         Ok(opened) => opened,
-        Err(_) => Err(Failed::Unreachable(format!(
-            "the service did not answer within {HANDSHAKE:?}"
+        Err(_) => Err(HandshakeError::Unreachable(format!(
+            "the service did not answer within {HANDSHAKE_TIMEOUT:?}"
         ))),
     }
 }
@@ -79,11 +85,11 @@ pub async fn open(
 ///
 /// # Errors
 /// When the service cannot be reached or refuses.
-pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, Failed> {
+pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, HandshakeError> {
     let released = async {
         let mut socket = connect(settings, settings.endpoint.releasing(tunnel_id)).await?;
         socket
-            .send(Message::text(protocol::encode(&FromAgent::Release)))
+            .send(Message::text(message::encode(&FromAgent::Release)))
             .await
             .map_err(failed)?;
         loop {
@@ -93,11 +99,11 @@ pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, 
         }
     };
     let no_answer = || {
-        Failed::Unreachable(format!(
-            "the service did not answer within {HANDSHAKE:?}; it may be one that cannot release"
+        HandshakeError::Unreachable(format!(
+            "the service did not answer within {HANDSHAKE_TIMEOUT:?}; it may be one that cannot release"
         ))
     };
-    timeout(HANDSHAKE, released)
+    timeout(HANDSHAKE_TIMEOUT, released)
         .await
         .unwrap_or_else(|_| Err(no_answer()))
 }
@@ -106,29 +112,29 @@ async fn shake_hands(
     settings: &Settings,
     tunnel_id: Option<&TunnelId>,
     previous: Option<&ConnectionId>,
-) -> Result<Opened, Failed> {
+) -> Result<Opened, HandshakeError> {
     let mut socket = connect(settings, settings.endpoint.asking_for(tunnel_id)).await?;
     let access = settings.access.for_one_connection();
     let ready = Ready {
-        protocol: Some(protocol::VERSION),
+        protocol: Some(message::VERSION),
         features: FEATURES
             .into_iter()
             .filter(|feature| settings.compression || *feature != Feature::Zstd)
             .collect(),
         agent: Some(concat!("ttf/", env!("CARGO_PKG_VERSION")).to_owned()),
         previous: previous.cloned(),
-        access: access.as_ref().map(Access::to_json),
+        access: access.as_ref().map(VisitorPolicy::to_json),
     };
     socket
-        .send(Message::text(protocol::encode(&FromAgent::Ready(ready))))
+        .send(Message::text(message::encode(&FromAgent::Ready(ready))))
         .await
         .map_err(failed)?;
     loop {
         if let ToAgent::ConnectionEstablished(established) = first_word(&mut socket).await? {
             if access.is_some() && !established.features.contains(&Feature::Access) {
                 // No request is taken from a service that has not read the rules.
-                let _ = timeout(CLOSE, socket.close(None)).await;
-                return Err(Failed::Unprotected);
+                let _ = timeout(CLOSE_TIMEOUT, socket.close(None)).await;
+                return Err(HandshakeError::Unprotected);
             }
             return Ok(Opened {
                 socket,
@@ -140,34 +146,37 @@ async fn shake_hands(
 }
 
 /// Opens a connection at an address of the endpoint's.
-async fn connect(settings: &Settings, address: String) -> Result<Socket, Failed> {
+async fn connect(settings: &Settings, address: String) -> Result<Socket, HandshakeError> {
     let endpoint = &settings.endpoint;
     let mut request = address
         .into_client_request()
-        .map_err(|error| Failed::Unreachable(error.to_string()))?;
+        .map_err(|error| HandshakeError::Unreachable(error.to_string()))?;
     if let Some(token) = &settings.token {
         let mut value =
             HeaderValue::from_str(&format!("Bearer {}", token.reveal())).map_err(|_| {
-                Failed::Invalid("the token has characters that no token has".to_owned())
+                HandshakeError::Invalid("the token has characters that no token has".to_owned())
             })?;
         value.set_sensitive(true);
         request.headers_mut().insert(header::AUTHORIZATION, value);
     }
     let config = WebSocketConfig::default()
-        .read_buffer_size(WEBSOCKET_FRAME)
+        .read_buffer_size(MAX_FRAME_BYTES)
         .write_buffer_size(0)
-        .max_message_size(Some(2 * WEBSOCKET_MESSAGE))
-        .max_frame_size(Some(2 * WEBSOCKET_MESSAGE));
-    let stream = timeout(CONNECT, TcpStream::connect(endpoint.address()))
+        .max_message_size(Some(2 * MAX_MESSAGE_BYTES))
+        .max_frame_size(Some(2 * MAX_MESSAGE_BYTES));
+    let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(endpoint.address()))
         .await
         .unwrap_or_else(|_| {
             Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("it did not answer within {CONNECT:?}"),
+                format!("it did not answer within {CONNECT_TIMEOUT:?}"),
             ))
         })
         .map_err(|error| {
-            Failed::Unreachable(format!("cannot connect to {}: {error}", endpoint.address()))
+            HandshakeError::Unreachable(format!(
+                "cannot connect to {}: {error}",
+                endpoint.address()
+            ))
         })?;
     // Without it a connection only has more latency.
     let _ = stream.set_nodelay(true);
@@ -178,11 +187,11 @@ async fn connect(settings: &Settings, address: String) -> Result<Socket, Failed>
 }
 
 /// The next message of a service that has not answered yet.
-async fn first_word(socket: &mut Socket) -> Result<ToAgent, Failed> {
+async fn first_word(socket: &mut Socket) -> Result<ToAgent, HandshakeError> {
     loop {
         match socket.next().await {
-            Some(Ok(Message::Text(text))) => match protocol::decode(&text) {
-                Ok(ToAgent::Error { message }) => return Err(Failed::Unreachable(message)),
+            Some(Ok(Message::Text(text))) => match message::decode(&text) {
+                Ok(ToAgent::Error { message }) => return Err(HandshakeError::Unreachable(message)),
                 Ok(message) => return Ok(message),
                 Err(error) => debug!(error = &error as &dyn std::error::Error, "message ignored"),
             },
@@ -190,14 +199,14 @@ async fn first_word(socket: &mut Socket) -> Result<ToAgent, Failed> {
                 let reason = frame
                     .map(|frame| format!(" ({}: {})", frame.code, frame.reason))
                     .unwrap_or_default();
-                return Err(Failed::Unreachable(format!(
+                return Err(HandshakeError::Unreachable(format!(
                     "the service closed the connection{reason}"
                 )));
             }
             Some(Ok(_)) => {}
             Some(Err(error)) => return Err(failed(error)),
             None => {
-                return Err(Failed::Unreachable(
+                return Err(HandshakeError::Unreachable(
                     "the service closed the connection".to_owned(),
                 ));
             }
@@ -205,9 +214,9 @@ async fn first_word(socket: &mut Socket) -> Result<ToAgent, Failed> {
     }
 }
 
-fn failed(error: tungstenite::Error) -> Failed {
+fn failed(error: tungstenite::Error) -> HandshakeError {
     let tungstenite::Error::Http(response) = error else {
-        return Failed::Unreachable(error.to_string());
+        return HandshakeError::Unreachable(error.to_string());
     };
     let said = response
         .body()
@@ -215,9 +224,11 @@ fn failed(error: tungstenite::Error) -> Failed {
         .map(|body| String::from_utf8_lossy(body).into_owned())
         .unwrap_or_default();
     match response.status() {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Failed::Unauthorized,
-        StatusCode::CONFLICT => Failed::NameTaken,
-        StatusCode::BAD_REQUEST => Failed::Invalid(said),
-        status => Failed::Unreachable(format!("the service answered the handshake with {status}")),
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => HandshakeError::Unauthorized,
+        StatusCode::CONFLICT => HandshakeError::NameTaken,
+        StatusCode::BAD_REQUEST => HandshakeError::Invalid(said),
+        status => {
+            HandshakeError::Unreachable(format!("the service answered the handshake with {status}"))
+        }
     }
 }

@@ -4,25 +4,25 @@
 //! it takes, [`handshake`] opens a connection and [`session`] serves it, [`exchange`] is one request with its response, [`origin`]
 //! the local service. [`memory`] keeps the tunnel's address over restarts. [`event`] is what a user learns of it.
 
-pub mod access;
+pub mod args;
 pub mod backoff;
-pub mod cli;
 pub mod event;
 pub mod exchange;
 pub mod handshake;
-pub mod memory;
 pub mod origin;
 pub mod rewrite;
 pub mod session;
 pub mod settings;
 pub mod tunnel;
+pub mod tunnel_ids;
+pub mod visitor_rules;
 
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::{event::Event, settings::Settings, tunnel::Failure};
+use crate::{event::Event, settings::Settings, tunnel::TunnelError};
 
 /// Is told what happens, by the name of the tunnel it happens to. Must not block.
 pub type Observer = Arc<dyn Fn(&str, Event) + Send + Sync>;
@@ -35,9 +35,9 @@ pub async fn run(
     tunnels: Vec<Settings>,
     observer: Observer,
     stop: CancellationToken,
-) -> Result<(), Failure> {
+) -> Result<(), TunnelError> {
     let stop = stop.child_token();
-    let mut running: JoinSet<Result<(), Failure>> = tunnels
+    let mut running: JoinSet<Result<(), TunnelError>> = tunnels
         .into_iter()
         .map(|settings| tunnel::run(settings, observer.clone(), stop.clone()))
         .collect();

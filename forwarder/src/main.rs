@@ -1,7 +1,7 @@
-//! The executable `ttf`; see [`forwarder::cli`].
+//! The executable `ttf`; see [`forwarder::args`].
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    forwarder::cli::main()
+    forwarder::args::main()
 }

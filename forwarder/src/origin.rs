@@ -13,10 +13,10 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
-use tunnel_shared::{
+use tunnel_protocol::{
     headers::remove_hop_by_hop,
-    limits::HEADER_FIELDS,
-    protocol::{AgentErrorCode, HttpRequest},
+    limits::MAX_HEADER_FIELDS,
+    message::{AgentErrorCode, HttpRequest},
 };
 
 use crate::settings::{HostHeader, Settings, Target};
@@ -41,7 +41,7 @@ pub struct Origin {
 /// Why there is no response. The text is shown to visitors, so it tells nothing of this machine.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub struct Failed {
+pub struct OriginError {
     /// What kind of failure.
     pub code: AgentErrorCode,
     /// The failure in a sentence.
@@ -64,7 +64,7 @@ impl Origin {
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
-            .http1_max_headers(HEADER_FIELDS)
+            .http1_max_headers(MAX_HEADER_FIELDS)
             .set_host(false)
             .build(connector);
         Self {
@@ -89,8 +89,8 @@ impl Origin {
         message: &HttpRequest,
         length: usize,
         body: RequestBody,
-    ) -> Result<Request<RequestBody>, Failed> {
-        let invalid = |message| Failed {
+    ) -> Result<Request<RequestBody>, OriginError> {
+        let invalid = |message| OriginError {
             code: AgentErrorCode::InvalidRequest,
             message,
         };
@@ -146,9 +146,12 @@ impl Origin {
     ///
     /// # Errors
     /// When it cannot be reached or what it says is not HTTP.
-    pub async fn call(&self, request: Request<RequestBody>) -> Result<Response<Incoming>, Failed> {
+    pub async fn call(
+        &self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<Incoming>, OriginError> {
         self.client.request(request).await.map_err(|error| {
-            let unavailable = |message| Failed {
+            let unavailable = |message| OriginError {
                 code: AgentErrorCode::LocalServiceUnavailable,
                 message,
             };

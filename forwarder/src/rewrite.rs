@@ -1,9 +1,9 @@
 //! What has to change in a response because the visitor sees the local service under another address.
 
 use http::{HeaderMap, HeaderValue, header, uri::Uri};
-use tunnel_shared::{
+use tunnel_protocol::{
     headers::{FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, text_to_value, value_to_text},
-    routing::is_loopback,
+    url::is_loopback,
 };
 
 use crate::settings::Target;

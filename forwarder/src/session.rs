@@ -24,12 +24,14 @@ use tokio_tungstenite::tungstenite::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
-use tunnel_shared::{
+use tunnel_protocol::{
+    body::reorder::Reorder,
+    frames,
     id::{ConnectionId, RequestId},
-    limits::{PARTS_AHEAD, WINDOW},
-    parts::{self, Reorder},
-    protocol::{
-        self, AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest,
+    limits::{INITIAL_WINDOW_PARTS, MAX_REORDER_PARTS},
+    message,
+    message::{
+        AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest,
         Subject, ToAgent,
     },
 };
@@ -44,27 +46,27 @@ use crate::{
 };
 
 /// How often a ping frame asks whether the service is still there.
-const PING_FRAME: Duration = Duration::from_secs(5);
+const PING_FRAME_INTERVAL: Duration = Duration::from_secs(5);
 /// How often a `ping` message does so where pings are answered: under API Gateway's 10 minutes without a message.
-pub const PING_MESSAGE: Duration = Duration::from_secs(5 * 60);
+pub const PING_MESSAGE_INTERVAL: Duration = Duration::from_secs(5 * 60);
 /// How often a `ping` message does so where ping frames are not answered. Each is billed, so no more often than it takes to
 /// notice a dead connection within half a minute.
-pub const PING_MESSAGE_ALONE: Duration = Duration::from_secs(15);
+pub const SOLE_PING_MESSAGE_INTERVAL: Duration = Duration::from_secs(15);
 /// A connection on which nothing was heard for this long, though it was asked, is dead.
-const SILENCE: Duration = Duration::from_secs(20);
+const MAX_SILENCE: Duration = Duration::from_secs(20);
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
 /// connection serves a tunnel, so that none is sent here in vain.
-const HANDOVER: Duration = Duration::from_secs(7);
+const HANDOVER_TIME: Duration = Duration::from_secs(7);
 /// How long requests in flight may take to finish once the agent is told to stop.
-const GRACE: Duration = Duration::from_secs(10);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Messages on their way out. Each is up to 128 KiB long; more wait where they are made.
-const OUTGOING: usize = 32;
+const MAX_QUEUED_MESSAGES: usize = 32;
 /// Refusals that wait for room among them; with more, no messages are read until the service has taken some.
-const REFUSALS: usize = 1024;
+const MAX_QUEUED_REFUSALS: usize = 1024;
 /// How many ended requests are remembered, so that one that comes twice is not carried out twice.
-const REMEMBERED: usize = 1024;
+const MAX_ENDED_REQUESTS: usize = 1024;
 
-/// Requests that have ended, the last [`REMEMBERED`] of them.
+/// Requests that have ended, the last [`MAX_ENDED_REQUESTS`] of them.
 #[derive(Debug, Default)]
 struct Ended {
     known: HashSet<RequestId>,
@@ -73,7 +75,7 @@ struct Ended {
 
 impl Ended {
     fn insert(&mut self, id: RequestId) {
-        if self.in_order.len() == REMEMBERED
+        if self.in_order.len() == MAX_ENDED_REQUESTS
             && let Some(oldest) = self.in_order.pop_front()
         {
             self.known.remove(&oldest);
@@ -86,7 +88,7 @@ impl Ended {
 
 /// How a session ended.
 #[derive(Debug)]
-pub enum End {
+pub enum SessionEnd {
     /// As asked.
     Stopped,
     /// Another connection of the owner has taken the tunnel over.
@@ -147,7 +149,7 @@ impl Session {
         observer: Observer,
         established: &ConnectionEstablished,
     ) -> Self {
-        let (outgoing, queue) = mpsc::channel(OUTGOING);
+        let (outgoing, queue) = mpsc::channel(MAX_QUEUED_MESSAGES);
         Self {
             context: Context::new(settings, origin, &established.features, outgoing),
             queue: Some(queue),
@@ -162,13 +164,13 @@ impl Session {
         }
     }
 
-    /// Serves until the connection ends, or `stop` or `retire` are cancelled and the requests in flight have finished.
+    /// Serves until the connection ends, or `stop` or `notify_replaced` are cancelled and the requests in flight have finished.
     pub async fn serve(
         mut self,
         socket: Socket,
         stop: CancellationToken,
-        retire: CancellationToken,
-    ) -> End {
+        notify_replaced: CancellationToken,
+    ) -> SessionEnd {
         let (sink, mut stream) = socket.split();
         let (ping, pings) = mpsc::channel(1);
         let mut writer = JoinSet::new();
@@ -180,24 +182,24 @@ impl Session {
         let opened = Instant::now();
         let (mut heard, mut pinged, mut answers_pings) = (opened, opened, false);
         // When nothing new is taken any more, and when nothing is waited for any more.
-        let (mut leave_at, mut give_up): (Option<Instant>, Option<Instant>) = (None, None);
+        let (mut leave_at, mut release_owned): (Option<Instant>, Option<Instant>) = (None, None);
         let outgoing = self.context.outgoing.clone();
-        let mut tick = interval(PING_FRAME);
+        let mut tick = interval(PING_FRAME_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ended = loop {
             tokio::select! {
-                message = stream.next(), if self.refusals.len() < REFUSALS => {
+                message = stream.next(), if self.refusals.len() < MAX_QUEUED_REFUSALS => {
                     heard = Instant::now();
                     match message {
                         Some(Ok(Message::Text(text))) => self.take(&text),
                         Some(Ok(Message::Pong(_))) => answers_pings = true,
                         Some(Ok(Message::Close(frame))) => {
                             let reason = frame.map(|frame| format!(" ({})", frame.code)).unwrap_or_default();
-                            break End::Lost(format!("the service closed the connection{reason}"));
+                            break SessionEnd::Lost(format!("the service closed the connection{reason}"));
                         }
                         Some(Ok(_)) => {}
-                        Some(Err(error)) => break End::Lost(error.to_string()),
-                        None => break End::Lost("the connection broke".to_owned()),
+                        Some(Err(error)) => break SessionEnd::Lost(error.to_string()),
+                        None => break SessionEnd::Lost("the connection broke".to_owned()),
                     }
                 }
                 Some(done) = self.running.join_next() => self.finish(done),
@@ -207,36 +209,36 @@ impl Session {
                     }
                 }
                 Some(failed) = writer.join_next() => {
-                    break End::Lost(failed.ok().flatten().unwrap_or_else(|| "the connection broke".to_owned()));
+                    break SessionEnd::Lost(failed.ok().flatten().unwrap_or_else(|| "the connection broke".to_owned()));
                 }
                 now = tick.tick() => {
-                    if heard.elapsed() > SILENCE && (answers_pings || pinged > heard) {
-                        break End::Lost(format!("nothing was heard for {} s", heard.elapsed().as_secs()));
+                    if heard.elapsed() > MAX_SILENCE && (answers_pings || pinged > heard) {
+                        break SessionEnd::Lost(format!("nothing was heard for {} s", heard.elapsed().as_secs()));
                     }
                     // A full queue means that the writer has not got round to the last one.
                     let _ = ping.try_send(());
-                    if now - pinged >= if answers_pings { PING_MESSAGE } else { PING_MESSAGE_ALONE } {
+                    if now - pinged >= if answers_pings { PING_MESSAGE_INTERVAL } else { SOLE_PING_MESSAGE_INTERVAL } {
                         pinged = now;
-                        let _ = self.context.outgoing.try_send(protocol::encode(&FromAgent::Ping));
+                        let _ = self.context.outgoing.try_send(message::encode(&FromAgent::Ping));
                     }
                 }
                 () = stop.cancelled(), if self.leaving != Some(Leaving::Stopped) => {
                     self.leaving = Some(Leaving::Stopped);
                     self.observe(Event::Draining { in_flight: self.requests.len() });
                 }
-                () = retire.cancelled(), if self.leaving.is_none() && leave_at.is_none() => leave_at = Some(Instant::now() + HANDOVER),
+                () = notify_replaced.cancelled(), if self.leaving.is_none() && leave_at.is_none() => leave_at = Some(Instant::now() + HANDOVER_TIME),
                 () = sleep_until(leave_at.unwrap_or(opened)), if self.leaving.is_none() && leave_at.is_some() => {
                     self.leaving = Some(Leaving::Retired);
                 }
-                () = sleep_until(give_up.unwrap_or(opened)), if give_up.is_some() => break self.left(),
+                () = sleep_until(release_owned.unwrap_or(opened)), if release_owned.is_some() => break self.left(),
             }
             match &self.leaving {
                 Some(_) if self.requests.is_empty() && self.refusals.is_empty() => {
                     break self.left();
                 }
                 // Who was taken over from by this agent's own next connection has as long as the connection lives.
-                Some(Leaving::Stopped | Leaving::Replaced(_)) if give_up.is_none() => {
-                    give_up = Some(Instant::now() + GRACE)
+                Some(Leaving::Stopped | Leaving::Replaced(_)) if release_owned.is_none() => {
+                    release_owned = Some(Instant::now() + DRAIN_TIMEOUT)
                 }
                 _ => {}
             }
@@ -244,16 +246,16 @@ impl Session {
         self.running.shutdown().await;
         drop((self, ping, outgoing));
         // With all senders gone the writer sends what is queued, closes and ends.
-        if !matches!(ended, End::Lost(_)) {
+        if !matches!(ended, SessionEnd::Lost(_)) {
             let _ = timeout(Duration::from_secs(2), writer.join_next()).await;
         }
         ended
     }
 
-    fn left(&self) -> End {
+    fn left(&self) -> SessionEnd {
         match &self.leaving {
-            Some(Leaving::Replaced(reason)) => End::Replaced(reason.clone()),
-            _ => End::Stopped,
+            Some(Leaving::Replaced(reason)) => SessionEnd::Replaced(reason.clone()),
+            _ => SessionEnd::Stopped,
         }
     }
 
@@ -262,7 +264,7 @@ impl Session {
     }
 
     fn take(&mut self, text: &str) {
-        match protocol::decode(text) {
+        match message::decode(text) {
             Ok(ToAgent::HttpRequest(request)) => self.start(request),
             Ok(ToAgent::BodyPart(part)) => self.body_part(part),
             Ok(ToAgent::Window(window)) => {
@@ -296,7 +298,7 @@ impl Session {
             // API Gateway itself may speak up: {"message": "Internal server error", ..}
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "message ignored");
-                if let Ok(Subject { request_id }) = protocol::decode(text) {
+                if let Ok(Subject { request_id }) = message::decode(text) {
                     self.refuse(
                         request_id,
                         None,
@@ -330,7 +332,7 @@ impl Session {
             return self.refuse(id, request.reply_to, code, message);
         }
         let (body, more) = if request.more {
-            let (to_origin, parts) = mpsc::channel(PARTS_AHEAD);
+            let (to_origin, parts) = mpsc::channel(MAX_REORDER_PARTS);
             (
                 Some(UploadedBody {
                     parts: Reorder::starting_at(1),
@@ -341,7 +343,7 @@ impl Session {
         } else {
             (None, None)
         };
-        let (allowed, may_send) = watch::channel(WINDOW);
+        let (allowed, may_send) = watch::channel(INITIAL_WINDOW_PARTS);
         let reply_to = request.reply_to.clone();
         let context = self.context.clone();
         let task = self.running.spawn({
@@ -414,7 +416,7 @@ impl Session {
             reply_to,
         };
         self.refusals
-            .push_back(protocol::encode(&FromAgent::Error(error)));
+            .push_back(message::encode(&FromAgent::Error(error)));
     }
 
     fn finish(&mut self, done: Result<(RequestId, Event), tokio::task::JoinError>) {
@@ -460,7 +462,7 @@ async fn write_text(
     text: String,
 ) -> Result<(), tungstenite::Error> {
     let mut data = Data::Text;
-    for (frame, is_last) in parts::frames(text) {
+    for (frame, is_last) in frames::frames(text) {
         sink.feed(Message::Frame(Frame::message(
             frame,
             OpCode::Data(data),

@@ -13,9 +13,9 @@ use http::{
     uri::{Authority, Scheme, Uri},
 };
 use serde::{Deserialize, Deserializer, de::Error};
-use tunnel_shared::{cidr::Cidr, id::TunnelId, routing::is_loopback};
+use tunnel_protocol::{cidr::Cidr, id::TunnelId, url::is_loopback};
 
-use crate::access::{Checked, Rules};
+use crate::visitor_rules::{Policy, PolicyArgs};
 
 /// How long the local service may take to start its response.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
@@ -35,7 +35,7 @@ pub struct Settings {
     pub token: Option<Secret>,
     /// The tunnel id to ask for; the service picks one if there is none.
     pub tunnel_id: Option<TunnelId>,
-    /// The file that remembers ids that the service picked; none forgets them with the process. See [`crate::memory`].
+    /// The file that remembers ids that the service picked; none forgets them with the process. See [`crate::tunnel_ids`].
     pub memory: Option<PathBuf>,
     /// The local service.
     pub target: Target,
@@ -48,12 +48,12 @@ pub struct Settings {
     /// Bodies may be compressed on the way between the service and this agent. Visitors and the local service do not see it.
     pub compression: bool,
     /// Which visitors the service lets in.
-    pub access: Checked,
+    pub access: Policy,
 }
 
 /// A text that is not what it should be.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum Invalid {
+pub enum SettingError {
     /// Not a WebSocket address.
     #[error(
         "an endpoint is a ws:// or wss:// address such as wss://id.execute-api.eu-west-1.amazonaws.com/dev"
@@ -112,16 +112,16 @@ impl fmt::Display for Endpoint {
 }
 
 impl FromStr for Endpoint {
-    type Err = Invalid;
+    type Err = SettingError;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
-        let uri: Uri = text.parse().map_err(|_| Invalid::Endpoint)?;
-        let host = uri.host().ok_or(Invalid::Endpoint)?;
+    fn from_str(text: &str) -> Result<Self, SettingError> {
+        let uri: Uri = text.parse().map_err(|_| SettingError::Endpoint)?;
+        let host = uri.host().ok_or(SettingError::Endpoint)?;
         match uri.scheme_str() {
             Some("wss") => Ok(Self(uri)),
             Some("ws") if is_loopback(host) => Ok(Self(uri)),
-            Some("ws") => Err(Invalid::PlainEndpoint),
-            _ => Err(Invalid::Endpoint),
+            Some("ws") => Err(SettingError::PlainEndpoint),
+            _ => Err(SettingError::Endpoint),
         }
     }
 }
@@ -142,11 +142,11 @@ impl fmt::Display for Target {
 }
 
 impl FromStr for Target {
-    type Err = Invalid;
+    type Err = SettingError;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, SettingError> {
         if text.bytes().all(|byte| byte.is_ascii_digit()) {
-            let port: u16 = text.parse().map_err(|_| Invalid::Target)?;
+            let port: u16 = text.parse().map_err(|_| SettingError::Target)?;
             return format!("http://127.0.0.1:{port}").parse();
         }
         let with_scheme = if text.contains("://") {
@@ -156,7 +156,7 @@ impl FromStr for Target {
         };
         let parts = with_scheme
             .parse::<Uri>()
-            .map_err(|_| Invalid::Target)?
+            .map_err(|_| SettingError::Target)?
             .into_parts();
         let has_path = parts.path_and_query.is_some_and(|path| path != "/");
         match (parts.scheme, parts.authority) {
@@ -167,7 +167,7 @@ impl FromStr for Target {
             {
                 Ok(Self { scheme, authority })
             }
-            _ => Err(Invalid::Target),
+            _ => Err(SettingError::Target),
         }
     }
 }
@@ -185,17 +185,18 @@ pub enum HostHeader {
 }
 
 impl FromStr for HostHeader {
-    type Err = Invalid;
+    type Err = SettingError;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, SettingError> {
         match text {
             "rewrite" => Ok(Self::Rewrite),
             "preserve" => Ok(Self::Preserve),
             host => {
-                host.parse::<Authority>().map_err(|_| Invalid::HostHeader)?;
+                host.parse::<Authority>()
+                    .map_err(|_| SettingError::HostHeader)?;
                 host.parse()
                     .map(Self::Fixed)
-                    .map_err(|_| Invalid::HostHeader)
+                    .map_err(|_| SettingError::HostHeader)
             }
         }
     }
@@ -259,7 +260,7 @@ pub struct File {
     pub max_concurrent: Option<usize>,
     /// See [`Settings::compression`].
     pub compression: Option<bool>,
-    /// Default for all tunnels; see [`Rules`], as the next three.
+    /// Default for all tunnels; see [`PolicyArgs`], as the next three.
     #[serde(default, deserialize_with = "secrets")]
     pub basic_auth: Option<Vec<Secret>>,
     /// Default for all tunnels.
@@ -294,22 +295,22 @@ pub struct FileTunnel {
     pub request_timeout: Option<Duration>,
     /// See [`Settings::max_concurrent`].
     pub max_concurrent: Option<usize>,
-    /// See [`Rules`], as the next three.
+    /// See [`PolicyArgs`], as the next three.
     #[serde(default, deserialize_with = "secrets")]
     pub basic_auth: Option<Vec<Secret>>,
-    /// See [`Rules`].
+    /// See [`PolicyArgs`].
     pub allow: Option<Vec<Cidr>>,
-    /// See [`Rules`].
+    /// See [`PolicyArgs`].
     pub deny: Option<Vec<Cidr>>,
-    /// See [`Rules`].
+    /// See [`PolicyArgs`].
     #[serde(default, deserialize_with = "secrets")]
     pub require_header: Option<Vec<Secret>>,
 }
 
 impl FileTunnel {
     /// The tunnel's own rules.
-    pub fn rules(&self) -> Rules {
-        Rules {
+    pub fn rules(&self) -> PolicyArgs {
+        PolicyArgs {
             basic_auth: self.basic_auth.clone(),
             allow: self.allow.clone(),
             deny: self.deny.clone(),
@@ -331,7 +332,7 @@ pub enum FileError {
     },
     /// It is not TOML, or has keys or values it may not have.
     #[error("{path}, line {line}: {message}")]
-    Invalid {
+    SettingError {
         /// The file.
         path: String,
         /// Where.
@@ -343,8 +344,8 @@ pub enum FileError {
 
 impl File {
     /// The rules for tunnels that do not say otherwise.
-    pub fn rules(&self) -> Rules {
-        Rules {
+    pub fn rules(&self) -> PolicyArgs {
+        PolicyArgs {
             basic_auth: self.basic_auth.clone(),
             allow: self.allow.clone(),
             deny: self.deny.clone(),
@@ -361,7 +362,7 @@ impl File {
             path: path.display().to_string(),
             source,
         })?;
-        Self::parse(&text).map_err(|(line, message)| FileError::Invalid {
+        Self::parse(&text).map_err(|(line, message)| FileError::SettingError {
             path: path.display().to_string(),
             line,
             message,
@@ -437,7 +438,7 @@ mod tests {
             "http://x/path",
             "http://user@x",
         ] {
-            assert_eq!(text.parse::<Target>(), Err(Invalid::Target), "{text}");
+            assert_eq!(text.parse::<Target>(), Err(SettingError::Target), "{text}");
         }
     }
 
@@ -452,10 +453,14 @@ mod tests {
         }
         assert_eq!(
             "ws://10.0.0.1/".parse::<Endpoint>(),
-            Err(Invalid::PlainEndpoint)
+            Err(SettingError::PlainEndpoint)
         );
         for text in ["https://x", "x", ""] {
-            assert_eq!(text.parse::<Endpoint>(), Err(Invalid::Endpoint), "{text}");
+            assert_eq!(
+                text.parse::<Endpoint>(),
+                Err(SettingError::Endpoint),
+                "{text}"
+            );
         }
     }
 

@@ -9,30 +9,30 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
-use tunnel_shared::{
+use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
-    protocol::ConnectionEstablished,
+    message::ConnectionEstablished,
 };
 
 use crate::{
     Observer,
     backoff::Backoff,
     event::Event,
-    handshake::{self, Failed, Opened},
-    memory::Memory,
+    handshake::{self, HandshakeError, Opened},
     origin::Origin,
-    session::{End, Session},
+    session::{Session, SessionEnd},
     settings::Settings,
+    tunnel_ids::TunnelIdStore,
 };
 
 /// A session that was open for this long worked; the pause after it is a short one again.
-const WORKED: Duration = Duration::from_secs(5);
+const STABLE_AFTER: Duration = Duration::from_secs(5);
 /// How long before the end of a connection's life the next one takes over: time for several tries, and for requests in flight.
-const MARGIN: Duration = Duration::from_secs(5 * 60);
+const MOVE_MARGIN: Duration = Duration::from_secs(5 * 60);
 
 /// Why a tunnel cannot be kept open by trying again.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum Failure {
+pub enum TunnelError {
     /// The token is missing, unknown, expired or revoked.
     #[error(
         "the service refused this agent: pass a valid token with --token, TTF_TOKEN, or `token` in the config file"
@@ -62,16 +62,16 @@ pub async fn run(
     settings: Settings,
     observer: Observer,
     stop: CancellationToken,
-) -> Result<(), Failure> {
+) -> Result<(), TunnelError> {
     let origin = Origin::new(&settings);
     let stop = stop.child_token();
     let memory = match &settings.memory {
         Some(file) if settings.tunnel_id.is_none() => {
-            Memory::open(file, &settings.endpoint, &settings.target).await
+            TunnelIdStore::open(file, &settings.endpoint, &settings.target).await
         }
         _ => None,
     };
-    let recalled = memory.as_ref().and_then(Memory::tunnel_id).cloned();
+    let recalled = memory.as_ref().and_then(TunnelIdStore::tunnel_id).cloned();
     let tunnel_id = settings.tunnel_id.clone().or(recalled.clone());
     let mut tunnel = Tunnel {
         tunnel_id,
@@ -102,9 +102,9 @@ struct Tunnel {
     tunnel_id: Option<TunnelId>,
     /// What the memory had, until the service has said whose it is.
     recalled: Option<TunnelId>,
-    memory: Option<Memory>,
+    memory: Option<TunnelIdStore>,
     /// The one that serves the tunnel, and those it took over from.
-    sessions: JoinSet<End>,
+    sessions: JoinSet<SessionEnd>,
 }
 
 /// The session that serves the tunnel.
@@ -113,12 +113,12 @@ struct Current {
     connection: ConnectionId,
     opened: Instant,
     /// Cancelled when another takes over.
-    retire: CancellationToken,
+    notify_replaced: CancellationToken,
     move_at: Option<Instant>,
 }
 
 impl Tunnel {
-    async fn keep_open(&mut self) -> Result<(), Failure> {
+    async fn keep_open(&mut self) -> Result<(), TunnelError> {
         let mut backoff = Backoff::default();
         let mut current: Option<Current> = None;
         loop {
@@ -129,14 +129,14 @@ impl Tunnel {
                         if task != serving.task {
                             continue;
                         }
-                        if serving.opened.elapsed() >= WORKED {
+                        if serving.opened.elapsed() >= STABLE_AFTER {
                             backoff.reset();
                         }
                         current = None;
                         match ended {
-                            End::Stopped => return Ok(()),
-                            End::Replaced(reason) => return Err(Failure::Replaced(reason)),
-                            End::Lost(reason) => self.pause(&mut backoff, reason).await,
+                            SessionEnd::Stopped => return Ok(()),
+                            SessionEnd::Replaced(reason) => return Err(TunnelError::Replaced(reason)),
+                            SessionEnd::Lost(reason) => self.pause(&mut backoff, reason).await,
                         }
                         continue;
                     }
@@ -156,27 +156,29 @@ impl Tunnel {
                 (Ok(opened), _) => {
                     if let Some(old) = current.take() {
                         backoff.reset();
-                        old.retire.cancel();
+                        old.notify_replaced.cancel();
                     }
                     current = Some(self.serve(opened));
                     self.remember().await;
                 }
-                (Err(Failed::NameTaken), None) if self.recalled.take().is_some() => {
+                (Err(HandshakeError::NameTaken), None) if self.recalled.take().is_some() => {
                     self.forget().await
                 }
-                (Err(Failed::Unauthorized), _) => return Err(Failure::Unauthorized),
-                (Err(Failed::NameTaken), _) => {
-                    return Err(Failure::NameTaken(
+                (Err(HandshakeError::Unauthorized), _) => return Err(TunnelError::Unauthorized),
+                (Err(HandshakeError::NameTaken), _) => {
+                    return Err(TunnelError::NameTaken(
                         self.tunnel_id.take().map(String::from).unwrap_or_default(),
                     ));
                 }
-                (Err(Failed::Invalid(said)), _) => return Err(Failure::Invalid(said)),
-                (Err(Failed::Unprotected), _) => return Err(Failure::Unprotected),
+                (Err(HandshakeError::Invalid(said)), _) => return Err(TunnelError::Invalid(said)),
+                (Err(HandshakeError::Unprotected), _) => return Err(TunnelError::Unprotected),
                 // The one that serves goes on meanwhile.
-                (Err(Failed::Unreachable(_)), Some(serving)) => {
+                (Err(HandshakeError::Unreachable(_)), Some(serving)) => {
                     serving.move_at = Some(Instant::now() + backoff.next_pause())
                 }
-                (Err(Failed::Unreachable(reason)), None) => self.pause(&mut backoff, reason).await,
+                (Err(HandshakeError::Unreachable(reason)), None) => {
+                    self.pause(&mut backoff, reason).await
+                }
             }
         }
     }
@@ -194,7 +196,7 @@ impl Tunnel {
             public_url,
             target: self.origin.target().to_string(),
         });
-        let retire = CancellationToken::new();
+        let notify_replaced = CancellationToken::new();
         let at = opened.at;
         let session = Session::new(
             &self.settings,
@@ -204,13 +206,13 @@ impl Tunnel {
         );
         let task = self
             .sessions
-            .spawn(session.serve(opened.socket, self.stop.clone(), retire.clone()))
+            .spawn(session.serve(opened.socket, self.stop.clone(), notify_replaced.clone()))
             .id();
         Current {
             task,
             connection: connection_id,
             opened: at,
-            retire,
+            notify_replaced,
             move_at: life_ms.map(|life| at + move_after(life)),
         }
     }
@@ -255,7 +257,7 @@ impl Tunnel {
 /// When in a connection's life the next one takes over.
 fn move_after(life_ms: u64) -> Duration {
     let life = Duration::from_millis(life_ms);
-    life - MARGIN.min(life.mul_f64(0.7))
+    life - MOVE_MARGIN.min(life.mul_f64(0.7))
 }
 
 #[cfg(test)]

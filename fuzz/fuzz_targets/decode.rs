@@ -6,10 +6,7 @@ use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
 use serde::{Serialize, de::DeserializeOwned};
-use tunnel_shared::{
-    limits::WEBSOCKET_MESSAGE,
-    protocol::{Body, FromAgent, ToAgent, decode, encode},
-};
+use tunnel_protocol::{limits::MAX_MESSAGE_BYTES, message::{Body, FromAgent, ToAgent, decode, encode}};
 
 fuzz_target!(|text: &str| {
     check(text, |message| match message {
@@ -32,7 +29,7 @@ fn check<M: Debug + DeserializeOwned + PartialEq + Serialize>(
         return;
     };
     assert!(
-        text.len() <= WEBSOCKET_MESSAGE,
+        text.len() <= MAX_MESSAGE_BYTES,
         "{} bytes were read",
         text.len()
     );

@@ -5,10 +5,7 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue, header::CONNECTION};
 use libfuzzer_sys::fuzz_target;
-use tunnel_shared::{
-    headers::{json, remove_hop_by_hop, text_to_value, value_to_text},
-    limits::HEADER_FIELDS,
-};
+use tunnel_protocol::{headers::{json, remove_hop_by_hop, text_to_value, value_to_text}, limits::MAX_HEADER_FIELDS};
 
 const HOP_BY_HOP: &str = "connection,keep-alive,proxy-connection,proxy-authenticate,proxy-authorization,te,trailer,transfer-encoding,upgrade";
 
@@ -26,7 +23,7 @@ fuzz_target!(|bytes: &[u8]| {
     }
     assert_eq!(
         from_json(&to_json(&headers)).as_ref(),
-        Some(&headers).filter(|headers| headers.len() <= HEADER_FIELDS)
+        Some(&headers).filter(|headers| headers.len() <= MAX_HEADER_FIELDS)
     );
     check_hop_by_hop(headers);
 

@@ -6,10 +6,8 @@
 use http::uri::{PathAndQuery, Uri};
 use libfuzzer_sys::fuzz_target;
 use percent_encoding::percent_decode_str;
-use tunnel_shared::{
-    id::TunnelId,
-    routing::{PublicUrl, Route, Routing, encode_decoded_path, encode_path, is_loopback},
-};
+use tunnel_protocol::{id::TunnelId, url::is_loopback};
+use tunnel_service::routing::{PublicUrl, Route, Routing, encode_decoded_path, encode_path};
 
 /// What RFC 3986, 3.3 allows in a path besides letters and digits.
 const IN_PATH: &[u8] = b"/:@-._~!$&'()*+,;=%";

@@ -7,18 +7,14 @@ use aws_sdk_dynamodb::Client;
 use clap::{Parser, Subcommand};
 use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tunnel_shared::{
-    cloud::{
-        auth, now,
-        sdk::{self, SdkConfig},
-        settings::Variables,
-        tokens::Tokens,
-        tunnels::Tunnels,
-    },
-    id::TunnelId,
+use tunnel_protocol::id::TunnelId;
+use tunnel_service::{
+    auth::token, aws::sdk, aws::sdk::SdkConfig, now, settings::Variables,
+    tables::tokens::TokensTable, tables::tunnels::TunnelsTable,
 };
 
-use crate::{access::AccessKey, cli::fail, dynamodb};
+use crate::cli::fail;
+use tunnel_local_aws::{caller::AccessKey, dynamodb};
 
 /// Looks after agent tokens and tunnel names.
 #[derive(Debug, Parser)]
@@ -31,11 +27,11 @@ struct Cli {
     #[arg(long, global = true, value_name = "DIR")]
     data: Option<PathBuf>,
     #[command(subcommand)]
-    command: Command,
+    command: ConnectionCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum ConnectionCommand {
     /// Make a token and print it, this once; only its hash is kept
     CreateToken {
         /// Whom it is for
@@ -83,7 +79,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             let listener = TcpListener::bind("127.0.0.1:0")
                 .await
                 .context("no loopback port for DynamoDB")?;
-            let access_key = auth::generate_token();
+            let access_key = token::generate_token();
             let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr()?), &access_key);
             dynamodb::serve(
                 dynamodb::open(Some(&directory))?,
@@ -103,8 +99,8 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     };
     let outcome = carry_out(
         cli.command,
-        &Tokens::new(&sdk, tokens),
-        &Tunnels::new(&sdk, tunnels),
+        &TokensTable::new(&sdk, tokens),
+        &TunnelsTable::new(&sdk, tunnels),
     )
     .await;
     stop.cancel();
@@ -149,13 +145,17 @@ async fn deployed(stack: &str) -> anyhow::Result<(SdkConfig, String, String)> {
     ))
 }
 
-async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyhow::Result<()> {
+async fn carry_out(
+    command: ConnectionCommand,
+    tokens: &TokensTable,
+    tunnels: &TunnelsTable,
+) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     match command {
-        Command::CreateToken { name, expires } => {
+        ConnectionCommand::CreateToken { name, expires } => {
             writeln!(out, "{}", tokens.create(&name, expires, now()).await?)?;
         }
-        Command::ListTokens => {
+        ConnectionCommand::ListTokens => {
             for token in tokens.list().await? {
                 let is_expired = token.expires_at.is_some_and(|at| at <= now().as_secs());
                 let state = match (token.revoked, is_expired) {
@@ -166,19 +166,19 @@ async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyh
                 writeln!(out, "{}\t{}\t{state}", token.name, short(&token.hash))?;
             }
         }
-        Command::RevokeToken { name } => {
+        ConnectionCommand::RevokeToken { name } => {
             let revoked = tokens.revoke(&name).await?;
             if revoked == 0 {
                 bail!("there is no good token of the name {name}");
             }
             writeln!(out, "revoked {revoked}")?;
         }
-        Command::ListTunnels => {
+        ConnectionCommand::ListTunnels => {
             let names = tokens.list().await?;
             for (id, tunnel) in tunnels.list(now()).await? {
                 let owner = names
                     .iter()
-                    .find(|token| auth::owner_of(&token.hash) == tunnel.identity.owner);
+                    .find(|token| token::owner_of(&token.hash) == tunnel.identity.owner);
                 let owner = owner.map_or_else(
                     || short(&tunnel.identity.owner).to_owned(),
                     |token| token.name.clone(),
@@ -194,7 +194,7 @@ async fn carry_out(command: Command, tokens: &Tokens, tunnels: &Tunnels) -> anyh
                 )?;
             }
         }
-        Command::ReleaseTunnel { id } => {
+        ConnectionCommand::ReleaseTunnel { id } => {
             if !tunnels.release(&id).await? {
                 bail!("there is no tunnel {id}");
             }

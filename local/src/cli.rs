@@ -5,15 +5,15 @@ use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode, time::Du
 use clap::{Parser, ValueEnum};
 use tokio::runtime::Runtime;
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
-use tunnel_forward::throttle::AT_ONCE;
-use tunnel_shared::{
-    cidr::Cidr,
-    cloud::auth::Auth,
-    limits::WEBSOCKET_LIFE,
+use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
+use tunnel_protocol::{cidr::Cidr, limits::WEBSOCKET_LIFETIME};
+use tunnel_service::{
+    auth::AuthMode,
     routing::{PublicUrl, Routing},
 };
 
-use crate::{Options, Stack, quotas::Quotas, samples, stack::JwtIssuer};
+use crate::{Options, Server, sam_invoke, server::JwtIssuer};
+use tunnel_local_aws::quotas::Quotas;
 
 /// Runs the whole tunnel on this machine: visitors and agents connect to one address.
 #[derive(Parser)]
@@ -60,7 +60,7 @@ struct Cli {
     #[arg(long, env = "TUNNEL_MAX_CONNECTION_AGE", value_parser = connection_age, value_name = "TIME")]
     max_connection_age: Option<Duration>,
     /// Most requests of one tunnel at once; 0 is no limit
-    #[arg(long, env = "TUNNEL_MAX_CONCURRENT_REQUESTS", default_value_t = AT_ONCE, value_name = "N")]
+    #[arg(long, env = "TUNNEL_MAX_CONCURRENT_REQUESTS", default_value_t = MAX_CONCURRENT_REQUESTS, value_name = "N")]
     max_concurrent_requests: u32,
     /// Most new requests of one tunnel in a second, and twice that after a pause; 0 is no limit
     #[arg(
@@ -115,15 +115,15 @@ enum RoutingWord {
 impl Cli {
     fn options(&self) -> Options {
         let auth = match self.auth {
-            Some(AuthWord::Open) => Auth::Open,
-            Some(AuthWord::Token) => Auth::Token,
-            Some(AuthWord::Jwt) => Auth::Jwt,
+            Some(AuthWord::Open) => AuthMode::Open,
+            Some(AuthWord::Token) => AuthMode::Token,
+            Some(AuthWord::Jwt) => AuthMode::Jwt,
             None if self.listen.ip().is_loopback()
                 && self.public_url.as_ref().is_none_or(PublicUrl::is_loopback) =>
             {
-                Auth::Open
+                AuthMode::Open
             }
-            None => Auth::Token,
+            None => AuthMode::Token,
         };
         let routing = match self.routing {
             RoutingWord::Path => Routing::Path,
@@ -144,7 +144,7 @@ impl Cli {
             jwt: Some(jwt),
             routing,
             quotas: Quotas {
-                life: self.max_connection_age.unwrap_or(WEBSOCKET_LIFE),
+                life: self.max_connection_age.unwrap_or(WEBSOCKET_LIFETIME),
                 agents_of_one: self.max_agents_per_token,
                 ..Quotas::default()
             },
@@ -158,7 +158,7 @@ impl Cli {
 
 fn connection_age(text: &str) -> Result<Duration, String> {
     let age = humantime::parse_duration(text).map_err(|error| error.to_string())?;
-    let is_possible = (Duration::from_secs(1)..=WEBSOCKET_LIFE).contains(&age);
+    let is_possible = (Duration::from_secs(1)..=WEBSOCKET_LIFETIME).contains(&age);
     is_possible
         .then_some(age)
         .ok_or_else(|| "must be between 1s and 2h".to_owned())
@@ -183,12 +183,12 @@ async fn run() -> ExitCode {
         .with(filter)
         .init();
     if cli.samples {
-        return match samples::run(interrupted()).await {
+        return match sam_invoke::run(interrupted()).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(1, &format!("{error:#}")),
         };
     }
-    let stack = match Stack::start(cli.options()).await {
+    let stack = match Server::start(cli.options()).await {
         Ok(stack) => stack,
         Err(error) => return fail(1, &format!("{error:#}")),
     };

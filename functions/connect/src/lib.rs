@@ -5,20 +5,16 @@
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::{info, warn};
-use tunnel_shared::{
-    cloud::{
-        RouteResponse,
-        access::{Access, AccessError, Identity},
-        auth,
-        connections::{Connection, Connections},
-        event::{WrongEvent, connection_of},
-        now,
-        sdk::SdkConfig,
-        settings::{Faults, Variables},
-        store::StoreError,
-        tunnels::Tunnels,
-    },
-    id::{ConnectionId, TunnelId},
+use tunnel_protocol::id::{ConnectionId, TunnelId};
+use tunnel_service::{
+    auth::{AuthError, Authenticator, Identity, token},
+    aws::route_event::{RouteEventError, RouteResponse, connection_of},
+    aws::sdk::SdkConfig,
+    now,
+    settings::{SettingsError, Variables},
+    tables::connections::{Connection, ConnectionsTable},
+    tables::dynamodb::StoreError,
+    tables::tunnels::TunnelsTable,
 };
 
 /// The query parameter with which an agent asks for a tunnel by name.
@@ -31,13 +27,13 @@ const REPLY: &str = "reply";
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct Connect {
-    access: Access,
-    tunnels: Tunnels,
-    connections: Connections,
+    access: Authenticator,
+    tunnels: TunnelsTable,
+    connections: ConnectionsTable,
 }
 
 /// Why an agent is not let in.
-enum Refusal {
+enum HandshakeRefusal {
     NotAuthorized,
     InvalidTunnelId(String),
     NameTaken(TunnelId),
@@ -45,13 +41,13 @@ enum Refusal {
 
 /// Why there is no answer: the fault is ours, not the agent's.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum ConnectError {
     /// The event is of another kind.
     #[error(transparent)]
-    Event(#[from] WrongEvent),
+    Event(#[from] RouteEventError),
     /// It cannot be told who the agent is.
     #[error(transparent)]
-    Access(#[from] AccessError),
+    Auth(#[from] AuthError),
     /// The tables do not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -62,15 +58,15 @@ impl Connect {
     ///
     /// # Errors
     /// All variables that are missing or faulty.
-    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, Faults> {
-        let access = Access::load(&variables, sdk);
+    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, SettingsError> {
+        let access = Authenticator::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
         variables.finish(|| {
             Some(Self {
                 access: access?,
-                tunnels: Tunnels::new(sdk, tunnels?),
-                connections: Connections::new(sdk, connections?),
+                tunnels: TunnelsTable::new(sdk, tunnels?),
+                connections: ConnectionsTable::new(sdk, connections?),
             })
         })
     }
@@ -82,7 +78,7 @@ impl Connect {
     pub async fn handle(
         &self,
         event: ApiGatewayWebsocketProxyRequest,
-    ) -> Result<RouteResponse, Error> {
+    ) -> Result<RouteResponse, ConnectError> {
         let context = &event.request_context;
         let connection = connection_of(
             "CONNECT",
@@ -111,9 +107,9 @@ impl Connect {
         &self,
         event: &ApiGatewayWebsocketProxyRequest,
         connection: &ConnectionId,
-    ) -> Result<Result<TunnelId, Refusal>, Error> {
+    ) -> Result<Result<TunnelId, HandshakeRefusal>, ConnectError> {
         let Some(identity) = self.access.identify(bearer_token(event), now()).await? else {
-            return Ok(Err(Refusal::NotAuthorized));
+            return Ok(Err(HandshakeRefusal::NotAuthorized));
         };
         let query = &event.query_string_parameters;
         let released = query.first(RELEASE);
@@ -121,7 +117,9 @@ impl Connect {
             None => TunnelId::generate(),
             Some(name) => match name.parse() {
                 Ok(id) => id,
-                Err(invalid) => return Ok(Err(Refusal::InvalidTunnelId(format!("{invalid}")))),
+                Err(invalid) => {
+                    return Ok(Err(HandshakeRefusal::InvalidTunnelId(format!("{invalid}"))));
+                }
             },
         };
         let may_have_it = match released {
@@ -133,7 +131,7 @@ impl Connect {
             Some(_) => self.may_release(&tunnel_id, &identity).await?,
         };
         if !may_have_it {
-            return Ok(Err(Refusal::NameTaken(tunnel_id)));
+            return Ok(Err(HandshakeRefusal::NameTaken(tunnel_id)));
         }
         self.connections
             .put(
@@ -167,12 +165,12 @@ impl Connect {
         &self,
         event: &ApiGatewayWebsocketProxyRequest,
         connection: &ConnectionId,
-    ) -> Result<Result<Option<TunnelId>, Refusal>, Error> {
+    ) -> Result<Result<Option<TunnelId>, HandshakeRefusal>, ConnectError> {
         let Some(ticket) = bearer_token(event) else {
-            return Ok(Err(Refusal::NotAuthorized));
+            return Ok(Err(HandshakeRefusal::NotAuthorized));
         };
         if !self.connections.redeem_ticket(ticket, now()).await? {
-            return Ok(Err(Refusal::NotAuthorized));
+            return Ok(Err(HandshakeRefusal::NotAuthorized));
         }
         self.connections
             .put(connection, &Connection::Reply, now())
@@ -186,10 +184,10 @@ fn bearer_token(event: &ApiGatewayWebsocketProxyRequest) -> Option<&str> {
         .headers
         .get(http::header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok())
-        .and_then(auth::bearer_token)
+        .and_then(token::bearer_token)
 }
 
-impl Refusal {
+impl HandshakeRefusal {
     fn into_response(self) -> RouteResponse {
         match self {
             Self::NotAuthorized => {

@@ -11,27 +11,25 @@ use std::{sync::Arc, time::Duration};
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::{debug, info, warn};
-use tunnel_shared::{
-    access::Access,
-    cloud::{
-        RouteResponse,
-        access::Standing,
-        connections::{Connection, Connections, Opened},
-        event::{WrongEvent, connection_of},
-        now,
-        replies::Reply,
-        sdk::SdkConfig,
-        settings::{Faults, Variables},
-        store::StoreError,
-        tunnels::{Online, Tunnel, Tunnels},
-        websocket::{InProcess, PostError, WebSocketApi, packing_pays},
-    },
+use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
-    limits::WEBSOCKET_LIFE,
-    protocol::{
-        self, ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent,
-    },
+    limits::WEBSOCKET_LIFETIME,
+    message,
+    message::{ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent},
+    visitor_policy::VisitorPolicy,
+};
+use tunnel_service::{
+    agents::{AgentConnections, InProcess, PostError, use_compression},
+    auth::Revalidator,
+    aws::route_event::{RouteEventError, RouteResponse, connection_of},
+    aws::sdk::SdkConfig,
+    now,
+    replies::Reply,
     routing::{PublicUrl, Routing},
+    settings::{SettingsError, Variables},
+    tables::connections::{Connection, ConnectionsTable, Opened},
+    tables::dynamodb::StoreError,
+    tables::tunnels::{Online, Tunnel, TunnelsTable},
 };
 
 use crate::relay::Relay;
@@ -43,11 +41,11 @@ const RELEASED: &str = "the tunnel id was released: it is this agent's no longer
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct DefaultRoute {
-    standing: Standing,
-    tunnels: Tunnels,
-    connections: Connections,
+    revalidator: Revalidator,
+    tunnels: TunnelsTable,
+    connections: ConnectionsTable,
     relay: Relay,
-    agents: WebSocketApi,
+    agents: AgentConnections,
     public_url: PublicUrl,
     routing: Routing,
     /// How long a connection may live.
@@ -58,10 +56,10 @@ pub struct DefaultRoute {
 
 /// Why a message was not handled: the fault is ours. API Gateway tells the agent "Internal server error".
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum DefaultRouteError {
     /// The event is of another kind.
     #[error(transparent)]
-    Event(#[from] WrongEvent),
+    Event(#[from] RouteEventError),
     /// The tables do not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -79,13 +77,13 @@ impl DefaultRoute {
         variables: Variables<'_>,
         sdk: &SdkConfig,
         in_process: Option<&InProcess>,
-    ) -> Result<Self, Faults> {
-        let standing = Standing::load(&variables, sdk);
+    ) -> Result<Self, SettingsError> {
+        let revalidator = Revalidator::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables
             .required("CONNECTIONS_TABLE")
-            .map(|name| Connections::new(sdk, name));
-        let agents = WebSocketApi::load(&variables, sdk, in_process);
+            .map(|name| ConnectionsTable::new(sdk, name));
+        let agents = AgentConnections::load(&variables, sdk, in_process);
         let relay = Relay::load(
             &variables,
             sdk,
@@ -97,10 +95,10 @@ impl DefaultRoute {
         let routing = variables.optional("ROUTING", Routing::Path);
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
-            let packs = packing_pays(in_process, &public_url);
+            let packs = use_compression(in_process, &public_url);
             Some(Self {
-                standing: standing?,
-                tunnels: Tunnels::new(sdk, tunnels?),
+                revalidator: revalidator?,
+                tunnels: TunnelsTable::new(sdk, tunnels?),
                 connections: connections?,
                 relay: relay?,
                 agents: agents?,
@@ -110,7 +108,7 @@ impl DefaultRoute {
                     .collect(),
                 public_url,
                 routing: routing?,
-                life: in_process.map_or(WEBSOCKET_LIFE, |in_process| in_process.life),
+                life: in_process.map_or(WEBSOCKET_LIFETIME, |in_process| in_process.life),
             })
         })
     }
@@ -122,7 +120,7 @@ impl DefaultRoute {
     pub async fn handle(
         &self,
         event: ApiGatewayWebsocketProxyRequest,
-    ) -> Result<RouteResponse, Error> {
+    ) -> Result<RouteResponse, DefaultRouteError> {
         let context = event.request_context;
         let sender = connection_of(
             "MESSAGE",
@@ -137,15 +135,19 @@ impl DefaultRoute {
     ///
     /// # Errors
     /// When the tables or @connections do not answer.
-    pub async fn message(&self, sender: &ConnectionId, text: &str) -> Result<RouteResponse, Error> {
+    pub async fn message(
+        &self,
+        sender: &ConnectionId,
+        text: &str,
+    ) -> Result<RouteResponse, DefaultRouteError> {
         if self.relay.is_elsewhere() && Box::pin(self.relay.pass_on(sender, text)).await? {
             return Ok(RouteResponse::ok());
         }
-        match protocol::decode(text) {
+        match message::decode(text) {
             Ok(message) => self.take(sender, message).await,
             Err(error) => {
                 warn!(connection = %sender, error = &error as &dyn std::error::Error, "message dropped");
-                if let Ok(Subject { request_id }) = protocol::decode(text) {
+                if let Ok(Subject { request_id }) = message::decode(text) {
                     self.relay
                         .deliver(sender, Reply::unreadable(request_id))
                         .await?;
@@ -163,7 +165,7 @@ impl DefaultRoute {
         &self,
         sender: &ConnectionId,
         message: FromAgent,
-    ) -> Result<RouteResponse, Error> {
+    ) -> Result<RouteResponse, DefaultRouteError> {
         match message {
             FromAgent::Ready(ready) => return Box::pin(self.open(sender, ready)).await,
             FromAgent::Ping => {
@@ -193,7 +195,11 @@ impl DefaultRoute {
     }
 
     /// Puts the sender's tunnel online and tells it the address.
-    async fn open(&self, sender: &ConnectionId, ready: Ready) -> Result<RouteResponse, Error> {
+    async fn open(
+        &self,
+        sender: &ConnectionId,
+        ready: Ready,
+    ) -> Result<RouteResponse, DefaultRouteError> {
         let (tunnel_id, identity) = match self.connections.get(sender, now()).await? {
             Some(Connection::Agent {
                 tunnel_id,
@@ -206,12 +212,12 @@ impl DefaultRoute {
             }
             None => return Ok(unknown(sender)),
         };
-        if !self.standing.is_good(&identity, now()).await? {
-            return self.turn_out(sender, &tunnel_id).await;
+        if !self.revalidator.is_good(&identity, now()).await? {
+            return self.close_revoked(sender, &tunnel_id).await;
         }
         let access = match ready
             .access
-            .map(serde_json::from_value::<Access>)
+            .map(serde_json::from_value::<VisitorPolicy>)
             .transpose()
         {
             Ok(access) => access.map(Arc::new),
@@ -225,7 +231,7 @@ impl DefaultRoute {
         };
         let Some(before) = self
             .tunnels
-            .go_online(&tunnel_id, &identity, &online, now())
+            .mark_online(&tunnel_id, &identity, &online, now())
             .await?
         else {
             self.agents.close(sender).await?;
@@ -239,7 +245,7 @@ impl DefaultRoute {
         if let Some(before) =
             before.filter(|before| ready.previous.as_ref() != Some(&before.connection_id))
         {
-            self.retire(&before, TAKEN_OVER).await;
+            self.notify_replaced(&before, TAKEN_OVER).await;
         }
         let address = self.address(sender, tunnel_id);
         let opened = Opened {
@@ -248,7 +254,7 @@ impl DefaultRoute {
         };
         self.post(sender, &ToAgent::ConnectionEstablished(address))
             .await?;
-        self.connections.note_opened(sender, &opened).await?;
+        self.connections.record_opened(sender, &opened).await?;
         Ok(RouteResponse::ok())
     }
 
@@ -257,7 +263,7 @@ impl DefaultRoute {
         &self,
         sender: &ConnectionId,
         fault: &serde_json::Error,
-    ) -> Result<RouteResponse, Error> {
+    ) -> Result<RouteResponse, DefaultRouteError> {
         let message = format!("the service cannot keep to the rules in access: {fault}");
         warn!(connection = %sender, message, "refused");
         self.post(
@@ -272,7 +278,7 @@ impl DefaultRoute {
     }
 
     /// Makes the sender's tunnel nobody's, and tells whoever served it.
-    async fn release(&self, sender: &ConnectionId) -> Result<RouteResponse, Error> {
+    async fn release(&self, sender: &ConnectionId) -> Result<RouteResponse, DefaultRouteError> {
         let Some(Connection::Agent {
             tunnel_id,
             identity,
@@ -281,17 +287,20 @@ impl DefaultRoute {
         else {
             return Ok(unknown(sender));
         };
-        if !self.standing.is_good(&identity, now()).await? {
-            return self.turn_out(sender, &tunnel_id).await;
+        if !self.revalidator.is_good(&identity, now()).await? {
+            return self.close_revoked(sender, &tunnel_id).await;
         }
-        let released = self.tunnels.give_up(&tunnel_id, &identity.owner).await?;
+        let released = self
+            .tunnels
+            .release_owned(&tunnel_id, &identity.owner)
+            .await?;
         let existed = released.is_some();
         info!(connection = %sender, tunnel = %tunnel_id, existed, "released");
         if let Some(online) = released
             .and_then(|tunnel| tunnel.online)
             .filter(|online| online.connection_id != *sender)
         {
-            self.retire(&online, RELEASED).await;
+            self.notify_replaced(&online, RELEASED).await;
         }
         self.post(sender, &ToAgent::Released { tunnel_id, existed })
             .await?;
@@ -303,7 +312,7 @@ impl DefaultRoute {
     ///
     /// # Errors
     /// When the tables or @connections do not answer.
-    pub async fn check(&self, connection: &ConnectionId) -> Result<bool, Error> {
+    pub async fn check(&self, connection: &ConnectionId) -> Result<bool, DefaultRouteError> {
         let Some(Connection::Agent {
             tunnel_id,
             identity,
@@ -312,8 +321,8 @@ impl DefaultRoute {
         else {
             return Ok(true);
         };
-        if !self.standing.is_good(&identity, now()).await? {
-            self.turn_out(connection, &tunnel_id).await?;
+        if !self.revalidator.is_good(&identity, now()).await? {
+            self.close_revoked(connection, &tunnel_id).await?;
             return Ok(false);
         }
         match self
@@ -338,7 +347,7 @@ impl DefaultRoute {
                 };
                 info!(%connection, tunnel = %tunnel_id, "its tunnel id was released");
                 let takes_notices = features.contains(&Feature::Notices);
-                self.retire(
+                self.notify_replaced(
                     &Online {
                         connection_id: connection.clone(),
                         features,
@@ -358,7 +367,7 @@ impl DefaultRoute {
         connection: &ConnectionId,
         tunnel_id: &TunnelId,
         opened: Option<Opened>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), DefaultRouteError> {
         let public_url = self.public_url.of(tunnel_id, self.routing);
         let told_another = |opened: &Opened| {
             opened.public_url != public_url && opened.features.contains(&Feature::Notices)
@@ -375,7 +384,7 @@ impl DefaultRoute {
         )
         .await?;
         self.connections
-            .note_opened(
+            .record_opened(
                 connection,
                 &Opened {
                     public_url,
@@ -387,14 +396,14 @@ impl DefaultRoute {
     }
 
     /// Closes a connection whose token is good no longer.
-    async fn turn_out(
+    async fn close_revoked(
         &self,
         connection: &ConnectionId,
         tunnel_id: &TunnelId,
-    ) -> Result<RouteResponse, Error> {
+    ) -> Result<RouteResponse, DefaultRouteError> {
         warn!(%connection, tunnel = %tunnel_id, "closed: its token is revoked or expired");
         self.tunnels
-            .go_offline(tunnel_id, connection, now())
+            .mark_offline(tunnel_id, connection, now())
             .await?;
         self.agents.close(connection).await?;
         Ok(RouteResponse::refused(
@@ -414,14 +423,14 @@ impl DefaultRoute {
             subdomain_url: by_subdomain,
             path_based_url: Some(by_path),
             tunnel_id,
-            protocol: Some(protocol::VERSION),
+            protocol: Some(message::VERSION),
             features: self.features.clone(),
             life_ms: u64::try_from(self.life.as_millis()).ok(),
         }
     }
 
     /// Tells a connection that it serves the tunnel no longer. That is decided already, so a failure only matters to the log.
-    async fn retire(&self, before: &Online, reason: &str) {
+    async fn notify_replaced(&self, before: &Online, reason: &str) {
         let outcome = if before.features.contains(&Feature::Notices) {
             self.post(
                 &before.connection_id,

@@ -6,7 +6,7 @@
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use tunnel_default::DefaultRoute;
-use tunnel_shared::cloud::{sdk, settings::Variables, telemetry};
+use tunnel_service::{aws::sdk, settings::Variables, telemetry};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {

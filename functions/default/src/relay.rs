@@ -10,28 +10,24 @@ use std::{
 
 use serde::Deserialize;
 use tracing::{debug, info, warn};
-use tunnel_shared::{
-    cloud::{
-        connections::{Connection, Connections},
-        mailbox::Mailbox,
-        now,
-        replies::{Replies, Reply},
-        sdk::SdkConfig,
-        settings::Variables,
-        store::StoreError,
-        websocket::{InProcess, PostError, WebSocketApi},
-    },
-    id::ConnectionId,
-    limits::WEBSOCKET_MESSAGE,
-    protocol::Relayed,
+use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message::Relayed};
+use tunnel_service::{
+    agents::{AgentConnections, InProcess, PostError},
+    aws::sdk::SdkConfig,
+    now,
+    replies::{Replies, Reply},
+    settings::Variables,
+    tables::connections::{Connection, ConnectionsTable},
+    tables::dynamodb::StoreError,
+    tables::mailbox::MailboxTable,
 };
 
-use crate::Error;
+use crate::DefaultRouteError;
 
 /// Most reply connections remembered: more than one account has execution environments, as a rule.
-const REMEMBERED: usize = 4096;
+const MAX_KNOWN_REPLY_CONNECTIONS: usize = 4096;
 /// Pauses before a reply connection that takes no more is tried again. Then the mailbox takes the message.
-const PATIENCE: [Duration; 3] = [
+const BUSY_RETRY_DELAYS: [Duration; 3] = [
     Duration::from_millis(20),
     Duration::from_millis(60),
     Duration::from_millis(180),
@@ -43,9 +39,9 @@ pub(crate) enum Relay {
     InProcess(Replies),
     /// `forward` runs elsewhere.
     Cloud {
-        mailbox: Mailbox,
-        connections: Connections,
-        api: WebSocketApi,
+        mailbox: MailboxTable,
+        connections: ConnectionsTable,
+        api: AgentConnections,
         /// Reply connections that were looked up. An agent names the connection its reply is to go to, so it is checked that it is
         /// none of another agent's.
         known: Arc<Mutex<HashSet<ConnectionId>>>,
@@ -66,15 +62,15 @@ impl Relay {
         variables: &Variables<'_>,
         sdk: &SdkConfig,
         in_process: Option<&InProcess>,
-        connections: Option<&Connections>,
-        api: Option<&WebSocketApi>,
+        connections: Option<&ConnectionsTable>,
+        api: Option<&AgentConnections>,
     ) -> Option<Self> {
         let mailbox = variables.required("PENDING_REQUESTS_TABLE");
         if let Some(in_process) = in_process {
             return Some(Self::InProcess(in_process.replies.clone()));
         }
         Some(Self::Cloud {
-            mailbox: Mailbox::new(sdk, mailbox?),
+            mailbox: MailboxTable::new(sdk, mailbox?),
             connections: connections?.clone(),
             api: api?.clone(),
             known: Arc::default(),
@@ -87,11 +83,15 @@ impl Relay {
     }
 
     /// Passes a message that names a reply connection on as it is, and tells whether it did.
-    pub(crate) async fn pass_on(&self, sender: &ConnectionId, text: &str) -> Result<bool, Error> {
+    pub(crate) async fn pass_on(
+        &self,
+        sender: &ConnectionId,
+        text: &str,
+    ) -> Result<bool, DefaultRouteError> {
         let Self::Cloud { api, known, .. } = self else {
             return Ok(false);
         };
-        if text.len() > WEBSOCKET_MESSAGE {
+        if text.len() > MAX_MESSAGE_BYTES {
             return Ok(false);
         }
         let Ok(Address {
@@ -109,7 +109,7 @@ impl Relay {
             return Ok(false);
         }
         let relayed = Relayed::encode(sender, text);
-        for pause in PATIENCE.map(Some).into_iter().chain([None]) {
+        for pause in BUSY_RETRY_DELAYS.map(Some).into_iter().chain([None]) {
             match (api.post_text(&to, relayed.clone()).await, pause) {
                 (Ok(()), _) => return Ok(true),
                 (Err(PostError::Busy), Some(pause)) => tokio::time::sleep(pause).await,
@@ -179,7 +179,7 @@ impl Relay {
             return Ok(false);
         }
         let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= REMEMBERED {
+        if known.len() >= MAX_KNOWN_REPLY_CONNECTIONS {
             known.clear();
         }
         known.insert(id.clone());

@@ -5,30 +5,29 @@
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::info;
-use tunnel_shared::cloud::{
-    RouteResponse,
-    connections::{Connection, Connections},
-    event::{WrongEvent, connection_of},
+use tunnel_service::{
+    aws::route_event::{RouteEventError, RouteResponse, connection_of},
+    aws::sdk::SdkConfig,
     now,
-    sdk::SdkConfig,
-    settings::{Faults, Variables},
-    store::StoreError,
-    tunnels::Tunnels,
+    settings::{SettingsError, Variables},
+    tables::connections::{Connection, ConnectionsTable},
+    tables::dynamodb::StoreError,
+    tables::tunnels::TunnelsTable,
 };
 
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct Disconnect {
-    tunnels: Tunnels,
-    connections: Connections,
+    tunnels: TunnelsTable,
+    connections: ConnectionsTable,
 }
 
 /// Why there is no answer: the fault is ours.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum DisconnectError {
     /// The event is of another kind.
     #[error(transparent)]
-    Event(#[from] WrongEvent),
+    Event(#[from] RouteEventError),
     /// The tables do not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -39,13 +38,13 @@ impl Disconnect {
     ///
     /// # Errors
     /// All variables that are missing or faulty.
-    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, Faults> {
+    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, SettingsError> {
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
         variables.finish(|| {
             Some(Self {
-                tunnels: Tunnels::new(sdk, tunnels?),
-                connections: Connections::new(sdk, connections?),
+                tunnels: TunnelsTable::new(sdk, tunnels?),
+                connections: ConnectionsTable::new(sdk, connections?),
             })
         })
     }
@@ -57,7 +56,7 @@ impl Disconnect {
     pub async fn handle(
         &self,
         event: ApiGatewayWebsocketProxyRequest,
-    ) -> Result<RouteResponse, Error> {
+    ) -> Result<RouteResponse, DisconnectError> {
         let context = event.request_context;
         let id = connection_of(
             "DISCONNECT",
@@ -65,7 +64,7 @@ impl Disconnect {
             context.connection_id.as_deref(),
         )?;
         if let Some(Connection::Agent { tunnel_id, .. }) = self.connections.remove(&id).await? {
-            let went_offline = self.tunnels.go_offline(&tunnel_id, &id, now()).await?;
+            let went_offline = self.tunnels.mark_offline(&tunnel_id, &id, now()).await?;
             info!(connection = %id, tunnel = %tunnel_id, code = context.disconnect_status_code, went_offline, "disconnected");
         }
         Ok(RouteResponse::ok())

@@ -16,62 +16,62 @@ use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::{sync::oneshot, task::AbortHandle, time::Instant};
 use tracing::warn;
-use tunnel_shared::{
-    cloud::{
-        now,
-        replies::{Chunk, ReplyPart},
-        tunnels::Online,
-        websocket::PostError,
-    },
-    gathering::Gathering,
-    headers::{
-        self, FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, TUNNEL_ERROR,
-    },
+use tunnel_protocol::{
+    body::chunker::Chunker,
+    body::window::ReceiveWindow,
+    body::{self, compression},
+    headers,
+    headers::{FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, TUNNEL_ERROR},
     id::{ConnectionId, RequestId, TunnelId},
-    limits::{HEADER_FIELDS, PART_BODY},
-    packing,
-    parts::{self, Allowance},
-    protocol::{self, Body, BodyPart, Feature, HttpRequest, ToAgent, Window},
+    limits::{MAX_HEADER_FIELDS, MAX_PART_BYTES},
+    message,
+    message::{Body, BodyPart, Feature, HttpRequest, ToAgent, Window},
+};
+use tunnel_service::{
+    agents::PostError,
+    now,
+    replies::{Chunk, ReplyPart},
+    tables::tunnels::Online,
 };
 
 use crate::{
-    Parts,
-    answer::{AnswerBody, AnswerError},
-    record::Record,
-    refusal::Refusal,
+    State,
+    error::ForwardError,
     reply::PendingReply,
-    visit::{Front, Visit, VisitBody},
+    request::{Ingress, VisitorBody, VisitorRequest},
+    request_log::RequestLog,
+    response::{ResponseBody, ResponseBodyError},
 };
 
 /// The JSON around flags, ids and a longer deadline that the first measure of an envelope does not show.
-const ENVELOPE_SLACK: usize = 256;
+const ENVELOPE_SLACK_BYTES: usize = 256;
 /// How long bytes of an upload wait for company before they are sent on.
-const GATHER: Duration = Duration::from_millis(10);
+const COALESCE_FOR: Duration = Duration::from_millis(10);
 /// How long an agent may take no messages before its visitor is told. Pauses between tries double from the shortest.
-const BUSY: Duration = Duration::from_secs(10);
-const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
-const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+const MIN_BUSY_DELAY: Duration = Duration::from_millis(5);
+const MAX_BUSY_DELAY: Duration = Duration::from_millis(500);
 
 /// Sends a visit to the tunnel's agent and returns when the reply's head is there.
 ///
 /// # Errors
 /// Everything that leaves the visitor without a response.
 pub(crate) async fn run(
-    function: &Arc<Parts>,
-    mut visit: Visit,
+    function: &Arc<State>,
+    mut visit: VisitorRequest,
     tunnel: &TunnelId,
     prefix: &str,
     path: &str,
-    record: &mut Record,
-) -> Result<Replying, Refusal> {
-    let head_deadline = Instant::now() + visit.patience;
-    let deadline = matches!(visit.front, Front::HttpApi(_)).then_some(head_deadline);
+    log: &mut RequestLog,
+) -> Result<Replying, ForwardError> {
+    let head_deadline = Instant::now() + visit.response_timeout;
+    let deadline = matches!(visit.front, Ingress::HttpApi(_)).then_some(head_deadline);
     let visitor = Visitor {
         address: visit.source_ip.parse().ok(),
         fields: std::mem::take(&mut visit.headers),
     };
     let online = visitor.admitted(function, tunnel).await?;
-    record.place = Some(function.throttle.take(tunnel, Instant::now())?);
+    log.place = Some(function.throttle.take(tunnel, Instant::now())?);
     let method = visit.method.clone();
     let (mut message, length, rest) = first_message(
         visit,
@@ -82,9 +82,8 @@ pub(crate) async fn run(
         function.packs,
     )
     .await?;
-    record.request = Some(message.request_id.clone());
-    record
-        .request_bytes
+    log.request = Some(message.request_id.clone());
+    log.request_bytes
         .fetch_add(length as u64, Ordering::Relaxed);
     let may_repeat = rest.is_none()
         && message.body.0.is_empty()
@@ -92,10 +91,10 @@ pub(crate) async fn run(
 
     let mut exchange =
         Exchange::start(function, tunnel, &visitor, online, &mut message, deadline).await?;
-    record.connection = Some(exchange.online.connection_id.clone());
+    log.connection = Some(exchange.online.connection_id.clone());
     let has_upload = rest.is_some();
     if let Some(rest) = rest {
-        exchange.upload = Some(exchange.upload(rest, record.request_bytes.clone()));
+        exchange.upload = Some(exchange.upload(rest, log.request_bytes.clone()));
     }
     let first = match exchange.next(Some(head_deadline)).await {
         // The agent says that it has not passed the request on, or nothing can have come of it that matters.
@@ -103,22 +102,22 @@ pub(crate) async fn run(
             function.lookup.forget(tunnel, &exchange.online);
             let online = match visitor.admitted(function, tunnel).await {
                 Ok(online) if online != exchange.online => online,
-                Err(denied @ (Refusal::Unauthorized(_) | Refusal::Forbidden(_))) => {
+                Err(denied @ (ForwardError::Unauthorized(_) | ForwardError::Forbidden(_))) => {
                     return Err(denied);
                 }
                 _ => return Err(refusal),
             };
             message.request_id = RequestId::generate();
-            record.request = Some(message.request_id.clone());
+            log.request = Some(message.request_id.clone());
             exchange =
                 Exchange::start(function, tunnel, &visitor, online, &mut message, deadline).await?;
-            record.connection = Some(exchange.online.connection_id.clone());
+            log.connection = Some(exchange.online.connection_id.clone());
             exchange.next(Some(head_deadline)).await?
         }
         first => first?,
     };
     let ReplyPart::Head(head, first) = first else {
-        return Err(Refusal::InvalidReply(
+        return Err(ForwardError::InvalidReply(
             "its first part is not its head".to_owned(),
         ));
     };
@@ -126,9 +125,9 @@ pub(crate) async fn run(
         .ok()
         .filter(|status| !status.is_informational());
     let status = status.ok_or_else(|| {
-        Refusal::InvalidReply("its status is none that ends a response".to_owned())
+        ForwardError::InvalidReply("its status is none that ends a response".to_owned())
     })?;
-    record.replied(head.status_code);
+    log.replied(head.status_code);
     let has_no_body = method == Method::HEAD
         || status == StatusCode::NO_CONTENT
         || status == StatusCode::NOT_MODIFIED;
@@ -159,12 +158,12 @@ struct Visitor {
 
 impl Visitor {
     /// The connection that serves the tunnel, if it lets this visitor in. Nothing is sent to one that was not asked for here.
-    async fn admitted(&self, function: &Parts, tunnel: &TunnelId) -> Result<Online, Refusal> {
+    async fn admitted(&self, function: &State, tunnel: &TunnelId) -> Result<Online, ForwardError> {
         let online = function.lookup.find(tunnel).await?;
         if let Some(access) = &online.access {
             access
                 .admit(self.address, &self.fields)
-                .map_err(|denied| Refusal::of_denied(denied, tunnel))?;
+                .map_err(|denied| ForwardError::of_denied(denied, tunnel))?;
         }
         Ok(online)
     }
@@ -179,16 +178,15 @@ pub(crate) struct Replying {
 }
 
 impl Replying {
-    /// The response, which tells `record` how it ends.
-    pub(crate) fn into_response(mut self, mut record: Record) -> Response<AnswerBody> {
+    /// The response, which tells `log` how it ends.
+    pub(crate) fn into_response(mut self, mut log: RequestLog) -> Response<ResponseBody> {
         if !self.first.more {
             // Known now, because a front that has no use for an empty body does not ask for it.
             self.exchange.is_over = true;
-            record.completed();
+            log.completed();
         }
-        let mut response = Response::new(
-            StreamBody::new(self.exchange.into_body(self.first, record)).boxed_unsync(),
-        );
+        let mut response =
+            Response::new(StreamBody::new(self.exchange.into_body(self.first, log)).boxed_unsync());
         *response.status_mut() = self.status;
         *response.headers_mut() = self.fields;
         response
@@ -196,28 +194,31 @@ impl Replying {
 }
 
 /// Posts a message, again while the connection takes no more: a message that is refused so was not taken.
-async fn post(function: &Parts, to: &ConnectionId, message: &ToAgent) -> Result<(), PostError> {
-    let text = protocol::encode(message);
-    let (since, mut pause) = (Instant::now(), SHORTEST_PAUSE);
+async fn post(function: &State, to: &ConnectionId, message: &ToAgent) -> Result<(), PostError> {
+    let text = message::encode(message);
+    let (since, mut pause) = (Instant::now(), MIN_BUSY_DELAY);
     loop {
         match function.agents.post_text(to, text.clone()).await {
-            Err(PostError::Busy) if since.elapsed() < BUSY => tokio::time::sleep(pause).await,
+            Err(PostError::Busy) if since.elapsed() < BUSY_TIMEOUT => {
+                tokio::time::sleep(pause).await
+            }
             outcome => return outcome,
         }
-        pause = (2 * pause).min(LONGEST_PAUSE);
+        pause = (2 * pause).min(MAX_BUSY_DELAY);
     }
 }
 
 /// The request's first message, with as much of the body as has come and fits; how many bytes of it those are; and the rest.
 async fn first_message(
-    visit: Visit,
+    visit: VisitorRequest,
     fields: &HeaderMap,
     prefix: &str,
     path: &str,
     online: &Online,
     packs: bool,
-) -> Result<(HttpRequest, usize, Option<Gathering<VisitBody>>), Refusal> {
-    let packs = packs && online.features.contains(&Feature::Zstd) && packing::pays(fields);
+) -> Result<(HttpRequest, usize, Option<Chunker<VisitorBody>>), ForwardError> {
+    let packs =
+        packs && online.features.contains(&Feature::Zstd) && compression::is_compressible(fields);
     let mut message = HttpRequest {
         request_id: RequestId::generate(),
         method: visit.method.to_string(),
@@ -230,22 +231,23 @@ async fn first_message(
         encoding: None,
         timestamp: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
         more: false,
-        deadline_ms: u64::try_from(visit.patience.as_millis()).unwrap_or(u64::MAX),
+        deadline_ms: u64::try_from(visit.response_timeout.as_millis()).unwrap_or(u64::MAX),
         reply_to: None,
     };
-    if message.headers.len() > HEADER_FIELDS {
-        return Err(Refusal::TooLarge(format!(
-            "The request has more than {HEADER_FIELDS} header fields."
+    if message.headers.len() > MAX_HEADER_FIELDS {
+        return Err(ForwardError::TooLarge(format!(
+            "The request has more than {MAX_HEADER_FIELDS} header fields."
         )));
     }
-    let envelope = protocol::encode(&ToAgent::HttpRequest(message.clone())).len() + ENVELOPE_SLACK;
-    let room = parts::room_beside(envelope).ok_or_else(|| {
-        Refusal::TooLarge("The request's header is longer than a tunnel can carry.".to_owned())
+    let envelope =
+        message::encode(&ToAgent::HttpRequest(message.clone())).len() + ENVELOPE_SLACK_BYTES;
+    let room = body::room_beside(envelope).ok_or_else(|| {
+        ForwardError::TooLarge("The request's header is longer than a tunnel can carry.".to_owned())
     })?;
-    let mut body = Gathering::new(visit.body, packs);
+    let mut body = Chunker::new(visit.body, packs);
     let length = if online.features.contains(&Feature::BodyParts) {
         let piece = body
-            .piece(room, Instant::now() + GATHER)
+            .piece(room, Instant::now() + COALESCE_FOR)
             .await
             .map_err(broken_off)?;
         (message.body, message.encoding, message.more) =
@@ -254,7 +256,7 @@ async fn first_message(
     } else {
         message.body = Body(body.take(room).await.map_err(broken_off)?);
         if !body.is_at_end().await.map_err(broken_off)? {
-            return Err(Refusal::TooLarge(format!(
+            return Err(ForwardError::TooLarge(format!(
                 "The agent is an old one that takes request bodies up to {room} bytes. Update it."
             )));
         }
@@ -264,12 +266,12 @@ async fn first_message(
     Ok((message, length, rest))
 }
 
-fn broken_off(error: impl std::fmt::Display) -> Refusal {
-    Refusal::BadRequest(format!("its body broke off: {error}"))
+fn broken_off(error: impl std::fmt::Display) -> ForwardError {
+    ForwardError::BadRequest(format!("its body broke off: {error}"))
 }
 
 /// The fields that the local service gets: the visitor's own, and ours about where the request comes from.
-fn forwarded(visit: &Visit, fields: &HeaderMap, prefix: &str) -> HeaderMap {
+fn forwarded(visit: &VisitorRequest, fields: &HeaderMap, prefix: &str) -> HeaderMap {
     let mut fields = fields.clone();
     headers::remove_hop_by_hop(&mut fields);
     headers::remove_forwarding(&mut fields);
@@ -296,12 +298,12 @@ fn forwarded(visit: &Visit, fields: &HeaderMap, prefix: &str) -> HeaderMap {
 struct Upload {
     task: AbortHandle,
     /// Receives why the upload failed; closed without a word when it did not.
-    failed: oneshot::Receiver<Refusal>,
+    failed: oneshot::Receiver<ForwardError>,
 }
 
 /// A request that is with its agent. Dropped before its end, it tells the agent to drop it as well.
 struct Exchange {
-    function: Arc<Parts>,
+    function: Arc<State>,
     online: Online,
     replies: PendingReply,
     upload: Option<Upload>,
@@ -312,13 +314,13 @@ impl Exchange {
     /// Posts the first message. Where the tunnel has just moved to another connection, it is posted there: the first one did not
     /// take it, so nothing is sent twice.
     async fn start(
-        function: &Arc<Parts>,
+        function: &Arc<State>,
         tunnel: &TunnelId,
         visitor: &Visitor,
         online: Online,
         message: &mut HttpRequest,
         deadline: Option<Instant>,
-    ) -> Result<Self, Refusal> {
+    ) -> Result<Self, ForwardError> {
         let mut connections = vec![online];
         loop {
             let online = connections[connections.len() - 1].clone();
@@ -327,10 +329,10 @@ impl Exchange {
                 || lacks(message.encoding.is_some(), Feature::Zstd)
             {
                 // Made for a connection that is gone, and this one could not read it.
-                return Err(Refusal::Moved);
+                return Err(ForwardError::Moved);
             }
             let (source, reply_to) = function
-                .way_back(online.features.contains(&Feature::ReplyTo))
+                .reply_path(online.features.contains(&Feature::ReplyTo))
                 .await;
             message.reply_to = reply_to;
             if let Some(access) = &online.access {
@@ -361,7 +363,7 @@ impl Exchange {
                     function.lookup.lost(tunnel, &online).await?;
                     let moved = visitor.admitted(function, tunnel).await?;
                     if connections.contains(&moved) {
-                        return Err(Refusal::Offline);
+                        return Err(ForwardError::Offline);
                     }
                     connections.push(moved);
                 }
@@ -372,15 +374,15 @@ impl Exchange {
 
     /// Whether the request may be sent to another connection after this one has refused it: the agent says that it did nothing
     /// with it, or it cannot say any more, but the method is one that changes nothing.
-    fn is_untouched(&self, refusal: &Refusal, has_upload: bool, may_repeat: bool) -> bool {
+    fn is_untouched(&self, refusal: &ForwardError, has_upload: bool, may_repeat: bool) -> bool {
         match refusal {
-            Refusal::Moved => !has_upload,
-            Refusal::AgentLost => may_repeat && self.replies.has_not_begun(),
+            ForwardError::Moved => !has_upload,
+            ForwardError::AgentLost => may_repeat && self.replies.has_not_begun(),
             _ => false,
         }
     }
 
-    fn upload(&self, mut body: Gathering<VisitBody>, sent: Arc<AtomicU64>) -> Upload {
+    fn upload(&self, mut body: Chunker<VisitorBody>, sent: Arc<AtomicU64>) -> Upload {
         let (function, connection, request_id) = (
             self.function.clone(),
             self.online.connection_id.clone(),
@@ -403,7 +405,7 @@ impl Exchange {
                     }
                     body.is_at_end().await.map_err(broken_off)?;
                     let piece = body
-                        .piece(PART_BODY, Instant::now() + GATHER)
+                        .piece(MAX_PART_BYTES, Instant::now() + COALESCE_FOR)
                         .await
                         .map_err(broken_off)?;
                     sent.fetch_add(piece.length as u64, Ordering::Relaxed);
@@ -422,7 +424,7 @@ impl Exchange {
                         break;
                     }
                 }
-                Ok::<(), Refusal>(())
+                Ok::<(), ForwardError>(())
             };
             if let Err(refusal) = send.await {
                 // The exchange may have ended meanwhile; then nobody asks any more.
@@ -436,7 +438,7 @@ impl Exchange {
     }
 
     /// The next part of the reply, unless the upload fails first.
-    async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, Refusal> {
+    async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, ForwardError> {
         let outcome = loop {
             let Some(upload) = &mut self.upload else {
                 break self.replies.next(until).await;
@@ -454,10 +456,10 @@ impl Exchange {
         };
         if matches!(
             outcome,
-            Err(Refusal::AgentLost
-                | Refusal::Offline
-                | Refusal::Moved
-                | Refusal::LocalUnreachable(_))
+            Err(ForwardError::AgentLost
+                | ForwardError::Offline
+                | ForwardError::Moved
+                | ForwardError::LocalUnreachable(_))
         ) {
             self.is_over = true;
         }
@@ -488,10 +490,10 @@ impl Exchange {
     }
 
     /// The next piece of the body.
-    async fn chunk(&mut self) -> Result<Chunk, Refusal> {
+    async fn chunk(&mut self) -> Result<Chunk, ForwardError> {
         match self.next(None).await? {
             ReplyPart::Body(chunk) => Ok(chunk),
-            _ => Err(Refusal::InvalidReply(
+            _ => Err(ForwardError::InvalidReply(
                 "a part after the first is none".to_owned(),
             )),
         }
@@ -501,46 +503,43 @@ impl Exchange {
     fn into_body(
         self,
         first: Chunk,
-        record: Record,
-    ) -> impl Stream<Item = Result<Frame<Bytes>, AnswerError>> + Send {
+        log: RequestLog,
+    ) -> impl Stream<Item = Result<Frame<Bytes>, ResponseBodyError>> + Send {
         enum Next {
             Chunk(Chunk),
             Part,
             End,
         }
-        let start = (self, record, Allowance::default(), Next::Chunk(first));
+        let start = (self, log, ReceiveWindow::default(), Next::Chunk(first));
         stream::unfold(
             start,
-            |(mut exchange, mut record, mut allowance, next)| async move {
+            |(mut exchange, mut log, mut allowance, next)| async move {
                 let chunk = match next {
                     Next::Chunk(chunk) => Ok(chunk),
                     Next::Part => exchange.chunk().await,
                     Next::End => return None,
                 };
-                record.parts += 1;
+                log.parts += 1;
                 let unpacked = chunk.and_then(|chunk| {
-                    let bytes = packing::unpack(chunk.bytes, chunk.encoding)
-                        .map_err(|error| Refusal::InvalidReply(error.to_string()))?;
+                    let bytes = compression::decompress(chunk.bytes, chunk.encoding)
+                        .map_err(|error| ForwardError::InvalidReply(error.to_string()))?;
                     Ok((bytes, chunk.more))
                 });
                 match unpacked {
                     Ok((bytes, more)) => {
-                        record.response_bytes += bytes.len() as u64;
+                        log.response_bytes += bytes.len() as u64;
                         exchange.is_over = !more;
                         if exchange.is_over {
-                            record.completed();
-                        } else if let Some(parts) = allowance.use_part() {
+                            log.completed();
+                        } else if let Some(parts) = allowance.part_used() {
                             exchange.allow(parts);
                         }
                         let next = if more { Next::Part } else { Next::End };
-                        Some((Ok(Frame::data(bytes)), (exchange, record, allowance, next)))
+                        Some((Ok(Frame::data(bytes)), (exchange, log, allowance, next)))
                     }
                     Err(refusal) => {
-                        record.refused(&refusal);
-                        Some((
-                            Err(refusal.into()),
-                            (exchange, record, allowance, Next::End),
-                        ))
+                        log.refused(&refusal);
+                        Some((Err(refusal.into()), (exchange, log, allowance, Next::End)))
                     }
                 }
             },

@@ -1,21 +1,21 @@
 //! Visitors' requests: route, find the tunnel, send to its agent, wait for the reply, answer.
 //!
-//! The life of a request is told by the files: [`visit`] reads what a front received, `lookup` finds the tunnel's connection and
-//! with it whom the tunnel lets in, `throttle` counts what it has already,
+//! The life of a request is told by the files: [`request`] reads what a front received, `lookup` finds the tunnel's connection and
+//! with it whom the tunnel lets in, `rate_limit` counts what it has already,
 //! `exchange` sends the request to the agent and puts the reply together, `reply` waits for the reply's parts, which come over
-//! `reply_connection`, [`answer`] gives it back to the front, and [`refusal`] is what the visitor sees when any of that fails;
-//! `record` tells the log and CloudWatch. `status` answers owners who ask how their tunnel is.
+//! `reply_connection`, [`response`] gives it back to the front, and [`error`] is what the visitor sees when any of that fails;
+//! `request_log` tells the log and CloudWatch. `status` answers owners who ask how their tunnel is.
 
-pub mod answer;
+pub mod error;
 mod exchange;
 mod lookup;
-mod record;
-pub mod refusal;
+pub mod rate_limit;
 mod reply;
 mod reply_connection;
+pub mod request;
+mod request_log;
+pub mod response;
 mod status;
-pub mod throttle;
-pub mod visit;
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,31 +24,29 @@ use lambda_http::request::LambdaRequest;
 use lambda_runtime::FunctionResponse;
 use tokio_util::task::TaskTracker;
 use tracing::error;
-use tunnel_shared::{
-    cloud::{
-        access::Access,
-        connections::Connections,
-        mailbox::Mailbox,
-        replies::Replies,
-        sdk::SdkConfig,
-        settings::{Faults, Variables},
-        tunnels::Tunnels,
-        websocket::{InProcess, WebSocketApi, packing_pays},
-    },
-    id::ConnectionId,
+use tunnel_protocol::id::ConnectionId;
+use tunnel_service::{
+    agents::{AgentConnections, InProcess, use_compression},
+    auth::Authenticator,
+    aws::sdk::SdkConfig,
+    replies::Replies,
     routing::{PublicUrl, Route, Routing},
+    settings::{SettingsError, Variables},
+    tables::connections::ConnectionsTable,
+    tables::mailbox::MailboxTable,
+    tables::tunnels::TunnelsTable,
 };
 
 use crate::{
-    answer::{Answer, AnswerBody, AnswerStream},
+    error::ForwardError,
     lookup::Lookup,
-    record::Record,
-    refusal::Refusal,
+    rate_limit::{MAX_CONCURRENT_REQUESTS, RateLimiter},
     reply::Source,
     reply_connection::ReplyConnection,
+    request::{ANSWER_MARGIN, EventError, Ingress, VisitorRequest},
+    request_log::RequestLog,
+    response::{BufferedResponse, ResponseBody, ResponseStream},
     status::Status,
-    throttle::{AT_ONCE, Throttle},
-    visit::{BadEvent, Front, HEAD_START, Visit},
 };
 
 /// Where an owner asks how a tunnel is: its id follows.
@@ -56,15 +54,15 @@ const STATUS: &str = "/_status/";
 
 /// The function: its settings and clients, made once per execution environment. Clones share everything.
 #[derive(Clone, Debug)]
-pub struct Forward(Arc<Parts>);
+pub struct Forward(Arc<State>);
 
 #[derive(Debug)]
-pub(crate) struct Parts {
+pub(crate) struct State {
     pub(crate) lookup: Lookup,
-    pub(crate) throttle: Throttle,
-    pub(crate) agents: WebSocketApi,
+    pub(crate) throttle: RateLimiter,
+    pub(crate) agents: AgentConnections,
     pub(crate) replies: Replies,
-    ways_back: WaysBack,
+    reply_path: ReplyPath,
     status: Status,
     /// Request bodies are packed where it pays.
     pub(crate) packs: bool,
@@ -78,22 +76,22 @@ pub(crate) struct Parts {
 
 /// How replies reach this process.
 #[derive(Debug)]
-enum WaysBack {
+enum ReplyPath {
     InProcess,
     Cloud {
-        mailbox: Mailbox,
-        connections: Connections,
+        mailbox: MailboxTable,
+        connections: ConnectionsTable,
         reply_connection: ReplyConnection,
     },
 }
 
-impl Parts {
+impl State {
     /// Where the reply to a request will come from, and the reply connection that the request is to name; only agents that
     /// `send_it_back` are told one.
-    pub(crate) async fn way_back(&self, send_it_back: bool) -> (Source, Option<ConnectionId>) {
-        match &self.ways_back {
-            WaysBack::InProcess => (Source::InProcess, None),
-            WaysBack::Cloud {
+    pub(crate) async fn reply_path(&self, send_it_back: bool) -> (Source, Option<ConnectionId>) {
+        match &self.reply_path {
+            ReplyPath::InProcess => (Source::InProcess, None),
+            ReplyPath::Cloud {
                 mailbox,
                 connections,
                 reply_connection,
@@ -126,17 +124,17 @@ impl Forward {
         variables: Variables<'_>,
         sdk: &SdkConfig,
         in_process: Option<&InProcess>,
-    ) -> Result<Self, Faults> {
-        let access = Access::load(&variables, sdk);
+    ) -> Result<Self, SettingsError> {
+        let access = Authenticator::load(&variables, sdk);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
         let mailbox = variables.required("PENDING_REQUESTS_TABLE");
         let endpoint = variables.required::<String>("WEBSOCKET_API_ENDPOINT");
-        let agents = WebSocketApi::load(&variables, sdk, in_process);
+        let agents = AgentConnections::load(&variables, sdk, in_process);
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.optional("ROUTING", Routing::Path);
         let streaming_url = variables.possible("STREAMING_URL");
-        let at_once = variables.optional("MAX_CONCURRENT_REQUESTS", AT_ONCE);
+        let at_once = variables.optional("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
         let per_second = variables.optional("MAX_REQUESTS_PER_SECOND", 0);
         let lambda = variables.given_by_lambda("AWS_LAMBDA_FUNCTION_NAME");
         let replies = in_process
@@ -145,29 +143,33 @@ impl Forward {
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
             let (connections, mailbox) = (
-                Connections::new(sdk, connections?),
-                Mailbox::new(sdk, mailbox?),
+                ConnectionsTable::new(sdk, connections?),
+                MailboxTable::new(sdk, mailbox?),
             );
-            let ways_back = match (in_process, endpoint?) {
-                (Some(_), _) => WaysBack::InProcess,
+            let reply_path = match (in_process, endpoint?) {
+                (Some(_), _) => ReplyPath::InProcess,
                 (None, endpoint) => {
                     let reply_connection =
                         ReplyConnection::new(&endpoint, connections.clone(), replies.clone());
-                    WaysBack::Cloud {
+                    ReplyPath::Cloud {
                         mailbox,
                         connections,
                         reply_connection,
                     }
                 }
             };
-            let (access, tunnels, agents) = (access?, Tunnels::new(sdk, tunnels?), agents?);
-            Some(Self(Arc::new(Parts {
-                lookup: Lookup::new(tunnels.clone(), access.standing().clone(), agents.clone()),
-                throttle: Throttle::new(at_once?, per_second?),
+            let (access, tunnels, agents) = (access?, TunnelsTable::new(sdk, tunnels?), agents?);
+            Some(Self(Arc::new(State {
+                lookup: Lookup::new(
+                    tunnels.clone(),
+                    access.revalidator().clone(),
+                    agents.clone(),
+                ),
+                throttle: RateLimiter::new(at_once?, per_second?),
                 agents,
                 replies,
-                ways_back,
-                packs: packing_pays(in_process, &public_url),
+                reply_path,
+                packs: use_compression(in_process, &public_url),
                 status: Status {
                     access,
                     tunnels,
@@ -189,20 +191,23 @@ impl Forward {
         &self,
         event: LambdaRequest,
         time: Duration,
-    ) -> Result<FunctionResponse<Answer, AnswerStream>, BadEvent> {
-        let mut visit = Visit::from_event(event, self.0.streaming_url.as_ref())?;
-        visit.patience = visit.patience.min(time.saturating_sub(HEAD_START));
+    ) -> Result<FunctionResponse<BufferedResponse, ResponseStream>, EventError> {
+        let mut visit = VisitorRequest::from_event(event, self.0.streaming_url.as_ref())?;
+        visit.response_timeout = visit
+            .response_timeout
+            .min(time.saturating_sub(ANSWER_MARGIN));
         let (front, is_head) = (visit.front, visit.method == Method::HEAD);
         let wants_html = visit.wants_html();
         let response = self.serve(visit).await;
         Ok(match front {
-            Front::HttpApi(payload) => {
+            Ingress::HttpApi(payload) => {
                 let streaming_url = self.0.streaming_url.as_ref();
-                let answer = match answer::buffer(response, payload, is_head, streaming_url).await {
+                let answer = match response::buffer(response, payload, is_head, streaming_url).await
+                {
                     Ok(answer) => answer,
                     Err(refusal) => {
                         let response = refusal.into_response(wants_html);
-                        answer::buffer(response, payload, is_head, streaming_url)
+                        response::buffer(response, payload, is_head, streaming_url)
                             .await
                             .unwrap_or_default()
                     }
@@ -211,12 +216,12 @@ impl Forward {
                 self.finish().await;
                 FunctionResponse::BufferedResponse(answer)
             }
-            Front::Streaming => FunctionResponse::StreamingResponse(answer::stream(response)),
+            Ingress::Streaming => FunctionResponse::StreamingResponse(response::stream(response)),
         })
     }
 
-    /// Serves a visit. What cannot be served is answered with a [`Refusal`].
-    pub async fn serve(&self, visit: Visit) -> Response<AnswerBody> {
+    /// Serves a visit. What cannot be served is answered with a [`ForwardError`].
+    pub async fn serve(&self, visit: VisitorRequest) -> Response<ResponseBody> {
         let wants_html = visit.wants_html();
         let Status {
             routing,
@@ -225,30 +230,21 @@ impl Forward {
         } = &self.0.status;
         match Route::of(*routing, public_url, &visit.host, &visit.path) {
             Route::Tunnel { id, prefix, path } => {
-                let mut record = Record::new(self.0.lambda.clone(), id.clone());
+                let mut log = RequestLog::new(self.0.lambda.clone(), id.clone());
                 // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
-                match Box::pin(exchange::run(
-                    &self.0,
-                    visit,
-                    &id,
-                    &prefix,
-                    &path,
-                    &mut record,
-                ))
-                .await
-                {
-                    Ok(replying) => replying.into_response(record),
+                match Box::pin(exchange::run(&self.0, visit, &id, &prefix, &path, &mut log)).await {
+                    Ok(replying) => replying.into_response(log),
                     Err(refusal) => {
-                        if let Refusal::Internal(cause) = &refusal {
+                        if let ForwardError::Internal(cause) = &refusal {
                             error!(tunnel = %id, error = &**cause as &dyn std::error::Error, "request failed");
                         }
-                        record.refused(&refusal);
+                        log.refused(&refusal);
                         refusal.into_response(wants_html)
                     }
                 }
             }
             Route::Own(path) if path == "/_health" => {
-                let mut response = Response::new(answer::whole(r#"{"status":"ok"}"#));
+                let mut response = Response::new(response::whole(r#"{"status":"ok"}"#));
                 response.headers_mut().insert(
                     header::CONTENT_TYPE,
                     HeaderValue::from_static("application/json"),
@@ -265,13 +261,13 @@ impl Forward {
                     .answer(&path[STATUS.len()..], &visit.headers)
                     .await;
                 answer.unwrap_or_else(|refusal| {
-                    if let Refusal::Internal(cause) = &refusal {
+                    if let ForwardError::Internal(cause) = &refusal {
                         error!(error = &**cause as &dyn std::error::Error, "status failed");
                     }
                     refusal.into_response(wants_html)
                 })
             }
-            Route::Own(_) | Route::None => Refusal::NoSuchTunnel.into_response(wants_html),
+            Route::Own(_) | Route::None => ForwardError::NoSuchTunnel.into_response(wants_html),
         }
     }
 

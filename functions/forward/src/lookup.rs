@@ -11,41 +11,43 @@ use std::{
 
 use tokio::time::Instant;
 use tracing::warn;
-use tunnel_shared::{
-    cloud::{
-        access::{Identity, Standing},
-        now,
-        store::StoreError,
-        tunnels::{Online, Tunnels},
-        websocket::WebSocketApi,
-    },
-    id::TunnelId,
+use tunnel_protocol::id::TunnelId;
+use tunnel_service::{
+    agents::AgentConnections,
+    auth::{Identity, Revalidator},
+    now,
+    tables::dynamodb::StoreError,
+    tables::tunnels::{Online, TunnelsTable},
 };
 
-use crate::refusal::Refusal;
+use crate::error::ForwardError;
 
 /// How long a lookup is good. An agent that moves to another connection keeps the old one open for longer.
-const GOOD: Duration = Duration::from_secs(5);
+const LOOKUP_TTL: Duration = Duration::from_secs(5);
 /// How long it is not asked again whether an owner's token is revoked.
-const VERIFIED: Duration = Duration::from_secs(30);
+const TOKEN_RECHECK_AFTER: Duration = Duration::from_secs(30);
 /// Most tunnels, and most owners, remembered by one process.
-const REMEMBERED: usize = 10_000;
+const MAX_REMEMBERED: usize = 10_000;
 
 #[derive(Debug)]
 pub(crate) struct Lookup {
-    tunnels: Tunnels,
-    standing: Standing,
-    agents: WebSocketApi,
+    tunnels: TunnelsTable,
+    revalidator: Revalidator,
+    agents: AgentConnections,
     /// Owners whose token was good, and when that was.
     verified: Mutex<HashMap<String, Instant>>,
     known: Mutex<HashMap<TunnelId, (Online, Instant)>>,
 }
 
 impl Lookup {
-    pub(crate) fn new(tunnels: Tunnels, standing: Standing, agents: WebSocketApi) -> Self {
+    pub(crate) fn new(
+        tunnels: TunnelsTable,
+        revalidator: Revalidator,
+        agents: AgentConnections,
+    ) -> Self {
         Self {
             tunnels,
-            standing,
+            revalidator,
             agents,
             verified: Mutex::default(),
             known: Mutex::default(),
@@ -56,24 +58,24 @@ impl Lookup {
     ///
     /// # Errors
     /// When there is none, or DynamoDB does not answer.
-    pub(crate) async fn find(&self, id: &TunnelId) -> Result<Online, Refusal> {
+    pub(crate) async fn find(&self, id: &TunnelId) -> Result<Online, ForwardError> {
         if let Some((online, since)) = self.lock().get(id)
-            && since.elapsed() < GOOD
+            && since.elapsed() < LOOKUP_TTL
         {
             return Ok(online.clone());
         }
         let found = Box::pin(self.tunnels.get(id, now()))
             .await?
-            .ok_or(Refusal::NoSuchTunnel)?;
-        let online = found.online.ok_or(Refusal::Offline)?;
+            .ok_or(ForwardError::NoSuchTunnel)?;
+        let online = found.online.ok_or(ForwardError::Offline)?;
         if !Box::pin(self.is_good(&found.identity)).await? {
             warn!(tunnel = %id, connection = %online.connection_id, "closed: its token is revoked or expired");
             self.lost(id, &online).await?;
             self.agents.close(&online.connection_id).await?;
-            return Err(Refusal::Offline);
+            return Err(ForwardError::Offline);
         }
         let mut known = self.lock();
-        if known.len() >= REMEMBERED {
+        if known.len() >= MAX_REMEMBERED {
             known.clear();
         }
         known.insert(id.clone(), (online.clone(), Instant::now()));
@@ -82,13 +84,13 @@ impl Lookup {
 
     async fn is_good(&self, identity: &Identity) -> Result<bool, StoreError> {
         let since = self.verified().get(&identity.owner).copied();
-        if since.is_some_and(|since| since.elapsed() < VERIFIED) {
+        if since.is_some_and(|since| since.elapsed() < TOKEN_RECHECK_AFTER) {
             return Ok(!identity.is_expired(now()));
         }
-        let is_good = self.standing.is_good(identity, now()).await?;
+        let is_good = self.revalidator.is_good(identity, now()).await?;
         let mut verified = self.verified();
         if is_good {
-            if verified.len() >= REMEMBERED {
+            if verified.len() >= MAX_REMEMBERED {
                 verified.clear();
             }
             verified.insert(identity.owner.clone(), Instant::now());
@@ -113,9 +115,9 @@ impl Lookup {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub(crate) async fn lost(&self, id: &TunnelId, gone: &Online) -> Result<(), Refusal> {
+    pub(crate) async fn lost(&self, id: &TunnelId, gone: &Online) -> Result<(), ForwardError> {
         self.forget(id, gone);
-        Box::pin(self.tunnels.go_offline(id, &gone.connection_id, now())).await?;
+        Box::pin(self.tunnels.mark_offline(id, &gone.connection_id, now())).await?;
         Ok(())
     }
 

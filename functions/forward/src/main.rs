@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use lambda_http::request::LambdaRequest;
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use tunnel_forward::Forward;
-use tunnel_shared::cloud::{sdk, settings::Variables, telemetry};
+use tunnel_service::{aws::sdk, settings::Variables, telemetry};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {

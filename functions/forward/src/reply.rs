@@ -3,22 +3,20 @@
 use std::{collections::VecDeque, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
-use tunnel_shared::{
-    cloud::{
-        connections::Connections,
-        mailbox::Mailbox,
-        now,
-        replies::{Expected, ReplyPart},
-    },
-    parts::Reorder,
+use tunnel_protocol::body::reorder::Reorder;
+use tunnel_service::{
+    now,
+    replies::{Expected, ReplyPart},
+    tables::connections::ConnectionsTable,
+    tables::mailbox::MailboxTable,
 };
 
-use crate::refusal::Refusal;
+use crate::error::ForwardError;
 
 /// After this long without a part, each look into the mailbox asks too whether the agent is still connected.
-const DOUBT: Duration = Duration::from_millis(400);
+const LIVENESS_CHECK_AFTER: Duration = Duration::from_millis(400);
 /// How long a part may be missing while a later one is there. The function that stores it may be starting cold.
-const STRAGGLER: Duration = Duration::from_secs(10);
+const MISSING_PART_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where a reply comes from.
 #[derive(Clone, Debug)]
@@ -27,8 +25,8 @@ pub(crate) enum Source {
     InProcess,
     /// Another process pushes, if a reply connection was named, or leaves parts in the mailbox.
     Cloud {
-        mailbox: Mailbox,
-        connections: Connections,
+        mailbox: MailboxTable,
+        connections: ConnectionsTable,
         /// A reply connection was named: the mailbox is for what could not be pushed.
         is_pushed: bool,
     },
@@ -73,7 +71,7 @@ impl PendingReply {
     ///
     /// # Errors
     /// When the agent says that it failed, is gone, or is out of time.
-    pub(crate) async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, Refusal> {
+    pub(crate) async fn next(&mut self, until: Option<Instant>) -> Result<ReplyPart, ForwardError> {
         let waiting_since = Instant::now();
         let limit = self.deadline.into_iter().chain(until).min();
         let mut next_look = self
@@ -88,26 +86,26 @@ impl PendingReply {
                 return Ok(part);
             }
             if let Some(ReplyPart::Failed { code, message }) = self.failure.take() {
-                return Err(Refusal::of_agent(code, message));
+                return Err(ForwardError::of_agent(code, message));
             }
             let waited = waiting_since.elapsed();
             let missing_until = self
                 .arrived
                 .is_incomplete()
-                .then_some(waiting_since + STRAGGLER);
-            let give_up = limit.into_iter().chain(missing_until).min();
-            if give_up.is_some_and(|at| Instant::now() >= at) {
-                return Err(Refusal::LocalTimeout);
+                .then_some(waiting_since + MISSING_PART_TIMEOUT);
+            let release_owned = limit.into_iter().chain(missing_until).min();
+            if release_owned.is_some_and(|at| Instant::now() >= at) {
+                return Err(ForwardError::LocalTimeout);
             }
-            let wake = next_look.into_iter().chain(give_up).min();
+            let wake = next_look.into_iter().chain(release_owned).min();
             tokio::select! {
                 part = self.expected.recv() => match part {
                     Some((number, part)) => self.take(number, part)?,
-                    None => return Err(Refusal::AgentLost),
+                    None => return Err(ForwardError::AgentLost),
                 },
                 () = sleep_until(wake.unwrap_or(waiting_since)), if wake.is_some() => {
                     if next_look.is_some_and(|at| Instant::now() >= at) {
-                        Box::pin(self.look(waited >= DOUBT)).await?;
+                        Box::pin(self.look(waited >= LIVENESS_CHECK_AFTER)).await?;
                         next_look = self.source.pause(waited).map(|pause| Instant::now() + pause);
                     }
                 }
@@ -116,7 +114,7 @@ impl PendingReply {
     }
 
     /// Looks into the mailbox.
-    async fn look(&mut self, is_in_doubt: bool) -> Result<(), Refusal> {
+    async fn look(&mut self, is_in_doubt: bool) -> Result<(), ForwardError> {
         let Source::Cloud {
             mailbox,
             connections,
@@ -138,19 +136,19 @@ impl PendingReply {
             self.take(number, part)?;
         }
         if is_lost && self.ready.is_empty() && self.failure.is_none() {
-            return Err(Refusal::AgentLost);
+            return Err(ForwardError::AgentLost);
         }
         Ok(())
     }
 
-    fn take(&mut self, number: u32, part: ReplyPart) -> Result<(), Refusal> {
+    fn take(&mut self, number: u32, part: ReplyPart) -> Result<(), ForwardError> {
         match part {
             ReplyPart::Failed { .. } => self.failure = Some(part),
             ReplyPart::Window(parts) => self.expected.allow(parts),
             ReplyPart::Head(..) | ReplyPart::Body(_) => {
                 self.arrived
                     .insert(number, part)
-                    .map_err(|error| Refusal::InvalidReply(error.to_string()))?;
+                    .map_err(|error| ForwardError::InvalidReply(error.to_string()))?;
                 self.ready
                     .extend(std::iter::from_fn(|| self.arrived.take_next()));
             }

@@ -20,23 +20,24 @@ use tokio_tungstenite::{
     tungstenite::{Message, client::IntoClientRequest, protocol::WebSocketConfig},
 };
 use tracing::{debug, warn};
-use tunnel_shared::{
-    cloud::{
-        connections::Connections,
-        now,
-        replies::{Replies, Reply},
-    },
+use tunnel_protocol::{
     id::ConnectionId,
-    limits::{WEBSOCKET_FRAME, WEBSOCKET_IDLE, WEBSOCKET_MESSAGE},
-    protocol::{self, FromAgent, Ready, Relayed, Subject},
+    limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, WEBSOCKET_IDLE_TIMEOUT},
+    message,
+    message::{FromAgent, Ready, Relayed, Subject},
+};
+use tunnel_service::{
+    now,
+    replies::{Replies, Reply},
+    tables::connections::ConnectionsTable,
 };
 
 /// How long opening may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long nothing is tried after opening failed. The mailbox serves meanwhile.
-const REST: Duration = Duration::from_secs(5);
+const RETRY_COOLDOWN: Duration = Duration::from_secs(5);
 /// A connection that was not used for this long may have been closed while this process was frozen.
-const UNUSED: Duration = WEBSOCKET_IDLE.saturating_sub(Duration::from_secs(60));
+const MAX_IDLE: Duration = WEBSOCKET_IDLE_TIMEOUT.saturating_sub(Duration::from_secs(60));
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
@@ -48,7 +49,7 @@ pub(crate) struct ReplyConnection(Arc<Shared>);
 struct Shared {
     /// The WebSocket API, with the query by which `connect` knows a reply connection.
     url: String,
-    connections: Connections,
+    connections: ConnectionsTable,
     replies: Replies,
     state: Mutex<State>,
     /// Opens, and reads what was opened. Not among what an invocation waits for: it goes on between invocations.
@@ -75,7 +76,7 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 impl ReplyConnection {
     /// A connection to the WebSocket API at `endpoint` whose replies go to `replies`.
-    pub(crate) fn new(endpoint: &str, connections: Connections, replies: Replies) -> Self {
+    pub(crate) fn new(endpoint: &str, connections: ConnectionsTable, replies: Replies) -> Self {
         let scheme_less = endpoint
             .split_once("://")
             .map_or(endpoint, |(_, rest)| rest)
@@ -104,14 +105,14 @@ impl ReplyConnection {
         let mut state = self.lock();
         match &mut *state {
             State::Open { id, used, reader } => {
-                if since(*used) < UNUSED {
+                if since(*used) < MAX_IDLE {
                     *used = now;
                     return Some(id.clone());
                 }
                 reader.abort();
             }
             State::Opening => return None,
-            State::Failed { at } if since(*at) < REST => return None,
+            State::Failed { at } if since(*at) < RETRY_COOLDOWN => return None,
             State::Failed { .. } | State::Closed => {}
         }
         *state = State::Opening;
@@ -121,7 +122,7 @@ impl ReplyConnection {
     }
 
     async fn open(self) {
-        let opened = match timeout(HANDSHAKE, self.handshake()).await {
+        let opened = match timeout(HANDSHAKE_TIMEOUT, self.handshake()).await {
             Ok(opened) => opened,
             Err(elapsed) => Err(elapsed.into()),
         };
@@ -163,12 +164,12 @@ impl ReplyConnection {
             .headers_mut()
             .insert(header::AUTHORIZATION, authorization);
         let config = WebSocketConfig::default()
-            .read_buffer_size(WEBSOCKET_FRAME)
-            .max_message_size(Some(2 * WEBSOCKET_MESSAGE))
-            .max_frame_size(Some(2 * WEBSOCKET_MESSAGE));
+            .read_buffer_size(MAX_FRAME_BYTES)
+            .max_message_size(Some(2 * MAX_MESSAGE_BYTES))
+            .max_frame_size(Some(2 * MAX_MESSAGE_BYTES));
         let (mut socket, _) = connect_async_with_config(request, Some(config), true).await?;
         socket
-            .send(Message::text(protocol::encode(&FromAgent::Ready(
+            .send(Message::text(message::encode(&FromAgent::Ready(
                 Ready::default(),
             ))))
             .await?;
@@ -178,7 +179,7 @@ impl ReplyConnection {
                 && let Ok(Relayed {
                     sender,
                     message: FromAgent::Ready(_),
-                }) = protocol::decode(&text)
+                }) = message::decode(&text)
             {
                 return Ok((sender, stream));
             }
@@ -192,7 +193,7 @@ impl ReplyConnection {
             let Message::Text(text) = message else {
                 continue;
             };
-            match protocol::decode::<Relayed>(&text) {
+            match message::decode::<Relayed>(&text) {
                 Ok(Relayed { sender, message }) => {
                     if let Some(reply) = reply(message) {
                         self.0.replies.deliver(&sender, reply);
@@ -203,7 +204,7 @@ impl ReplyConnection {
                     if let Ok(Relayed {
                         sender,
                         message: Subject { request_id },
-                    }) = protocol::decode(&text)
+                    }) = message::decode(&text)
                     {
                         self.0
                             .replies

@@ -3,15 +3,17 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use http::{HeaderMap, HeaderValue, Response, header};
-use tunnel_shared::{
-    cloud::{access::Access, auth, now, tunnels::Tunnels},
-    id::TunnelId,
+use tunnel_protocol::id::TunnelId;
+use tunnel_service::{
+    auth::{Authenticator, token},
+    now,
     routing::{PublicUrl, Routing},
+    tables::tunnels::TunnelsTable,
 };
 
 use crate::{
-    answer::{self, AnswerBody},
-    refusal::Refusal,
+    error::ForwardError,
+    response::{self, ResponseBody},
 };
 
 /// The last second of the year 9999: RFC 3339 has no later one.
@@ -20,8 +22,8 @@ const LAST: u64 = 253_402_300_799;
 /// What the answers are made from.
 #[derive(Debug)]
 pub(crate) struct Status {
-    pub(crate) access: Access,
-    pub(crate) tunnels: Tunnels,
+    pub(crate) access: Authenticator,
+    pub(crate) tunnels: TunnelsTable,
     pub(crate) public_url: PublicUrl,
     pub(crate) routing: Routing,
 }
@@ -35,23 +37,23 @@ impl Status {
         &self,
         name: &str,
         headers: &HeaderMap,
-    ) -> Result<Response<AnswerBody>, Refusal> {
+    ) -> Result<Response<ResponseBody>, ForwardError> {
         let token = headers
             .get(header::AUTHORIZATION)
             .and_then(|value| value.to_str().ok())
-            .and_then(auth::bearer_token);
+            .and_then(token::bearer_token);
         let identity = self
             .access
             .identify(token, now())
             .await?
-            .ok_or(Refusal::NotTheOwner)?;
-        let id: TunnelId = name.parse().map_err(|_| Refusal::NoSuchTunnel)?;
+            .ok_or(ForwardError::NotTheOwner)?;
+        let id: TunnelId = name.parse().map_err(|_| ForwardError::NoSuchTunnel)?;
         let found = self
             .tunnels
             .get(&id, now())
             .await?
             .filter(|tunnel| tunnel.identity.owner == identity.owner);
-        let tunnel = found.ok_or(Refusal::NoSuchTunnel)?;
+        let tunnel = found.ok_or(ForwardError::NoSuchTunnel)?;
         let since = Some(tunnel.since).filter(|since| *since > 0);
         let text = serde_json::json!({
             "tunnel_id": id,
@@ -60,7 +62,7 @@ impl Status {
             "since_seconds": since,
             "public_url": self.public_url.of(&id, self.routing),
         });
-        let mut response = Response::new(answer::whole(format!("{text}\n")));
+        let mut response = Response::new(response::whole(format!("{text}\n")));
         response.headers_mut().insert(
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/json"),

@@ -1,12 +1,14 @@
 //! Who is let in, and how much of it: rules that agents set, limits that the service sets, and proxies whose word counts.
 
 use bytes::Bytes;
-use forwarder::{access::Rules, settings::Secret, tunnel::Failure};
+use forwarder::{settings::Secret, tunnel::TunnelError, visitor_rules::PolicyArgs};
 use http::{Request, StatusCode};
-use local::{Options, Stack, quotas::Quotas};
+use local::{Options, Server};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite;
-use tunnel_shared::{cidr::Cidr, routing::Routing};
+use tunnel_local_aws::quotas::Quotas;
+use tunnel_protocol::cidr::Cidr;
+use tunnel_service::routing::Routing;
 
 use crate::harness::{
     Agent, Got, Origin, ScriptedAgent, ScriptedService, agent, get, raw, settings, stack,
@@ -34,7 +36,7 @@ fn networks(texts: &[&str]) -> Option<Vec<Cidr>> {
     )
 }
 
-async fn protected(stack: &Stack, origin: &Origin, rules: Rules) -> Agent {
+async fn protected(stack: &Server, origin: &Origin, rules: PolicyArgs) -> Agent {
     let access = rules.check().expect("rules");
     Agent::online(forwarder::settings::Settings {
         access,
@@ -63,9 +65,9 @@ async fn a_password_is_asked_for_in_every_way_a_tunnel_can_be_reached() {
     let agent = protected(
         &stack,
         &origin,
-        Rules {
+        PolicyArgs {
             basic_auth: secrets(&["bob:x", "alice:opensesame"]),
-            ..Rules::default()
+            ..PolicyArgs::default()
         },
     )
     .await;
@@ -176,10 +178,10 @@ async fn networks_decide_by_the_visitors_address_and_not_by_what_it_says() {
         let agent = protected(
             &stack,
             &origin,
-            Rules {
+            PolicyArgs {
                 allow: allow.clone(),
                 deny: deny.clone(),
-                ..Rules::default()
+                ..PolicyArgs::default()
             },
         )
         .await;
@@ -201,9 +203,9 @@ async fn networks_decide_by_the_visitors_address_and_not_by_what_it_says() {
 #[tokio::test]
 async fn a_secret_header_is_asked_for_and_not_passed_on() {
     let (stack, origin) = (stack().await, Origin::echo().await);
-    let rules = Rules {
+    let rules = PolicyArgs {
         require_header: secrets(&["X-Origin-Verify: swordfish", "x-origin-verify: next"]),
-        ..Rules::default()
+        ..PolicyArgs::default()
     };
     let agent = protected(&stack, &origin, rules).await;
     for fields in [
@@ -242,8 +244,8 @@ fn answer(request: &Value) -> Value {
     json!({ "type": "http_response", "request_id": request["request_id"], "status_code": 200, "headers": {}, "body": "aGk=" })
 }
 
-/// Rules that a scripted agent can send.
-fn rules(rules: Rules) -> Value {
+/// PolicyArgs that a scripted agent can send.
+fn rules(rules: PolicyArgs) -> Value {
     rules
         .check()
         .expect("rules")
@@ -265,9 +267,9 @@ async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there()
         open.say(&answer(&request)).await;
     });
     let mut closed = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    let access = rules(Rules {
+    let access = rules(PolicyArgs {
         basic_auth: secrets(&["alice:opensesame"]),
-        ..Rules::default()
+        ..PolicyArgs::default()
     });
     closed
         .ready(&json!({ "type": "ready", "access": access }))
@@ -310,9 +312,9 @@ async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there()
 #[tokio::test]
 async fn a_connection_without_rules_after_one_with_rules_lets_everybody_in() {
     let stack = stack().await;
-    let access = rules(Rules {
+    let access = rules(PolicyArgs {
         deny: networks(&["127.0.0.1"]),
-        ..Rules::default()
+        ..PolicyArgs::default()
     });
     let mut strict = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
     strict
@@ -364,12 +366,12 @@ async fn rules_that_the_service_cannot_keep_to_open_no_tunnel() {
 #[tokio::test]
 async fn an_agent_with_rules_ends_where_the_service_does_not_know_them() {
     let (service, origin) = (ScriptedService::listening().await, Origin::echo().await);
-    let settings = |rules: Rules| forwarder::settings::Settings {
+    let settings = |rules: PolicyArgs| forwarder::settings::Settings {
         endpoint: service.endpoint.parse().expect("an endpoint"),
         access: rules.check().expect("rules"),
         ..settings_without_stack(&origin)
     };
-    let all = Rules {
+    let all = PolicyArgs {
         basic_auth: secrets(&["alice:opensesame"]),
         allow: networks(&["192.0.2.0/24"]),
         deny: networks(&["192.0.2.1"]),
@@ -387,11 +389,11 @@ async fn an_agent_with_rules_ends_where_the_service_does_not_know_them() {
     connection
         .establish("my-app", &["body_parts", "cancel", "notices", "window"])
         .await;
-    assert_eq!(agent.ended().await, Err(Failure::Unprotected));
+    assert_eq!(agent.ended().await, Err(TunnelError::Unprotected));
     assert_eq!(connection.close_code().await, 1005, "it was not closed");
     assert_eq!(origin.count(), 0);
 
-    let mut agent = Agent::start(settings(Rules::default()));
+    let mut agent = Agent::start(settings(PolicyArgs::default()));
     let mut connection = service.accept().await;
     assert_eq!(connection.hear().await["access"], Value::Null);
     connection.establish("my-app", &[]).await;
@@ -473,9 +475,9 @@ async fn networks_are_asked_about_the_visitor_behind_a_trusted_proxy() {
     let agent = protected(
         &stack,
         &origin,
-        Rules {
+        PolicyArgs {
             allow: networks(&["203.0.113.0/24"]),
-            ..Rules::default()
+            ..PolicyArgs::default()
         },
     )
     .await;
@@ -576,7 +578,7 @@ async fn one_owner_has_no_more_agents_connected_than_it_may() {
         agents_of_one: 2,
         ..Quotas::default()
     };
-    let auth = tunnel_shared::cloud::auth::Auth::Token;
+    let auth = tunnel_service::auth::AuthMode::Token;
     let stack = stack_with(Options {
         quotas,
         auth,

@@ -2,11 +2,9 @@
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use lambda_http::request::LambdaRequest;
-use tunnel_forward::visit::{Front, Payload, Visit};
-use tunnel_shared::{
-    cloud::event::connection_of,
-    protocol::{self, FromAgent},
-};
+use tunnel_forward::request::{Ingress, Payload, VisitorRequest};
+use tunnel_protocol::{message, message::FromAgent};
+use tunnel_service::aws::route_event::connection_of;
 
 macro_rules! event {
     ($name:literal) => {
@@ -25,8 +23,8 @@ const WEBSOCKET: [(&str, &str); 7] = [
     ("MESSAGE", event!("agent-error")),
 ];
 
-fn visit(event: &str) -> Visit {
-    Visit::from_event(
+fn visit(event: &str) -> VisitorRequest {
+    VisitorRequest::from_event(
         serde_json::from_str::<LambdaRequest>(event).expect("an HTTP event"),
         None,
     )
@@ -39,9 +37,9 @@ fn payload_1_0_and_2_0_and_function_urls_are_read_alike() {
     assert_eq!(
         visits.each_ref().map(|visit| visit.front),
         [
-            Front::HttpApi(Payload::V1),
-            Front::HttpApi(Payload::V2),
-            Front::Streaming
+            Ingress::HttpApi(Payload::V1),
+            Ingress::HttpApi(Payload::V2),
+            Ingress::Streaming
         ]
     );
     for visit in visits {
@@ -101,7 +99,7 @@ fn the_sample_messages_are_messages_of_the_protocol() {
     for (_, event) in bodies {
         let event: ApiGatewayWebsocketProxyRequest =
             serde_json::from_str(event).expect("a WebSocket event");
-        let message = protocol::decode::<FromAgent>(event.body.as_deref().expect("a body"))
+        let message = message::decode::<FromAgent>(event.body.as_deref().expect("a body"))
             .expect("a message");
         assert_ne!(message, FromAgent::Unknown);
         count += 1;
@@ -151,7 +149,7 @@ fn a_function_url_behind_another_name_is_known_where_the_name_is_set() {
     let event = event!("url").replace(".lambda-url.us-east-1.on.aws", ".example.com");
     let visit = |streaming_url: Option<&str>| {
         let url = streaming_url.map(|url| url.parse().expect("an address"));
-        Visit::from_event(
+        VisitorRequest::from_event(
             serde_json::from_str(&event).expect("an HTTP event"),
             url.as_ref(),
         )
@@ -161,16 +159,16 @@ fn a_function_url_behind_another_name_is_known_where_the_name_is_set() {
     let domain = serde_json::from_str::<serde_json::Value>(&event).expect("JSON")["requestContext"]
         ["domainName"]
         .clone();
-    assert_eq!(visit(None), Front::HttpApi(Payload::V2));
+    assert_eq!(visit(None), Ingress::HttpApi(Payload::V2));
     assert_eq!(
         visit(Some("https://other.example.com")),
-        Front::HttpApi(Payload::V2)
+        Ingress::HttpApi(Payload::V2)
     );
     assert_eq!(
         visit(Some(&format!(
             "https://{}",
             domain.as_str().expect("a name")
         ))),
-        Front::Streaming
+        Ingress::Streaming
     );
 }

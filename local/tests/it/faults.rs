@@ -13,19 +13,18 @@ use axum::{
 };
 use lambda_http::request::LambdaRequest;
 use lambda_runtime::FunctionResponse;
-use local::dynamodb;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::Forward;
-use tunnel_shared::{
-    cloud::{
-        sdk::{self, SdkConfig},
-        settings::{Faults, Variables},
-    },
-    limits::LAMBDA_RUN,
+use tunnel_local_aws::dynamodb;
+use tunnel_protocol::limits::LAMBDA_RUN;
+use tunnel_service::{
+    aws::sdk,
+    aws::sdk::SdkConfig,
+    settings::{SettingsError, Variables},
 };
 
 use crate::harness::within;
@@ -147,7 +146,7 @@ impl Aws {
         }
     }
 
-    fn load<T>(&self, load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, Faults>) -> T {
+    fn load<T>(&self, load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, SettingsError>) -> T {
         let read = |name: &str| {
             Some(match name {
                 "WEBSOCKET_API_ENDPOINT" => self.endpoint.clone(),

@@ -1,7 +1,7 @@
 //! Every byte arrives as sent.
 
 use http::{Method, Request, StatusCode};
-use tunnel_shared::limits::PART_BODY;
+use tunnel_protocol::limits::MAX_PART_BYTES;
 
 use crate::harness::{
     Agent, Origin, agent, get, post, raw, reply, reply_with, settings, stack, visit,
@@ -123,11 +123,11 @@ async fn bodies_of_every_size_arrive_both_ways() {
         1,
         1024,
         33 * 1024,
-        PART_BODY - 1,
-        PART_BODY,
-        PART_BODY + 1,
+        MAX_PART_BYTES - 1,
+        MAX_PART_BYTES,
+        MAX_PART_BYTES + 1,
         100 * 1024,
-        2 * PART_BODY,
+        2 * MAX_PART_BYTES,
         1024 * 1024,
         4 * 1024 * 1024,
     ] {

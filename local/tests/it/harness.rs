@@ -9,13 +9,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use forwarder::{event::Event, settings::Settings, tunnel::Failure};
+use forwarder::{event::Event, settings::Settings, tunnel::TunnelError};
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
-use local::{Options, Stack, stack::Shape};
+use local::{Options, Server, server::Transport};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -40,14 +40,14 @@ pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T 
 }
 
 /// A stack on free ports that forgets all.
-pub(crate) async fn stack() -> Stack {
+pub(crate) async fn stack() -> Server {
     stack_with(Options::default()).await
 }
 
 /// A stack on a free port, otherwise with these options.
-pub(crate) async fn stack_with(options: Options) -> Stack {
+pub(crate) async fn stack_with(options: Options) -> Server {
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    Stack::start(Options {
+    Server::start(Options {
         listen,
         shape: shape(),
         ..options
@@ -58,10 +58,10 @@ pub(crate) async fn stack_with(options: Options) -> Stack {
 
 /// The shape that this run of the suite is about: every story is told in both.
 #[expect(clippy::disallowed_methods, reason = "the suite's own setting")]
-pub(crate) fn shape() -> Shape {
+pub(crate) fn shape() -> Transport {
     match std::env::var("TUNNEL_TEST_SHAPE").as_deref() {
-        Ok("as-in-aws") => Shape::AsInAws,
-        _ => Shape::OneProcess,
+        Ok("as-in-aws") => Transport::Emulated,
+        _ => Transport::InProcess,
     }
 }
 
@@ -196,11 +196,11 @@ pub(crate) struct Agent {
     pub(crate) url: String,
     events: mpsc::UnboundedReceiver<Event>,
     stop: CancellationToken,
-    running: JoinSet<Result<(), Failure>>,
+    running: JoinSet<Result<(), TunnelError>>,
 }
 
 /// The settings of an agent that opens the tunnel `my-app` on `stack` for `target`.
-pub(crate) fn settings(stack: &Stack, target: SocketAddr) -> Settings {
+pub(crate) fn settings(stack: &Server, target: SocketAddr) -> Settings {
     settings_for(&stack.endpoint, target)
 }
 
@@ -217,7 +217,7 @@ pub(crate) fn settings_for(endpoint: &str, target: SocketAddr) -> Settings {
         request_timeout: PATIENCE,
         max_concurrent: forwarder::settings::MAX_CONCURRENT,
         compression: true,
-        access: forwarder::access::Checked::default(),
+        access: forwarder::visitor_rules::Policy::default(),
     }
 }
 
@@ -278,13 +278,13 @@ impl Agent {
     }
 
     /// Asks the agent to stop and returns how it ended.
-    pub(crate) async fn stop(mut self) -> Result<(), Failure> {
+    pub(crate) async fn stop(mut self) -> Result<(), TunnelError> {
         self.stop_soon();
         self.ended().await
     }
 
     /// Waits until the agent ends by itself.
-    pub(crate) async fn ended(&mut self) -> Result<(), Failure> {
+    pub(crate) async fn ended(&mut self) -> Result<(), TunnelError> {
         within("the agent to end", self.running.join_next())
             .await
             .expect("one task")
@@ -293,7 +293,7 @@ impl Agent {
 }
 
 /// Opens the tunnel `my-app` for a local service.
-pub(crate) async fn agent(stack: &Stack, origin: &Origin) -> Agent {
+pub(crate) async fn agent(stack: &Server, origin: &Origin) -> Agent {
     Agent::online(settings(stack, origin.address)).await
 }
 
@@ -377,7 +377,7 @@ pub(crate) async fn try_get(url: &str) -> Result<Got, hyper::Error> {
 }
 
 /// Sends bytes as they are to the stack's front and returns all that comes back until it closes.
-pub(crate) async fn raw(stack: &Stack, request: &[u8]) -> String {
+pub(crate) async fn raw(stack: &Server, request: &[u8]) -> String {
     let authority = stack.public_url.to_string().split_off("http://".len());
     let mut stream = TcpStream::connect(authority).await.expect("a connection");
     stream.write_all(request).await.expect("sent");
@@ -393,7 +393,7 @@ pub(crate) struct ScriptedAgent(WebSocketStream<MaybeTlsStream<TcpStream>>);
 
 impl ScriptedAgent {
     /// Connects without a word.
-    pub(crate) async fn connect(stack: &Stack, query: &str) -> Self {
+    pub(crate) async fn connect(stack: &Server, query: &str) -> Self {
         Self::try_connect(stack, query, None)
             .await
             .expect("a connection")
@@ -401,7 +401,7 @@ impl ScriptedAgent {
 
     /// Tries to connect.
     pub(crate) async fn try_connect(
-        stack: &Stack,
+        stack: &Server,
         query: &str,
         token: Option<&str>,
     ) -> Result<Self, tungstenite::Error> {

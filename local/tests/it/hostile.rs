@@ -1,10 +1,10 @@
 //! Agents and services that do what they must not: what becomes of the requests concerned, and that all others go on.
 
 use http::StatusCode;
-use local::{Options, Stack, stack::Shape};
+use local::{Options, Server, server::Transport};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tunnel_shared::limits::PARTS_AHEAD;
+use tunnel_protocol::limits::MAX_REORDER_PARTS;
 
 use crate::harness::{
     Agent, Got, Origin, ScriptedAgent, ScriptedService, get, settings_for, stack, within,
@@ -119,7 +119,7 @@ async fn parts_that_cannot_be_put_in_order_or_come_again_do_no_harm() {
     let part = |id: &Value, number: u64, body: &str, more: bool| json!({ "type": "body_part", "request_id": id, "part": number, "body": body, "more": more });
 
     for number in [
-        PARTS_AHEAD as u64,
+        MAX_REORDER_PARTS as u64,
         1000,
         u64::from(u32::MAX) - 2,
         u64::from(u32::MAX),
@@ -193,9 +193,9 @@ async fn an_agent_that_sends_a_thousand_parts_to_a_visitor_who_does_not_read_los
     const PART: usize = 24_000;
     // Where parts are pushed; the mailbox holds what nobody asks for, as long as it does anything.
     let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    let stack = Stack::start(Options {
+    let stack = Server::start(Options {
         listen,
-        shape: Shape::OneProcess,
+        shape: Transport::InProcess,
         ..Options::default()
     })
     .await

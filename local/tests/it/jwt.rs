@@ -11,8 +11,8 @@ use std::{
 
 use axum::http::StatusCode;
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
-use forwarder::{settings::Secret, tunnel::Failure};
-use local::{Options, quotas::Quotas, stack::JwtIssuer};
+use forwarder::{settings::Secret, tunnel::TunnelError};
+use local::{Options, server::JwtIssuer};
 use ring::{
     hmac,
     rand::SystemRandom,
@@ -20,10 +20,11 @@ use ring::{
 };
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
-use tunnel_shared::cloud::{
-    access::{Access, AccessError},
-    auth::Auth,
-    now, sdk,
+use tunnel_local_aws::quotas::Quotas;
+use tunnel_service::{
+    auth::{AuthError, AuthMode, Authenticator},
+    aws::sdk,
+    now,
     settings::Variables,
 };
 
@@ -75,14 +76,14 @@ fn by_secret(replaced: &Value) -> String {
     )
 }
 
-fn access(jwt: &[(&str, &str)]) -> Result<Access, String> {
+fn access(jwt: &[(&str, &str)]) -> Result<Authenticator, String> {
     let settings: BTreeMap<&str, &str> = jwt
         .iter()
         .copied()
         .chain([("AUTH", "jwt"), ("TOKENS_TABLE", "tokens")])
         .collect();
     let variables = Variables::new(move |name| settings.get(name).map(|value| (*value).to_owned()));
-    let access = Access::load(
+    let access = Authenticator::load(
         &variables,
         &sdk::for_loopback("http://127.0.0.1:9", "nobody"),
     );
@@ -91,7 +92,7 @@ fn access(jwt: &[(&str, &str)]) -> Result<Access, String> {
         .map_err(|faults| faults.to_string())
 }
 
-fn access_by_secret() -> Access {
+fn access_by_secret() -> Authenticator {
     access(&[
         ("JWT_ISSUER", ISSUER),
         ("JWT_AUDIENCE", "tunnel"),
@@ -100,7 +101,7 @@ fn access_by_secret() -> Access {
     .expect("settings")
 }
 
-async fn owner(access: &Access, token: &str) -> Option<String> {
+async fn owner(access: &Authenticator, token: &str) -> Option<String> {
     access
         .identify(Some(token), now())
         .await
@@ -191,7 +192,7 @@ async fn a_token_that_is_not_good_names_nobody() {
     }
     assert_eq!(
         access
-            .identify(None, tunnel_shared::cloud::now())
+            .identify(None, tunnel_service::now())
             .await
             .expect("an answer"),
         None
@@ -310,7 +311,7 @@ impl Publisher {
         }
     }
 
-    fn access(&self) -> Access {
+    fn access(&self) -> Authenticator {
         access(&[
             ("JWT_ISSUER", ISSUER),
             ("JWT_AUDIENCE", "tunnel"),
@@ -470,7 +471,7 @@ async fn while_the_keys_cannot_be_fetched_nobody_is_told_that_a_token_is_wrong()
         for _ in 0..3 {
             assert!(matches!(
                 access.identify(Some(&good), now()).await,
-                Err(AccessError::Keys(_))
+                Err(AuthError::Keys(_))
             ));
         }
         assert_eq!(publisher.asked(), before + 1, "within a minute");
@@ -490,7 +491,7 @@ async fn an_agent_with_a_json_web_token_is_an_owner_until_that_expires() {
         ..Quotas::default()
     };
     let stack = stack_with(Options {
-        auth: Auth::Jwt,
+        auth: AuthMode::Jwt,
         jwt: Some(issuer),
         quotas,
         ..Options::default()
@@ -508,16 +509,16 @@ async fn an_agent_with_a_json_web_token_is_an_owner_until_that_expires() {
     let bob = by_secret(&json!({ "sub": "bob" }));
     assert!(matches!(
         Agent::start(with(bob)).ended().await,
-        Err(Failure::NameTaken(_))
+        Err(TunnelError::NameTaken(_))
     ));
     let stored = stack.create_token("stored").await.expect("a token");
     assert_eq!(
         Agent::start(with(stored)).ended().await,
-        Err(Failure::Unauthorized)
+        Err(TunnelError::Unauthorized)
     );
 
     agent.stop().await.expect("stopped as asked");
     // With the minute for the clocks it is good for two seconds more, or a little less.
     let mut brief = Agent::online(with(by_secret(&json!({ "exp": now().as_secs() - 58 })))).await;
-    assert_eq!(brief.ended().await, Err(Failure::Unauthorized));
+    assert_eq!(brief.ended().await, Err(TunnelError::Unauthorized));
 }

@@ -2,16 +2,17 @@
 
 use std::net::SocketAddr;
 
-use forwarder::{event::Event, settings::Secret, tunnel::Failure};
+use forwarder::{event::Event, settings::Secret, tunnel::TunnelError};
 use http::StatusCode;
-use local::{Options, Stack, quotas::Quotas};
+use local::{Options, Server};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
 use tokio_tungstenite::tungstenite;
-use tunnel_shared::cloud::auth::Auth;
+use tunnel_local_aws::quotas::Quotas;
+use tunnel_service::auth::AuthMode;
 
 use crate::harness::{
     Agent, Origin, ScriptedAgent, agent, get, reply, settings, stack, stack_with, within,
@@ -171,7 +172,7 @@ async fn a_tunnel_comes_back_on_the_same_address_after_the_stack_restarts() {
         data: Some(data.path().to_owned()),
         ..Options::default()
     };
-    let stack = Stack::start(options(0)).await.expect("a stack");
+    let stack = Server::start(options(0)).await.expect("a stack");
     let port = stack
         .public_url
         .to_string()
@@ -186,7 +187,7 @@ async fn a_tunnel_comes_back_on_the_same_address_after_the_stack_restarts() {
 
     stack.stop().await;
     agent.until("the agent to notice", offline).await;
-    let stack = Stack::start(options(port))
+    let stack = Server::start(options(port))
         .await
         .expect("the same stack again");
     let url = agent.until_online().await;
@@ -204,7 +205,7 @@ async fn no_request_fails_while_an_agent_moves_from_one_connection_to_the_next()
     };
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
     // Only a process that holds the connections itself can shorten their life.
-    let stack = Stack::start(Options {
+    let stack = Server::start(Options {
         listen,
         quotas,
         ..Options::default()
@@ -246,7 +247,7 @@ async fn the_newest_connection_of_an_owner_takes_the_tunnel_over() {
 
     let new = agent(&stack, &second).await;
 
-    assert!(matches!(old.ended().await, Err(Failure::Replaced(_))));
+    assert!(matches!(old.ended().await, Err(TunnelError::Replaced(_))));
     assert_eq!(get(&new.url).await.status, StatusCode::OK);
     assert_eq!((first.count(), second.count()), (0, 1));
 }
@@ -268,9 +269,9 @@ async fn a_connection_that_ends_takes_only_its_own_tunnel_offline() {
     assert_eq!(get(&agent.url).await.status, StatusCode::OK);
 }
 
-async fn with_tokens() -> (Stack, String) {
+async fn with_tokens() -> (Server, String) {
     let mut stack = stack_with(Options {
-        auth: Auth::Token,
+        auth: AuthMode::Token,
         ..Options::default()
     })
     .await;
@@ -287,7 +288,7 @@ async fn an_agent_without_a_good_token_is_refused_and_does_not_try_again() {
         settings.token = token.map(Secret::from);
         assert_eq!(
             Agent::start(settings).ended().await,
-            Err(Failure::Unauthorized)
+            Err(TunnelError::Unauthorized)
         );
     }
     let mut settings = settings(&stack, origin.address);
@@ -311,14 +312,14 @@ async fn a_name_that_is_somebody_elses_is_refused_and_stays_theirs() {
 
     assert_eq!(
         Agent::start(with(&other, &second)).ended().await,
-        Err(Failure::NameTaken("my-app".to_owned()))
+        Err(TunnelError::NameTaken("my-app".to_owned()))
     );
 
     assert_eq!(get(&agent.url).await.status, StatusCode::OK);
     agent.stop().await.expect("stopped as asked");
     assert_eq!(
         Agent::start(with(&other, &second)).ended().await,
-        Err(Failure::NameTaken("my-app".to_owned())),
+        Err(TunnelError::NameTaken("my-app".to_owned())),
         "offline, it is still theirs"
     );
     assert_eq!((first.count(), second.count()), (1, 0));
@@ -357,9 +358,9 @@ async fn a_name_that_is_no_name_is_refused() {
 
 #[tokio::test]
 async fn strangers_are_not_let_in_without_tokens() {
-    let error = Stack::start(Options {
+    let error = Server::start(Options {
         listen: SocketAddr::from(([0, 0, 0, 0], 0)),
-        auth: Auth::Open,
+        auth: AuthMode::Open,
         ..Options::default()
     })
     .await
@@ -372,7 +373,7 @@ async fn strangers_are_not_let_in_without_tokens() {
         ..Options::default()
     };
     assert!(
-        Stack::start(behind_proxy).await.is_err(),
+        Server::start(behind_proxy).await.is_err(),
         "a proxy lets the world in"
     );
 }

@@ -4,34 +4,32 @@ use std::{sync::Arc, time::Duration};
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use forwarder::{
-    handshake::{self, Failed},
+    handshake::{self, HandshakeError},
     settings::{Secret, Settings},
-    tunnel::Failure,
+    tunnel::TunnelError,
 };
 use http::{Request, StatusCode};
-use local::{
-    Options, Stack,
-    access::AccessKey,
-    connections::{Command, Connections},
-    dynamodb,
-    quotas::Quotas,
-};
+use local::{Options, Server};
 use serde_json::json;
 use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 use tokio_tungstenite::tungstenite;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
-use tunnel_shared::{
-    cloud::{
-        auth::{self, Auth},
-        now,
-        replies::Replies,
-        sdk,
-        settings::Variables,
-        websocket::InProcess,
-    },
-    id::TunnelId,
+use tunnel_local_aws::{
+    caller::AccessKey,
+    dynamodb,
+    management::{ConnectionCommand, ConnectionRegistry},
+    quotas::Quotas,
+};
+use tunnel_protocol::id::TunnelId;
+use tunnel_service::{
+    agents::InProcess,
+    auth::{AuthMode, token},
+    aws::sdk,
+    now,
+    replies::Replies,
+    settings::Variables,
 };
 
 use crate::harness::{
@@ -39,13 +37,13 @@ use crate::harness::{
 };
 
 /// A stack that asks for tokens and checks open connections this often, and two tokens.
-async fn two_owners(recheck: Duration) -> (Stack, String, String) {
+async fn two_owners(recheck: Duration) -> (Server, String, String) {
     let quotas = Quotas {
         recheck,
         ..Quotas::default()
     };
     let mut stack = stack_with(Options {
-        auth: Auth::Token,
+        auth: AuthMode::Token,
         quotas,
         ..Options::default()
     })
@@ -59,7 +57,7 @@ async fn two_owners(recheck: Duration) -> (Stack, String, String) {
 const NEVER: Duration = Duration::from_secs(3600);
 const OFTEN: Duration = Duration::from_millis(20);
 
-fn with_token(stack: &Stack, origin: &Origin, token: &str) -> Settings {
+fn with_token(stack: &Server, origin: &Origin, token: &str) -> Settings {
     Settings {
         token: Some(Secret::from(token.to_owned())),
         ..settings(stack, origin.address)
@@ -70,7 +68,7 @@ fn id(name: &str) -> TunnelId {
     name.parse().expect("an id")
 }
 
-async fn owner_of(stack: &Stack, name: &str) -> Option<String> {
+async fn owner_of(stack: &Server, name: &str) -> Option<String> {
     stack
         .tunnels()
         .get(&id(name), now())
@@ -80,7 +78,7 @@ async fn owner_of(stack: &Stack, name: &str) -> Option<String> {
 }
 
 /// The status with which a handshake is refused; 101 if it is not.
-async fn handshake(stack: &Stack, query: &str, token: &str) -> u16 {
+async fn handshake(stack: &Server, query: &str, token: &str) -> u16 {
     match ScriptedAgent::try_connect(stack, query, Some(token)).await {
         Ok(_) => 101,
         Err(tungstenite::Error::Http(response)) => response.status().as_u16(),
@@ -89,7 +87,7 @@ async fn handshake(stack: &Stack, query: &str, token: &str) -> u16 {
 }
 
 /// An agent without a wish for a name, that remembers in this file the one it gets.
-fn forgetful(stack: &Stack, origin: &Origin, file: &std::path::Path) -> Settings {
+fn forgetful(stack: &Server, origin: &Origin, file: &std::path::Path) -> Settings {
     Settings {
         tunnel_id: None,
         memory: Some(file.to_owned()),
@@ -160,7 +158,7 @@ async fn a_remembered_name_that_is_somebody_elses_by_now_is_given_up_for_a_new_o
     assert!(
         matches!(
             Agent::start(chosen).ended().await,
-            Err(Failure::NameTaken(_))
+            Err(TunnelError::NameTaken(_))
         ),
         "a chosen name is no remembered one"
     );
@@ -176,11 +174,11 @@ async fn a_released_name_is_anybodys_and_its_agent_ends() {
     let stranger = with_token(&stack, &other, &theirs);
     assert_eq!(
         handshake::release(&stranger, &name).await,
-        Err(Failed::NameTaken)
+        Err(HandshakeError::NameTaken)
     );
     assert_eq!(
         handshake::release(&with_token(&stack, &other, "wrong"), &name).await,
-        Err(Failed::Unauthorized)
+        Err(HandshakeError::Unauthorized)
     );
     assert_eq!(
         get(&agent.url).await.status,
@@ -192,7 +190,7 @@ async fn a_released_name_is_anybodys_and_its_agent_ends() {
         handshake::release(&with_token(&stack, &origin, &ours), &name).await,
         Ok(true)
     );
-    let Err(Failure::Replaced(reason)) = agent.ended().await else {
+    let Err(TunnelError::Replaced(reason)) = agent.ended().await else {
         panic!("the agent goes on without its name")
     };
     assert!(reason.contains("released"), "{reason}");
@@ -251,7 +249,7 @@ async fn an_agent_learns_that_the_operator_has_released_its_name() {
             .expect("released")
     );
 
-    assert!(matches!(agent.ended().await, Err(Failure::Replaced(_))));
+    assert!(matches!(agent.ended().await, Err(TunnelError::Replaced(_))));
     assert_eq!(
         owner_of(&stack, "my-app").await,
         None,
@@ -259,7 +257,7 @@ async fn an_agent_learns_that_the_operator_has_released_its_name() {
     );
 }
 
-async fn status(stack: &Stack, name: &str, token: Option<&str>) -> Got {
+async fn status(stack: &Server, name: &str, token: Option<&str>) -> Got {
     let request = Request::get(format!("{}/_status/{name}", stack.public_url));
     let request = token.into_iter().fold(request, |request, token| {
         request.header("authorization", format!("Bearer {token}"))
@@ -353,7 +351,7 @@ async fn a_revoked_token_ends_its_open_connection_though_nobody_visits() {
 
     assert_eq!(stack.tokens().revoke("theirs").await.expect("revoked"), 1);
 
-    assert_eq!(agent.ended().await, Err(Failure::Unauthorized));
+    assert_eq!(agent.ended().await, Err(TunnelError::Unauthorized));
     let got = get(&agent.url).await;
     assert_eq!(
         (got.status, got.error()),
@@ -372,7 +370,7 @@ async fn an_expired_token_ends_its_open_connection() {
         .await
         .expect("a token");
     let mut agent = Agent::online(with_token(&stack, &origin, &token)).await;
-    assert_eq!(agent.ended().await, Err(Failure::Unauthorized));
+    assert_eq!(agent.ended().await, Err(TunnelError::Unauthorized));
 }
 
 #[tokio::test]
@@ -388,7 +386,7 @@ async fn visitors_of_a_revoked_token_are_refused_and_its_agent_ends() {
         (got.status, got.error()),
         (StatusCode::SERVICE_UNAVAILABLE, Some("tunnel_offline"))
     );
-    assert_eq!(agent.ended().await, Err(Failure::Unauthorized));
+    assert_eq!(agent.ended().await, Err(TunnelError::Unauthorized));
     assert_eq!(origin.count(), 0);
 }
 
@@ -427,7 +425,7 @@ async fn an_agent_whose_token_was_revoked_is_closed_when_it_speaks() {
 struct Deployment {
     sdk: sdk::SdkConfig,
     in_process: InProcess,
-    sent: mpsc::Receiver<Command>,
+    sent: mpsc::Receiver<ConnectionCommand>,
     _stop: tokio_util::sync::DropGuard,
 }
 
@@ -449,7 +447,7 @@ impl Deployment {
         dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&sdk))
             .await
             .expect("tables");
-        let connections = Connections::default();
+        let connections = ConnectionRegistry::default();
         let (commands, sent) = mpsc::channel(8);
         connections.insert(Self::connection(), commands);
         let in_process = InProcess {
@@ -465,7 +463,7 @@ impl Deployment {
         }
     }
 
-    fn connection() -> tunnel_shared::id::ConnectionId {
+    fn connection() -> tunnel_protocol::id::ConnectionId {
         "L0SM9cOFvHcCIhw=".parse().expect("an id")
     }
 
@@ -496,7 +494,7 @@ impl Deployment {
             .await
             .expect("handled");
         let mut told = Vec::new();
-        while let Ok(Command::Send(text)) = self.sent.try_recv() {
+        while let Ok(ConnectionCommand::Send(text)) = self.sent.try_recv() {
             told.push(serde_json::from_str(&text).expect("JSON"));
         }
         told
@@ -549,7 +547,7 @@ const NAMES: usize = 25;
 const ROUNDS: usize = 40;
 
 /// What the owner of a name does in a round: comes and goes, opens its tunnel, moves it to another connection, or asks how it is.
-async fn own(stack: &Stack, name: &str, token: &str, round: usize) {
+async fn own(stack: &Server, name: &str, token: &str, round: usize) {
     let query = format!("?tunnel_id={name}");
     let connect = async || {
         ScriptedAgent::try_connect(stack, &query, Some(token))
@@ -579,7 +577,7 @@ async fn own(stack: &Stack, name: &str, token: &str, round: usize) {
 }
 
 /// What somebody else tries meanwhile.
-async fn covet(stack: &Stack, name: &str, token: &str, own: &mut ScriptedAgent, round: usize) {
+async fn covet(stack: &Server, name: &str, token: &str, own: &mut ScriptedAgent, round: usize) {
     match round % 5 {
         0 | 1 => assert_eq!(
             handshake(stack, &format!("?tunnel_id={name}"), token).await,
@@ -633,8 +631,8 @@ async fn in_a_thousand_interleavings_a_name_stays_its_owners() {
     }
     within("a thousand rounds", names.join_all()).await;
     let (owner, stranger) = (
-        auth::owner_of(&auth::hash_token(&ours)),
-        auth::owner_of(&auth::hash_token(&theirs)),
+        token::owner_of(&token::hash_token(&ours)),
+        token::owner_of(&token::hash_token(&theirs)),
     );
     for number in 0..NAMES {
         assert_eq!(
@@ -673,7 +671,7 @@ async fn of_many_who_ask_for_a_free_name_at_once_one_owner_gets_it() {
         };
         assert_eq!(
             owner_of(&stack, &format!("free-{number}")).await,
-            Some(auth::owner_of(&auth::hash_token(winner)))
+            Some(token::owner_of(&token::hash_token(winner)))
         );
     }
 }

@@ -3,12 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use local::{
-    Options, Stack,
-    access::AccessKey,
-    connections::{self, Command, Connections},
-    quotas::Quotas,
-};
+use local::{Options, Server};
 use serde_json::json;
 use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 use tokio_tungstenite::tungstenite::{
@@ -18,13 +13,18 @@ use tokio_tungstenite::tungstenite::{
         coding::{Data, OpCode},
     },
 };
-use tunnel_shared::{
-    cloud::{
-        sdk,
-        websocket::{PostError, WebSocketApi},
-    },
+use tunnel_local_aws::{
+    caller::AccessKey,
+    management::{self, ConnectionCommand, ConnectionRegistry},
+    quotas::Quotas,
+};
+use tunnel_protocol::{
     id::ConnectionId,
-    limits::{WEBSOCKET_FRAME, WEBSOCKET_MESSAGE},
+    limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
+};
+use tunnel_service::{
+    agents::{AgentConnections, PostError},
+    aws::sdk,
 };
 
 use crate::harness::{ScriptedAgent, stack, stack_with};
@@ -56,9 +56,9 @@ async fn send_in_frames(agent: &mut ScriptedAgent, text: String, longest: usize)
 async fn a_frame_over_32_kib_closes_the_connection() {
     let stack = stack().await;
     for (length, is_allowed) in [
-        (WEBSOCKET_FRAME - 1, true),
-        (WEBSOCKET_FRAME, true),
-        (WEBSOCKET_FRAME + 1, false),
+        (MAX_FRAME_BYTES - 1, true),
+        (MAX_FRAME_BYTES, true),
+        (MAX_FRAME_BYTES + 1, false),
     ] {
         let mut agent = ScriptedAgent::connect(&stack, "").await;
         send_in_frames(&mut agent, ping(length), usize::MAX).await;
@@ -74,12 +74,12 @@ async fn a_frame_over_32_kib_closes_the_connection() {
 async fn a_message_over_128_kib_closes_the_connection() {
     let stack = stack().await;
     for (length, is_allowed) in [
-        (WEBSOCKET_MESSAGE - 1, true),
-        (WEBSOCKET_MESSAGE, true),
-        (WEBSOCKET_MESSAGE + 1, false),
+        (MAX_MESSAGE_BYTES - 1, true),
+        (MAX_MESSAGE_BYTES, true),
+        (MAX_MESSAGE_BYTES + 1, false),
     ] {
         let mut agent = ScriptedAgent::connect(&stack, "").await;
-        send_in_frames(&mut agent, ping(length), WEBSOCKET_FRAME).await;
+        send_in_frames(&mut agent, ping(length), MAX_FRAME_BYTES).await;
         if is_allowed {
             assert_eq!(agent.hear().await, json!({ "type": "pong" }), "{length}");
         } else {
@@ -98,7 +98,7 @@ async fn a_binary_frame_closes_the_connection() {
     assert_eq!(agent.close_code().await, 1003);
 }
 
-async fn impatient(quotas: Quotas) -> Stack {
+async fn impatient(quotas: Quotas) -> Server {
     stack_with(Options {
         quotas,
         ..Options::default()
@@ -134,23 +134,23 @@ async fn a_connection_is_closed_at_the_end_of_its_life_however_busy() {
 
 /// @connections with its key, as the functions see it.
 async fn management(
-    connections: Connections,
+    connections: ConnectionRegistry,
     quotas: Quotas,
     key: &str,
-) -> (WebSocketApi, JoinSet<()>) {
+) -> (AgentConnections, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let endpoint = format!(
         "ws://{}/{}",
         listener.local_addr().expect("an address"),
-        connections::STAGE
+        management::STAGE
     )
     .parse()
     .expect("an endpoint");
-    let router = connections::router(connections, quotas, AccessKey::only("the key"));
+    let router = management::router(connections, quotas, AccessKey::only("the key"));
     let mut serving = JoinSet::new();
     serving.spawn(async move { axum::serve(listener, router).await.expect("served") });
     (
-        WebSocketApi::new(&sdk::for_loopback("http://127.0.0.1:9", key), &endpoint),
+        AgentConnections::new(&sdk::for_loopback("http://127.0.0.1:9", key), &endpoint),
         serving,
     )
 }
@@ -162,7 +162,7 @@ fn text(length: usize) -> String {
 
 #[tokio::test]
 async fn a_connection_is_gone_until_its_upgrade_has_finished_and_after_its_end() {
-    let connections = Connections::default();
+    let connections = ConnectionRegistry::default();
     let (api, _serving) = management(connections.clone(), Quotas::default(), "the key").await;
     let id: ConnectionId = "abc=".parse().expect("an id");
     assert!(matches!(api.post(&id, &"x").await, Err(PostError::Gone)));
@@ -170,7 +170,7 @@ async fn a_connection_is_gone_until_its_upgrade_has_finished_and_after_its_end()
     let (commands, mut sent) = mpsc::channel(1);
     connections.insert(id.clone(), commands);
     api.post(&id, &"x").await.expect("taken");
-    assert!(matches!(sent.recv().await, Some(Command::Send(text)) if text == "\"x\""));
+    assert!(matches!(sent.recv().await, Some(ConnectionCommand::Send(text)) if text == "\"x\""));
 
     connections.remove(&id);
     assert!(matches!(api.post(&id, &"x").await, Err(PostError::Gone)));
@@ -178,18 +178,18 @@ async fn a_connection_is_gone_until_its_upgrade_has_finished_and_after_its_end()
 
 #[tokio::test]
 async fn a_message_to_an_agent_is_at_most_128_kib_long() {
-    let connections = Connections::default();
+    let connections = ConnectionRegistry::default();
     let (commands, _sent) = mpsc::channel(8);
     let id: ConnectionId = "abc=".parse().expect("an id");
     connections.insert(id.clone(), commands);
     // One byte shorter than what the client itself would send, so that the other side has to refuse.
     let quotas = Quotas {
-        message: WEBSOCKET_MESSAGE - 1,
+        message: MAX_MESSAGE_BYTES - 1,
         ..Quotas::default()
     };
     for (quotas, limit) in [
-        (Quotas::default(), WEBSOCKET_MESSAGE),
-        (quotas, WEBSOCKET_MESSAGE - 1),
+        (Quotas::default(), MAX_MESSAGE_BYTES),
+        (quotas, MAX_MESSAGE_BYTES - 1),
     ] {
         let (api, _serving) = management(connections.clone(), quotas, "the key").await;
         for length in [limit - 1, limit] {
@@ -203,7 +203,7 @@ async fn a_message_to_an_agent_is_at_most_128_kib_long() {
 
 #[tokio::test]
 async fn a_connection_whose_agent_does_not_read_takes_no_more() {
-    let connections = Connections::default();
+    let connections = ConnectionRegistry::default();
     let (api, _serving) = management(connections.clone(), Quotas::default(), "the key").await;
     let (commands, _unread) = mpsc::channel(1);
     let id: ConnectionId = "abc=".parse().expect("an id");
@@ -214,7 +214,7 @@ async fn a_connection_whose_agent_does_not_read_takes_no_more() {
 
 #[tokio::test]
 async fn nobody_else_on_the_machine_can_speak_to_agents() {
-    let connections = Connections::default();
+    let connections = ConnectionRegistry::default();
     let (commands, mut sent) = mpsc::channel(1);
     let id: ConnectionId = "abc=".parse().expect("an id");
     connections.insert(id.clone(), commands);
@@ -239,8 +239,8 @@ async fn nobody_else_on_the_machine_can_read_the_tables() {
     );
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = format!("http://{}", listener.local_addr().expect("an address"));
-    local::dynamodb::serve(
-        local::dynamodb::open(None).expect("an engine"),
+    tunnel_local_aws::dynamodb::serve(
+        tunnel_local_aws::dynamodb::open(None).expect("an engine"),
         listener,
         AccessKey::only("the key"),
         &tasks,

@@ -10,18 +10,18 @@ use bytes::Bytes;
 use http::{Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
-use local::{Options, Stack, stack::Shape};
+use local::{Options, Server, server::Transport};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tunnel_shared::id::ConnectionId;
+use tunnel_protocol::id::ConnectionId;
 
 use crate::harness::{Got, Origin, ScriptedAgent, agent, get, post, stack, visit, within};
 
-async fn as_in_aws() -> Stack {
+async fn as_in_aws() -> Server {
     let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    Stack::start(Options {
+    Server::start(Options {
         listen,
-        shape: Shape::AsInAws,
+        shape: Transport::Emulated,
         ..Options::default()
     })
     .await
@@ -29,7 +29,7 @@ async fn as_in_aws() -> Stack {
 }
 
 /// An agent on a tunnel of this name that answers over reply connections, once there is one.
-async fn connected(stack: &Stack, name: &str) -> (ScriptedAgent, String) {
+async fn connected(stack: &Server, name: &str) -> (ScriptedAgent, String) {
     let mut agent = ScriptedAgent::connect(stack, &format!("?tunnel_id={name}")).await;
     agent
         .ready(&json!({ "type": "ready", "features": ["body_parts", "reply_to"] }))

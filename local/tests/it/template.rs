@@ -9,7 +9,6 @@ use std::{
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use axum::{Router, body::Bytes, extract::State, http::HeaderMap, response::IntoResponse};
 use lambda_http::request::LambdaRequest;
-use local::{access::AccessKey, dynamodb};
 use serde_yaml_ng::Value;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -17,14 +16,14 @@ use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::Forward;
-use tunnel_shared::{
-    cloud::{
-        connections::Connections,
-        now,
-        sdk::{self, SdkConfig},
-        settings::{Faults, Variables},
-    },
-    limits::LAMBDA_RUN,
+use tunnel_local_aws::{caller::AccessKey, dynamodb};
+use tunnel_protocol::limits::LAMBDA_RUN;
+use tunnel_service::{
+    aws::sdk,
+    aws::sdk::SdkConfig,
+    now,
+    settings::{SettingsError, Variables},
+    tables::connections::ConnectionsTable,
 };
 
 use crate::harness::within;
@@ -74,7 +73,9 @@ fn the_template_describes_the_tables_that_the_functions_use() {
 }
 
 /// The variables that a function reads, found by loading it.
-fn asked_for<T>(load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, Faults>) -> BTreeSet<String> {
+fn asked_for<T>(
+    load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, SettingsError>,
+) -> BTreeSet<String> {
     let asked = RefCell::new(BTreeSet::new());
     let read = |name: &str| {
         asked.borrow_mut().insert(name.to_owned());
@@ -254,7 +255,7 @@ async fn surroundings(dynamodb: &str) -> Surroundings {
 }
 
 impl Surroundings {
-    fn load<T>(&self, load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, Faults>) -> T {
+    fn load<T>(&self, load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, SettingsError>) -> T {
         let read = |name: &str| {
             Some(match name {
                 "WEBSOCKET_API_ENDPOINT" => self.connections.clone(),
@@ -289,14 +290,15 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct))
         .await
         .expect("tables");
-    let token = tunnel_shared::cloud::tokens::Token {
-        hash: tunnel_shared::cloud::auth::hash_token("sample"),
+    let token = tunnel_service::tables::tokens::Token {
+        hash: tunnel_service::auth::token::hash_token("sample"),
         name: "sample".to_owned(),
         created_at: 0,
         expires_at: None,
         revoked: false,
     };
-    let tokens = tunnel_shared::cloud::tokens::Tokens::new(&direct, dynamodb::TOKENS.to_owned());
+    let tokens =
+        tunnel_service::tables::tokens::TokensTable::new(&direct, dynamodb::TOKENS.to_owned());
     tokens.put(&token).await.expect("a token");
     let mut made = BTreeMap::new();
 
@@ -324,7 +326,7 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
             .status_code,
         200
     );
-    let ticket = Connections::new(&direct, dynamodb::CONNECTIONS.to_owned())
+    let ticket = ConnectionsTable::new(&direct, dynamodb::CONNECTIONS.to_owned())
         .issue_ticket(now())
         .await
         .expect("a ticket");

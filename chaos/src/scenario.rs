@@ -1,0 +1,329 @@
+//! What is done to a world, from its start to the verdict.
+
+use std::time::Duration;
+
+use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
+
+use crate::{
+    Cli, Scenario,
+    check::{Findings, line, summary},
+    fault::{AGE, Fault, Spell},
+    visit::{Outcome, Plan},
+    world::{World, lock},
+};
+
+/// After the last fault load goes on for this long.
+const CALM_END: Duration = Duration::from_secs(5);
+/// A request without a fault takes less.
+const QUICK: Duration = Duration::from_secs(1);
+/// How long the network is silent in [`outage`].
+const OUTAGE: Duration = Duration::from_secs(60);
+
+/// Runs what the command line asks for, and tells whether all is well.
+pub(crate) async fn run(cli: Cli) -> anyhow::Result<bool> {
+    let seed = cli
+        .seed
+        .unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
+    println!(
+        "seed {seed}; packets {}",
+        if cli.isolated {
+            "can be dropped"
+        } else {
+            "cannot be dropped here: that takes root, unshare and iptables"
+        }
+    );
+    match cli.scenario.as_ref().unwrap_or(&Scenario::SettingsError) {
+        Scenario::SettingsError | Scenario::Service { .. } => faults(&cli, seed).await,
+        Scenario::Rollovers => rollovers(&cli, seed).await,
+        Scenario::Outage => outage(&cli, seed).await,
+        Scenario::Soak => soak(&cli, seed).await,
+    }
+}
+
+async fn faults(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
+    let world = World::start(cli, Some(AGE)).await?;
+    let end = Instant::now() + cli.time();
+    let load = world
+        .load
+        .come(cli.rate.unwrap_or(40), end, seed, Plan::random);
+    let (spells, ()) = tokio::join!(
+        async { measured(&world, happen(&world, cli, seed, end)).await },
+        load
+    );
+    let spells = spells?;
+
+    summary(&world);
+    let slowest = spells
+        .iter()
+        .filter(|spell| !spell.faults.contains(&Fault::ForgetConnections))
+        .filter_map(|spell| spell.back_after)
+        .max();
+    println!(
+        "{} faults; the tunnel was back after at most {:.2?}",
+        spells.len(),
+        slowest.unwrap_or_default()
+    );
+    let mut findings = Findings::default();
+    findings.of_spells(&world, &spells);
+    findings.of_visits(&world, &spells);
+    findings.of_ledger(&world);
+    findings.of_the_end(&world).await;
+    Ok(finish(&world, cli, &findings))
+}
+
+/// Faults in random order, each kind once before any comes again, with calm between them.
+async fn happen(world: &World, cli: &Cli, seed: u64, end: Instant) -> anyhow::Result<Vec<Spell>> {
+    let mut random = StdRng::seed_from_u64(seed);
+    let is_wanted = |fault: &Fault| {
+        let name = format!("{fault:?}").to_lowercase();
+        (world.can_drop_packets || *fault != Fault::DropPackets)
+            && cli.only.as_ref().is_none_or(|only| {
+                only.split(',')
+                    .any(|part| name.contains(&part.to_lowercase()))
+            })
+    };
+    let wanted: Vec<Fault> = Fault::ALL.into_iter().filter(is_wanted).collect();
+    anyhow::ensure!(!wanted.is_empty(), "no fault has such a name");
+    let (mut deck, mut spells) = (Vec::new(), Vec::new());
+    loop {
+        sleep(Duration::from_millis(random.random_range(1500..4000))).await;
+        let left = end
+            .saturating_duration_since(Instant::now())
+            .saturating_sub(CALM_END);
+        if left < Duration::from_secs(3) {
+            sleep_until(end).await;
+            return Ok(spells);
+        }
+        if deck.is_empty() {
+            deck.clone_from(&wanted);
+            deck.shuffle(&mut random);
+        }
+        let Some(first) = deck.pop() else { continue };
+        let mut faults = vec![first];
+        if random.random_bool(0.25) {
+            faults.extend(
+                deck.iter()
+                    .rposition(|other| other.place() != first.place())
+                    .map(|at| deck.remove(at)),
+            );
+        }
+        let is_long = random.random_bool(0.12) && left > Duration::from_secs(60);
+        let time = Duration::from_millis(if is_long {
+            random.random_range(26_000..36_000)
+        } else {
+            random.random_range(200..5000)
+        });
+        let spell = Spell::run(&faults, world, time.min(left), &mut random).await?;
+        println!("{}", line(world, &spell));
+        for process in world.processes() {
+            let mut process = lock(process);
+            if let Some(status) = process.ended() {
+                println!(
+                    "{} ENDED by itself: {status}; it is started again",
+                    process.name
+                );
+                process.restart(|_| {})?;
+            }
+        }
+        spells.push(spell);
+    }
+}
+
+/// Does something while memory is measured every second.
+async fn measured<T>(world: &World, work: impl Future<Output = T>) -> T {
+    let measure = async {
+        let mut tick = interval(Duration::from_secs(1));
+        loop {
+            tick.tick().await;
+            for process in world.processes() {
+                lock(process).measure();
+            }
+        }
+    };
+    tokio::select! {
+        done = work => done,
+        () = measure => unreachable!("measuring does not end"),
+    }
+}
+
+/// Something small, as people's pages are made of.
+fn small(number: u64, random: &mut StdRng) -> Plan {
+    let mut plan = Plan::get("get", number, random.random_range(0..30_000));
+    plan.wish.is_text = random.random_bool(0.5);
+    if random.random_bool(0.3) {
+        (plan.kind, plan.method) = ("post", http::Method::POST);
+        plan.wish.upload = random.random_range(0..30_000);
+    }
+    plan
+}
+
+async fn rollovers(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
+    let world = World::start(cli, Some("10s")).await?;
+    let end = Instant::now() + cli.time();
+    measured(
+        &world,
+        world.load.come(cli.rate.unwrap_or(20), end, seed, small),
+    )
+    .await;
+    summary(&world);
+    let visits = world.load.visits();
+    let slow = visits
+        .iter()
+        .filter(|visit| visit.ended - visit.began > QUICK)
+        .count();
+    println!(
+        "{} connections took over from another; {slow} requests took longer than {QUICK:?}",
+        times_online(&world).saturating_sub(1)
+    );
+    let mut findings = Findings::default();
+    if slow > 0 {
+        findings.add(format!("{slow} requests were slow"));
+    }
+    findings.of_visits(&world, &[]);
+    findings.of_ledger(&world);
+    findings.of_the_end(&world).await;
+    Ok(finish(&world, cli, &findings))
+}
+
+async fn outage(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
+    let world = World::start(cli, None).await?;
+    let before = Duration::from_secs(5);
+    let silence = |is_silent: bool| {
+        if world.can_drop_packets {
+            return world.drop_packets(is_silent);
+        }
+        world.network.change(|mode, _| mode.holds = is_silent);
+        Ok(())
+    };
+    let outage = async {
+        sleep(before).await;
+        let began = Instant::now();
+        silence(true)?;
+        let noticed = timeout(OUTAGE, until_logged(&world, "offline:")).await;
+        let noticed = noticed.map(|()| began.elapsed());
+        sleep_until(began + OUTAGE).await;
+        let ended = Instant::now();
+        silence(false)?;
+        let back_after = world.until_it_answers(Duration::from_secs(60)).await;
+        let over = Instant::now() + Duration::from_secs(1);
+        anyhow::Ok((
+            noticed,
+            Spell {
+                faults: vec![Fault::DropPackets],
+                began,
+                ended,
+                back_after,
+                over,
+            },
+        ))
+    };
+    let end = Instant::now() + before + OUTAGE + Duration::from_secs(15);
+    let (outcome, ()) = tokio::join!(
+        outage,
+        world.load.come(cli.rate.unwrap_or(5), end, seed, small)
+    );
+    let (noticed, spell) = outcome?;
+    summary(&world);
+    let noticed = noticed.unwrap_or(Duration::MAX);
+    println!(
+        "the agent noticed after {noticed:.1?}; {}",
+        line(&world, &spell)
+    );
+    let waits = |from: u64, to: u64| {
+        let range = spell.began + Duration::from_secs(from)..spell.began + Duration::from_secs(to);
+        world
+            .load
+            .visits()
+            .iter()
+            .filter(|visit| range.contains(&visit.began))
+            .map(|visit| visit.ended - visit.began)
+            .max()
+            .unwrap_or_default()
+    };
+    println!(
+        "visitors of the first 30 s waited at most {:.1?}, those of the next 30 s {:.1?}",
+        waits(0, 30),
+        waits(31, 60)
+    );
+    let mut findings = Findings::default();
+    if noticed > Duration::from_secs(30) {
+        findings.add("the agent did not notice within 30 s");
+    }
+    if waits(0, 60) > Duration::from_secs(35) {
+        findings.add("a visitor waited for more than 35 s");
+    }
+    findings.of_spells(&world, std::slice::from_ref(&spell));
+    findings.of_visits(&world, std::slice::from_ref(&spell));
+    findings.of_ledger(&world);
+    findings.of_the_end(&world).await;
+    Ok(finish(&world, cli, &findings))
+}
+
+async fn soak(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
+    let world = World::start(cli, Some("10s")).await?;
+    let end = Instant::now() + cli.time();
+    let report = async {
+        let mut tick = interval(Duration::from_secs(15));
+        loop {
+            tick.tick().await;
+            let memory: Vec<String> = world
+                .processes()
+                .iter()
+                .map(|process| {
+                    let mut process = lock(process);
+                    let memory = process.measure();
+                    format!("{} {memory} kB", process.name)
+                })
+                .collect();
+            println!(
+                "{:7.2} s  {}; {} requests",
+                world.at(Instant::now()),
+                memory.join(", "),
+                world.load.visits().len()
+            );
+        }
+    };
+    tokio::select! {
+        () = measured(&world, world.load.come(cli.rate.unwrap_or(200), end, seed, small)) => {}
+        () = report => {}
+    }
+    summary(&world);
+    let wrong = world
+        .load
+        .visits()
+        .iter()
+        .filter(|visit| visit.outcome != Outcome::Right)
+        .count();
+    let mut findings = Findings::default();
+    if wrong > 0 {
+        findings.add(format!("{wrong} requests did not go well"));
+    }
+    findings.of_visits(&world, &[]);
+    findings.of_ledger(&world);
+    findings.of_the_end(&world).await;
+    Ok(finish(&world, cli, &findings))
+}
+
+fn times_online(world: &World) -> usize {
+    lock(&world.agent)
+        .log()
+        .lines()
+        .filter(|line| line.starts_with("online:"))
+        .count()
+}
+
+async fn until_logged(world: &World, text: &str) {
+    while !lock(&world.agent).log().contains(text) {
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Prints the verdict. Logs are kept if something was found or somebody said where.
+fn finish(world: &World, cli: &Cli, findings: &Findings) -> bool {
+    let is_well = findings.verdict(world);
+    if is_well && cli.logs.is_none() {
+        let _ = std::fs::remove_dir_all(&world.logs);
+    }
+    is_well
+}

@@ -1,0 +1,277 @@
+//! Which visitors a tunnel lets in, as its user writes it. The service keeps to it; what it is given are hashes.
+
+use std::str::FromStr;
+
+use clap::Args;
+use http::{HeaderName, HeaderValue};
+use rand::RngExt;
+use tunnel_protocol::{
+    cidr::Cidr,
+    visitor_policy::{PolicyError, VisitorPolicy},
+};
+
+use crate::settings::Secret;
+
+/// The rules of one tunnel, or a place where they may be written: flags, a table of the config file. What is not there is left to
+/// the next place; a list that is there and empty is no rule.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PolicyArgs {
+    /// Let in only visitors with this name and password; may be repeated, better in the environment than on the command line
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_BASIC_AUTH",
+        hide_env_values = true,
+        value_name = "USER:PASSWORD"
+    )]
+    pub basic_auth: Option<Vec<Secret>>,
+    /// Let in only visitors from this network, such as 192.0.2.0/24; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_ALLOW",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
+    pub allow: Option<Vec<Cidr>>,
+    /// Keep out visitors from this network; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_DENY",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
+    pub deny: Option<Vec<Cidr>>,
+    /// Let in only requests with this header; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_REQUIRE_HEADER",
+        hide_env_values = true,
+        value_name = "NAME: VALUE"
+    )]
+    pub require_header: Option<Vec<Secret>>,
+}
+
+/// What is wrong with the rules. Tells no secret.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum PolicyArgsError {
+    /// Not a name with a password.
+    #[error(
+        "basic_auth is USER:PASSWORD: both are there, the name has no colon, and neither has control characters"
+    )]
+    BasicAuth,
+    /// Not a header field.
+    #[error(
+        "require_header is NAME: VALUE, such as X-Secret: 5ca1ab1e, with a name and a value that HTTP allows"
+    )]
+    RequireHeader,
+    /// What the service would not accept.
+    #[error("basic_auth, require_header, allow and deny: {0}")]
+    PolicyError(#[from] PolicyError),
+}
+
+/// Rules that are complete and can be kept to. No rules let every visitor in.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    basic_auth: Vec<Secret>,
+    require_header: Vec<(HeaderName, HeaderValue)>,
+    allow: Vec<Cidr>,
+    deny: Vec<Cidr>,
+}
+
+impl PolicyArgs {
+    /// These rules, and where there are none of a kind those of `next`.
+    #[must_use]
+    pub fn or(&self, next: &Self) -> Self {
+        Self {
+            basic_auth: self.basic_auth.clone().or_else(|| next.basic_auth.clone()),
+            allow: self.allow.clone().or_else(|| next.allow.clone()),
+            deny: self.deny.clone().or_else(|| next.deny.clone()),
+            require_header: self
+                .require_header
+                .clone()
+                .or_else(|| next.require_header.clone()),
+        }
+    }
+
+    /// Checks them.
+    ///
+    /// # Errors
+    /// When one is malformed, or there are more than the service takes.
+    pub fn check(self) -> Result<Policy, PolicyArgsError> {
+        let basic_auth = self.basic_auth.unwrap_or_default();
+        if !basic_auth
+            .iter()
+            .all(|credentials| is_basic_auth(credentials.reveal()))
+        {
+            return Err(PolicyArgsError::BasicAuth);
+        }
+        let require_header: Option<Vec<_>> = self
+            .require_header
+            .unwrap_or_default()
+            .iter()
+            .map(|field| header(field.reveal()))
+            .collect();
+        let checked = Policy {
+            basic_auth,
+            require_header: require_header.ok_or(PolicyArgsError::RequireHeader)?,
+            allow: self.allow.unwrap_or_default(),
+            deny: self.deny.unwrap_or_default(),
+        };
+        if !checked.is_empty() {
+            checked.access([0; 16])?;
+        }
+        Ok(checked)
+    }
+}
+
+impl Policy {
+    /// Whether every visitor is let in.
+    pub fn is_empty(&self) -> bool {
+        self.basic_auth.is_empty()
+            && self.require_header.is_empty()
+            && self.allow.is_empty()
+            && self.deny.is_empty()
+    }
+
+    /// What one connection tells the service, with a salt of its own; none where every visitor is let in.
+    pub fn for_one_connection(&self) -> Option<VisitorPolicy> {
+        (!self.is_empty()).then(|| {
+            self.access(rand::rng().random())
+                .expect("they were checked")
+        })
+    }
+
+    fn access(&self, salt: [u8; 16]) -> Result<VisitorPolicy, PolicyError> {
+        let basic: Vec<&str> = self.basic_auth.iter().map(Secret::reveal).collect();
+        VisitorPolicy::new(
+            salt,
+            &basic,
+            &self.require_header,
+            self.allow.clone(),
+            self.deny.clone(),
+        )
+    }
+}
+
+/// RFC 7617, 2.
+fn is_basic_auth(text: &str) -> bool {
+    let has_both = text
+        .split_once(':')
+        .is_some_and(|(name, password)| !name.is_empty() && !password.is_empty());
+    has_both && !text.chars().any(char::is_control)
+}
+
+fn header(text: &str) -> Option<(HeaderName, HeaderValue)> {
+    let (name, value) = text.split_once(':')?;
+    let mut value = HeaderValue::from_str(value.trim())
+        .ok()
+        .filter(|value| !value.is_empty())?;
+    value.set_sensitive(true);
+    Some((HeaderName::from_str(name.trim()).ok()?, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderMap;
+
+    use super::*;
+
+    fn rules(basic_auth: &[&str], require_header: &[&str]) -> PolicyArgs {
+        let secrets = |texts: &[&str]| {
+            Some(
+                texts
+                    .iter()
+                    .map(|text| Secret::from((*text).to_owned()))
+                    .collect(),
+            )
+        };
+        PolicyArgs {
+            basic_auth: secrets(basic_auth),
+            require_header: secrets(require_header),
+            ..PolicyArgs::default()
+        }
+    }
+
+    #[test]
+    fn rules_are_checked_before_a_tunnel_is_opened_and_faults_tell_no_secret() {
+        for (good, header) in [
+            ("alice:x", "X-Key: 1"),
+            ("a b:c:d", "x-key:1"),
+            ("\u{e9}:\u{2615}", "authorization: Bearer x"),
+        ] {
+            assert!(rules(&[good], &[]).check().is_ok(), "{good}");
+            assert!(rules(&[], &[header]).check().is_ok(), "{header}");
+        }
+        for bad in [
+            "",
+            "swordfish",
+            ":swordfish",
+            "swordfish:",
+            "alice:sword\nfish",
+        ] {
+            let fault = rules(&[bad], &[]).check().expect_err(bad);
+            assert_eq!(fault, PolicyArgsError::BasicAuth);
+            assert!(!fault.to_string().contains("sword"), "{fault}");
+        }
+        for bad in [
+            "",
+            "swordfish",
+            "x y: swordfish",
+            ": swordfish",
+            "x-key:",
+            "x-key: sword\nfish",
+        ] {
+            let fault = rules(&[], &[bad]).check().expect_err(bad);
+            assert_eq!(fault, PolicyArgsError::RequireHeader);
+        }
+        for bad in ["Host: swordfish", "X-Forwarded-For: swordfish"] {
+            let fault = rules(&[], &[bad]).check().expect_err(bad);
+            assert!(
+                matches!(fault, PolicyArgsError::PolicyError(PolicyError::Field(_)))
+                    && !fault.to_string().contains("sword"),
+                "{fault}"
+            );
+        }
+        assert!(rules(&["a:b"; 33], &[]).check().is_err());
+        assert!(rules(&[], &[]).check().expect("no rules").is_empty());
+        assert!(
+            !format!(
+                "{:?}",
+                rules(&["a:swordfish"], &["x-key: swordfish"]).check()
+            )
+            .contains("sword")
+        );
+    }
+
+    #[test]
+    fn every_connection_has_a_salt_of_its_own() {
+        let checked = rules(&["alice:swordfish"], &["X-Key: swordfish"])
+            .check()
+            .expect("rules");
+        let [one, two] = [(); 2].map(|()| checked.for_one_connection().expect("rules"));
+        assert_ne!(one, two);
+        assert!(one.admit(None, &HeaderMap::new()).is_err());
+        assert_eq!(Policy::default().for_one_connection(), None);
+    }
+
+    #[test]
+    fn the_first_place_that_has_a_kind_of_rule_decides() {
+        let first = rules(&["a:b"], &[]);
+        let second = PolicyArgs {
+            allow: Some(vec!["::1".parse().expect("a network")]),
+            ..rules(&["c:d"], &["x-key: 1"])
+        };
+        let both = first.or(&second);
+        assert_eq!(both.basic_auth.expect("a list")[0].reveal(), "a:b");
+        assert_eq!(
+            (
+                both.require_header.expect("a list").len(),
+                both.allow.expect("a list").len()
+            ),
+            (0, 1)
+        );
+    }
+}

@@ -1,0 +1,218 @@
+//! What a visitor sees when there is no response of the local service to show.
+
+use std::time::Duration;
+
+use http::{HeaderValue, Response, StatusCode, header};
+use tunnel_protocol::{
+    headers::TUNNEL_ERROR, id::TunnelId, message::AgentErrorCode, visitor_policy::DeniedError,
+};
+use tunnel_service::{agents::PostError, auth::AuthError, tables::dynamodb::StoreError};
+
+use crate::response::{self, ResponseBody};
+
+/// When an offline tunnel may be back: agents reconnect within seconds.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// Why a visit has no response of the local service. Each has a stable code, in the `X-Tunnel-Error` header and in the body.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// The address names no tunnel that exists.
+    #[error(
+        "There is no tunnel at this address. Check the address, or start the agent with this tunnel id."
+    )]
+    NoSuchTunnel,
+    /// Whoever asks for a tunnel's status does not say who that is.
+    #[error(
+        "Only the tunnel's owner may see this. Ask with its token, in a header: Authorization: Bearer TOKEN"
+    )]
+    NotTheOwner,
+    /// The tunnel exists, but no agent is connected.
+    #[error("The tunnel exists, but its agent is not connected now. It may be back in a moment.")]
+    Offline,
+    /// The tunnel asks for a name and a password, and the visitor has sent none that it knows.
+    #[error("This tunnel asks for a name and a password.")]
+    Unauthorized(TunnelId),
+    /// The tunnel does not let this visitor in.
+    #[error("This tunnel does not let this request in: {0}.")]
+    Forbidden(&'static str),
+    /// The tunnel has as many requests as the service lets it have. The next may come after this time.
+    #[error("This tunnel has more requests than the service lets it have. Try again in {} s.", seconds(*.0))]
+    RateLimited(Duration),
+    /// The agent has not taken the request, because another connection serves the tunnel now.
+    #[error("The tunnel has just moved to another connection of its agent. Try again.")]
+    Moved,
+    /// The agent's connection ended before its reply did.
+    #[error(
+        "The agent's connection ended before it answered. The local service may have seen the request."
+    )]
+    AgentLost,
+    /// The agent takes no more requests.
+    #[error("The agent has as many requests as it can take. Try again in a moment.")]
+    AgentBusy,
+    /// The agent could not reach the local service, or it broke off.
+    #[error("The agent is connected, but the local service did not answer: {0}")]
+    LocalUnreachable(String),
+    /// The local service, or the way to it, took too long.
+    #[error("The local service did not answer in time.")]
+    LocalTimeout,
+    /// What the agent replied is no response.
+    #[error("The agent's reply is no valid HTTP response: {0}")]
+    InvalidReply(String),
+    /// A body is over a limit.
+    #[error("{0}")]
+    TooLarge(String),
+    /// The visitor's request is malformed or broke off.
+    #[error("The request is not valid: {0}")]
+    BadRequest(String),
+    /// A fault of ours; the cause is for the log.
+    #[error("The tunnel service failed. Its log tells why.")]
+    Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl ForwardError {
+    /// The status the visitor gets.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::NoSuchTunnel => StatusCode::NOT_FOUND,
+            Self::Unauthorized(_) | Self::NotTheOwner => StatusCode::UNAUTHORIZED,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
+            Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Offline | Self::Moved | Self::AgentBusy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::AgentLost | Self::LocalUnreachable(_) | Self::InvalidReply(_) => {
+                StatusCode::BAD_GATEWAY
+            }
+            Self::LocalTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// The stable code.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NoSuchTunnel => "tunnel_not_found",
+            Self::Unauthorized(_) => "visitor_unauthorized",
+            Self::Forbidden(_) => "visitor_forbidden",
+            Self::RateLimited(_) => "rate_limited",
+            Self::NotTheOwner => "unauthorized",
+            Self::Offline | Self::Moved => "tunnel_offline",
+            Self::AgentLost => "agent_lost",
+            Self::AgentBusy => "agent_busy",
+            Self::LocalUnreachable(_) => "local_unreachable",
+            Self::LocalTimeout => "local_timeout",
+            Self::InvalidReply(_) => "invalid_reply",
+            Self::TooLarge(_) => "too_large",
+            Self::BadRequest(_) => "bad_request",
+            Self::Internal(_) => "internal_error",
+        }
+    }
+
+    /// What the agent's error means to the visitor.
+    pub fn of_agent(code: AgentErrorCode, message: String) -> Self {
+        match code {
+            AgentErrorCode::InvalidRequest => Self::BadRequest(message),
+            AgentErrorCode::Timeout => Self::LocalTimeout,
+            AgentErrorCode::LocalServiceUnavailable => Self::LocalUnreachable(message),
+            AgentErrorCode::ResponseTooLarge => Self::TooLarge(message),
+            AgentErrorCode::Busy => Self::AgentBusy,
+            AgentErrorCode::Replaced => Self::Moved,
+            AgentErrorCode::InternalError => Self::InvalidReply(message),
+        }
+    }
+
+    /// The answer: a page for browsers, JSON for everybody else.
+    pub fn into_response(self, wants_html: bool) -> Response<ResponseBody> {
+        let (status, code, sentence) = (self.status(), self.code(), self.to_string());
+        let (content_type, body) = if wants_html {
+            ("text/html; charset=utf-8", page(status, code, &sentence))
+        } else {
+            (
+                "application/json",
+                serde_json::json!({ "error": code, "message": sentence }).to_string() + "\n",
+            )
+        };
+        let mut response = Response::new(response::whole(body));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(TUNNEL_ERROR, HeaderValue::from_static(code));
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        match self {
+            Self::RateLimited(pause) => {
+                headers.insert(header::RETRY_AFTER, seconds(pause).into());
+            }
+            // Named after the tunnel, so that a browser does not send its password to others of the same host.
+            Self::Unauthorized(tunnel) => {
+                let challenge = format!("Basic realm=\"{tunnel}\", charset=\"UTF-8\"");
+                headers.extend(
+                    HeaderValue::from_str(&challenge)
+                        .map(|value| (header::WWW_AUTHENTICATE, value)),
+                );
+            }
+            Self::NotTheOwner => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            _ if status == StatusCode::SERVICE_UNAVAILABLE => {
+                headers.insert(header::RETRY_AFTER, RETRY_AFTER.as_secs().into());
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+/// Whole seconds, at least one: what `Retry-After` can say.
+fn seconds(pause: Duration) -> u64 {
+    pause
+        .as_millis()
+        .div_ceil(1000)
+        .try_into()
+        .unwrap_or(u64::MAX)
+        .max(1)
+}
+
+fn page(status: StatusCode, code: &str, sentence: &str) -> String {
+    let escaped = sentence
+        .replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;");
+    format!(
+        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\n\
+         <title>{status}</title>\n<style>body{{font:1rem/1.5 system-ui;margin:15vh auto;max-width:34rem;padding:0 1rem}}</style>\n\
+         <h1>{status}</h1>\n<p>{escaped}</p>\n<p><code>{code}</code></p>\n</html>\n"
+    )
+}
+
+impl ForwardError {
+    /// What it means to a visitor of `tunnel` not to be let in.
+    pub fn of_denied(denied: DeniedError, tunnel: &TunnelId) -> Self {
+        match denied {
+            DeniedError::Unauthorized => Self::Unauthorized(tunnel.clone()),
+            DeniedError::Address => Self::Forbidden("it comes from an address that may not"),
+            DeniedError::Field => Self::Forbidden("a header that is asked for is missing or wrong"),
+        }
+    }
+}
+
+impl From<StoreError> for ForwardError {
+    fn from(error: StoreError) -> Self {
+        Self::Internal(Box::new(error))
+    }
+}
+
+impl From<AuthError> for ForwardError {
+    fn from(error: AuthError) -> Self {
+        Self::Internal(Box::new(error))
+    }
+}
+
+impl From<PostError> for ForwardError {
+    fn from(error: PostError) -> Self {
+        match error {
+            PostError::Gone => Self::Offline,
+            PostError::Busy => Self::AgentBusy,
+            PostError::TooLarge(_) | PostError::Failed { .. } => Self::Internal(Box::new(error)),
+        }
+    }
+}

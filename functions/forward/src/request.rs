@@ -1,0 +1,245 @@
+//! A visitor's request as a front received it.
+
+use std::time::Duration;
+
+use aws_lambda_events::apigw::{ApiGatewayProxyRequest, ApiGatewayV2httpRequest};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, header};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use lambda_http::request::LambdaRequest;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use tunnel_protocol::{
+    headers::{FORWARDED_PROTO, text_to_value},
+    limits::{HTTP_API_TIMEOUT, STREAM_TIMEOUT},
+};
+use tunnel_service::routing::{PublicUrl, encode_decoded_path, encode_path};
+
+/// What a visitor sends, as it arrives.
+pub type VisitorBody = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
+
+/// How much earlier than its front gives up a request does, so that the visitor gets our answer and not the front's.
+pub(crate) const ANSWER_MARGIN: Duration = Duration::from_secs(1);
+
+/// The part of a host name by which function URLs are known: `<id>.lambda-url.<region>.on.aws`.
+const FUNCTION_URL: &str = ".lambda-url.";
+
+/// What a query's key or value may hold as it is: RFC 3986's unreserved characters.
+const NOT_IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
+/// Where a visit came in, which decides how it is answered.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Ingress {
+    /// An HTTP API: takes whole answers only, and gives up after [`HTTP_API_TIMEOUT`].
+    HttpApi(Payload),
+    /// A function URL in RESPONSE_STREAM mode, or `local`: takes answers as they come.
+    Streaming,
+}
+
+/// The payload format version of an HTTP API's integration.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Payload {
+    /// 1.0
+    V1,
+    /// 2.0
+    V2,
+}
+
+impl Ingress {
+    /// How long a visitor can be made to wait for the response to start.
+    fn response_timeout(self) -> Duration {
+        match self {
+            Self::HttpApi(_) => HTTP_API_TIMEOUT - ANSWER_MARGIN,
+            Self::Streaming => STREAM_TIMEOUT - ANSWER_MARGIN,
+        }
+    }
+}
+
+/// A visitor's request.
+#[derive(Debug)]
+pub struct VisitorRequest {
+    /// Where it came in.
+    pub front: Ingress,
+    /// How long the visitor can be made to wait for the response to start.
+    pub response_timeout: Duration,
+    /// The method as sent.
+    pub method: Method,
+    /// The scheme the visitor used.
+    pub scheme: String,
+    /// The host the visitor used, with its port if it named one.
+    pub host: String,
+    /// The percent-encoded path.
+    pub path: String,
+    /// The query as sent, without `?`; none when there was no `?`.
+    pub query: Option<String>,
+    /// All header fields as the front gave them.
+    pub headers: HeaderMap,
+    /// The visitor's address.
+    pub source_ip: String,
+    /// The body.
+    pub body: VisitorBody,
+}
+
+/// The event is none of an HTTP front, or says nonsense: a fault of the deployment.
+#[derive(Debug, thiserror::Error)]
+pub enum EventError {
+    /// Another kind of event.
+    #[error("not an event of an HTTP API or a function URL")]
+    Kind,
+    /// A body that claims to be base64 and is not.
+    #[error("the body is not the base64 it is said to be")]
+    Body(#[from] base64::DecodeError),
+}
+
+impl VisitorRequest {
+    /// Reads an event: payload format 1.0 or 2.0 of an HTTP API, or that of a function URL. A function URL is known by its host:
+    /// AWS's own, or that of `streaming_url`.
+    ///
+    /// # Errors
+    /// When it is none of them.
+    pub fn from_event(
+        event: LambdaRequest,
+        streaming_url: Option<&PublicUrl>,
+    ) -> Result<Self, EventError> {
+        match event {
+            LambdaRequest::ApiGatewayV1(event) => Self::from_v1(event),
+            LambdaRequest::ApiGatewayV2(event) => Self::from_v2(event, streaming_url),
+            _ => Err(EventError::Kind),
+        }
+    }
+
+    fn from_v2(
+        event: ApiGatewayV2httpRequest,
+        streaming_url: Option<&PublicUrl>,
+    ) -> Result<Self, EventError> {
+        let context = event.request_context;
+        let is_function_url = context.domain_name.as_deref().is_some_and(|domain| {
+            domain.contains(FUNCTION_URL) || streaming_url.is_some_and(|url| url.has_host(domain))
+        });
+        let mut headers = as_bytes(event.headers);
+        if let Some(cookies) = event.cookies.filter(|cookies| !cookies.is_empty())
+            && let Some(value) = text_to_value(&cookies.join("; "))
+        {
+            headers.insert(header::COOKIE, value);
+        }
+        let path = event.raw_path.unwrap_or_default();
+        let front = if is_function_url {
+            Ingress::Streaming
+        } else {
+            Ingress::HttpApi(Payload::V2)
+        };
+        Ok(Self {
+            front,
+            response_timeout: front.response_timeout(),
+            method: context.http.method,
+            scheme: scheme(&headers),
+            host: host(&headers, context.domain_name),
+            path: if is_function_url {
+                encode_path(&path)
+            } else {
+                encode_decoded_path(&path)
+            },
+            query: event.raw_query_string.filter(|query| !query.is_empty()),
+            headers,
+            source_ip: context.http.source_ip.unwrap_or_default(),
+            body: body(event.body, event.is_base64_encoded)?,
+        })
+    }
+
+    /// Payload 1.0 has no raw query: it is written anew from the decoded one, in which the order of different keys is lost.
+    fn from_v1(event: ApiGatewayProxyRequest) -> Result<Self, EventError> {
+        let context = event.request_context;
+        let mut headers = as_bytes(event.headers);
+        for name in event.multi_value_headers.keys() {
+            headers.remove(name);
+        }
+        headers.extend(as_bytes(event.multi_value_headers));
+        let escaped = |text| utf8_percent_encode(text, NOT_IN_QUERY);
+        let mut pairs: Vec<String> = event
+            .multi_value_query_string_parameters
+            .iter()
+            .map(|(key, value)| format!("{}={}", escaped(key), escaped(value)))
+            .collect();
+        pairs.sort_by(|a, b| a.split('=').next().cmp(&b.split('=').next()));
+        Ok(Self {
+            front: Ingress::HttpApi(Payload::V1),
+            response_timeout: Ingress::HttpApi(Payload::V1).response_timeout(),
+            method: event.http_method,
+            scheme: scheme(&headers),
+            host: host(&headers, context.domain_name),
+            path: encode_decoded_path(&event.path.unwrap_or_default()),
+            query: (!pairs.is_empty()).then(|| pairs.join("&")),
+            headers,
+            source_ip: context.identity.source_ip.unwrap_or_default(),
+            body: body(event.body, event.is_base64_encoded)?,
+        })
+    }
+
+    /// Whether an error page is better than JSON for this visitor.
+    pub fn wants_html(&self) -> bool {
+        wants_html(&self.headers)
+    }
+}
+
+/// Whether whoever sent these fields would rather be shown a page.
+pub fn wants_html(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .any(|value| value.contains("text/html"))
+}
+
+/// Header values come as text in events and as its UTF-8 in the event types; this gives each character's byte back.
+fn as_bytes(headers: HeaderMap) -> HeaderMap {
+    let decode = |value: HeaderValue| match std::str::from_utf8(value.as_bytes()) {
+        Ok(text) if !text.is_ascii() => text_to_value(text).unwrap_or(value),
+        _ => value,
+    };
+    let mut name = None;
+    headers
+        .into_iter()
+        .filter_map(|(next, value)| {
+            name = next.or(name.take());
+            Some((name.clone()?, decode(value)))
+        })
+        .collect()
+}
+
+fn scheme(headers: &HeaderMap) -> String {
+    let proto = headers
+        .get(FORWARDED_PROTO)
+        .and_then(|value| value.to_str().ok());
+    proto
+        .filter(|proto| matches!(*proto, "http" | "https"))
+        .unwrap_or("https")
+        .to_owned()
+}
+
+fn host(headers: &HeaderMap, domain_name: Option<String>) -> String {
+    let header = headers
+        .get(header::HOST)
+        .and_then(|value| value.to_str().ok())
+        .map(str::to_owned);
+    header.or(domain_name).unwrap_or_default()
+}
+
+fn body(body: Option<String>, is_base64: bool) -> Result<VisitorBody, EventError> {
+    let bytes = match body {
+        Some(text) if is_base64 => BASE64_STANDARD.decode(text)?,
+        Some(text) => text.into_bytes(),
+        None => Vec::new(),
+    };
+    Ok(whole(bytes.into()))
+}
+
+/// A body that is there already.
+pub fn whole(bytes: Bytes) -> VisitorBody {
+    Full::new(bytes)
+        .map_err(|never| match never {})
+        .boxed_unsync()
+}

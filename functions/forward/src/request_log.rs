@@ -1,0 +1,185 @@
+//! What is told of a request when it is over: one line with its figures. In Lambda the line is in CloudWatch's embedded metric
+//! format, from which CloudWatch makes the metrics of the dashboard ("Embedded metric format specification" in its user guide).
+//!
+//! Never in it: bodies, header fields, paths and queries. They are the visitor's.
+
+use std::{
+    io::Write,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use serde_json::json;
+use tracing::info;
+use tunnel_protocol::id::{ConnectionId, RequestId, TunnelId};
+use tunnel_service::now;
+
+use crate::{error::ForwardError, rate_limit::Permit};
+
+/// The figures of one request. Dropped, it is told.
+#[derive(Debug)]
+pub(crate) struct RequestLog {
+    /// The Lambda function, for whose metrics the line is meant; none outside Lambda.
+    function: Option<String>,
+    tunnel: TunnelId,
+    started: Instant,
+    outcome: &'static str,
+    /// Its place among the tunnel's requests, which is free again once this is dropped.
+    pub(crate) place: Option<Permit>,
+    /// The connection that served it.
+    pub(crate) connection: Option<ConnectionId>,
+    /// Its id.
+    pub(crate) request: Option<RequestId>,
+    /// The local service's status.
+    pub(crate) status: Option<u16>,
+    /// Bytes of the request's body that were sent on.
+    pub(crate) request_bytes: Arc<AtomicU64>,
+    /// Bytes of the response's body that were taken.
+    pub(crate) response_bytes: u64,
+    /// Parts the reply came in.
+    pub(crate) parts: u32,
+    /// From the start to the reply's first part, in milliseconds.
+    reply_ms: Option<u64>,
+}
+
+impl RequestLog {
+    pub(crate) fn new(function: Option<String>, tunnel: TunnelId) -> Self {
+        Self {
+            function,
+            tunnel,
+            started: Instant::now(),
+            // Until something else is known: the visitor did not wait for the end.
+            outcome: "visitor_left",
+            place: None,
+            connection: None,
+            request: None,
+            status: None,
+            request_bytes: Arc::default(),
+            response_bytes: 0,
+            parts: 0,
+            reply_ms: None,
+        }
+    }
+
+    /// The reply has begun.
+    pub(crate) fn replied(&mut self, status: u16) {
+        self.status = Some(status);
+        self.reply_ms = Some(self.milliseconds());
+    }
+
+    /// The visitor has got all of the reply.
+    pub(crate) fn completed(&mut self) {
+        self.outcome = "ok";
+    }
+
+    /// The visitor has got this instead, or the reply broke off with it.
+    pub(crate) fn refused(&mut self, refusal: &ForwardError) {
+        self.outcome = refusal.code();
+    }
+
+    fn milliseconds(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn embedded_metrics(&self, function: &str) -> serde_json::Value {
+        let mut metrics = vec![
+            json!({ "Name": "Parts", "Unit": "Count" }),
+            json!({ "Name": "RequestBytes", "Unit": "Bytes" }),
+            json!({ "Name": "ResponseBytes", "Unit": "Bytes" }),
+        ];
+        if self.reply_ms.is_some() {
+            metrics.push(json!({ "Name": "ReplyTime", "Unit": "Milliseconds" }));
+        }
+        json!({
+            "_aws": {
+                "Timestamp": u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
+                "CloudWatchMetrics": [
+                    { "Namespace": "Tunnel", "Dimensions": [["FunctionName", "Outcome"]], "Metrics": [{ "Name": "Requests", "Unit": "Count" }] },
+                    { "Namespace": "Tunnel", "Dimensions": [["FunctionName"]], "Metrics": metrics },
+                ],
+            },
+            "FunctionName": function,
+            "Outcome": self.outcome,
+            "Requests": 1,
+            "Parts": self.parts,
+            "RequestBytes": self.request_bytes.load(Ordering::Relaxed),
+            "ResponseBytes": self.response_bytes,
+            "ReplyTime": self.reply_ms,
+            "level": "INFO",
+            "message": "request",
+            "tunnel": self.tunnel.as_str(),
+            "connection": self.connection.as_ref().map(ConnectionId::as_str),
+            "request": self.request.as_ref().map(RequestId::as_str),
+            "status": self.status,
+            "milliseconds": self.milliseconds(),
+        })
+    }
+}
+
+impl Drop for RequestLog {
+    fn drop(&mut self) {
+        if let Some(function) = &self.function {
+            // Lambda takes what is written as a log line. Without stdout there is nobody to tell.
+            let _ = writeln!(std::io::stdout(), "{}", self.embedded_metrics(function));
+            return;
+        }
+        info!(
+            tunnel = %self.tunnel,
+            connection = self.connection.as_ref().map(ConnectionId::as_str),
+            request = self.request.as_ref().map(RequestId::as_str),
+            outcome = self.outcome,
+            status = self.status,
+            request_bytes = self.request_bytes.load(Ordering::Relaxed),
+            response_bytes = self.response_bytes,
+            parts = self.parts,
+            reply_ms = self.reply_ms,
+            milliseconds = self.milliseconds(),
+            "request"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_named_has_a_value_and_dimensions_that_exist() {
+        let mut log = RequestLog::new(Some("forward".to_owned()), "my-app".parse().expect("an id"));
+        for has_replied in [false, true] {
+            if has_replied {
+                log.replied(200);
+            }
+            let line = log.embedded_metrics("forward");
+            let directives = line["_aws"]["CloudWatchMetrics"]
+                .as_array()
+                .expect("a list");
+            assert_eq!(directives.len(), 2);
+            for directive in directives {
+                for metric in directive["Metrics"].as_array().expect("a list") {
+                    let name = metric["Name"].as_str().expect("a name");
+                    assert!(line[name].is_u64(), "{name} of {line}");
+                }
+                for dimension in directive["Dimensions"][0].as_array().expect("a list") {
+                    assert!(
+                        line[dimension.as_str().expect("a name")].is_string(),
+                        "{dimension} of {line}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_is_counted_under_what_became_of_it() {
+        let mut log = RequestLog::new(Some("forward".to_owned()), "my-app".parse().expect("an id"));
+        assert_eq!(log.embedded_metrics("f")["Outcome"], "visitor_left");
+        log.refused(&ForwardError::LocalTimeout);
+        assert_eq!(log.embedded_metrics("f")["Outcome"], "local_timeout");
+        log.completed();
+        assert_eq!(log.embedded_metrics("f")["Outcome"], "ok");
+    }
+}

@@ -1,0 +1,9 @@
+//! What stands in for AWS on one machine: [`dynamodb`] is the embedded engine with the tables of template.yaml, [`management`]
+//! the open connections with the @connections API, [`events`] the events of WebSocket routes, [`quotas`] API Gateway's limits,
+//! and [`caller`] who may call any of it.
+
+pub mod caller;
+pub mod dynamodb;
+pub mod events;
+pub mod management;
+pub mod quotas;

@@ -1,0 +1,42 @@
+//! What the WebSocket front allows: by default just what API Gateway allows, so that what works here works there.
+
+use std::time::Duration;
+
+use tunnel_protocol::limits;
+
+/// The limits of an agent's connection.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Quotas {
+    /// Longest frame from an agent, in bytes; over it the connection is closed with 1009.
+    pub frame: usize,
+    /// Longest message either way, in bytes; over it 1009 to the agent, 413 to PostToConnection.
+    pub message: usize,
+    /// Longest time without a message either way; then 1001.
+    pub idle: Duration,
+    /// Longest life; then 1001.
+    pub life: Duration,
+    /// Messages that wait for a slow agent; over it PostToConnection is answered 429. API Gateway does not tell its number.
+    pub queue: usize,
+    /// Messages of one connection that are handled at once; an agent that sends more waits.
+    pub handled_at_once: usize,
+    /// Open connections of agents with one token; over it the handshake is answered 429. Where agents do not authenticate, of all.
+    pub agents_of_one: usize,
+    /// How often each open connection is checked: whether its token is still good and its tunnel still its own. API Gateway does
+    /// not; there an agent's `ping` and its tunnel's visitors cause the check.
+    pub recheck: Duration,
+}
+
+impl Default for Quotas {
+    fn default() -> Self {
+        Self {
+            frame: limits::MAX_FRAME_BYTES,
+            message: limits::MAX_MESSAGE_BYTES,
+            idle: limits::WEBSOCKET_IDLE_TIMEOUT,
+            life: limits::WEBSOCKET_LIFETIME,
+            queue: 128,
+            handled_at_once: 64,
+            agents_of_one: 100,
+            recheck: Duration::from_secs(20),
+        }
+    }
+}

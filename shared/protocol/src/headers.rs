@@ -1,0 +1,218 @@
+//! HTTP header rules: which fields a tunnel passes on, and how their bytes travel in JSON.
+
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+/// The field that marks an answer of the tunnel itself, with its code. A local service cannot send it.
+pub const TUNNEL_ERROR: HeaderName = HeaderName::from_static("x-tunnel-error");
+/// The path prefix under which the visitor sees the local service's root; absent when there is none.
+pub const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
+/// The visitor's address.
+pub const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// The scheme the visitor used.
+pub const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// The host the visitor used.
+pub const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// Fields that speak of one connection and not of the message (RFC 9110, 7.6.1), and their old companions.
+const HOP_BY_HOP: [HeaderName; 9] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// Removes the fields that end at this hop: the fixed list and whatever `Connection` names.
+pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|&byte| byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .collect();
+    for name in HOP_BY_HOP.iter().chain(&named) {
+        headers.remove(name);
+    }
+}
+
+/// Removes what a visitor may have written about where a request comes from: only the front's word counts.
+pub fn remove_forwarding(headers: &mut HeaderMap) {
+    let forwarding: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| {
+            name.as_str().starts_with("x-forwarded-")
+                || matches!(name.as_str(), "forwarded" | "x-real-ip")
+        })
+        .cloned()
+        .collect();
+    for name in forwarding {
+        headers.remove(name);
+    }
+}
+
+/// A header value's bytes as text that JSON can carry: each byte becomes the character of the same number.
+///
+/// Header values are bytes (RFC 9110, 5.5). Read as Latin-1 every value has exactly one text and every such text exactly one value.
+pub fn value_to_text(value: &HeaderValue) -> String {
+    value
+        .as_bytes()
+        .iter()
+        .map(|&byte| char::from(byte))
+        .collect()
+}
+
+/// The inverse of [`value_to_text`]. A text with characters that no byte has can only come from a peer that decoded the value
+/// as UTF-8, and is encoded so. `None` when the text has characters that no header value may have.
+pub fn text_to_value(text: &str) -> Option<HeaderValue> {
+    if text.is_ascii() {
+        return HeaderValue::from_str(text).ok();
+    }
+    let bytes: Option<Vec<u8>> = text
+        .chars()
+        .map(|c| u8::try_from(u32::from(c)).ok())
+        .collect();
+    HeaderValue::from_bytes(bytes.as_deref().unwrap_or(text.as_bytes())).ok()
+}
+
+/// Header fields in JSON: `{"name": ["value", ..]}`, names in order of first appearance. For `#[serde(with = ..)]`.
+pub mod json {
+    use std::fmt;
+
+    use http::{HeaderMap, HeaderName};
+    use serde::{
+        Deserializer, Serializer,
+        de::{Error, MapAccess, Visitor},
+        ser::SerializeMap,
+    };
+
+    use super::{text_to_value, value_to_text};
+    use crate::limits::MAX_HEADER_FIELDS;
+
+    /// Writes the fields.
+    ///
+    /// # Errors
+    /// Only those of the serializer.
+    pub fn serialize<S: Serializer>(headers: &HeaderMap, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(headers.keys_len()))?;
+        for name in headers.keys() {
+            let values: Vec<String> = headers.get_all(name).iter().map(value_to_text).collect();
+            map.serialize_entry(name.as_str(), &values)?;
+        }
+        map.end()
+    }
+
+    /// Reads the fields.
+    ///
+    /// # Errors
+    /// On a name or value that HTTP does not allow, and on more than [`MAX_HEADER_FIELDS`] fields.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HeaderMap, D::Error> {
+        struct Fields;
+
+        impl<'de> Visitor<'de> for Fields {
+            type Value = HeaderMap;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of header names, each with a list of values")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<HeaderMap, A::Error> {
+                let mut headers = HeaderMap::new();
+                while let Some((name, values)) = map.next_entry::<String, Vec<String>>()? {
+                    let name = HeaderName::from_bytes(name.as_bytes())
+                        .map_err(|_| A::Error::custom("a header name that HTTP does not allow"))?;
+                    for value in values {
+                        if headers.len() == MAX_HEADER_FIELDS {
+                            return Err(A::Error::custom(format_args!(
+                                "more than {MAX_HEADER_FIELDS} header fields"
+                            )));
+                        }
+                        let value = text_to_value(&value).ok_or_else(|| {
+                            A::Error::custom(format_args!(
+                                "a value of {name} that HTTP does not allow"
+                            ))
+                        })?;
+                        headers.append(name.clone(), value);
+                    }
+                }
+                Ok(headers)
+            }
+        }
+
+        deserializer.deserialize_map(Fields)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn map(fields: &[(&str, &str)]) -> HeaderMap {
+        fields
+            .iter()
+            .map(|(name, value)| {
+                (
+                    name.parse::<HeaderName>().expect("a name"),
+                    HeaderValue::from_str(value).expect("a value"),
+                )
+            })
+            .collect()
+    }
+
+    #[test]
+    fn hop_by_hop_fields_and_those_connection_names_are_removed() {
+        let mut headers = map(&[
+            ("connection", "close, X-Hop"),
+            ("x-hop", "1"),
+            ("te", "trailers"),
+            ("transfer-encoding", "chunked"),
+            ("x-end", "2"),
+        ]);
+        remove_hop_by_hop(&mut headers);
+        assert_eq!(headers, map(&[("x-end", "2")]));
+    }
+
+    #[test]
+    fn a_connection_field_that_is_no_text_names_fields_all_the_same() {
+        let mut headers = map(&[("x-hop", "1"), ("x-end", "2")]);
+        headers.insert(
+            "connection",
+            HeaderValue::from_bytes(b"close, x-hop, \xff").expect("a value"),
+        );
+        remove_hop_by_hop(&mut headers);
+        assert_eq!(headers, map(&[("x-end", "2")]));
+    }
+
+    #[test]
+    fn what_a_visitor_claims_about_its_origin_is_removed() {
+        let mut headers = map(&[
+            ("x-forwarded-for", "1.2.3.4"),
+            ("X-Forwarded-Anything", "x"),
+            ("forwarded", "for=1.2.3.4"),
+            ("x-real-ip", "1.2.3.4"),
+            ("via", "1.1 p"),
+        ]);
+        remove_forwarding(&mut headers);
+        assert_eq!(headers, map(&[("via", "1.1 p")]));
+    }
+
+    #[test]
+    fn a_value_beyond_latin_1_is_taken_as_utf_8() {
+        let value = text_to_value("\u{2615}").expect("allowed");
+        assert_eq!(value.as_bytes(), "\u{2615}".as_bytes());
+        assert_eq!(text_to_value("a\nb"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn every_header_value_survives_the_wire(bytes in prop::collection::vec(prop_oneof![32u8..=126, 128u8..=255, Just(9u8)], 0..64)) {
+            let value = HeaderValue::from_bytes(&bytes).expect("made of allowed bytes");
+            prop_assert_eq!(text_to_value(&value_to_text(&value)), Some(value));
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Identifiers. Each is a type of its own whose only constructor checks it, so that a function which takes one needs no check.
+
+use std::{fmt, str::FromStr};
+
+use rand::RngExt;
+use serde::{Deserialize, Serialize};
+use ulid::Ulid;
+
+/// Shortest name a user may choose for a tunnel, in characters.
+pub const TUNNEL_ID_MIN: usize = 3;
+/// Longest name a user may choose for a tunnel, in characters: that of a DNS label (RFC 1035, 2.3.4).
+pub const MAX_TUNNEL_ID_BYTES: usize = 63;
+/// Length of a generated tunnel id. 36^12 of them make guessing one hopeless.
+const GENERATED_TUNNEL_ID_BYTES: usize = 12;
+/// Longest connection id accepted. API Gateway's have 12 to 16 characters.
+const MAX_CONNECTION_ID_BYTES: usize = 128;
+/// Longest request id accepted. Ours are ULIDs of 26 characters.
+const MAX_REQUEST_ID_BYTES: usize = 64;
+
+/// Why a string is not the identifier it was meant to be.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum IdError {
+    /// Not a tunnel's name.
+    #[error(
+        "a tunnel id has {TUNNEL_ID_MIN} to {MAX_TUNNEL_ID_BYTES} characters of a-z, 0-9 and -, and neither starts nor ends with -"
+    )]
+    Tunnel,
+    /// Not a connection id.
+    #[error("a connection id has 1 to {MAX_CONNECTION_ID_BYTES} visible ASCII characters and no /")]
+    Connection,
+    /// Not a request id.
+    #[error("a request id has 1 to {MAX_REQUEST_ID_BYTES} letters, digits, - or _")]
+    Request,
+}
+
+/// The name of a tunnel: generated, or chosen by its owner. Valid as a DNS label and as a path segment.
+#[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TunnelId(String);
+
+impl TunnelId {
+    /// Generates a name that nobody can guess.
+    pub fn generate() -> Self {
+        const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
+        let mut random = rand::rng();
+        Self(
+            (0..GENERATED_TUNNEL_ID_BYTES)
+                .map(|_| char::from(ALPHABET[random.random_range(0..ALPHABET.len())]))
+                .collect(),
+        )
+    }
+}
+
+impl TryFrom<String> for TunnelId {
+    type Error = IdError;
+
+    fn try_from(name: String) -> Result<Self, IdError> {
+        let right_length = (TUNNEL_ID_MIN..=MAX_TUNNEL_ID_BYTES).contains(&name.len());
+        let right_characters = name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        if right_length && right_characters && !name.starts_with('-') && !name.ends_with('-') {
+            Ok(Self(name))
+        } else {
+            Err(IdError::Tunnel)
+        }
+    }
+}
+
+/// The id API Gateway gave a WebSocket connection.
+#[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ConnectionId(String);
+
+impl TryFrom<String> for ConnectionId {
+    type Error = IdError;
+
+    fn try_from(id: String) -> Result<Self, IdError> {
+        let valid = (1..=MAX_CONNECTION_ID_BYTES).contains(&id.len())
+            && id.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+        if valid {
+            Ok(Self(id))
+        } else {
+            Err(IdError::Connection)
+        }
+    }
+}
+
+/// The id of one visitor's request.
+#[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RequestId(String);
+
+impl RequestId {
+    /// Generates an id that is unique and sorts by time.
+    pub fn generate() -> Self {
+        Self(Ulid::generate().to_string())
+    }
+}
+
+impl TryFrom<String> for RequestId {
+    type Error = IdError;
+
+    fn try_from(id: String) -> Result<Self, IdError> {
+        let valid = (1..=MAX_REQUEST_ID_BYTES).contains(&id.len())
+            && id
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        if valid {
+            Ok(Self(id))
+        } else {
+            Err(IdError::Request)
+        }
+    }
+}
+
+macro_rules! text {
+    ($($id:ty),*) => {$(
+        impl $id {
+            /// The identifier as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $id {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl FromStr for $id {
+            type Err = IdError;
+
+            fn from_str(text: &str) -> Result<Self, IdError> {
+                Self::try_from(text.to_owned())
+            }
+        }
+
+        impl From<$id> for String {
+            fn from(id: $id) -> String {
+                id.0
+            }
+        }
+    )*};
+}
+
+text!(TunnelId, ConnectionId, RequestId);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tunnel_ids_are_dns_labels_and_never_ours() {
+        let longest = "a".repeat(MAX_TUNNEL_ID_BYTES);
+        for valid in ["abc", "my-app", "0-0", longest.as_str()] {
+            assert!(valid.parse::<TunnelId>().is_ok(), "{valid}");
+        }
+        let too_long = "a".repeat(MAX_TUNNEL_ID_BYTES + 1);
+        for invalid in [
+            "",
+            "ab",
+            "My-app",
+            "my_app",
+            "_ws",
+            "-ab",
+            "ab-",
+            "a.b",
+            "a/b",
+            "caf\u{e9}",
+            too_long.as_str(),
+        ] {
+            assert_eq!(
+                invalid.parse::<TunnelId>(),
+                Err(IdError::Tunnel),
+                "{invalid}"
+            );
+        }
+    }
+
+    #[test]
+    fn generated_tunnel_ids_are_valid_and_differ() {
+        let (one, two) = (TunnelId::generate(), TunnelId::generate());
+        assert_eq!(one.as_str().len(), GENERATED_TUNNEL_ID_BYTES);
+        assert!(one.as_str().parse::<TunnelId>().is_ok());
+        assert_ne!(one, two);
+    }
+
+    #[test]
+    fn connection_and_request_ids_cannot_carry_a_separator() {
+        assert!("L0SM9cOFvHcCIhw=".parse::<ConnectionId>().is_ok());
+        assert!("a/b".parse::<ConnectionId>().is_err());
+        assert!("a b".parse::<ConnectionId>().is_err());
+        assert!(RequestId::generate().as_str().parse::<RequestId>().is_ok());
+        assert!("../x".parse::<RequestId>().is_err());
+        assert!("".parse::<RequestId>().is_err());
+    }
+}

@@ -1,0 +1,531 @@
+//! The wire protocol, version 1: JSON text messages between the agent and the service over one WebSocket connection.
+//!
+//! One enum per direction. A type that is not listed reads as `Unknown`, so that either side may be newer than the other; what
+//! a side may send beyond the first messages is negotiated in `features`. docs/protocol.md tells the same with examples.
+
+use std::fmt;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use bytes::Bytes;
+use http::HeaderMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use crate::{
+    headers,
+    id::{ConnectionId, RequestId, TunnelId},
+    limits::MAX_MESSAGE_BYTES,
+};
+
+/// The version this code speaks.
+pub const VERSION: u32 = 1;
+
+/// Something a side can do beyond the first messages. Nothing of it is sent to a peer that has not announced it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Feature {
+    /// Takes bodies in parts: `more` and `body_part`.
+    BodyParts,
+    /// Takes `cancel`.
+    Cancel,
+    /// Takes `replaced` and `url_updated`.
+    Notices,
+    /// Sends no part of a body before `window` allows it, and sends `window` for the bodies it receives.
+    Window,
+    /// Sends `reply_to` of a request back in every message about it.
+    ReplyTo,
+    /// Takes bodies that are compressed; see [`Encoding`].
+    Zstd,
+    /// Heeds `access` of `ready`. Of no meaning from an agent.
+    Access,
+    /// A feature of a newer peer.
+    #[serde(other)]
+    Unknown,
+}
+
+/// What this code announces, on both sides.
+pub const FEATURES: [Feature; 7] = [
+    Feature::BodyParts,
+    Feature::Cancel,
+    Feature::Notices,
+    Feature::Window,
+    Feature::ReplyTo,
+    Feature::Zstd,
+    Feature::Access,
+];
+
+/// Body bytes, which JSON carries in base64 (RFC 4648, 4: with padding).
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Body(pub Bytes);
+
+impl Serialize for Body {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&BASE64_STANDARD.encode(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Body {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        /// Decodes from the text where it stands: it can be as long as a message.
+        struct Base64;
+
+        impl de::Visitor<'_> for Base64 {
+            type Value = Body;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("base64")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Body, E> {
+                BASE64_STANDARD
+                    .decode(text)
+                    .map(|bytes| Body(bytes.into()))
+                    .map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_str(Base64)
+    }
+}
+
+/// How a body's bytes are packed in a message. Each message is packed by itself, because they may arrive in any order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Encoding {
+    /// One Zstandard frame (RFC 8878) that unpacks to at most [`crate::limits::MAX_DECOMPRESSED_BYTES`] bytes.
+    Zstd,
+}
+
+/// What the agent sends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromAgent {
+    /// The upgrade is through: the service may speak now. It cannot before, see aws "@connections" and 410 during $connect.
+    Ready(Ready),
+    /// The head of a response and as much of the body as fits.
+    HttpResponse(HttpResponse),
+    /// More of a response's body.
+    BodyPart(BodyPart),
+    /// More of a request's body may be sent.
+    Window(Window),
+    /// A request failed, or a message could not be read.
+    Error(AgentError),
+    /// Keeps an idle connection open and asks for `pong`.
+    Ping,
+    /// Gives the connection's tunnel id up, so that anybody may take it.
+    Release,
+    /// A type this code does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+/// What the service sends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToAgent {
+    /// Answers `ready`: the tunnel is open.
+    ConnectionEstablished(ConnectionEstablished),
+    /// A visitor's request.
+    HttpRequest(HttpRequest),
+    /// More of a request's body.
+    BodyPart(BodyPart),
+    /// More of a response's body may be sent.
+    Window(Window),
+    /// The visitor is gone or out of patience: drop the request.
+    Cancel {
+        /// The request to drop.
+        request_id: RequestId,
+    },
+    /// Answers `ping`.
+    Pong,
+    /// The tunnel is reached under another address from now on.
+    UrlUpdated {
+        /// The new address.
+        public_url: String,
+    },
+    /// Answers `release`.
+    Released {
+        /// The tunnel id that is nobody's now.
+        tunnel_id: TunnelId,
+        /// Whether it was the agent's before. If not, it was nobody's already.
+        existed: bool,
+    },
+    /// The connection serves the tunnel no longer: another of the owner has taken it over, or the tunnel id was released. Requests
+    /// come only until those who remember the old one have heard.
+    Replaced {
+        /// What happened, for the user.
+        reason: String,
+    },
+    /// Something the agent sent was refused.
+    Error {
+        /// What was wrong, for the log.
+        message: String,
+    },
+    /// A type this code does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+/// See [`FromAgent::Ready`]. The first agents sent none of these fields.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+pub struct Ready {
+    /// The version the agent speaks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<u32>,
+    /// What the agent can do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub features: Vec<Feature>,
+    /// The agent's name and version, for the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
+    /// The agent's own connection that this one takes over from. It is left to finish what it has, and is told nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<ConnectionId>,
+    /// Which visitors the tunnel lets in, as JSON of [`crate::visitor_policy::Access`]; all of them if it is not there. It is kept as it
+    /// came, so that rules that cannot be read are refused, and not the message around them dropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access: Option<serde_json::Value>,
+}
+
+/// See [`ToAgent::ConnectionEstablished`]. The first services sent only the first three fields.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionEstablished {
+    /// This connection.
+    pub connection_id: ConnectionId,
+    /// The tunnel's name.
+    pub tunnel_id: TunnelId,
+    /// Where visitors reach the tunnel.
+    pub public_url: String,
+    /// The address with a host name of the tunnel's own, where one is configured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subdomain_url: Option<String>,
+    /// The address with the tunnel's name as its first path segment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_based_url: Option<String>,
+    /// The version the service speaks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<u32>,
+    /// What the service can do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub features: Vec<Feature>,
+    /// How long the connection can stay open, in milliseconds. An agent that opens the next one earlier misses no request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub life_ms: Option<u64>,
+}
+
+/// A visitor's request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HttpRequest {
+    /// Names the request in everything that follows.
+    pub request_id: RequestId,
+    /// The method as sent.
+    pub method: String,
+    /// Path and query in origin-form (RFC 9112, 3.2.1), without the tunnel's name.
+    pub uri: String,
+    /// End-to-end fields only.
+    #[serde(with = "headers::json", default)]
+    pub headers: HeaderMap,
+    /// The body, or its first part.
+    #[serde(default)]
+    pub body: Body,
+    /// How the body's bytes are packed; as they are if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<Encoding>,
+    /// When the request came in, in milliseconds since 1970.
+    #[serde(default)]
+    pub timestamp: u64,
+    /// Parts of the body follow.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub more: bool,
+    /// How long the visitor waits from here on, in milliseconds; 0 when the service did not say.
+    #[serde(default)]
+    pub deadline_ms: u64,
+    /// A connection that takes the reply directly, to be named in every message about this request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
+}
+
+/// The local service's response.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HttpResponse {
+    /// The request it answers.
+    pub request_id: RequestId,
+    /// 200 to 599.
+    pub status_code: u16,
+    /// End-to-end fields only.
+    #[serde(with = "headers::json", default)]
+    pub headers: HeaderMap,
+    /// The body, or its first part.
+    #[serde(default)]
+    pub body: Body,
+    /// How the body's bytes are packed; as they are if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<Encoding>,
+    /// How long the local service took to its response head, in milliseconds.
+    #[serde(default)]
+    pub processing_time_ms: u64,
+    /// Parts of the body follow.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub more: bool,
+    /// See [`HttpRequest::reply_to`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
+}
+
+/// A part of a body after the first. API Gateway promises no order, so parts carry numbers.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct BodyPart {
+    /// The request whose body, or whose response's body, this belongs to.
+    pub request_id: RequestId,
+    /// 1 for the first part after `http_request` or `http_response`, then one more each.
+    pub part: u32,
+    /// The bytes.
+    #[serde(default)]
+    pub body: Body,
+    /// How the body's bytes are packed; as they are if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<Encoding>,
+    /// Further parts follow.
+    #[serde(default)]
+    pub more: bool,
+    /// See [`HttpRequest::reply_to`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
+}
+
+/// Allows the sender of a body more of it. Numbers only grow, so that of two the larger counts, in whichever order they come.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct Window {
+    /// The request whose body, or whose response's body, this is about.
+    pub request_id: RequestId,
+    /// Parts with smaller numbers may be sent. It is [`crate::limits::INITIAL_WINDOW_PARTS`] before the first of these messages.
+    pub parts: u32,
+    /// See [`HttpRequest::reply_to`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
+}
+
+/// A message of an agent as a reply connection hears it: with the connection it came from, as API Gateway reports it and not as
+/// the agent claims. The first one carries the reply connection's own id and its own `ready`.
+#[derive(Debug, Deserialize)]
+pub struct Relayed<M = FromAgent> {
+    /// The connection it came from.
+    pub sender: ConnectionId,
+    /// The message.
+    pub message: M,
+}
+
+/// As much of a message as tells which request it is about, for one that cannot be read otherwise.
+#[derive(Debug, Deserialize)]
+pub struct Subject {
+    /// The request.
+    pub request_id: RequestId,
+}
+
+impl Relayed {
+    /// Writes one around a message that is encoded already.
+    pub fn encode(sender: &ConnectionId, message: &str) -> String {
+        let sender = serde_json::to_string(sender).expect("a text has a JSON text");
+        format!("{{\"sender\":{sender},\"message\":{message}}}")
+    }
+}
+
+/// Why the agent has no response.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct AgentError {
+    /// The request concerned, when it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<RequestId>,
+    /// What kind of failure.
+    pub code: AgentErrorCode,
+    /// The failure in a sentence.
+    #[serde(default)]
+    pub message: String,
+    /// See [`HttpRequest::reply_to`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<ConnectionId>,
+}
+
+/// Kinds of [`AgentError`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AgentErrorCode {
+    /// The agent could not read what it was sent.
+    InvalidRequest,
+    /// The local service took too long.
+    Timeout,
+    /// The local service refused, reset or spoke no HTTP.
+    LocalServiceUnavailable,
+    /// The response does not fit what the service takes.
+    ResponseTooLarge,
+    /// The agent has as many requests as it takes.
+    Busy,
+    /// Another connection serves the tunnel now, and this one has not passed the request on.
+    Replaced,
+    /// Anything else.
+    #[serde(other)]
+    InternalError,
+}
+
+/// Why a text is not a message.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Longer than any message may be.
+    #[error("a message of {0} bytes is over the limit of {MAX_MESSAGE_BYTES}")]
+    TooLong(usize),
+    /// Not the JSON of a message.
+    #[error("not a message of this protocol")]
+    Malformed(#[from] serde_json::Error),
+}
+
+/// Reads a message of one direction.
+///
+/// # Errors
+/// When the text is too long or not a message. An unknown `type` is no error.
+pub fn decode<'de, M: Deserialize<'de>>(text: &'de str) -> Result<M, DecodeError> {
+    if text.len() > MAX_MESSAGE_BYTES {
+        return Err(DecodeError::TooLong(text.len()));
+    }
+    if !text.trim_start().starts_with('{') {
+        // serde would read a list as the fields in their order, which is nobody's business.
+        return Err(DecodeError::Malformed(de::Error::custom("not an object")));
+    }
+    Ok(serde_json::from_str(text)?)
+}
+
+/// Writes a message. The result may be longer than [`MAX_MESSAGE_BYTES`] only if its body was not cut by [`crate::body::reorder`].
+pub fn encode<M: Serialize>(message: &M) -> String {
+    serde_json::to_string(message)
+        .expect("maps with string keys, strings and numbers always have a JSON text")
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn messages_of_the_first_agents_are_understood() {
+        assert_eq!(
+            decode::<FromAgent>(r#"{"type":"ready"}"#).expect("ready"),
+            FromAgent::Ready(Ready::default())
+        );
+        assert_eq!(
+            decode::<FromAgent>(r#"{"type":"ping"}"#).expect("ping"),
+            FromAgent::Ping
+        );
+        let response = r#"{"type":"http_response","request_id":"r1","status_code":200,"headers":{"x":["1","2"]},"body":"aGk=","processing_time_ms":5}"#;
+        let FromAgent::HttpResponse(response) = decode(response).expect("a response") else {
+            panic!("not a response")
+        };
+        assert_eq!(
+            response.headers.get_all("x").iter().collect::<Vec<_>>(),
+            ["1", "2"]
+        );
+        assert_eq!(response.body.0, "hi");
+        assert!(!response.more);
+    }
+
+    #[test]
+    fn a_service_that_sends_three_fields_is_understood() {
+        let text = r#"{"type":"connection_established","connection_id":"c=","tunnel_id":"abc","public_url":"https://x/abc"}"#;
+        let ToAgent::ConnectionEstablished(established) = decode(text).expect("established") else {
+            panic!("not established")
+        };
+        assert_eq!(established.features, []);
+        assert_eq!(established.protocol, None);
+    }
+
+    #[test]
+    fn a_newer_peer_is_understood_as_far_as_it_goes() {
+        assert_eq!(
+            decode::<ToAgent>(r#"{"type":"dance","steps":3}"#).expect("unknown"),
+            ToAgent::Unknown
+        );
+        let ready = decode::<FromAgent>(
+            r#"{"type":"ready","protocol":9,"features":["body_parts","teleport"]}"#,
+        )
+        .expect("ready");
+        assert_eq!(
+            ready,
+            FromAgent::Ready(Ready {
+                protocol: Some(9),
+                features: vec![Feature::BodyParts, Feature::Unknown],
+                ..Ready::default()
+            })
+        );
+        let error = decode::<FromAgent>(r#"{"type":"error","request_id":"r","code":"on_fire"}"#)
+            .expect("error");
+        assert!(matches!(
+            error,
+            FromAgent::Error(AgentError {
+                code: AgentErrorCode::InternalError,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn a_list_is_no_message() {
+        assert!(matches!(
+            decode::<FromAgent>(r#"["ping"]"#),
+            Err(DecodeError::Malformed(_))
+        ));
+        assert!(matches!(
+            decode::<FromAgent>(r#"["body_part","r1",1,"aGk=",false]"#),
+            Err(DecodeError::Malformed(_))
+        ));
+    }
+
+    #[test]
+    fn what_api_gateway_itself_says_is_an_error_and_no_message() {
+        let text = r#"{"message":"Internal server error","connectionId":"c=","requestId":"r"}"#;
+        assert!(matches!(
+            decode::<ToAgent>(text),
+            Err(DecodeError::Malformed(_))
+        ));
+    }
+
+    #[test]
+    fn nothing_new_is_written_where_nothing_was_negotiated() {
+        assert_eq!(
+            encode(&FromAgent::Ready(Ready::default())),
+            r#"{"type":"ready"}"#
+        );
+        assert_eq!(encode(&ToAgent::Pong), r#"{"type":"pong"}"#);
+    }
+
+    #[test]
+    fn a_text_over_the_message_limit_is_refused_unread() {
+        let text = format!(
+            r#"{{"type":"ping","pad":"{}"}}"#,
+            "x".repeat(MAX_MESSAGE_BYTES)
+        );
+        assert!(matches!(
+            decode::<FromAgent>(&text),
+            Err(DecodeError::TooLong(_))
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_never_panics(text in ".{0,200}") {
+            let _ = decode::<FromAgent>(&text);
+            let _ = decode::<ToAgent>(&text);
+        }
+
+        #[test]
+        fn bodies_survive_the_wire(bytes in prop::collection::vec(any::<u8>(), 0..500), part in 1u32.., more: bool) {
+            let message = FromAgent::BodyPart(BodyPart { request_id: RequestId::generate(), part, body: Body(bytes.into()), encoding: None, more, reply_to: None });
+            prop_assert_eq!(decode::<FromAgent>(&encode(&message)).expect("what we wrote"), message);
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! @connections, the management side of the WebSocket API: speaking to agents. `local`, which holds the connections itself, is
+//! spoken to directly.
+
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
+
+use aws_sdk_apigatewaymanagement::{
+    Client,
+    error::{ProvideErrorMetadata, SdkError},
+    primitives::Blob,
+};
+use http::uri::Uri;
+use serde::Serialize;
+
+use crate::routing::PublicUrl;
+use crate::{aws::sdk::SdkConfig, replies::Replies, settings::Variables};
+use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message, url::is_loopback};
+
+/// Where @connections is served: the WebSocket API's own address with the scheme of plain HTTP requests.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ManagementEndpoint(String);
+
+/// A text that is not the address of a WebSocket API.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error(
+    "must be the WebSocket API's address with its stage, such as wss://id.execute-api.eu-west-1.amazonaws.com/dev (ws:// and http:// only on this machine)"
+)]
+pub struct ManagementEndpointError;
+
+impl FromStr for ManagementEndpoint {
+    type Err = ManagementEndpointError;
+
+    fn from_str(text: &str) -> Result<Self, ManagementEndpointError> {
+        let uri: Uri = text.parse().map_err(|_| ManagementEndpointError)?;
+        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+            return Err(ManagementEndpointError);
+        };
+        let host = authority.host();
+        // The last is how a container calls the machine it runs on.
+        let is_this_machine = is_loopback(host) || host == "host.docker.internal";
+        let scheme = match scheme {
+            "wss" | "https" => "https",
+            "ws" | "http" if is_this_machine => "http",
+            _ => return Err(ManagementEndpointError),
+        };
+        Ok(Self(format!(
+            "{scheme}://{authority}{}",
+            uri.path().trim_end_matches('/')
+        )))
+    }
+}
+
+/// Why a message did not reach a connection.
+#[derive(Debug, thiserror::Error)]
+pub enum PostError {
+    /// The connection is closed, or its upgrade has not finished.
+    #[error("the connection is gone")]
+    Gone,
+    /// The agent reads too slowly, or too many messages are on their way.
+    #[error("the connection takes no more messages now")]
+    Busy,
+    /// The message is over the limit.
+    #[error("a message of {0} bytes is over the limit of {MAX_MESSAGE_BYTES}")]
+    TooLarge(usize),
+    /// Anything else, after the SDK's own retries.
+    #[error("@connections: {code}")]
+    Failed {
+        /// What the service or the SDK calls it.
+        code: String,
+        /// The cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Connections that this process holds itself.
+pub trait OpenConnections: fmt::Debug + Send + Sync {
+    /// Sends a text message to a connection.
+    ///
+    /// # Errors
+    /// As @connections answers: see [`PostError`].
+    fn send(&self, to: &ConnectionId, text: String) -> Result<(), PostError>;
+
+    /// Closes a connection.
+    ///
+    /// # Errors
+    /// When it is not open.
+    fn close(&self, connection: &ConnectionId) -> Result<(), PostError>;
+}
+
+/// What a process that holds the connections itself gives the functions it runs, so that they need not go out of it to speak to
+/// each other and to agents.
+#[derive(Clone, Debug)]
+pub struct InProcess {
+    /// The connections.
+    pub connections: Arc<dyn OpenConnections>,
+    /// Where replies are waited for.
+    pub replies: Replies,
+    /// How long a connection may live.
+    pub life: Duration,
+}
+
+/// Whether bodies are packed on the way between the service and agents: not where both are on one machine, on which bytes cost
+/// nothing and packing does.
+pub fn use_compression(in_process: Option<&InProcess>, public_url: &PublicUrl) -> bool {
+    in_process.is_none() || !public_url.is_loopback()
+}
+
+/// The connections of one WebSocket API.
+#[derive(Clone, Debug)]
+pub struct AgentConnections(Reached);
+
+#[derive(Clone, Debug)]
+enum Reached {
+    Management(Client),
+    InProcess(Arc<dyn OpenConnections>),
+}
+
+impl AgentConnections {
+    /// The WebSocket API at `endpoint`.
+    pub fn new(sdk: &SdkConfig, endpoint: &ManagementEndpoint) -> Self {
+        let config = aws_sdk_apigatewaymanagement::config::Builder::from(sdk)
+            .endpoint_url(&endpoint.0)
+            .build();
+        Self(Reached::Management(Client::from_conf(config)))
+    }
+
+    /// Those that the process holds itself, or else those of `WEBSOCKET_API_ENDPOINT`; @connections is under the same address
+    /// unless the SDK's own `AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI` names another, as emulators need it. `None` means that a
+    /// fault was noted.
+    pub fn load(
+        variables: &Variables<'_>,
+        sdk: &SdkConfig,
+        in_process: Option<&InProcess>,
+    ) -> Option<Self> {
+        if let Some(in_process) = in_process {
+            return Some(Self(Reached::InProcess(in_process.connections.clone())));
+        }
+        let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
+        let elsewhere =
+            variables.possible::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
+        let endpoint = endpoint?;
+        Some(Self::new(sdk, &elsewhere?.unwrap_or(endpoint)))
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// See [`PostError`].
+    pub async fn post<M: Serialize>(
+        &self,
+        to: &ConnectionId,
+        message: &M,
+    ) -> Result<(), PostError> {
+        self.post_text(to, message::encode(message)).await
+    }
+
+    /// Sends a message that is encoded already.
+    ///
+    /// # Errors
+    /// See [`PostError`].
+    pub async fn post_text(&self, to: &ConnectionId, text: String) -> Result<(), PostError> {
+        let length = text.len();
+        if length > MAX_MESSAGE_BYTES {
+            return Err(PostError::TooLarge(length));
+        }
+        match &self.0 {
+            Reached::InProcess(connections) => connections.send(to, text),
+            Reached::Management(client) => {
+                let outcome = client
+                    .post_to_connection()
+                    .connection_id(to.as_str())
+                    .data(Blob::new(text))
+                    .send()
+                    .await;
+                outcome.map(drop).map_err(|error| post_error(error, length))
+            }
+        }
+    }
+
+    /// Closes a connection. That it is closed already is no failure.
+    ///
+    /// # Errors
+    /// When @connections does not answer.
+    pub async fn close(&self, connection: &ConnectionId) -> Result<(), PostError> {
+        let outcome = match &self.0 {
+            Reached::InProcess(connections) => connections.close(connection),
+            Reached::Management(client) => {
+                let outcome = client
+                    .delete_connection()
+                    .connection_id(connection.as_str())
+                    .send()
+                    .await;
+                outcome.map(drop).map_err(|error| post_error(error, 0))
+            }
+        };
+        match outcome {
+            Err(PostError::Gone) => Ok(()),
+            outcome => outcome,
+        }
+    }
+}
+
+/// Told by the status alone: not every stand-in for API Gateway names the exception.
+fn post_error<E>(error: SdkError<E>, length: usize) -> PostError
+where
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+{
+    match error
+        .raw_response()
+        .map(|response| response.status().as_u16())
+    {
+        Some(410) => PostError::Gone,
+        Some(429) => PostError::Busy,
+        Some(413) => PostError::TooLarge(length),
+        _ => PostError::Failed {
+            code: error.code().unwrap_or("no answer").to_owned(),
+            source: Box::new(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_management_endpoint_never_has_a_websocket_scheme() {
+        for (setting, endpoint) in [
+            (
+                "wss://id.execute-api.eu-west-1.amazonaws.com/dev",
+                "https://id.execute-api.eu-west-1.amazonaws.com/dev",
+            ),
+            (
+                "wss://id.execute-api.eu-west-1.amazonaws.com/dev/",
+                "https://id.execute-api.eu-west-1.amazonaws.com/dev",
+            ),
+            (
+                "https://id.execute-api.eu-west-1.amazonaws.com/dev",
+                "https://id.execute-api.eu-west-1.amazonaws.com/dev",
+            ),
+            ("ws://127.0.0.1:4566/x/dev", "http://127.0.0.1:4566/x/dev"),
+            ("http://localhost:1/dev", "http://localhost:1/dev"),
+        ] {
+            assert_eq!(
+                setting.parse(),
+                Ok(ManagementEndpoint(endpoint.to_owned())),
+                "{setting}"
+            );
+        }
+    }
+
+    #[test]
+    fn credentials_never_go_over_plain_http_to_another_machine() {
+        for setting in [
+            "ws://example.com/dev",
+            "ws://127.0.0.1.example.com/dev",
+            "http://10.0.0.1/dev",
+            "ftp://x/dev",
+            "example.com",
+            "",
+        ] {
+            assert_eq!(
+                setting.parse::<ManagementEndpoint>(),
+                Err(ManagementEndpointError),
+                "{setting}"
+            );
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The keys that an issuer publishes (RFC 7517), fetched when they are needed and kept.
+
+use std::{
+    fmt, io,
+    str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use jsonwebtoken::{
+    Algorithm, DecodingKey,
+    jwk::{Jwk, PublicKeyUse},
+};
+use serde::Deserialize;
+use tokio::{
+    sync::Mutex as AsyncMutex,
+    time::{Instant, timeout},
+};
+use tracing::{info, warn};
+
+use tunnel_protocol::url::is_loopback;
+
+/// How long fetched keys are trusted without asking again, so that a key that its issuer withdraws is believed no longer.
+const JWKS_TTL: Duration = Duration::from_secs(60 * 60);
+/// How often the keys are asked for at most, whoever sends unknown key ids.
+const JWKS_MIN_REFRESH: Duration = Duration::from_secs(60);
+/// How long an answer may take.
+const JWKS_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest answer, in bytes.
+const MAX_JWKS_BYTES: usize = 1024 * 1024;
+
+/// Where an issuer publishes its keys. Unencrypted only on this machine.
+#[derive(Clone, Debug)]
+pub(crate) struct JwksUrl(Uri);
+
+/// A text that is no such address.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("must be an https:// address, such as https://issuer.example.com/.well-known/jwks.json")]
+pub(crate) struct JwksUrlError;
+
+impl FromStr for JwksUrl {
+    type Err = JwksUrlError;
+
+    fn from_str(text: &str) -> Result<Self, JwksUrlError> {
+        let uri: Uri = text.parse().map_err(|_| JwksUrlError)?;
+        match (uri.scheme_str(), uri.host()) {
+            (Some("https"), Some(_)) => Ok(Self(uri)),
+            (Some("http"), Some(host)) if is_loopback(host) => Ok(Self(uri)),
+            _ => Err(JwksUrlError),
+        }
+    }
+}
+
+/// The issuer's keys cannot be fetched.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("the issuer's keys cannot be fetched: {0}")]
+pub struct JwksError(Arc<str>);
+
+/// A set of keys. One that cannot be read, of a kind that is not known here, is left out.
+#[derive(Debug, Default, Deserialize)]
+struct KeySet {
+    keys: Vec<serde_json::Value>,
+}
+
+#[derive(Debug)]
+struct Fetched {
+    keys: Vec<Jwk>,
+    at: Instant,
+}
+
+/// The keys at one address.
+pub(crate) struct Jwks {
+    url: Uri,
+    client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
+    fetched: Mutex<Option<Arc<Fetched>>>,
+    /// When the keys were last asked for, and why in vain. Held while they are fetched, so that one fetches for all.
+    asked: AsyncMutex<Option<(Instant, Option<JwksError>)>>,
+}
+
+impl fmt::Debug for Jwks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Jwks({})", self.url)
+    }
+}
+
+impl Jwks {
+    /// Those at an address. Nothing is fetched before somebody asks for a key.
+    ///
+    /// # Errors
+    /// When this machine has no certificates to trust.
+    pub(crate) fn new(JwksUrl(url): JwksUrl) -> io::Result<Self> {
+        let connector = HttpsConnectorBuilder::new()
+            .with_provider_and_native_roots(rustls::crypto::ring::default_provider())?
+            .https_or_http()
+            .enable_http1()
+            .build();
+        let client = Client::builder(TokioExecutor::new()).build(connector);
+        Ok(Self {
+            url,
+            client,
+            fetched: Mutex::default(),
+            asked: AsyncMutex::default(),
+        })
+    }
+
+    /// The key of this id for this algorithm; without an id the only key there is. `None` when there is none.
+    ///
+    /// # Errors
+    /// When it is not known whether there is, because the keys cannot be fetched.
+    pub(crate) async fn find(
+        &self,
+        kid: Option<&str>,
+        algorithm: Algorithm,
+    ) -> Result<Option<DecodingKey>, JwksError> {
+        let known = |fetched: &Option<Arc<Fetched>>| {
+            fetched
+                .as_ref()
+                .and_then(|fetched| choose(&fetched.keys, kid, algorithm))
+        };
+        let fetched = self.fetched();
+        if let (Some(key), Some(fetched)) = (known(&fetched), &fetched)
+            && fetched.at.elapsed() < JWKS_TTL
+        {
+            return Ok(Some(key));
+        }
+        let mut asked = self.asked.lock().await;
+        if asked
+            .as_ref()
+            .is_none_or(|(at, _)| at.elapsed() >= JWKS_MIN_REFRESH)
+        {
+            let outcome = self.fetch().await;
+            if let Err(error) = &outcome {
+                warn!(url = %self.url, error = error as &dyn std::error::Error, "no keys");
+            }
+            *asked = Some((Instant::now(), outcome.err()));
+        }
+        match (known(&self.fetched()), &*asked) {
+            // Keys of before, while the issuer does not answer, rather than no agents at all.
+            (Some(key), _) => Ok(Some(key)),
+            (None, Some((_, Some(error)))) => Err(error.clone()),
+            (None, _) => Ok(None),
+        }
+    }
+
+    async fn fetch(&self) -> Result<(), JwksError> {
+        let failed = |error: &dyn fmt::Display| JwksError(error.to_string().into());
+        let request = Request::get(&self.url)
+            .header(header::ACCEPT, "application/json")
+            .body(Empty::new())
+            .map_err(|error| failed(&error))?;
+        let answer = async {
+            let response = self
+                .client
+                .request(request)
+                .await
+                .map_err(|error| failed(&error))?;
+            if response.status() != StatusCode::OK {
+                return Err(failed(&format!("it answered {}", response.status())));
+            }
+            Limited::new(response.into_body(), MAX_JWKS_BYTES)
+                .collect()
+                .await
+                .map_err(|error| failed(&error))
+        };
+        let body = timeout(JWKS_TIMEOUT, answer)
+            .await
+            .map_err(|_| failed(&format!("it did not answer within {JWKS_TIMEOUT:?}")))??;
+        let set: KeySet =
+            serde_json::from_slice(&body.to_bytes()).map_err(|error| failed(&error))?;
+        let keys: Vec<Jwk> = set
+            .keys
+            .into_iter()
+            .filter_map(|key| serde_json::from_value(key).ok())
+            .collect();
+        info!(url = %self.url, keys = keys.len(), "keys fetched");
+        *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(Fetched {
+            keys,
+            at: Instant::now(),
+        }));
+        Ok(())
+    }
+
+    /// Held between awaits only.
+    fn fetched(&self) -> Option<Arc<Fetched>> {
+        self.fetched
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+fn choose(keys: &[Jwk], kid: Option<&str>, algorithm: Algorithm) -> Option<DecodingKey> {
+    let mut matching = keys
+        .iter()
+        .filter(|key| kid.is_none() || key.common.key_id.as_deref() == kid);
+    let key = matching.next()?;
+    let is_the_only_one = kid.is_some() || matching.next().is_none();
+    let may_sign = key
+        .common
+        .public_key_use
+        .as_ref()
+        .is_none_or(|used_for| *used_for == PublicKeyUse::Signature);
+    let is_for_it = key
+        .common
+        .key_algorithm
+        .is_none_or(|named| named == algorithm.into());
+    let key = DecodingKey::from_jwk(key).ok()?;
+    (is_the_only_one && may_sign && is_for_it && key.family() == algorithm.family()).then_some(key)
+}

@@ -1,0 +1,175 @@
+//! Agents that prove who they are with a JSON Web Token (RFC 7519) of an issuer that the service trusts.
+//!
+//! Which algorithms are taken is the service's setting and never the token's: HS256 alone with a secret, asymmetric ones alone with
+//! the issuer's published keys. Signatures are checked with ring, as those of TLS are.
+
+use std::time::Duration;
+
+use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
+use serde::Deserialize;
+
+use crate::{
+    auth::{
+        Identity,
+        jwks::{Jwks, JwksError, JwksUrlError},
+        jwt_ring, token,
+    },
+    settings::Variables,
+};
+
+/// How far the issuer's clock and ours may be apart.
+const LEEWAY: Duration = Duration::from_secs(60);
+/// Shortest secret, in bytes: as long as the hash (RFC 7518, 3.2).
+const MIN_SECRET_BYTES: usize = 32;
+/// Longest token that is looked at, in bytes.
+const MAX_TOKEN_BYTES: usize = 16 * 1024;
+/// What issuers' published keys may sign with.
+const ASYMMETRIC: [Algorithm; 9] = [
+    Algorithm::RS256,
+    Algorithm::RS384,
+    Algorithm::RS512,
+    Algorithm::PS256,
+    Algorithm::PS384,
+    Algorithm::PS512,
+    Algorithm::ES256,
+    Algorithm::ES384,
+    Algorithm::EdDSA,
+];
+
+/// What a token must be to be believed.
+#[derive(Debug)]
+pub struct Jwt {
+    issuer: String,
+    audience: String,
+    keys: Keys,
+}
+
+#[derive(Debug)]
+enum Keys {
+    Secret(DecodingKey),
+    Published(Box<Jwks>),
+}
+
+#[derive(Deserialize)]
+struct Claims {
+    iss: String,
+    sub: String,
+    exp: u64,
+}
+
+/// The settings as they are written. They mean something only where agents authenticate so.
+#[derive(Default)]
+pub(crate) struct JwtSettings {
+    issuer: String,
+    audience: String,
+    jwks_url: String,
+    secret: String,
+}
+
+impl JwtSettings {
+    pub(crate) fn read(variables: &Variables<'_>) -> Self {
+        let text = |name: &str| variables.optional(name, String::new()).unwrap_or_default();
+        Self {
+            issuer: text("JWT_ISSUER"),
+            audience: text("JWT_AUDIENCE"),
+            jwks_url: text("JWT_JWKS_URL"),
+            secret: text("JWT_SECRET"),
+        }
+    }
+}
+
+impl Jwt {
+    /// Checks the settings. `None` means that a fault was noted.
+    pub(crate) fn load(variables: &Variables<'_>, settings: JwtSettings) -> Option<Self> {
+        let JwtSettings {
+            issuer,
+            audience,
+            jwks_url,
+            secret,
+        } = settings;
+        let required = |name: &str, text: String| {
+            if text.is_empty() {
+                variables.fault(name, "is not set")
+            } else {
+                Some(text)
+            }
+        };
+        let (issuer, audience) = (
+            required("JWT_ISSUER", issuer),
+            required("JWT_AUDIENCE", audience),
+        );
+        let given = |text: String| Some(text).filter(|text| !text.is_empty());
+        let keys = match (given(jwks_url), given(secret)) {
+            (Some(url), None) => match published(&url) {
+                Ok(keys) => Some(Keys::Published(Box::new(keys))),
+                Err(fault) => variables.fault("JWT_JWKS_URL", &fault),
+            },
+            (None, Some(secret)) if secret.len() >= MIN_SECRET_BYTES => {
+                Some(Keys::Secret(DecodingKey::from_secret(secret.as_bytes())))
+            }
+            (None, Some(_)) => variables.fault(
+                "JWT_SECRET",
+                &format!("must have at least {MIN_SECRET_BYTES} bytes"),
+            ),
+            (Some(_), Some(_)) | (None, None) => variables.fault(
+                "JWT_JWKS_URL, JWT_SECRET",
+                "exactly one of them must be set",
+            ),
+        };
+        jwt_ring::install();
+        Some(Self {
+            issuer: issuer?,
+            audience: audience?,
+            keys: keys?,
+        })
+    }
+
+    /// Who presents this token. `None` when it proves nothing.
+    ///
+    /// # Errors
+    /// When the issuer's keys cannot be fetched.
+    pub(crate) async fn identify(&self, token: &str) -> Result<Option<Identity>, JwksError> {
+        if token.len() > MAX_TOKEN_BYTES {
+            return Ok(None);
+        }
+        // An unknown `alg` such as none cannot be read; of `crit` nothing is understood, so nothing may be demanded.
+        let Some(header) = decode_header(token)
+            .ok()
+            .filter(|header| header.crit.is_none())
+        else {
+            return Ok(None);
+        };
+        let key = match &self.keys {
+            Keys::Secret(key) if header.alg == Algorithm::HS256 => Some(key.clone()),
+            Keys::Published(keys) if ASYMMETRIC.contains(&header.alg) => {
+                keys.find(header.kid.as_deref(), header.alg).await?
+            }
+            Keys::Secret(_) | Keys::Published(_) => None,
+        };
+        let Some(key) = key.filter(|key| key.family() == header.alg.family()) else {
+            return Ok(None);
+        };
+        let mut validation = Validation::new(header.alg);
+        validation.leeway = LEEWAY.as_secs();
+        validation.validate_nbf = true;
+        validation.set_issuer(&[&self.issuer]);
+        validation.set_audience(&[&self.audience]);
+        validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+        let Ok(token) = decode::<Claims>(token, &key, &validation) else {
+            return Ok(None);
+        };
+        let Claims { iss, sub, exp } = token.claims;
+        Ok((!sub.is_empty()).then(|| Identity {
+            owner: token::owner_of_subject(&iss, &sub),
+            expires_at: Some(exp.saturating_add(LEEWAY.as_secs())),
+        }))
+    }
+}
+
+fn published(url: &str) -> Result<Jwks, String> {
+    Jwks::new(
+        url.parse()
+            .map_err(|invalid: JwksUrlError| invalid.to_string())?,
+    )
+    .map_err(|error| error.to_string())
+}

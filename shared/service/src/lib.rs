@@ -1,0 +1,23 @@
+//! What the four functions share: everything they ask of AWS is here.
+//!
+//! [`settings`] and [`telemetry`] start a function. [`routing`] says which tunnel an address means. [`auth`] says who an agent is,
+//! [`tables`] is what DynamoDB keeps, [`agents`] how agents are spoken to, [`replies`] where their answers are waited for, and
+//! [`aws`] the SDK's configuration and API Gateway's events.
+
+pub mod agents;
+pub mod auth;
+pub mod aws;
+pub mod replies;
+pub mod routing;
+pub mod settings;
+pub mod tables;
+pub mod telemetry;
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The time since 1970. What is stored counts whole seconds of it, as DynamoDB's TTL wants.
+pub fn now() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}

@@ -1,0 +1,142 @@
+//! The tokens table: which agent tokens are good. It holds hashes only, so that reading it lets nobody in.
+
+use std::time::Duration;
+
+use aws_sdk_dynamodb::types::AttributeValue;
+
+use crate::tables::dynamodb::{
+    Item, StoreError, Table, number, read_flag, read_number, read_text, text,
+};
+use crate::{auth::token, aws::sdk::SdkConfig};
+
+/// The table.
+#[derive(Clone, Debug)]
+pub struct TokensTable(Table);
+
+impl TokensTable {
+    /// The table of this name.
+    pub fn new(sdk: &SdkConfig, name: String) -> Self {
+        Self(Table::new(sdk, name))
+    }
+
+    /// The token of this hash, if it is known, not revoked and not expired.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn good(&self, hash: &str, now: Duration) -> Result<Option<Token>, StoreError> {
+        let table = &self.0;
+        let output = table
+            .client
+            .get_item()
+            .table_name(&table.name)
+            .key("tokenHash", text(hash))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(table.failed("GetItem"))?;
+        let is_good =
+            |token: &Token| !token.revoked && token.expires_at.is_none_or(|at| at > now.as_secs());
+        Ok(output.item.as_ref().and_then(token).filter(is_good))
+    }
+
+    /// Makes a new token for somebody and returns it: it is not kept, and cannot be shown again.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn create(
+        &self,
+        name: &str,
+        expires: Option<Duration>,
+        now: Duration,
+    ) -> Result<String, StoreError> {
+        let token = token::generate_token();
+        let expires_at = expires.map(|expires| (now + expires).as_secs());
+        let kept = Token {
+            hash: token::hash_token(&token),
+            name: name.to_owned(),
+            created_at: now.as_secs(),
+            expires_at,
+            revoked: false,
+        };
+        self.put(&kept).await?;
+        Ok(token)
+    }
+
+    /// Keeps what is known of a token.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn put(&self, token: &Token) -> Result<(), StoreError> {
+        let table = &self.0;
+        let put = table
+            .client
+            .put_item()
+            .table_name(&table.name)
+            .item("tokenHash", text(&token.hash))
+            .item("name", text(&token.name))
+            .item("createdAt", number(token.created_at))
+            .item("revoked", AttributeValue::Bool(token.revoked));
+        let put = token
+            .expires_at
+            .into_iter()
+            .fold(put, |put, at| put.item("expiresAt", number(at)));
+        put.send().await.map_err(table.failed("PutItem"))?;
+        Ok(())
+    }
+
+    /// All tokens, for whoever runs the service.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn list(&self) -> Result<Vec<Token>, StoreError> {
+        let items = self.0.scan().await?;
+        Ok(items.iter().filter_map(token).collect())
+    }
+
+    /// Makes the tokens of this name good no longer, and returns how many that were.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn revoke(&self, name: &str) -> Result<usize, StoreError> {
+        let mut revoked = 0;
+        for token in self
+            .list()
+            .await?
+            .into_iter()
+            .filter(|token| token.name == name && !token.revoked)
+        {
+            self.put(&Token {
+                revoked: true,
+                ..token
+            })
+            .await?;
+            revoked += 1;
+        }
+        Ok(revoked)
+    }
+}
+
+fn token(item: &Item) -> Option<Token> {
+    Some(Token {
+        hash: read_text(item, "tokenHash")?.to_owned(),
+        name: read_text(item, "name").unwrap_or_default().to_owned(),
+        created_at: read_number(item, "createdAt").unwrap_or_default(),
+        expires_at: read_number(item, "expiresAt"),
+        revoked: read_flag(item, "revoked"),
+    })
+}
+
+/// What is kept of an agent's token.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Token {
+    /// Its SHA-256; see [`crate::auth::token::hash_token`].
+    pub hash: String,
+    /// Whom it was made for.
+    pub name: String,
+    /// In seconds since 1970.
+    pub created_at: u64,
+    /// In seconds since 1970; none if it does not expire.
+    pub expires_at: Option<u64>,
+    /// It is good no longer.
+    pub revoked: bool,
+}
