@@ -11,7 +11,7 @@ use tunnel_protocol::cidr::Cidr;
 use tunnel_service::routing::Routing;
 
 use crate::harness::{
-    Agent, Got, Origin, ScriptedAgent, ScriptedService, agent, get, raw, settings, stack,
+    Agent, Got, Origin, ScriptedAgent, ScriptedService, agent, get, raw, response, settings, stack,
     stack_with, visit, within,
 };
 
@@ -239,11 +239,6 @@ async fn a_secret_header_is_asked_for_and_not_passed_on() {
     }
 }
 
-/// A 200 of the scripted agent to a request.
-fn answer(request: &Value) -> Value {
-    json!({ "type": "http_response", "request_id": request["request_id"], "status_code": 200, "headers": {}, "body": "aGk=" })
-}
-
 /// PolicyArgs that a scripted agent can send.
 fn rules(rules: PolicyArgs) -> Value {
     rules
@@ -257,15 +252,11 @@ fn rules(rules: PolicyArgs) -> Value {
 #[tokio::test]
 async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there() {
     let stack = stack().await;
-    let mut open = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    open.ready(&json!({ "type": "ready", "features": ["notices"] }))
-        .await;
+    let mut open = ScriptedAgent::online(&stack, "my-app", &["notices"]).await;
     let url = format!("{}/my-app/", stack.public_url);
     // Which connection serves the tunnel is remembered now.
-    let (_, ()) = tokio::join!(get(&url), async {
-        let request = open.hear().await;
-        open.say(&answer(&request)).await;
-    });
+    open.answer(&url, |request| vec![response(request, "aGk=")])
+        .await;
     let mut closed = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
     let access = rules(PolicyArgs {
         basic_auth: secrets(&["alice:opensesame"]),
@@ -289,12 +280,7 @@ async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there()
         (got.status, got.error()),
         (StatusCode::UNAUTHORIZED, Some("visitor_unauthorized"))
     );
-    closed.say(&json!({ "type": "ping" })).await;
-    assert_eq!(
-        closed.hear().await,
-        json!({ "type": "pong" }),
-        "the request was sent on"
-    );
+    closed.expect_quiet("the request was sent on").await;
 
     let admitted = visit_with(&url, &[("authorization", ALICE)]);
     let (got, ()) = tokio::join!(admitted, async {
@@ -304,7 +290,7 @@ async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there()
             Value::Null,
             "the password went on"
         );
-        closed.say(&answer(&request)).await;
+        closed.say(&response(&request, "aGk=")).await;
     });
     assert_eq!(got.status, StatusCode::OK);
 }
@@ -320,13 +306,11 @@ async fn a_connection_without_rules_after_one_with_rules_lets_everybody_in() {
     strict
         .ready(&json!({ "type": "ready", "access": access }))
         .await;
-    let mut open = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    open.ready(&json!({ "type": "ready" })).await;
+    let mut open = ScriptedAgent::online(&stack, "my-app", &[]).await;
     let url = format!("{}/my-app/", stack.public_url);
-    let (got, ()) = tokio::join!(get(&url), async {
-        let request = open.hear().await;
-        open.say(&answer(&request)).await;
-    });
+    let got = open
+        .answer(&url, |request| vec![response(request, "aGk=")])
+        .await;
     assert_eq!(got.status, StatusCode::OK);
 }
 
@@ -505,10 +489,8 @@ async fn a_tunnel_has_no_more_requests_at_once_than_it_may() {
         ..Options::default()
     })
     .await;
-    let mut busy = ScriptedAgent::connect(&stack, "?tunnel_id=busy").await;
-    busy.ready(&json!({ "type": "ready" })).await;
-    let mut other = ScriptedAgent::connect(&stack, "?tunnel_id=other").await;
-    other.ready(&json!({ "type": "ready" })).await;
+    let mut busy = ScriptedAgent::online(&stack, "busy", &[]).await;
+    let mut other = ScriptedAgent::online(&stack, "other", &[]).await;
     let (busy_url, other_url) = (
         format!("{}/busy/", stack.public_url),
         format!("{}/other/", stack.public_url),
@@ -524,14 +506,14 @@ async fn a_tunnel_has_no_more_requests_at_once_than_it_may() {
         assert_eq!(second.header("retry-after"), Some("1"));
         let (elsewhere, ()) = tokio::join!(get(&other_url), async {
             let request = other.hear().await;
-            other.say(&answer(&request)).await;
+            other.say(&response(&request, "aGk=")).await;
         });
         assert_eq!(
             elsewhere.status,
             StatusCode::OK,
             "another tunnel has to wait"
         );
-        busy.say(&answer(&request)).await;
+        busy.say(&response(&request, "aGk=")).await;
     });
     assert_eq!(first.status, StatusCode::OK);
 
@@ -539,7 +521,7 @@ async fn a_tunnel_has_no_more_requests_at_once_than_it_may() {
     let again = async { while get(&busy_url).await.status == StatusCode::TOO_MANY_REQUESTS {} };
     let serve = async {
         let request = busy.hear().await;
-        busy.say(&answer(&request)).await;
+        busy.say(&response(&request, "aGk=")).await;
     };
     within("a free place", async { tokio::join!(again, serve) }).await;
 }

@@ -16,6 +16,7 @@ use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use local::{Options, Server, server::Transport};
+use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -28,6 +29,7 @@ use tokio_tungstenite::{
     tungstenite::{self, Message, client::IntoClientRequest},
 };
 use tokio_util::sync::CancellationToken;
+use tunnel_local_aws::quotas::Quotas;
 
 /// Longer than anything takes here; only a test that is about to fail waits for it.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -36,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     timeout(PATIENCE, future)
         .await
-        .unwrap_or_else(|_| panic!("waited in vain for {what}"))
+        .unwrap_or_else(|_| panic!("timed out waiting for {what}"))
 }
 
 /// A stack on free ports that forgets all.
@@ -54,6 +56,20 @@ pub(crate) async fn stack_with(options: Options) -> Server {
     })
     .await
     .expect("a stack")
+}
+
+/// A stack that handles the messages of a connection one after another, so that the answer to one shows that those before it have
+/// been dealt with. Otherwise they are handled side by side, as in AWS.
+pub(crate) async fn stack_in_order() -> Server {
+    let quotas = Quotas {
+        handled_at_once: 1,
+        ..Quotas::default()
+    };
+    stack_with(Options {
+        quotas,
+        ..Options::default()
+    })
+    .await
 }
 
 /// The shape that this run of the suite is about: every story is told in both.
@@ -388,11 +404,39 @@ pub(crate) async fn raw(stack: &Server, request: &[u8]) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// The response 200 to a request.
+pub(crate) fn response(request: &Value, body: &str) -> Value {
+    response_with(request, body, &json!({}))
+}
+
+/// The same, with what `more` adds to the message.
+pub(crate) fn response_with(request: &Value, body: &str, more: &Value) -> Value {
+    let mut response = json!({ "type": "http_response", "request_id": request["request_id"], "status_code": 200, "headers": {}, "body": body });
+    let fields = more.as_object().expect("an object").clone();
+    response.as_object_mut().expect("an object").extend(fields);
+    response
+}
+
 /// An agent that says what the story wants it to say; or the connection to one of ours, of a service that does.
 pub(crate) struct ScriptedAgent(WebSocketStream<MaybeTlsStream<TcpStream>>);
 
 impl ScriptedAgent {
-    /// Connects without a word.
+    /// Connects and opens a tunnel, as an agent that knows these features.
+    pub(crate) async fn online(stack: &Server, tunnel_id: &str, features: &[&str]) -> Self {
+        let mut agent = Self::connect(stack, &format!("?tunnel_id={tunnel_id}")).await;
+        let mut ready = json!({ "type": "ready" });
+        if !features.is_empty() {
+            ready["features"] = json!(features);
+        }
+        let established = agent.ready(&ready).await;
+        assert_eq!(
+            established["type"], "connection_established",
+            "{established}"
+        );
+        agent
+    }
+
+    /// Connects without saying anything.
     pub(crate) async fn connect(stack: &Server, query: &str) -> Self {
         Self::try_connect(stack, query, None)
             .await
@@ -421,12 +465,12 @@ impl ScriptedAgent {
         self.0.send(message.into()).await.expect("sent");
     }
 
-    pub(crate) async fn say(&mut self, json: &serde_json::Value) {
+    pub(crate) async fn say(&mut self, json: &Value) {
         self.send(Message::text(json.to_string())).await;
     }
 
     /// The next message of the service.
-    pub(crate) async fn hear(&mut self) -> serde_json::Value {
+    pub(crate) async fn hear(&mut self) -> Value {
         match self.hear_anything().await {
             Some(Message::Text(text)) => serde_json::from_str(&text).expect("JSON"),
             other => panic!("heard {other:?}"),
@@ -461,14 +505,45 @@ impl ScriptedAgent {
         .await
     }
 
+    /// The next request of a visitor, past whatever else comes before it.
+    pub(crate) async fn hear_request(&mut self) -> Value {
+        loop {
+            let heard = self.hear().await;
+            if heard["type"] == "http_request" {
+                return heard;
+            }
+        }
+    }
+
+    /// What a visitor gets whose request the agent answers with these messages.
+    pub(crate) async fn answer(
+        &mut self,
+        url: &str,
+        messages: impl FnOnce(&Value) -> Vec<Value>,
+    ) -> Got {
+        let (got, ()) = tokio::join!(get(url), async {
+            let request = self.hear_request().await;
+            for message in messages(&request) {
+                self.say(&message).await;
+            }
+        });
+        got
+    }
+
+    /// Asks a question and expects its answer next: the service has sent nothing before it.
+    pub(crate) async fn expect_quiet(&mut self, otherwise: &str) {
+        self.say(&json!({ "type": "ping" })).await;
+        assert_eq!(self.hear().await, json!({ "type": "pong" }), "{otherwise}");
+    }
+
     /// As a service: tells the agent that its tunnel is open.
     pub(crate) async fn establish(&mut self, tunnel_id: &str, features: &[&str]) {
         let url = format!("https://tunnel.example.com/{tunnel_id}");
-        self.say(&serde_json::json!({ "type": "connection_established", "connection_id": "c=", "tunnel_id": tunnel_id, "public_url": url, "features": features })).await;
+        self.say(&json!({ "type": "connection_established", "connection_id": "c=", "tunnel_id": tunnel_id, "public_url": url, "features": features })).await;
     }
 
     /// Becomes ready with these words and returns what the service answers.
-    pub(crate) async fn ready(&mut self, ready: &serde_json::Value) -> serde_json::Value {
+    pub(crate) async fn ready(&mut self, ready: &Value) -> Value {
         self.say(ready).await;
         self.hear().await
     }

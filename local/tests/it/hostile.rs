@@ -7,46 +7,21 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tunnel_protocol::limits::MAX_REORDER_PARTS;
 
 use crate::harness::{
-    Agent, Got, Origin, ScriptedAgent, ScriptedService, get, settings_for, stack, within,
+    Agent, Origin, ScriptedAgent, ScriptedService, get, response, settings_for, stack,
+    stack_in_order, within,
 };
 
-/// What a visitor gets whose request the agent answers with these messages.
-async fn answered(
-    agent: &mut ScriptedAgent,
-    url: &str,
-    messages: impl FnOnce(&Value) -> Vec<Value>,
-) -> Got {
-    let (got, ()) = tokio::join!(get(url), async {
-        let request = loop {
-            let heard = agent.hear().await;
-            if heard["type"] == "http_request" {
-                break heard;
-            }
-        };
-        for message in messages(&request["request_id"]) {
-            agent.say(&message).await;
-        }
-    });
-    got
-}
-
 async fn still_serves(agent: &mut ScriptedAgent, url: &str) {
-    let good = |id: &Value| {
-        vec![
-            json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": {}, "body": "aGk=" }),
-        ]
-    };
-    let got = answered(agent, url, good).await;
+    let got = agent
+        .answer(url, |request| vec![response(request, "aGk=")])
+        .await;
     assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
 }
 
 #[tokio::test]
 async fn a_reply_that_is_no_response_is_a_502_at_once() {
     let stack = stack().await;
-    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent
-        .ready(&json!({ "type": "ready", "features": ["body_parts", "reply_to"] }))
-        .await;
+    let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts", "reply_to"]).await;
     let url = format!("{}/my-app/", stack.public_url);
     let many: serde_json::Map<String, Value> = (0..300)
         .map(|number| (format!("x-{number}"), json!(["1"])))
@@ -110,10 +85,7 @@ async fn a_reply_that_is_no_response_is_a_502_at_once() {
 #[tokio::test]
 async fn parts_that_cannot_be_put_in_order_or_come_again_do_no_harm() {
     let stack = stack().await;
-    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent
-        .ready(&json!({ "type": "ready", "features": ["body_parts"] }))
-        .await;
+    let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts"]).await;
     let url = format!("{}/my-app/", stack.public_url);
     let head = |id: &Value, body: &str, more: bool| json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": {}, "body": body, "more": more });
     let part = |id: &Value, number: u64, body: &str, more: bool| json!({ "type": "body_part", "request_id": id, "part": number, "body": body, "more": more });
@@ -125,14 +97,22 @@ async fn parts_that_cannot_be_put_in_order_or_come_again_do_no_harm() {
         u64::from(u32::MAX),
         u64::from(u32::MAX) + 1,
     ] {
-        let got = answered(&mut agent, &url, |id| vec![part(id, number, "MQ==", true)]).await;
+        let got = agent
+            .answer(&url, |request| {
+                vec![part(&request["request_id"], number, "MQ==", true)]
+            })
+            .await;
         assert_eq!(
             (got.status, got.error()),
             (StatusCode::BAD_GATEWAY, Some("invalid_reply")),
             "part {number}"
         );
     }
-    let got = answered(&mut agent, &url, |id| vec![part(id, 0, "MQ==", false)]).await;
+    let got = agent
+        .answer(&url, |request| {
+            vec![part(&request["request_id"], 0, "MQ==", false)]
+        })
+        .await;
     assert_eq!(
         (got.status, got.error()),
         (StatusCode::BAD_GATEWAY, Some("invalid_reply")),
@@ -159,9 +139,8 @@ async fn parts_that_cannot_be_put_in_order_or_come_again_do_no_harm() {
 
 #[tokio::test]
 async fn guessed_request_ids_reach_nobody() {
-    let stack = stack().await;
-    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent.ready(&json!({ "type": "ready" })).await;
+    let stack = stack_in_order().await;
+    let mut agent = ScriptedAgent::online(&stack, "my-app", &[]).await;
     let url = format!("{}/my-app/", stack.public_url);
     let (got, ()) = tokio::join!(get(&url), async {
         let id = agent.hear().await["request_id"].clone();
@@ -200,10 +179,8 @@ async fn an_agent_that_sends_a_thousand_parts_to_a_visitor_who_does_not_read_los
     })
     .await
     .expect("a stack");
-    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent
-        .ready(&json!({ "type": "ready", "features": ["body_parts", "cancel", "window"] }))
-        .await;
+    let mut agent =
+        ScriptedAgent::online(&stack, "my-app", &["body_parts", "cancel", "window"]).await;
     let authority = stack.public_url.to_string().split_off("http://".len());
     let mut slow = tokio::net::TcpStream::connect(authority)
         .await

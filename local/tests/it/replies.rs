@@ -15,7 +15,9 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tunnel_protocol::id::ConnectionId;
 
-use crate::harness::{Got, Origin, ScriptedAgent, agent, get, post, stack, visit, within};
+use crate::harness::{
+    Origin, ScriptedAgent, agent, get, post, response, response_with, stack, visit, within,
+};
 
 async fn as_in_aws() -> Server {
     let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
@@ -30,21 +32,8 @@ async fn as_in_aws() -> Server {
 
 /// An agent on a tunnel of this name that answers over reply connections, once there is one.
 async fn connected(stack: &Server, name: &str) -> (ScriptedAgent, String) {
-    let mut agent = ScriptedAgent::connect(stack, &format!("?tunnel_id={name}")).await;
-    agent
-        .ready(&json!({ "type": "ready", "features": ["body_parts", "reply_to"] }))
-        .await;
+    let agent = ScriptedAgent::online(stack, name, &["body_parts", "reply_to"]).await;
     (agent, format!("{}/{name}/", stack.public_url))
-}
-
-/// A 200 to a request, with what `more` adds to the message.
-fn answer(request: &Value, body: &str, more: &Value) -> Value {
-    let mut answer = json!({ "type": "http_response", "request_id": request["request_id"], "status_code": 200, "headers": {}, "body": body });
-    answer
-        .as_object_mut()
-        .expect("an object")
-        .extend(more.as_object().expect("an object").clone());
-    answer
 }
 
 /// Visits until the request names a reply connection, and answers each visit over it.
@@ -60,7 +49,7 @@ async fn reply_connection(agent: &mut ScriptedAgent, url: &str) -> Value {
                 } else {
                     json!({ "reply_to": reply_to })
                 };
-                agent.say(&answer(&request, "aGk=", &more)).await;
+                agent.say(&response_with(&request, "aGk=", &more)).await;
             });
             assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
             if !reply_to.is_null() {
@@ -71,27 +60,14 @@ async fn reply_connection(agent: &mut ScriptedAgent, url: &str) -> Value {
     .await
 }
 
-async fn visited(
-    agent: &mut ScriptedAgent,
-    url: &str,
-    answer: impl FnOnce(&Value) -> Value,
-) -> Got {
-    let (got, ()) = tokio::join!(get(url), async {
-        let request = agent.hear().await;
-        agent.say(&answer(&request)).await;
-    });
-    got
-}
-
 #[tokio::test]
 async fn a_reply_is_found_whether_it_names_a_reply_connection_or_not() {
     let stack = as_in_aws().await;
     let (mut agent, url) = connected(&stack, "my-app").await;
     reply_connection(&mut agent, &url).await;
-    let got = visited(&mut agent, &url, |request| {
-        answer(request, "bWFpbGJveA==", &json!({}))
-    })
-    .await;
+    let got = agent
+        .answer(&url, |request| vec![response(request, "bWFpbGJveA==")])
+        .await;
     assert_eq!(&got.body[..], b"mailbox");
 }
 
@@ -102,18 +78,18 @@ async fn an_agent_cannot_have_the_service_speak_to_another_agent() {
     let mut other = ScriptedAgent::connect(&stack, "?tunnel_id=other").await;
     let other_id = other.ready(&json!({ "type": "ready" })).await["connection_id"].clone();
 
-    let got = visited(&mut agent, &url, |request| {
-        answer(request, "aGk=", &json!({ "reply_to": other_id }))
-    })
-    .await;
+    let got = agent
+        .answer(&url, |request| {
+            vec![response_with(
+                request,
+                "aGk=",
+                &json!({ "reply_to": other_id }),
+            )]
+        })
+        .await;
 
     assert_eq!(&got.body[..], b"hi", "the mailbox took it");
-    other.say(&json!({ "type": "ping" })).await;
-    assert_eq!(
-        other.hear().await,
-        json!({ "type": "pong" }),
-        "it heard something before"
-    );
+    other.expect_quiet("it heard something before").await;
 }
 
 #[tokio::test]
@@ -124,12 +100,17 @@ async fn a_reply_connection_that_is_killed_costs_no_request() {
     let id: ConnectionId = serde_json::from_value(first.clone()).expect("an id");
 
     // While a request waits that named it.
-    let got = visited(&mut agent, &url, |request| {
-        assert_eq!(request["reply_to"], first);
-        stack.disconnect(&id).expect("open until now");
-        answer(request, "aGk=", &json!({ "reply_to": first }))
-    })
-    .await;
+    let got = agent
+        .answer(&url, |request| {
+            assert_eq!(request["reply_to"], first);
+            stack.disconnect(&id).expect("open until now");
+            vec![response_with(
+                request,
+                "aGk=",
+                &json!({ "reply_to": first }),
+            )]
+        })
+        .await;
     assert_eq!((got.status, &got.body[..]), (StatusCode::OK, &b"hi"[..]));
 
     // Until this side has seen its end, requests may still name it, and are answered all the same.
@@ -153,10 +134,7 @@ async fn nobody_opens_a_reply_connection_without_a_ticket() {
 #[tokio::test]
 async fn a_body_goes_on_only_as_far_as_the_receiver_allows() {
     let stack = stack().await;
-    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    agent
-        .ready(&json!({ "type": "ready", "features": ["body_parts", "window"] }))
-        .await;
+    let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts", "window"]).await;
     let url = format!("{}/my-app/", stack.public_url);
 
     // Ten megabytes are more than a hundred parts; 32 of them, numbered 0 to 31, may be sent unasked.
@@ -167,9 +145,7 @@ async fn a_body_goes_on_only_as_far_as_the_receiver_allows() {
         while last < 31 {
             last = agent.hear().await["part"].as_u64().expect("a part");
         }
-        // Nothing more comes: the next it hears is the answer to its question.
-        agent.say(&json!({ "type": "ping" })).await;
-        assert_eq!(agent.hear().await, json!({ "type": "pong" }));
+        agent.expect_quiet("a part beyond the window came").await;
         agent
             .say(&json!({ "type": "window", "request_id": request["request_id"], "parts": 34 }))
             .await;
@@ -239,17 +215,12 @@ async fn a_visitor_who_does_not_read_stops_the_local_service_and_not_the_tunnel(
 #[tokio::test]
 async fn a_request_that_a_replaced_agent_gives_back_is_sent_to_the_one_that_serves_now() {
     let stack = stack().await;
-    let mut old = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    old.ready(&json!({ "type": "ready", "features": ["notices"] }))
-        .await;
+    let mut old = ScriptedAgent::online(&stack, "my-app", &["notices"]).await;
     let url = format!("{}/my-app/", stack.public_url);
     // Which connection serves the tunnel is remembered now.
-    visited(&mut old, &url, |request| {
-        answer(request, "b2xk", &json!({}))
-    })
-    .await;
-    let mut new = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-    new.ready(&json!({ "type": "ready" })).await;
+    old.answer(&url, |request| vec![response(request, "b2xk")])
+        .await;
+    let mut new = ScriptedAgent::online(&stack, "my-app", &[]).await;
     assert_eq!(old.hear().await["type"], "replaced");
 
     let give_back = async {
@@ -265,7 +236,7 @@ async fn a_request_that_a_replaced_agent_gives_back_is_sent_to_the_one_that_serv
         tokio::join!(post(&url, "once"), async {
             let request = new.hear().await;
             assert_eq!(request["body"], "b25jZQ==");
-            new.say(&answer(&request, "bmV3", &json!({}))).await;
+            new.say(&response(&request, "bmV3")).await;
         })
     };
     let got = tokio::select! {
@@ -279,9 +250,7 @@ async fn a_request_that_a_replaced_agent_gives_back_is_sent_to_the_one_that_serv
 async fn a_request_whose_agent_died_is_sent_again_only_if_it_changes_nothing() {
     let stack = stack().await;
     for (method, is_repeated) in [("GET", true), ("POST", false)] {
-        let mut old = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-        old.ready(&json!({ "type": "ready", "features": ["notices"] }))
-            .await;
+        let mut old = ScriptedAgent::online(&stack, "my-app", &["notices"]).await;
         let request = http::Request::builder()
             .method(method)
             .uri(format!("{}/my-app/", stack.public_url));
@@ -289,12 +258,11 @@ async fn a_request_whose_agent_died_is_sent_again_only_if_it_changes_nothing() {
         let story = async {
             old.hear().await;
             // Another connection of the owner serves the tunnel by the time the first one breaks.
-            let mut new = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
-            new.ready(&json!({ "type": "ready" })).await;
+            let mut new = ScriptedAgent::online(&stack, "my-app", &[]).await;
             drop(old);
             if is_repeated {
                 let request = new.hear().await;
-                new.say(&answer(&request, "bmV3", &json!({}))).await;
+                new.say(&response(&request, "bmV3")).await;
             }
             new
         };
@@ -306,12 +274,7 @@ async fn a_request_whose_agent_died_is_sent_again_only_if_it_changes_nothing() {
                 (got.status, got.error()),
                 (StatusCode::BAD_GATEWAY, Some("agent_lost"))
             );
-            new.say(&json!({ "type": "ping" })).await;
-            assert_eq!(
-                new.hear().await,
-                json!({ "type": "pong" }),
-                "it was sent again"
-            );
+            new.expect_quiet("it was sent again").await;
         }
     }
 }
