@@ -47,13 +47,20 @@ tools:
 build: tools
 	cargo build --release --locked --workspace --bins --examples
 
-run: build
-	@trap 'trap "" INT TERM; kill $$pids 2>/dev/null; wait' EXIT; trap 'exit 0' INT TERM; \
-	$(BIN)/tunnel-local --listen $(LISTEN) & pids=$$!; \
-	if [ "$(TARGET)" = "$(DEMO)" ]; then $(BIN)/examples/demo $(DEMO) & pids="$$pids $$!"; fi; \
-	{ $(BIN)/ttf http $(TARGET) --endpoint ws://$(LISTEN)/_ws & echo $$! >&3; wait; } 3>&1 | { \
-	  read -r ttf; trap 'kill $$ttf 2>/dev/null' EXIT; \
-	  while read -r url; do printf '\n  public URL: %s\n  try it:     curl %s/\n  stop it:    Ctrl-C\n\n' "$$url" "$$url"; done; }
+# The agent starts once the server is ready, so that it never connects to another server that has the port; all end with the server.
+run: SHELL := bash
+run: tools
+	@echo "Building tunnel-local, ttf and the demo service. The first time this takes several minutes."
+	cargo build --release --locked --workspace --bin tunnel-local --bin ttf --example demo
+	@set -o pipefail; trap : INT TERM; $(BIN)/tunnel-local --listen $(LISTEN) 2>&1 | { \
+	  trap 'kill $$(jobs -p) 2>/dev/null; wait' EXIT; \
+	  while IFS= read -r line || [[ $$line ]]; do \
+	    echo "$$line" >&2; \
+	    [[ $$line = ready:* ]] || continue; \
+	    if [ "$(TARGET)" = "$(DEMO)" ]; then $(BIN)/examples/demo $(DEMO) & fi; \
+	    $(BIN)/ttf http $(TARGET) --endpoint ws://$(LISTEN)/_ws > >(while read -r url; do \
+	      printf '\n  public URL: %s\n  try it:     curl %s/\n  stop it:    Ctrl-C\n\n' "$$url" "$$url"; done) & \
+	  done; }
 
 # The end-to-end suite once more, with every step as in AWS.
 test: tools
@@ -106,7 +113,7 @@ servers: build
 	.ci/servers $(BIN)
 
 chaos: build
-	$(BIN)/examples/chaos $(SCENARIO)
+	$(BIN)/chaos $(SCENARIO)
 
 fuzz: $(FUZZ)
 
