@@ -66,22 +66,22 @@ async fn main() -> anyhow::Result<()> {
 
 const HEAD: &str = "# Performance
 
-Written by `make bench`. The figures are for comparison with each other: they are from one machine on one day.
+`make bench` writes this page. Compare the figures with each other only: they come from one machine on one day.
 ";
 
 const ONE_MACHINE: &str =
-    "The load generator, all processes and the local service share the machine. bore and rathole, where they are installed, pass TCP
-connections on and know nothing of HTTP; they show what a tunnel costs at least.
+    "The load generator, all processes and the local service share the machine. bore and rathole, if they are installed, relay TCP
+connections and do not read HTTP; they show the least that a tunnel costs.
 ";
 
 fn in_aws() -> String {
     format!(
-        "The functions' executables, as Lambda runs them, in a stand-in for the rest of AWS on this machine (`bench/`): one event at a
-time in each environment, frozen in between. Services take as long as they do within a Region, each 85 to 125 % of: HTTP API {} ms
-each way, WebSocket API {} ms, Lambda {} ms, @connections {} ms, DynamoDB {} to {} ms, a handshake {} ms. The visitor, the agent and
-the local service are no distance away: add the round trips between each of them and the Region. Functions have a processor of this
-machine, more than Lambda gives to {} MB, and shared with all else that is measured. The bill is made of what was counted, with the
-prices of [cost.md](cost.md).
+        "The functions' executables run as they do in Lambda: one event at a time in each environment, frozen in between. A stand-in on
+this machine (`bench/`) replaces the rest of AWS. Its services take as long as AWS's do within a Region, each 85 to 125 % of: HTTP API
+{} ms each way, WebSocket API {} ms, Lambda {} ms, @connections {} ms, DynamoDB {} to {} ms, a handshake {} ms. The visitor, the agent
+and the local service are on the same machine: add the round trips between each of them and the Region. The functions run on a
+processor of this machine, which is more than Lambda gives a function of {} MB, and which they share with everything else that is
+measured. The cost is computed from what was counted, with the prices of [cost.md](cost.md).
 ",
         latency::HTTP_API,
         latency::WEBSOCKET_API,
@@ -136,18 +136,18 @@ impl Scene {
              |---|---|---|---|---|---|---|---|---|---|---|---|\n",
         );
         for (name, path, length, requests, at_once, is_streamed) in [
-            ("1 KB", "bytes", 1024, 400, 1, false),
-            ("1 KB", "bytes", 1024, 1000, 10, false),
-            ("32 KB", "bytes", 32 * 1024, 200, 1, false),
-            ("32 KB", "bytes", 32 * 1024, 500, 10, false),
-            ("100 KB", "bytes", 100 * 1024, 200, 1, false),
-            ("100 KB", "bytes", 100 * 1024, 500, 10, false),
-            ("100 KB of JSON", "json", 100 * 1024, 200, 1, false),
-            ("100 KB of JSON", "json", 100 * 1024, 500, 10, false),
-            ("1 MB", "bytes", 1024 * 1024, 100, 1, false),
-            ("1 MB", "bytes", 1024 * 1024, 100, 10, false),
-            ("1 KB, function URL", "bytes", 1024, 200, 1, true),
-            ("1 MB, function URL", "bytes", 1024 * 1024, 100, 1, true),
+            ("1 KiB", "bytes", 1024, 400, 1, false),
+            ("1 KiB", "bytes", 1024, 1000, 10, false),
+            ("32 KiB", "bytes", 32 * 1024, 200, 1, false),
+            ("32 KiB", "bytes", 32 * 1024, 500, 10, false),
+            ("100 KiB", "bytes", 100 * 1024, 200, 1, false),
+            ("100 KiB", "bytes", 100 * 1024, 500, 10, false),
+            ("100 KiB of JSON", "json", 100 * 1024, 200, 1, false),
+            ("100 KiB of JSON", "json", 100 * 1024, 500, 10, false),
+            ("1 MiB", "bytes", 1024 * 1024, 100, 1, false),
+            ("1 MiB", "bytes", 1024 * 1024, 100, 10, false),
+            ("1 KiB, function URL", "bytes", 1024, 200, 1, true),
+            ("1 MiB, function URL", "bytes", 1024 * 1024, 100, 1, true),
         ] {
             let base = if is_streamed {
                 &self.streaming_url
@@ -169,8 +169,8 @@ impl Scene {
             line(&mut times, name, at_once, &timings, &counts, requests)?;
         }
         Ok(format!(
-            "{times}\nA tunnel that is visited is looked up every 5 s by each environment: these are the reads. Messages are units of 32 KB in, \
-             out to\nthe agent, and on to `forward`.\n"
+            "{times}\nThe reads are lookups: each environment looks up a tunnel with visitors every 5 s. Messages are counted in units of 32 KiB: in, \
+             out\nto the agent, and on to `forward`.\n"
         ))
     }
 
@@ -181,7 +181,7 @@ impl Scene {
         self.cloud.meter.settled().await;
         self.cloud.meter.reset();
         for _ in 0..COLD {
-            self.cloud.lambda.notify_replaced();
+            self.cloud.lambda.retire_environments();
             first.push(visitor.fetch(&url, 1024).await?);
             second.push(visitor.fetch(&url, 1024).await?);
             // By then the reply connection is open, for which the other functions started.
@@ -192,8 +192,8 @@ impl Scene {
         }
         let counts = self.cloud.meter.read();
         let mut text = format!(
-            "\nThe first request through new environments took {} ms (median of {COLD}; longest {} ms), the second {} ms. From the start of an\n\
-             executable to its first poll:\n\n| function | starts | median ms | longest ms |\n|---|---|---|---|\n",
+            "\nThe first request through new environments took {} ms (median of {COLD}; longest {} ms), the second {} ms. From the\n\
+             start of an executable to its first poll:\n\n| function | starts | median ms | longest ms |\n|---|---|---|---|\n",
             ms(median(&mut first)),
             ms(longest(&first)),
             ms(median(&mut second)),
@@ -228,7 +228,7 @@ impl Scene {
         }
         let (median, longest) = (median(&mut took), longest(&took));
         Ok(format!(
-            "\nOf {BROKEN} requests after `forward`'s reply connection broke {failures} failed; they took {} ms (median; longest {} ms).\n",
+            "\nOf {BROKEN} requests after `forward`'s reply connection broke, {failures} failed; they took {} ms (median; longest {} ms).\n",
             ms(median),
             ms(longest)
         ))

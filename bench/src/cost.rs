@@ -7,9 +7,9 @@ use crate::{lambda::MEMORY, meter::Counts, visitors::CALL, websocket::units};
 
 /// List prices of us-east-1 in USD, without free tiers and volume discounts. docs/cost.md has their sources and date.
 pub mod price {
-    /// A call of an HTTP API, for each 512 KB begun.
+    /// A call of an HTTP API, for each 512 KiB or part of it.
     pub const HTTP_API_CALL: f64 = 1.00e-6;
-    /// A message of a WebSocket API, for each 32 KB begun.
+    /// A message of a WebSocket API, for each 32 KiB or part of it.
     pub const MAX_MESSAGE_BYTES: f64 = 1.00e-6;
     /// A minute of a WebSocket connection.
     pub const CONNECTION_MINUTE: f64 = 0.25e-6;
@@ -158,31 +158,31 @@ pub const DEFAULT: f64 = 15.0;
 /// The lines of the table.
 pub const EXAMPLES: [Example; 5] = [
     Example {
-        name: "1 KB",
+        name: "1 KiB",
         bytes: 1024,
         sent: 1024,
         forward: 45.0,
     },
     Example {
-        name: "32 KB",
+        name: "32 KiB",
         bytes: 32 * 1024,
         sent: 32 * 1024,
         forward: 50.0,
     },
     Example {
-        name: "100 KB",
+        name: "100 KiB",
         bytes: 100 * 1024,
         sent: 100 * 1024,
         forward: 50.0,
     },
     Example {
-        name: "100 KB of JSON",
+        name: "100 KiB of JSON",
         bytes: 100 * 1024,
         sent: 20 * 1024,
         forward: 50.0,
     },
     Example {
-        name: "1 MB",
+        name: "1 MiB",
         bytes: 1024 * 1024,
         sent: 1024 * 1024,
         forward: 80.0,

@@ -188,7 +188,7 @@ impl Lambda {
     }
 
     /// Ends all idle environments, so that the next calls find new ones.
-    pub fn notify_replaced(&self) {
+    pub fn retire_environments(&self) {
         for environment in self.idle().drain(..) {
             environment.signal(Signal::KILL);
         }

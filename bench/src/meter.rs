@@ -11,15 +11,15 @@ use tokio::sync::watch;
 /// What was counted since the last [`Meter::reset`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Counts {
-    /// Calls of the HTTP API, for each 512 KB begun.
+    /// Calls of the HTTP API, for each 512 KiB or part of it.
     pub http_calls: u64,
     /// Requests to the function URL.
     pub url_requests: u64,
-    /// Messages that agents sent, for each 32 KB begun; without pings.
+    /// Messages that agents sent, for each 32 KiB or part of it; without pings.
     pub units_in: u64,
-    /// Messages to agents, for each 32 KB begun; without pongs.
+    /// Messages to agents, for each 32 KiB or part of it; without pongs.
     pub units_out: u64,
-    /// Messages to reply connections, for each 32 KB begun.
+    /// Messages to reply connections, for each 32 KiB or part of it.
     pub units_relayed: u64,
     /// Messages by which agents keep their connections, and the answers to them.
     pub units_of_pings: u64,

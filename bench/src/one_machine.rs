@@ -136,7 +136,7 @@ pub async fn measure(
     drop((setups, service));
     let generator = generator.name();
     let mut text = format!(
-        "Load by {generator} for {SECONDS} s each, service: {origin_name}. Responses of 1 KB; ratios are to the service alone.\n\n{table}\n",
+        "Load from {generator} for {SECONDS} s each; the service is {origin_name}. Responses of 1 KiB; ratios are to the service alone.\n\n{table}\n",
         origin_name = if has_long {
             "nginx"
         } else {
@@ -146,12 +146,12 @@ pub async fn measure(
     if has_long {
         write!(
             text,
-            "Responses of 10 MB, {LONG_CONNECTIONS} connections:\n\n{bodies}\n"
+            "Responses of 10 MiB, {LONG_CONNECTIONS} connections:\n\n{bodies}\n"
         )?;
     }
     write!(
         text,
-        "Processor time for a request, user and kernel:\n\n| process | connections | µs |\n|---|---|---|\n{processor}"
+        "Processor time per request, user and kernel:\n\n| process | connections | µs |\n|---|---|---|\n{processor}"
     )?;
     Ok(text)
 }
