@@ -5,20 +5,20 @@ use std::{io, time::Duration};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http::{HeaderMap, Method, Response, StatusCode};
-use http_body::{Body as _, Frame};
+use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Incoming;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::mpsc,
     time::{Instant, timeout_at},
 };
 use tunnel_protocol::{
-    body::chunker::{Chunker, Piece},
-    body::window::ReceiveWindow,
-    body::{self, compression},
+    body::{
+        BodySender, Chunk, Mode, SendBodyError, compression, window::ReceiveWindow,
+        window::SendWindow,
+    },
     headers::remove_hop_by_hop,
     id::{ConnectionId, RequestId},
-    limits::MAX_PART_BYTES,
     message,
     message::{
         AgentError, AgentErrorCode, Body, BodyPart, Encoding, Feature, FromAgent, HttpRequest,
@@ -32,13 +32,6 @@ use crate::{
     rewrite::PublicAddress,
     settings::Settings,
 };
-
-/// How long bytes wait for company before they go out: a visitor does not notice, and each message has a price.
-const COALESCE_FOR: Duration = Duration::from_millis(10);
-/// How long a body that will fit the first message is waited for.
-const COALESCE_WHOLE_FOR: Duration = Duration::from_millis(50);
-/// Room for flags and digits that the measure of an envelope does not show.
-const ENVELOPE_SLACK_BYTES: usize = 128;
 
 /// What an exchange needs to know.
 #[derive(Clone, Debug)]
@@ -79,12 +72,12 @@ impl Context {
 /// the body has broken off.
 pub type BodyParts = mpsc::Receiver<BodyPart>;
 
-/// Carries out one exchange and tells how it went. `allowed` is how many parts of the response may be sent.
+/// Carries out one exchange and tells how it went. `window` tells which parts of the response may be sent.
 pub async fn run(
     context: Context,
     message: HttpRequest,
     more: Option<BodyParts>,
-    allowed: watch::Receiver<u32>,
+    window: SendWindow,
 ) -> Event {
     let started = Instant::now();
     let (method, uri) = (
@@ -99,7 +92,7 @@ pub async fn run(
     };
     let mut reply = Reply {
         outgoing: outgoing.clone(),
-        allowed: context.windows.then_some(allowed),
+        window: context.windows.then_some(window),
         bytes: 0,
     };
     let outcome = match attempt(&context, message, more, &mut reply, started).await {
@@ -235,8 +228,8 @@ impl Outgoing {
 /// The way back to the visitor.
 struct Reply {
     outgoing: Outgoing,
-    /// How many parts may be sent; none where nobody counts.
-    allowed: Option<watch::Receiver<u32>>,
+    /// Which parts may be sent; `None` if the service does not know of windows.
+    window: Option<SendWindow>,
     bytes: u64,
 }
 
@@ -251,78 +244,51 @@ impl Reply {
         let (head, body) = response.into_parts();
         let packs = context.packs && compression::is_compressible(&head.headers);
         let mut message = self.head(head.status, head.headers, processing_time_ms);
-        let room = room_beside_head(&message)?;
+        let room = message.room().ok_or(OriginError {
+            code: AgentErrorCode::ResponseTooLarge,
+            message: "The response's header is longer than a tunnel can carry.",
+        })?;
         if is_head {
             self.outgoing.send(FromAgent::HttpResponse(message)).await;
             return Ok(());
         }
-        let fits = body
-            .size_hint()
-            .exact()
-            .is_some_and(|length| length <= room as u64);
-        let mut body = Chunker::new(body, packs);
-        let first = if context.parts {
-            body.piece(
-                room,
-                Instant::now()
-                    + if fits {
-                        COALESCE_WHOLE_FOR
-                    } else {
-                        COALESCE_FOR
-                    },
-            )
-            .await
-            .map_err(broken_off)?
-        } else {
-            let bytes = body.take(room).await.map_err(broken_off)?;
-            Piece {
-                length: bytes.len(),
-                bytes,
-                encoding: None,
-                more: !body.is_at_end().await.map_err(broken_off)?,
-            }
-        };
-        if first.more && !context.parts {
-            return Err(OriginError {
-                code: AgentErrorCode::ResponseTooLarge,
-                message: "The response is longer than this service's version can carry.",
-            });
-        }
-        self.bytes += first.length as u64;
-        let mut more = first.more;
-        (message.body, message.encoding, message.more) = (Body(first.bytes), first.encoding, more);
+        let mut body = BodySender::new(body, Mode::Coalesced { compress: packs });
+        let first = self.first_chunk(&mut body, room, context.parts).await?;
+        message.set_chunk(first);
+        self.bytes = body.sent_bytes();
         self.outgoing.send(FromAgent::HttpResponse(message)).await;
-        let mut part = 1;
-        while more {
-            if let Some(allowed) = &mut self.allowed
-                && allowed.wait_for(|allowed| part < *allowed).await.is_err()
-            {
-                // The connection has ended, and this exchange is about to.
-                return Ok(());
-            }
-            body.is_at_end().await.map_err(broken_off)?;
-            let piece = body
-                .piece(MAX_PART_BYTES, Instant::now() + COALESCE_FOR)
-                .await
-                .map_err(broken_off)?;
-            self.bytes += piece.length as u64;
-            more = piece.more;
-            let (request_id, reply_to) = (
+        loop {
+            let part = match body.next_part(self.window.as_mut()).await {
+                Ok(Some(part)) => part,
+                // A closed window means that the connection has ended, and this exchange is about to.
+                Ok(None) | Err(SendBodyError::WindowClosed(_)) => return Ok(()),
+                Err(SendBodyError::Body(error)) => return Err(broken_off(error)),
+            };
+            self.bytes = body.sent_bytes();
+            let message = part.into_message(
                 self.outgoing.request_id.clone(),
                 self.outgoing.reply_to.clone(),
             );
-            let message = BodyPart {
-                request_id,
-                part,
-                body: Body(piece.bytes),
-                encoding: piece.encoding,
-                more,
-                reply_to,
-            };
             self.outgoing.send(FromAgent::BodyPart(message)).await;
-            part += 1;
         }
-        Ok(())
+    }
+
+    async fn first_chunk(
+        &self,
+        body: &mut BodySender<Incoming>,
+        room: usize,
+        takes_parts: bool,
+    ) -> Result<Chunk, OriginError> {
+        if takes_parts {
+            return body.first_chunk(room).await.map_err(broken_off);
+        }
+        body.whole(room)
+            .await
+            .map_err(broken_off)?
+            .ok_or(OriginError {
+                code: AgentErrorCode::ResponseTooLarge,
+                message: "The response is longer than this service's version can carry.",
+            })
     }
 
     fn head(
@@ -349,13 +315,4 @@ fn broken_off(_: hyper::Error) -> OriginError {
         code: AgentErrorCode::LocalServiceUnavailable,
         message: "it broke off in the middle of its response",
     }
-}
-
-fn room_beside_head(message: &HttpResponse) -> Result<usize, OriginError> {
-    let envelope =
-        message::encode(&FromAgent::HttpResponse(message.clone())).len() + ENVELOPE_SLACK_BYTES;
-    body::room_beside(envelope).ok_or(OriginError {
-        code: AgentErrorCode::ResponseTooLarge,
-        message: "The response's header is longer than a tunnel can carry.",
-    })
 }

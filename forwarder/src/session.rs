@@ -8,10 +8,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt, stream::SplitSink};
 use tokio::{
-    sync::{
-        mpsc::{self, error::TrySendError},
-        watch,
-    },
+    sync::mpsc::{self, error::TrySendError},
     task::{AbortHandle, JoinSet},
     time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
@@ -25,10 +22,10 @@ use tokio_tungstenite::tungstenite::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use tunnel_protocol::{
-    body::reorder::Reorder,
+    body::{reorder::Reorder, window::WindowUpdates},
     frames,
     id::{ConnectionId, RequestId},
-    limits::{INITIAL_WINDOW_PARTS, MAX_REORDER_PARTS},
+    limits::MAX_REORDER_PARTS,
     message,
     message::{
         AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest,
@@ -102,8 +99,8 @@ pub enum SessionEnd {
 struct InFlight {
     task: AbortHandle,
     body: Option<UploadedBody>,
-    /// How many parts of the response may be sent.
-    allowed: watch::Sender<u32>,
+    /// Which parts of the response may be sent.
+    window: WindowUpdates,
     reply_to: Option<ConnectionId>,
 }
 
@@ -269,9 +266,7 @@ impl Session {
             Ok(ToAgent::BodyPart(part)) => self.body_part(part),
             Ok(ToAgent::Window(window)) => {
                 if let Some(request) = self.requests.get(&window.request_id) {
-                    request.allowed.send_if_modified(|allowed| {
-                        std::mem::replace(allowed, window.parts.max(*allowed)) < window.parts
-                    });
+                    request.window.allow(window.parts);
                 }
             }
             Ok(ToAgent::Cancel { request_id }) => {
@@ -343,7 +338,8 @@ impl Session {
         } else {
             (None, None)
         };
-        let (allowed, may_send) = watch::channel(INITIAL_WINDOW_PARTS);
+        let window = WindowUpdates::default();
+        let may_send = window.window();
         let reply_to = request.reply_to.clone();
         let context = self.context.clone();
         let task = self.running.spawn({
@@ -355,7 +351,7 @@ impl Session {
             InFlight {
                 task,
                 body,
-                allowed,
+                window,
                 reply_to,
             },
         );

@@ -17,22 +17,15 @@ use http_body_util::{BodyExt, StreamBody};
 use tokio::{sync::oneshot, task::AbortHandle, time::Instant};
 use tracing::warn;
 use tunnel_protocol::{
-    body::chunker::Chunker,
-    body::window::ReceiveWindow,
-    body::{self, compression},
+    body::{BodySender, Chunk, Mode, SendBodyError, compression, window::ReceiveWindow},
     headers,
     headers::{FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO, TUNNEL_ERROR},
     id::{ConnectionId, RequestId, TunnelId},
-    limits::{MAX_HEADER_FIELDS, MAX_PART_BYTES},
+    limits::MAX_HEADER_FIELDS,
     message,
-    message::{Body, BodyPart, Feature, HttpRequest, ToAgent, Window},
+    message::{Body, Feature, HttpRequest, ToAgent, Window},
 };
-use tunnel_service::{
-    agents::PostError,
-    now,
-    replies::{Chunk, ReplyPart},
-    tables::tunnels::Online,
-};
+use tunnel_service::{agents::PostError, now, replies::ReplyPart, tables::tunnels::Online};
 
 use crate::{
     State,
@@ -43,10 +36,6 @@ use crate::{
     response::{ResponseBody, ResponseBodyError},
 };
 
-/// The JSON around flags, ids and a longer deadline that the first measure of an envelope does not show.
-const ENVELOPE_SLACK_BYTES: usize = 256;
-/// How long bytes of an upload wait for company before they are sent on.
-const COALESCE_FOR: Duration = Duration::from_millis(10);
 /// How long an agent may take no messages before its visitor is told. Pauses between tries double from the shortest.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 const MIN_BUSY_DELAY: Duration = Duration::from_millis(5);
@@ -83,8 +72,7 @@ pub(crate) async fn run(
     )
     .await?;
     log.request = Some(message.request_id.clone());
-    log.request_bytes
-        .fetch_add(length as u64, Ordering::Relaxed);
+    log.request_bytes.fetch_max(length, Ordering::Relaxed);
     let may_repeat = rest.is_none()
         && message.body.0.is_empty()
         && matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);
@@ -216,7 +204,7 @@ async fn first_message(
     path: &str,
     online: &Online,
     packs: bool,
-) -> Result<(HttpRequest, usize, Option<Chunker<VisitorBody>>), ForwardError> {
+) -> Result<(HttpRequest, u64, Option<BodySender<VisitorBody>>), ForwardError> {
     let packs =
         packs && online.features.contains(&Feature::Zstd) && compression::is_compressible(fields);
     let mut message = HttpRequest {
@@ -239,29 +227,22 @@ async fn first_message(
             "The request has more than {MAX_HEADER_FIELDS} header fields."
         )));
     }
-    let envelope =
-        message::encode(&ToAgent::HttpRequest(message.clone())).len() + ENVELOPE_SLACK_BYTES;
-    let room = body::room_beside(envelope).ok_or_else(|| {
+    let room = message.room().ok_or_else(|| {
         ForwardError::TooLarge("The request's header is longer than a tunnel can carry.".to_owned())
     })?;
-    let mut body = Chunker::new(visit.body, packs);
-    let length = if online.features.contains(&Feature::BodyParts) {
-        let piece = body
-            .piece(room, Instant::now() + COALESCE_FOR)
-            .await
-            .map_err(broken_off)?;
-        (message.body, message.encoding, message.more) =
-            (Body(piece.bytes), piece.encoding, piece.more);
-        piece.length
+    let mut body = BodySender::new(visit.body, Mode::Coalesced { compress: packs });
+    let chunk = if online.features.contains(&Feature::BodyParts) {
+        body.first_chunk(room).await.map_err(broken_off)?
     } else {
-        message.body = Body(body.take(room).await.map_err(broken_off)?);
-        if !body.is_at_end().await.map_err(broken_off)? {
-            return Err(ForwardError::TooLarge(format!(
+        let whole = body.whole(room).await.map_err(broken_off)?;
+        whole.ok_or_else(|| {
+            ForwardError::TooLarge(format!(
                 "The agent is an old one that takes request bodies up to {room} bytes. Update it."
-            )));
-        }
-        message.body.0.len()
+            ))
+        })?
     };
+    message.set_chunk(chunk);
+    let length = body.sent_bytes();
     let rest = message.more.then_some(body);
     Ok((message, length, rest))
 }
@@ -382,49 +363,31 @@ impl Exchange {
         }
     }
 
-    fn upload(&self, mut body: Chunker<VisitorBody>, sent: Arc<AtomicU64>) -> Upload {
+    fn upload(&self, mut body: BodySender<VisitorBody>, sent: Arc<AtomicU64>) -> Upload {
         let (function, connection, request_id) = (
             self.function.clone(),
             self.online.connection_id.clone(),
             self.replies.expected().request().clone(),
         );
-        let mut allowed = self
+        let mut window = self
             .online
             .features
             .contains(&Feature::Window)
-            .then(|| self.replies.expected().allowed());
+            .then(|| self.replies.expected().window());
         let (fail, failed) = oneshot::channel();
         let task = self.function.tasks.spawn(async move {
             let send = async {
-                for part in 1.. {
-                    if let Some(allowed) = &mut allowed
-                        && allowed.wait_for(|allowed| part < *allowed).await.is_err()
-                    {
-                        // Nobody waits for the reply any more.
-                        break;
-                    }
-                    body.is_at_end().await.map_err(broken_off)?;
-                    let piece = body
-                        .piece(MAX_PART_BYTES, Instant::now() + COALESCE_FOR)
-                        .await
-                        .map_err(broken_off)?;
-                    sent.fetch_add(piece.length as u64, Ordering::Relaxed);
-                    let more = piece.more;
-                    let (body, encoding) = (Body(piece.bytes), piece.encoding);
-                    let message = BodyPart {
-                        request_id: request_id.clone(),
-                        part,
-                        body,
-                        encoding,
-                        more,
-                        reply_to: None,
+                loop {
+                    let part = match body.next_part(window.as_mut()).await {
+                        Ok(Some(part)) => part,
+                        // A closed window means that the reply is not waited for any more.
+                        Ok(None) | Err(SendBodyError::WindowClosed(_)) => return Ok(()),
+                        Err(SendBodyError::Body(error)) => return Err(broken_off(error)),
                     };
+                    sent.fetch_max(body.sent_bytes(), Ordering::Relaxed);
+                    let message = part.into_message(request_id.clone(), None);
                     post(&function, &connection, &ToAgent::BodyPart(message)).await?;
-                    if !more {
-                        break;
-                    }
                 }
-                Ok::<(), ForwardError>(())
             };
             if let Err(refusal) = send.await {
                 // The exchange may have ended meanwhile; then nobody asks any more.

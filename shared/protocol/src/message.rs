@@ -3,7 +3,7 @@
 //! One enum per direction. A type that is not listed reads as `Unknown`, so that either side may be newer than the other; what
 //! a side may send beyond the first messages is negotiated in `features`. docs/protocol.md tells the same with examples.
 
-use std::fmt;
+use std::{fmt, io};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
@@ -392,10 +392,32 @@ pub fn decode<'de, M: Deserialize<'de>>(text: &'de str) -> Result<M, DecodeError
     Ok(serde_json::from_str(text)?)
 }
 
-/// Writes a message. The result may be longer than [`MAX_MESSAGE_BYTES`] only if its body was not cut by [`crate::body::reorder`].
+/// Writes a message. The result is longer than [`MAX_MESSAGE_BYTES`] only if its body was not cut by [`crate::body::BodySender`].
 pub fn encode<M: Serialize>(message: &M) -> String {
     serde_json::to_string(message)
         .expect("maps with string keys, strings and numbers always have a JSON text")
+}
+
+/// How many bytes of JSON a message, or the head of one, becomes.
+pub(crate) fn encoded_length<M: Serialize>(message: &M) -> usize {
+    /// Counts what is written.
+    struct Counter(usize);
+
+    impl io::Write for Counter {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    let mut counter = Counter(0);
+    serde_json::to_writer(&mut counter, message)
+        .expect("maps with string keys, strings and numbers always have a JSON text");
+    counter.0
 }
 
 #[expect(

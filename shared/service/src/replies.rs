@@ -6,19 +6,16 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bytes::Bytes;
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{
-    mpsc::{self, error::TryRecvError},
-    watch,
-};
+use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use tunnel_protocol::{
+    body::{Chunk, Part, window::SendWindow, window::WindowUpdates},
     headers,
     id::{ConnectionId, RequestId},
-    limits::{INITIAL_WINDOW_PARTS, MAX_REORDER_PARTS},
-    message::{AgentError, AgentErrorCode, BodyPart, Encoding, HttpResponse, Window},
+    limits::MAX_REORDER_PARTS,
+    message::{AgentError, AgentErrorCode, BodyPart, HttpResponse, Window},
 };
 
 /// A piece of an agent's reply.
@@ -37,17 +34,6 @@ pub enum ReplyPart {
     },
     /// Parts of the request's body with smaller numbers may be sent.
     Window(u32),
-}
-
-/// Body bytes, and whether more follow.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Chunk {
-    /// The bytes.
-    pub bytes: Bytes,
-    /// How they are packed.
-    pub encoding: Option<Encoding>,
-    /// Further parts follow.
-    pub more: bool,
 }
 
 /// A response without its body.
@@ -74,16 +60,12 @@ pub struct Reply {
 }
 
 impl From<HttpResponse> for Reply {
-    fn from(response: HttpResponse) -> Self {
+    fn from(mut response: HttpResponse) -> Self {
+        let chunk = response.take_chunk();
         let head = ReplyHead {
             status_code: response.status_code,
             headers: response.headers,
             processing_time_ms: response.processing_time_ms,
-        };
-        let chunk = Chunk {
-            bytes: response.body.0,
-            encoding: response.encoding,
-            more: response.more,
         };
         Self {
             request_id: response.request_id,
@@ -94,16 +76,13 @@ impl From<HttpResponse> for Reply {
 }
 
 impl From<BodyPart> for Reply {
-    fn from(part: BodyPart) -> Self {
-        let chunk = Chunk {
-            bytes: part.body.0,
-            encoding: part.encoding,
-            more: part.more,
-        };
+    fn from(message: BodyPart) -> Self {
+        let request_id = message.request_id.clone();
+        let part = Part::from(message);
         Self {
-            request_id: part.request_id,
-            part: part.part,
-            content: ReplyPart::Body(chunk),
+            request_id,
+            part: part.number,
+            content: ReplyPart::Body(part.chunk),
         }
     }
 }
@@ -153,7 +132,7 @@ type Numbered = (u32, ReplyPart);
 #[derive(Debug)]
 struct Inbox {
     parts: mpsc::Sender<Numbered>,
-    allowed: watch::Sender<u32>,
+    window: WindowUpdates,
 }
 
 /// The requests that wait for replies, each by the connection it was sent to: nobody else can answer it.
@@ -165,20 +144,20 @@ impl Replies {
     pub fn expect(&self, sender: ConnectionId, request: RequestId) -> Expected {
         // One place more than parts: for the word that there were too many.
         let (parts, received) = mpsc::channel(MAX_REORDER_PARTS + 1);
-        let (allowed, _) = watch::channel(INITIAL_WINDOW_PARTS);
+        let window = WindowUpdates::default();
         let key = (sender, request);
         self.lock().insert(
             key.clone(),
             Inbox {
                 parts,
-                allowed: allowed.clone(),
+                window: window.clone(),
             },
         );
         Expected {
             replies: self.clone(),
             key,
             received,
-            allowed,
+            window,
         }
     }
 
@@ -190,7 +169,7 @@ impl Replies {
             return false;
         };
         if let ReplyPart::Window(parts) = reply.content {
-            raise(&inbox.allowed, parts);
+            inbox.window.allow(parts);
             return true;
         }
         if inbox.parts.capacity() > 1 {
@@ -227,7 +206,7 @@ pub struct Expected {
     replies: Replies,
     key: (ConnectionId, RequestId),
     received: mpsc::Receiver<Numbered>,
-    allowed: watch::Sender<u32>,
+    window: WindowUpdates,
 }
 
 impl Expected {
@@ -254,14 +233,14 @@ impl Expected {
         self.received.try_recv()
     }
 
-    /// How many parts of the request's body may be sent.
-    pub fn allowed(&self) -> watch::Receiver<u32> {
-        self.allowed.subscribe()
+    /// The window of the request's body.
+    pub fn window(&self) -> SendWindow {
+        self.window.window()
     }
 
     /// Allows more of the request's body.
     pub fn allow(&self, parts: u32) {
-        raise(&self.allowed, parts);
+        self.window.allow(parts);
     }
 }
 
@@ -271,17 +250,10 @@ impl Drop for Expected {
     }
 }
 
-/// Windows may come in any order: the largest counts.
-fn raise(allowed: &watch::Sender<u32>, parts: u32) {
-    allowed.send_if_modified(|allowed| {
-        let is_more = parts > *allowed;
-        *allowed = parts.max(*allowed);
-        is_more
-    });
-}
-
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     fn part(request: &RequestId, part: u32) -> Reply {
@@ -348,23 +320,5 @@ mod tests {
         replies.lose(&id("lost"));
         assert_eq!(lost.recv().await, None);
         assert_eq!(other.try_recv(), Err(TryRecvError::Empty));
-    }
-
-    #[test]
-    fn of_two_windows_the_larger_counts() {
-        let (replies, request) = (Replies::default(), RequestId::generate());
-        let expected = replies.expect(id("c"), request.clone());
-        for parts in [50, 40] {
-            replies.deliver(
-                &id("c"),
-                Window {
-                    request_id: request.clone(),
-                    parts,
-                    reply_to: None,
-                }
-                .into(),
-            );
-        }
-        assert_eq!(*expected.allowed().borrow(), 50);
     }
 }

@@ -1,123 +1,141 @@
-//! Taking a body in pieces of a wanted size, as it comes: full ones while it comes fast, short ones while it does not.
+//! Cuts a body into the chunks that messages carry: full ones while it comes fast, short ones while it does not.
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use http_body::Body;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    body::{self, compression},
+    body::{self, Chunk, compression},
     limits::{MAX_DECOMPRESSED_BYTES, MAX_PART_BYTES},
     message::Encoding,
 };
 
-/// A body from which pieces are taken.
-#[derive(Debug)]
-pub struct Chunker<B: Body> {
+/// A body from which chunks are cut.
+pub(super) struct Chunker<B: Body> {
     body: B,
-    left: Bytes,
+    /// Bytes that the body gave and no chunk has yet.
+    unsent: Bytes,
     is_over: bool,
-    /// How it broke off, after bytes that are still to be given out.
+    /// Why the body broke off, while bytes from before that are still to be given out.
     broken_off: Option<B::Error>,
-    /// How many bytes are packed into one piece; none where they are sent as they are.
-    packed_at_once: Option<usize>,
-}
-
-/// As much of a body as goes into one message.
-#[derive(Debug, Eq, PartialEq)]
-pub struct Piece {
-    /// The bytes.
-    pub bytes: Bytes,
-    /// How they are packed.
-    pub encoding: Option<Encoding>,
-    /// How many bytes of the body they are, unpacked.
-    pub length: usize,
-    /// The body goes on.
-    pub more: bool,
+    /// How many bytes are compressed into one chunk; `None` where they are sent as they are.
+    compress_at_once: Option<usize>,
+    cut_bytes: u64,
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Chunker<B> {
-    /// Takes from `body`; packs what it gives if `packs`.
-    pub fn new(body: B, packs: bool) -> Self {
+    /// Cuts `body`; compresses the chunks where that makes them shorter if `compresses`.
+    pub(super) fn new(body: B, compresses: bool) -> Self {
         Self {
             body,
-            left: Bytes::new(),
+            unsent: Bytes::new(),
             is_over: false,
             broken_off: None,
-            packed_at_once: packs.then_some(MAX_DECOMPRESSED_BYTES),
+            compress_at_once: compresses.then_some(MAX_DECOMPRESSED_BYTES),
+            cut_bytes: 0,
         }
     }
 
-    /// Waits until there are bytes, or the end; tells which.
-    ///
-    /// # Errors
-    /// When the body breaks off.
-    pub async fn is_at_end(&mut self) -> Result<bool, B::Error> {
-        while self.left.is_empty() && !self.is_over {
+    /// How many bytes of the body have been given out, counted before compression.
+    pub(super) fn cut_bytes(&self) -> u64 {
+        self.cut_bytes
+    }
+
+    /// How long the body is, where it says so.
+    pub(super) fn exact_length(&self) -> Option<u64> {
+        self.body.size_hint().exact()
+    }
+
+    /// Waits until the body has more bytes or has ended, and tells whether it has ended.
+    pub(super) async fn is_at_end(&mut self) -> Result<bool, B::Error> {
+        while self.unsent.is_empty() && !self.is_over {
             if let Some(error) = self.broken_off.take() {
                 return Err(error);
             }
             match self.body.frame().await {
                 None => self.is_over = true,
                 // Trailers are dropped: API Gateway has no way to pass them on.
-                Some(frame) => self.left = frame?.into_data().unwrap_or_default(),
+                Some(frame) => self.unsent = frame?.into_data().unwrap_or_default(),
             }
         }
-        Ok(self.left.is_empty())
+        Ok(self.unsent.is_empty())
     }
 
-    /// Up to `limit` bytes, fewer only at the body's end.
-    ///
-    /// # Errors
-    /// When the body breaks off.
-    pub async fn take(&mut self, limit: usize) -> Result<Bytes, B::Error> {
-        let (mut chunks, mut length) = (Vec::new(), 0);
-        while length < limit && !self.is_at_end().await? {
-            chunks.push(self.cut(limit, &mut length));
+    /// Like [`Chunker::is_at_end`]; `None` if that cannot be said by then.
+    async fn is_at_end_by(&mut self, until: Option<Instant>) -> Option<Result<bool, B::Error>> {
+        match until {
+            Some(until) => timeout_at(until, self.is_at_end()).await.ok(),
+            None => self.is_at_end().now_or_never(),
         }
-        Ok(body::join(chunks))
     }
 
-    /// What comes before `until`, if it fits into `room` bytes, packed or not; as much of it as fits otherwise.
-    ///
-    /// # Errors
-    /// When the body breaks off.
-    pub async fn piece(&mut self, room: usize, until: Instant) -> Result<Piece, B::Error> {
-        let (mut bytes, more) = self
-            .gather(self.packed_at_once.unwrap_or(room), until)
+    /// The whole body, uncompressed; `None` if it is longer than `room` bytes.
+    pub(super) async fn whole(&mut self, room: usize) -> Result<Option<Bytes>, B::Error> {
+        let (mut runs, mut length) = (Vec::new(), 0);
+        while !self.is_at_end().await? {
+            if length == room {
+                return Ok(None);
+            }
+            runs.push(self.cut(room, &mut length));
+        }
+        self.cut_bytes += length as u64;
+        Ok(Some(body::join(runs)))
+    }
+
+    /// What comes before `until`, or is there already if that is `None`, if it fits into `room` bytes, compressed or not; as much of it as fits otherwise. Bytes that
+    /// came before the body broke off are given out first.
+    pub(super) async fn chunk(
+        &mut self,
+        room: usize,
+        until: Option<Instant>,
+    ) -> Result<Chunk, B::Error> {
+        let mut bytes = self
+            .gather(self.compress_at_once.unwrap_or(room), until)
             .await?;
-        while self.packed_at_once.is_some() {
-            match compression::compress(&bytes) {
-                Some(packed) if packed.len() <= room => {
-                    let more = more || !self.left.is_empty();
-                    return Ok(Piece {
-                        bytes: packed,
-                        encoding: Some(Encoding::Zstd),
-                        length: bytes.len(),
-                        more,
-                    });
-                }
+        let compressed = if self.compress_at_once.is_some() {
+            self.compress_into(room, &mut bytes)
+        } else {
+            None
+        };
+        self.cut_bytes += bytes.len() as u64;
+        let more = !(self.is_over && self.unsent.is_empty());
+        Ok(match compressed {
+            Some(bytes) => Chunk {
+                bytes,
+                encoding: Some(Encoding::Zstd),
+                more,
+            },
+            None => Chunk {
+                bytes,
+                encoding: None,
+                more,
+            },
+        })
+    }
+
+    /// Compresses as many of `bytes` as fit into `room` then, and puts the others back. `None` if they fit as they are and
+    /// would get no shorter.
+    fn compress_into(&mut self, room: usize, bytes: &mut Bytes) -> Option<Bytes> {
+        loop {
+            match compression::compress(bytes) {
+                Some(compressed) if compressed.len() <= room => return Some(compressed),
                 _ if bytes.len() > room => {
                     let rest = bytes.split_off((bytes.len() / 2).max(room));
                     self.put_back(rest);
                     // What follows is likely to be of the same kind.
-                    self.packed_at_once = Some(bytes.len().max(MAX_PART_BYTES));
+                    self.compress_at_once = Some(bytes.len().max(MAX_PART_BYTES));
                 }
-                _ => break,
+                _ => return None,
             }
         }
-        Ok(Piece {
-            length: bytes.len(),
-            bytes,
-            encoding: None,
-            more: more || !self.left.is_empty(),
-        })
     }
 
-    /// Up to `limit` of the bytes that come before `until`, and whether the body goes on.
-    async fn gather(&mut self, limit: usize, until: Instant) -> Result<(Bytes, bool), B::Error> {
-        let (mut chunks, mut length) = (Vec::new(), 0);
-        while let Ok(is_at_end) = timeout_at(until, self.is_at_end()).await {
+    /// Up to `limit` of the bytes that come before `until`.
+    async fn gather(&mut self, limit: usize, until: Option<Instant>) -> Result<Bytes, B::Error> {
+        let (mut runs, mut length) = (Vec::new(), 0);
+        while let Some(is_at_end) = self.is_at_end_by(until).await {
             match is_at_end {
                 Ok(false) if length < limit => {}
                 Ok(_) => break,
@@ -127,51 +145,58 @@ impl<B: Body<Data = Bytes> + Unpin> Chunker<B> {
                 }
                 Err(error) => return Err(error),
             }
-            chunks.push(self.cut(limit, &mut length));
+            runs.push(self.cut(limit, &mut length));
         }
-        Ok((body::join(chunks), !(self.is_over && self.left.is_empty())))
+        Ok(body::join(runs))
     }
 
-    /// Gives back what was taken last and not used, to be taken again.
+    /// Gives back what was cut last and not used, to be cut again.
     fn put_back(&mut self, bytes: Bytes) {
-        self.left = match (bytes.is_empty(), self.left.is_empty()) {
+        self.unsent = match (bytes.is_empty(), self.unsent.is_empty()) {
             (true, _) => return,
             (false, true) => bytes,
-            (false, false) => body::join(vec![bytes, std::mem::take(&mut self.left)]),
+            (false, false) => body::join(vec![bytes, std::mem::take(&mut self.unsent)]),
         };
     }
 
     fn cut(&mut self, limit: usize, length: &mut usize) -> Bytes {
-        let chunk = self.left.split_to(self.left.len().min(limit - *length));
-        *length += chunk.len();
-        chunk
+        let run = self.unsent.split_to(self.unsent.len().min(limit - *length));
+        *length += run.len();
+        run
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use http_body_util::Full;
+    use std::time::Duration;
+
+    use http_body_util::{Full, StreamBody};
     use proptest::prelude::*;
 
     use super::*;
 
-    fn pieces(body: &Bytes, room: usize, packs: bool) -> Vec<Piece> {
+    fn soon() -> Option<Instant> {
+        Some(Instant::now() + Duration::from_secs(1))
+    }
+
+    fn chunks(body: &Bytes, room: usize, compresses: bool) -> Vec<Chunk> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .build()
             .expect("a runtime");
         runtime.block_on(async {
-            let mut gathering = Chunker::new(Full::new(body.clone()), packs);
-            let mut pieces = Vec::new();
+            let mut chunker = Chunker::new(Full::new(body.clone()), compresses);
+            let mut chunks = Vec::new();
             loop {
-                let piece = gathering
-                    .piece(room, Instant::now() + std::time::Duration::from_secs(1))
+                let chunk = chunker
+                    .chunk(room, soon())
                     .await
-                    .expect("a body never breaks off");
-                let more = piece.more;
-                pieces.push(piece);
+                    .expect("a body that does not break off");
+                let more = chunk.more;
+                chunks.push(chunk);
                 if !more {
-                    return pieces;
+                    assert_eq!(chunker.cut_bytes(), body.len() as u64);
+                    return chunks;
                 }
             }
         })
@@ -183,44 +208,50 @@ mod tests {
             Ok(http_body::Frame::data(Bytes::from_static(b"hello"))),
             Err("broken"),
         ];
-        let mut body = Chunker::new(
-            http_body_util::StreamBody::new(futures_util::stream::iter(frames)),
-            false,
-        );
-        let until = Instant::now() + std::time::Duration::from_secs(1);
-        let piece = body.piece(100, until).await.expect("the bytes that came");
-        assert_eq!((&piece.bytes[..], piece.more), (&b"hello"[..], true));
-        assert_eq!(body.piece(100, until).await, Err("broken"));
+        let body = StreamBody::new(futures_util::stream::iter(frames));
+        let mut chunker = Chunker::new(body, false);
+        let chunk = chunker.chunk(100, soon()).await.expect("bytes");
+        assert_eq!((&chunk.bytes[..], chunk.more), (&b"hello"[..], true));
+        assert_eq!(chunker.chunk(100, soon()).await, Err("broken"));
+    }
+
+    #[tokio::test]
+    async fn a_whole_body_is_taken_up_to_the_room_that_there_is() {
+        for (length, fits) in [(0, true), (9, true), (10, true), (11, false), (40, false)] {
+            let mut chunker = Chunker::new(Full::new(Bytes::from(vec![7; length])), false);
+            let whole = chunker.whole(10).await.expect("a body");
+            assert_eq!(whole.map(|bytes| bytes.len()), fits.then_some(length));
+        }
     }
 
     #[test]
-    fn what_packs_well_goes_into_few_pieces() {
+    fn what_compresses_well_goes_into_few_chunks() {
         let body: Bytes = "a line of a log that is much like the others\n"
             .repeat(10_000)
             .into();
         assert_eq!(
-            pieces(&body, 100_000, true).len(),
+            chunks(&body, 100_000, true).len(),
             body.len().div_ceil(MAX_DECOMPRESSED_BYTES)
         );
         assert_eq!(
-            pieces(&body, 100_000, false).len(),
+            chunks(&body, 100_000, false).len(),
             body.len().div_ceil(100_000)
         );
     }
 
     proptest! {
         #[test]
-        fn pieces_put_together_give_the_body_and_each_fits(
+        fn chunks_put_together_give_the_body_and_each_fits(
             word in prop::collection::vec(any::<u8>(), 1..3000),
             times in 1usize..40,
             room in 500usize..20_000,
-            packs: bool,
+            compresses: bool,
         ) {
             let body: Bytes = word.repeat(times).into();
             let mut joined = Vec::new();
-            for piece in pieces(&body, room, packs) {
-                prop_assert!(piece.bytes.len() <= room);
-                joined.extend(compression::decompress(piece.bytes, piece.encoding).expect("what was packed"));
+            for chunk in chunks(&body, room, compresses) {
+                prop_assert!(chunk.bytes.len() <= room);
+                joined.extend(chunk.decompress().expect("what was compressed"));
             }
             prop_assert_eq!(joined, body);
         }

@@ -1,4 +1,4 @@
-//! Bodies packed for the wire, where both sides can and it pays: fewer and smaller messages, of which each has a price.
+//! Compression of chunks, where both sides can and it pays: fewer and smaller messages, each of which has a price.
 
 use std::io::Read;
 
@@ -8,29 +8,28 @@ use http::{HeaderMap, header};
 use crate::{limits::MAX_DECOMPRESSED_BYTES, message::Encoding};
 
 /// Shorter bodies fit the smallest unit that is billed whatever is done to them.
-const WORTH_IT: usize = 1024;
+const MIN_COMPRESSED_BYTES: usize = 1024;
 /// Zstandard's quickest regular level: what is waited for is a visitor's answer.
 const LEVEL: i32 = 1;
 
-/// The decoder's memory is two to the power of this, half a megabyte: as much as what may be unpacked can need, whatever a frame
-/// claims to.
-const WINDOW_LOG: u32 = MAX_DECOMPRESSED_BYTES.ilog2() + 1;
+/// The decoder's memory is two to the power of this, half a MiB: as much as the longest chunk can need, whatever a frame claims.
+const MAX_DECODER_WINDOW_LOG: u32 = MAX_DECOMPRESSED_BYTES.ilog2() + 1;
 
-/// A body that does not unpack to what it may.
+/// A chunk that cannot be decompressed to what it may become.
 #[derive(Debug, thiserror::Error)]
 pub enum DecompressError {
     /// Not Zstandard.
-    #[error("a compressed part cannot be unpacked")]
+    #[error("a compressed part cannot be decompressed")]
     Malformed(#[from] std::io::Error),
     /// Far longer than what was sent: broken or hostile.
-    #[error("a compressed part unpacks to more than {MAX_DECOMPRESSED_BYTES} bytes")]
+    #[error("a compressed part decompresses to more than {MAX_DECOMPRESSED_BYTES} bytes")]
     TooLong,
 }
 
 /// Whether bodies with these header fields are likely to become much shorter.
 pub fn is_compressible(fields: &HeaderMap) -> bool {
     let text = |name| fields.get(name).and_then(|value| value.to_str().ok());
-    let is_packed = text(header::CONTENT_ENCODING)
+    let is_encoded = text(header::CONTENT_ENCODING)
         .is_some_and(|encoding| !encoding.trim().eq_ignore_ascii_case("identity"));
     let kind = text(header::CONTENT_TYPE)
         .unwrap_or_default()
@@ -52,36 +51,36 @@ pub fn is_compressible(fields: &HeaderMap) -> bool {
         .iter()
         .any(|word| kind.ends_with(word));
     // Events are few bytes, and each is on its way before the next.
-    is_text && !is_packed && kind != "text/event-stream"
+    is_text && !is_encoded && kind != "text/event-stream"
 }
 
-/// Packs bytes; `None` when that makes them no shorter.
+/// Compresses bytes; `None` when that makes them no shorter, or they are more than [`MAX_DECOMPRESSED_BYTES`].
 pub fn compress(bytes: &[u8]) -> Option<Bytes> {
-    if bytes.len() < WORTH_IT || bytes.len() > MAX_DECOMPRESSED_BYTES {
+    if bytes.len() < MIN_COMPRESSED_BYTES || bytes.len() > MAX_DECOMPRESSED_BYTES {
         return None;
     }
-    let packed = zstd::bulk::compress(bytes, LEVEL).ok()?;
-    (packed.len() < bytes.len()).then(|| packed.into())
+    let compressed = zstd::bulk::compress(bytes, LEVEL).ok()?;
+    (compressed.len() < bytes.len()).then(|| compressed.into())
 }
 
-/// Unpacks a message's bytes.
+/// Decompresses a message's bytes.
 ///
 /// # Errors
-/// When they are not what `encoding` says, or unpack to more than [`MAX_DECOMPRESSED_BYTES`] bytes.
+/// When they are not what `encoding` says, or become more than [`MAX_DECOMPRESSED_BYTES`] bytes.
 pub fn decompress(bytes: Bytes, encoding: Option<Encoding>) -> Result<Bytes, DecompressError> {
     match encoding {
         None => Ok(bytes),
         Some(Encoding::Zstd) => {
-            let mut unpacked = Vec::new();
+            let mut decompressed = Vec::new();
             let mut decoder = zstd::stream::read::Decoder::with_buffer(&bytes[..])?;
-            decoder.window_log_max(WINDOW_LOG)?;
+            decoder.window_log_max(MAX_DECODER_WINDOW_LOG)?;
             decoder
                 .take(MAX_DECOMPRESSED_BYTES as u64 + 1)
-                .read_to_end(&mut unpacked)?;
-            if unpacked.len() > MAX_DECOMPRESSED_BYTES {
+                .read_to_end(&mut decompressed)?;
+            if decompressed.len() > MAX_DECOMPRESSED_BYTES {
                 Err(DecompressError::TooLong)
             } else {
-                Ok(unpacked.into())
+                Ok(decompressed.into())
             }
         }
     }
@@ -97,7 +96,7 @@ mod tests {
     #[test]
     fn a_small_part_cannot_make_the_receiver_keep_a_large_one() {
         let bomb =
-            zstd::bulk::compress(&vec![0; MAX_DECOMPRESSED_BYTES + 1], LEVEL).expect("packed");
+            zstd::bulk::compress(&vec![0; MAX_DECOMPRESSED_BYTES + 1], LEVEL).expect("compressed");
         assert!(bomb.len() < 1024);
         assert!(matches!(
             decompress(bomb.into(), Some(Encoding::Zstd)),
@@ -108,7 +107,7 @@ mod tests {
             Err(DecompressError::Malformed(_))
         ));
         let largest =
-            zstd::bulk::compress(&vec![0; MAX_DECOMPRESSED_BYTES], LEVEL).expect("packed");
+            zstd::bulk::compress(&vec![0; MAX_DECOMPRESSED_BYTES], LEVEL).expect("compressed");
         assert_eq!(
             decompress(largest.into(), Some(Encoding::Zstd))
                 .expect("allowed")
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_text_and_not_packed_already_is_packed() {
+    fn only_text_that_is_not_compressed_already_is_compressed() {
         for (kind, encoding, expected) in [
             ("text/html; charset=utf-8", None, true),
             ("application/json", None, true),
@@ -141,16 +140,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_packed_unpacks_to_the_same(word in prop::collection::vec(any::<u8>(), 1..20), times in 60usize..2000) {
+        fn what_is_compressed_decompresses_to_the_same(word in prop::collection::vec(any::<u8>(), 1..20), times in 60usize..2000) {
             let bytes: Bytes = word.repeat(times).into();
-            if let Some(packed) = compress(&bytes) {
-                prop_assert!(packed.len() < bytes.len());
-                prop_assert_eq!(decompress(packed, Some(Encoding::Zstd)).expect("what we packed"), bytes);
+            if let Some(compressed) = compress(&bytes) {
+                prop_assert!(compressed.len() < bytes.len());
+                prop_assert_eq!(decompress(compressed, Some(Encoding::Zstd)).expect("what we compressed"), bytes);
             }
         }
 
         #[test]
-        fn unpacking_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        fn decompressing_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = decompress(bytes.into(), Some(Encoding::Zstd));
         }
     }

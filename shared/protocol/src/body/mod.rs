@@ -1,13 +1,143 @@
-//! A body's way over the wire: chunked, compressed, numbered, sent within a window; put back in order, decompressed, granted.
+//! A body's way over the wire: cut into chunks, compressed, numbered and sent within a window; put back in order, decompressed,
+//! and more of it allowed.
+//!
+//! [`BodySender`] and [`BodyReceiver`] are the two ends, the same in both directions.
 
-pub mod chunker;
+pub mod budget;
+mod chunker;
 pub mod compression;
+mod receive;
 pub mod reorder;
+mod send;
 pub mod window;
 
 use bytes::{Bytes, BytesMut};
 
-use crate::limits::{MAX_MESSAGE_BYTES, RELAY_ENVELOPE_BYTES};
+pub use self::{
+    receive::{BodyReceiver, ReceiveBodyError, ReceivedChunk},
+    send::{BodySender, Mode, SendBodyError},
+};
+use crate::{
+    body::compression::DecompressError,
+    id::{ConnectionId, RequestId},
+    limits::{MAX_MESSAGE_BYTES, RELAY_ENVELOPE_BYTES},
+    message::{self, Body, BodyPart, Encoding, HttpRequest, HttpResponse},
+};
+
+/// Room for what the measure of a head does not show: the message's type, and flags, ids and digits that are set later.
+const ENVELOPE_SLACK_BYTES: usize = 256;
+
+/// As much of a body as one message carries.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Chunk {
+    /// The bytes, as the message carries them.
+    pub bytes: Bytes,
+    /// How they are compressed.
+    pub encoding: Option<Encoding>,
+    /// The body goes on.
+    pub more: bool,
+}
+
+impl Chunk {
+    /// The last chunk of a body, or its only one, uncompressed.
+    pub fn last(bytes: Bytes) -> Self {
+        Self {
+            bytes,
+            encoding: None,
+            more: false,
+        }
+    }
+
+    /// The bytes as they were before compression.
+    ///
+    /// # Errors
+    /// When they cannot be decompressed, or would be too long.
+    pub fn decompress(self) -> Result<Bytes, DecompressError> {
+        compression::decompress(self.bytes, self.encoding)
+    }
+}
+
+/// A chunk with its place in the body.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Part {
+    /// 1 for the first part after a head, then one more each.
+    pub number: u32,
+    /// The bytes.
+    pub chunk: Chunk,
+}
+
+impl Part {
+    /// The message that carries it.
+    pub fn into_message(self, request_id: RequestId, reply_to: Option<ConnectionId>) -> BodyPart {
+        BodyPart {
+            request_id,
+            part: self.number,
+            body: Body(self.chunk.bytes),
+            encoding: self.chunk.encoding,
+            more: self.chunk.more,
+            reply_to,
+        }
+    }
+}
+
+impl From<BodyPart> for Part {
+    fn from(message: BodyPart) -> Self {
+        Self {
+            number: message.part,
+            chunk: Chunk {
+                bytes: message.body.0,
+                encoding: message.encoding,
+                more: message.more,
+            },
+        }
+    }
+}
+
+impl HttpRequest {
+    /// Takes the first chunk of the body out.
+    pub fn take_chunk(&mut self) -> Chunk {
+        Chunk {
+            bytes: std::mem::take(&mut self.body.0),
+            encoding: self.encoding.take(),
+            more: std::mem::take(&mut self.more),
+        }
+    }
+
+    /// Puts the first chunk of the body in.
+    pub fn set_chunk(&mut self, chunk: Chunk) {
+        self.body = Body(chunk.bytes);
+        self.encoding = chunk.encoding;
+        self.more = chunk.more;
+    }
+
+    /// How many body bytes fit beside the head; `None` when the head itself does not fit into a message.
+    pub fn room(&self) -> Option<usize> {
+        room_beside(message::encoded_length(self) + ENVELOPE_SLACK_BYTES)
+    }
+}
+
+impl HttpResponse {
+    /// Takes the first chunk of the body out.
+    pub fn take_chunk(&mut self) -> Chunk {
+        Chunk {
+            bytes: std::mem::take(&mut self.body.0),
+            encoding: self.encoding.take(),
+            more: std::mem::take(&mut self.more),
+        }
+    }
+
+    /// Puts the first chunk of the body in.
+    pub fn set_chunk(&mut self, chunk: Chunk) {
+        self.body = Body(chunk.bytes);
+        self.encoding = chunk.encoding;
+        self.more = chunk.more;
+    }
+
+    /// How many body bytes fit beside the head; `None` when the head itself does not fit into a message.
+    pub fn room(&self) -> Option<usize> {
+        room_beside(message::encoded_length(self) + ENVELOPE_SLACK_BYTES)
+    }
+}
 
 /// How many body bytes fit beside `envelope` bytes of JSON in one message that may be passed on; `None` when not even the
 /// envelope does.
@@ -17,8 +147,8 @@ pub fn room_beside(envelope: usize) -> Option<usize> {
         .map(|rest| rest / 4 * 3)
 }
 
-/// Joins chunks into one; copies nothing when there is only one.
-pub fn join(chunks: Vec<Bytes>) -> Bytes {
+/// Joins runs of bytes into one; copies nothing when there is only one.
+pub(crate) fn join(chunks: Vec<Bytes>) -> Bytes {
     match <[Bytes; 1]>::try_from(chunks) {
         Ok([only]) => only,
         Err(chunks) => {
@@ -35,9 +165,8 @@ pub fn join(chunks: Vec<Bytes>) -> Bytes {
 mod tests {
     use super::*;
     use crate::{
-        id::RequestId,
         limits::MAX_PART_BYTES,
-        message::{Body, BodyPart, Encoding, FromAgent, ToAgent, encode},
+        message::{FromAgent, ToAgent, encode},
     };
 
     #[test]
@@ -66,3 +195,6 @@ mod tests {
         assert_eq!(room_beside(most + 1), None);
     }
 }
+
+#[cfg(test)]
+mod properties;

@@ -35,6 +35,11 @@ impl<T> Reorder<T> {
         self.expected
     }
 
+    /// Whether this part is held, or has been taken out.
+    pub fn has_seen(&self, part: u32) -> bool {
+        part < self.expected || self.early.contains_key(&part)
+    }
+
     /// Whether nothing is held.
     pub fn is_empty(&self) -> bool {
         self.early.is_empty()

@@ -1,8 +1,58 @@
-//! The receive window of a body: how much its sender may send before the receiver has used some.
+//! The window of a body: how many parts its sender may send before the receiver has used some.
+
+use tokio::sync::watch;
 
 use crate::limits::INITIAL_WINDOW_PARTS;
 
-/// Counts what a receiver has used up, and tells when its sender should be allowed more.
+/// The sender's side, where `window` messages come in. Clones share one window; it closes when the last is dropped.
+#[derive(Clone, Debug)]
+pub struct WindowUpdates(watch::Sender<u32>);
+
+impl Default for WindowUpdates {
+    fn default() -> Self {
+        Self(watch::Sender::new(INITIAL_WINDOW_PARTS))
+    }
+}
+
+impl WindowUpdates {
+    /// Allows the parts with numbers below `parts`. Updates may come in any order: the largest counts.
+    pub fn allow(&self, parts: u32) {
+        self.0.send_if_modified(|allowed| {
+            let is_more = parts > *allowed;
+            *allowed = parts.max(*allowed);
+            is_more
+        });
+    }
+
+    /// The window that these updates open.
+    pub fn window(&self) -> SendWindow {
+        SendWindow(self.0.subscribe())
+    }
+}
+
+/// The sender's side, where a body waits to be allowed more parts.
+#[derive(Clone, Debug)]
+pub struct SendWindow(watch::Receiver<u32>);
+
+/// The receiver of a body is gone: it will never allow more parts.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("the receiver of the body is gone")]
+pub struct WindowClosedError;
+
+impl SendWindow {
+    /// Waits until `part` may be sent.
+    ///
+    /// # Errors
+    /// When the window closes first.
+    pub async fn wait_for(&mut self, part: u32) -> Result<(), WindowClosedError> {
+        match self.0.wait_for(|allowed| part < *allowed).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(WindowClosedError),
+        }
+    }
+}
+
+/// The receiver's side: counts the parts that were used, and tells when their sender should be allowed more.
 #[derive(Debug)]
 pub struct ReceiveWindow {
     used: u32,
@@ -19,11 +69,11 @@ impl Default for ReceiveWindow {
 }
 
 impl ReceiveWindow {
-    /// Notes that one more part was used up. Returns the number below which parts are allowed from now on, when it is time to
-    /// say so: with half of the window left, so that a steady sender need not stop.
+    /// Notes that one more part was used. Returns the number below which parts are allowed from now on, when it is time to say
+    /// so: with half of the window left, so that a steady sender need not stop.
     pub fn part_used(&mut self) -> Option<u32> {
         self.used = self.used.saturating_add(1);
-        if self.allowed - self.used > INITIAL_WINDOW_PARTS / 2 {
+        if self.allowed.saturating_sub(self.used) > INITIAL_WINDOW_PARTS / 2 {
             return None;
         }
         self.allowed = self.used.saturating_add(INITIAL_WINDOW_PARTS);
@@ -33,25 +83,52 @@ impl ReceiveWindow {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
 
     #[test]
     fn a_sender_that_heeds_the_window_is_never_stopped_by_a_receiver_that_keeps_up() {
-        let (mut allowance, mut allowed) = (ReceiveWindow::default(), INITIAL_WINDOW_PARTS);
-        let mut told = 0;
+        let (mut window, mut allowed) = (ReceiveWindow::default(), INITIAL_WINDOW_PARTS);
+        let mut updates = 0;
         for used in 1..1000 {
             assert!(used <= allowed, "part {used} was never allowed");
-            if let Some(more) = allowance.part_used() {
+            if let Some(more) = window.part_used() {
                 assert!(
                     more - used <= INITIAL_WINDOW_PARTS,
                     "more than a window is under way"
                 );
-                (allowed, told) = (more, told + 1);
+                assert_eq!(
+                    allowed - used,
+                    INITIAL_WINDOW_PARTS / 2,
+                    "the sender learns late, or early, of the room that there is"
+                );
+                (allowed, updates) = (more, updates + 1);
             }
         }
         assert!(
-            told < 1000 / (INITIAL_WINDOW_PARTS / 2) + 1,
-            "told {told} times"
+            updates < 1000 / (INITIAL_WINDOW_PARTS / 2) + 1,
+            "{updates} updates"
+        );
+    }
+
+    #[test]
+    fn of_two_updates_the_larger_counts() {
+        let updates = WindowUpdates::default();
+        let mut window = updates.window();
+        assert_eq!(
+            window.wait_for(INITIAL_WINDOW_PARTS - 1).now_or_never(),
+            Some(Ok(()))
+        );
+        assert_eq!(window.wait_for(INITIAL_WINDOW_PARTS).now_or_never(), None);
+        updates.allow(50);
+        updates.allow(40);
+        assert_eq!(window.wait_for(49).now_or_never(), Some(Ok(())));
+        assert_eq!(window.wait_for(50).now_or_never(), None);
+        drop(updates);
+        assert_eq!(
+            window.wait_for(50).now_or_never(),
+            Some(Err(WindowClosedError))
         );
     }
 }

@@ -9,11 +9,12 @@ use aws_sdk_dynamodb::{primitives::Blob, types::AttributeValue};
 use serde::Serialize;
 
 use crate::aws::sdk::SdkConfig;
-use crate::replies::{Chunk, Reply, ReplyPart};
+use crate::replies::{Reply, ReplyPart};
 use crate::tables::dynamodb::{
     Item, StoreError, Table, number, read_flag, read_number, read_text, text,
 };
 use tunnel_protocol::{
+    body::Chunk,
     id::{ConnectionId, RequestId},
     message::Encoding,
 };
