@@ -1,40 +1,40 @@
-//! The command line: flags and environment, over the config file, over defaults; what is printed, and the exit codes.
+//! The command line: flags with the environment, over the config file, over defaults.
 
-use std::{
-    collections::HashMap,
-    io::Write,
-    path::PathBuf,
-    process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+use std::{collections::HashMap, path::PathBuf};
+
+use clap::{
+    Args, Parser, Subcommand,
+    error::{ContextKind, ContextValue},
 };
-
-use clap::{Args, Parser, Subcommand};
-use etcetera::{BaseStrategy, choose_base_strategy};
-use tokio::runtime::Runtime;
-use tokio_util::sync::CancellationToken;
-use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tunnel_protocol::id::TunnelId;
 
 use crate::{
-    Observer,
-    event::Event,
-    handshake::{self, HandshakeError},
-    settings::{
-        DEFAULT_TARGET, Endpoint, File, FileTunnel, HostHeader, MAX_CONCURRENT, REQUEST_TIMEOUT,
-        Secret, Settings, Target,
-    },
-    tunnel::TunnelError,
-    tunnel_ids,
-    visitor_rules::PolicyArgs,
+    config_file::{ConfigFile, ConfigFileError},
+    settings::{Layer, Settings, SettingsError},
+    target::Target,
 };
 
 const AFTER_HELP: &str = "\
 The public URL is printed on stdout, one line for each tunnel; everything else goes to stderr.
-Flags win over environment variables, and those over the config file.
+Flags override environment variables, and those override the config file.
 
 Exit codes: 0 stopped on request, 1 failed, 2 wrong usage or config, 3 token refused, 4 tunnel id taken,
-5 replaced by another agent of the same owner, or the tunnel id was released, 6 the service cannot keep visitors out.";
+5 replaced by another agent of the same owner, or the tunnel id was released,
+6 the service is too old to enforce visitor rules.";
+
+/// What is logged if nothing else is asked for.
+const DEFAULT_LOG_LEVEL: &str = "warn";
+/// The crates whose log a user may ask for by name.
+const LOG_TARGETS: [&str; 7] = [
+    "forwarder",
+    "tunnel_protocol",
+    "hyper",
+    "hyper_util",
+    "rustls",
+    "tokio_tungstenite",
+    "tungstenite",
+];
 
 /// Gives a local service a public URL.
 #[derive(Debug, Parser)]
@@ -50,7 +50,7 @@ pub struct Cli {
 enum Command {
     /// Open one tunnel to an HTTP service
     Http {
-        /// A port (3000), host:port, or http(s)://host:port
+        /// A port (3000), host:port, http(s)://host:port, or unix:/path
         #[arg(id = "service", value_name = "TARGET")]
         target: Option<Target>,
     },
@@ -63,7 +63,7 @@ enum Command {
         #[arg(value_name = "NAME")]
         names: Vec<String>,
     },
-    /// Give a tunnel id up, so that anybody may take it; the agent that serves it ends
+    /// Give up a tunnel id, so that anybody may take it; the agent that serves it ends
     Release {
         /// The tunnel id
         #[arg(id = "released", value_name = "ID")]
@@ -73,433 +73,249 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Options {
-    /// The service's WebSocket address: wss://..., or ws://127.0.0.1:8080/_ws for one on this machine
-    #[arg(short, long, global = true, env = "TTF_ENDPOINT", value_name = "URL")]
-    endpoint: Option<Endpoint>,
-    /// The agent's token; better in the environment than on the command line
-    #[arg(
-        long,
-        global = true,
-        env = "TTF_TOKEN",
-        hide_env_values = true,
-        value_name = "TOKEN"
-    )]
-    token: Option<String>,
-    /// The tunnel id to ask for; if none is given a random one, the same each time for the same endpoint and target
-    #[arg(
-        short = 's',
-        long,
-        global = true,
-        env = "TTF_TUNNEL_ID",
-        visible_alias = "subdomain",
-        value_name = "ID"
-    )]
-    tunnel_id: Option<TunnelId>,
-    /// The local service, if no command names it [default: 127.0.0.1:3000]
-    #[arg(
-        short = 'p',
-        long,
-        global = true,
-        env = "TTF_TARGET",
-        visible_alias = "port",
-        value_name = "TARGET"
-    )]
-    target: Option<Target>,
-    /// The Host the local service sees: rewrite (its own), preserve (the visitor's), or a host [default: rewrite]
-    #[arg(long, global = true, env = "TTF_HOST_HEADER", value_name = "HOST")]
-    host_header: Option<HostHeader>,
-    /// How long the local service may take to start its response [default: 5m]
-    #[arg(long, global = true, env = "TTF_REQUEST_TIMEOUT", value_parser = humantime::parse_duration, value_name = "TIME")]
-    request_timeout: Option<Duration>,
-    /// How many requests are passed on at once [default: 1024]
-    #[arg(long, global = true, env = "TTF_MAX_CONCURRENT", value_name = "N")]
-    max_concurrent: Option<usize>,
-    /// Compress bodies between the service and this agent where it pays [default: true]
-    #[arg(long, global = true, env = "TTF_COMPRESSION", value_name = "BOOL")]
-    compression: Option<bool>,
     #[command(flatten)]
-    rules: PolicyArgs,
-    /// Remember a random tunnel id for the next start [default: true]
-    #[arg(long, global = true, env = "TTF_REMEMBER", value_name = "BOOL")]
-    remember: Option<bool>,
+    layer: Layer,
     /// A config file in TOML
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// What is logged on stderr: error, warn, info, debug, or a list such as warn,forwarder=debug [default: warn]
+    /// What is logged on stderr: error, warn, info, debug, trace, off, or a list such as warn,forwarder=debug [default: warn]
     #[arg(long, global = true, env = "TTF_LOG_LEVEL", value_name = "LEVEL")]
     log_level: Option<String>,
 }
 
+/// A command line with everything that belongs to it.
+#[derive(Debug)]
+pub struct Invocation {
+    /// What is to be done.
+    pub action: Action,
+    /// What is logged.
+    pub log: Targets,
+}
+
+/// What an invocation is to do.
+#[derive(Debug)]
+pub enum Action {
+    /// Keep these tunnels open.
+    Open(Vec<Settings>),
+    /// Give up a tunnel id.
+    Release(Box<Settings>, TunnelId),
+}
+
 /// A command line or file that cannot be carried out; the text says what to do.
-#[derive(Debug, PartialEq)]
-pub struct Usage(String);
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// The file cannot be used.
+    #[error(transparent)]
+    File(#[from] ConfigFileError),
+    /// Values are missing or cannot be used.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// Not a level, or a list of levels.
+    #[error(
+        "log_level: `{0}` is neither a level (error, warn, info, debug, trace, off) nor one for a part, such as forwarder=debug; parts are {parts}",
+        parts = LOG_TARGETS.join(", ")
+    )]
+    LogLevel(String),
+    /// The file is for `ttf start`.
+    #[error("the config file has [tunnels]: open them with `ttf start --all` or `ttf start NAME`")]
+    StartMissing,
+    /// `ttf start` without a file that has tunnels.
+    #[error("`ttf start` needs a config file with [tunnels.NAME]: pass it with --config")]
+    NoTunnels,
+    /// `ttf start` without names.
+    #[error("name the tunnels to start, or pass --all; the config file has: {0}")]
+    NoNames(String),
+    /// The file has no such tunnel.
+    #[error("there is no tunnel {name} in the config file; it has: {known}")]
+    UnknownName {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// One name twice on the command line.
+    #[error("the tunnel {0} is named twice: name each once")]
+    NamedTwice(String),
+    /// A flag that only makes sense for one tunnel.
+    #[error("--tunnel-id and --target are for one tunnel: put them into the config file")]
+    ForOneTunnel,
+    /// Two tunnels would take each other's place for ever.
+    #[error(
+        "the tunnels {first} and {second} have the same tunnel_id {tunnel_id}: give each its own"
+    )]
+    SameTunnelId {
+        /// One tunnel.
+        first: String,
+        /// The other.
+        second: String,
+        /// What both ask for.
+        tunnel_id: TunnelId,
+    },
+}
 
 impl Cli {
-    /// The tunnel id that is to be given up, where that is what the command is.
-    fn released(&self) -> Option<TunnelId> {
-        match &self.command {
-            Some(Command::Release { tunnel_id }) => Some(tunnel_id.clone()),
-            _ => None,
-        }
-    }
-
-    /// The tunnels to open, or the one to release, and the log's filter.
-    ///
-    /// # Errors
-    /// When something is missing or contradicts.
-    pub fn settings(self) -> Result<(Vec<Settings>, String), Usage> {
-        let file = match &self.options.config {
-            Some(path) => File::read(path).map_err(|error| Usage(error.to_string()))?,
-            None => File::default(),
-        };
-        let log_level = self
-            .options
-            .log_level
-            .clone()
-            .or(file.log_level.clone())
-            .unwrap_or_else(|| "warn".to_owned());
-        let single = |target: Option<Target>| {
-            let tunnel = FileTunnel {
-                target: file.target.clone(),
-                tunnel_id: file.tunnel_id.clone(),
-                ..FileTunnel::default()
-            };
-            self.options
-                .settings("http", target, &tunnel, &file)
-                .map(|settings| vec![settings])
-        };
-        let tunnels = match &self.command {
-            Some(Command::Http { target }) => single(target.clone())?,
-            Some(Command::Start { all, names }) => self.options.start(*all, names, &file)?,
-            Some(Command::Release { tunnel_id }) => {
-                let settings =
-                    self.options
-                        .settings("release", None, &FileTunnel::default(), &file)?;
-                vec![Settings {
-                    tunnel_id: Some(tunnel_id.clone()),
-                    ..settings
-                }]
+    /// Reads the process's own command line and environment. Ends the process where they are wrong, or ask for help.
+    pub fn from_process() -> Self {
+        Self::try_parse().unwrap_or_else(|mut error| {
+            // An address with a password in it is a mistake that must not end up in a terminal's history or a log.
+            if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+                && value.contains('@')
+            {
+                let hidden = ContextValue::String("(not shown)".to_owned());
+                error.insert(ContextKind::InvalidValue, hidden);
             }
-            None if !file.tunnels.is_empty() => {
-                return Err(Usage("the config file has [tunnels]: open them with `ttf start --all` or `ttf start NAME`".to_owned()));
-            }
-            None => single(None)?,
-        };
-        Ok((tunnels, log_level))
-    }
-}
-
-impl Options {
-    fn start(&self, all: bool, names: &[String], file: &File) -> Result<Vec<Settings>, Usage> {
-        let known = || {
-            file.tunnels
-                .keys()
-                .map(String::as_str)
-                .collect::<Vec<_>>()
-                .join(", ")
-        };
-        if file.tunnels.is_empty() {
-            return Err(Usage(
-                "`ttf start` needs a config file with [tunnels.NAME]: pass it with --config"
-                    .to_owned(),
-            ));
-        }
-        if !all && names.is_empty() {
-            return Err(Usage(format!(
-                "name the tunnels to start, or pass --all; the config file has: {}",
-                known()
-            )));
-        }
-        let chosen: Vec<&String> = if all {
-            file.tunnels.keys().collect()
-        } else {
-            names.iter().collect()
-        };
-        if chosen.len() > 1 && (self.tunnel_id.is_some() || self.target.is_some()) {
-            return Err(Usage(
-                "--tunnel-id and --target are for one tunnel: put them into the config file"
-                    .to_owned(),
-            ));
-        }
-        chosen
-            .into_iter()
-            .map(|name| {
-                let tunnel = file.tunnels.get(name).ok_or_else(|| {
-                    Usage(format!(
-                        "there is no tunnel {name} in the config file; it has: {}",
-                        known()
-                    ))
-                })?;
-                self.settings(name, None, tunnel, file)
-            })
-            .collect()
-    }
-
-    fn settings(
-        &self,
-        name: &str,
-        target: Option<Target>,
-        tunnel: &FileTunnel,
-        file: &File,
-    ) -> Result<Settings, Usage> {
-        let endpoint = self.endpoint.clone().or(file.endpoint.clone()).ok_or_else(|| {
-            Usage("no endpoint: pass --endpoint, set TTF_ENDPOINT, or put `endpoint` into the config file (ws://127.0.0.1:8080/_ws is tunnel-local's)".to_owned())
-        })?;
-        let max_concurrent = self
-            .max_concurrent
-            .or(tunnel.max_concurrent)
-            .or(file.max_concurrent)
-            .unwrap_or(MAX_CONCURRENT);
-        if max_concurrent == 0 {
-            return Err(Usage("max_concurrent must be at least 1".to_owned()));
-        }
-        Ok(Settings {
-            name: name.to_owned(),
-            endpoint,
-            token: self.token.clone().map(Secret::from).or(file.token.clone()),
-            tunnel_id: self.tunnel_id.clone().or(tunnel.tunnel_id.clone()),
-            memory: memory_file().filter(|_| self.remember.or(file.remember).unwrap_or(true)),
-            target: target
-                .or(self.target.clone())
-                .or(tunnel.target.clone())
-                .or(file.target.clone())
-                .unwrap_or_else(|| DEFAULT_TARGET.parse().expect("the default is a target")),
-            host_header: self
-                .host_header
-                .clone()
-                .or(tunnel.host_header.clone())
-                .or(file.host_header.clone())
-                .unwrap_or_default(),
-            request_timeout: self
-                .request_timeout
-                .or(tunnel.request_timeout)
-                .or(file.request_timeout)
-                .unwrap_or(REQUEST_TIMEOUT),
-            max_concurrent,
-            compression: self.compression.or(file.compression).unwrap_or(true),
-            access: self
-                .rules
-                .or(&tunnel.rules())
-                .or(&file.rules())
-                .check()
-                .map_err(|fault| Usage(fault.to_string()))?,
+            error.exit()
         })
     }
-}
 
-/// The file of [`crate::tunnel_ids`]. A user without a home remembers nothing.
-fn memory_file() -> Option<PathBuf> {
-    Some(
-        choose_base_strategy()
-            .ok()?
-            .config_dir()
-            .join("ttf")
-            .join("tunnels.toml"),
-    )
-}
-
-/// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
-pub fn main() -> ExitCode {
-    match Runtime::new() {
-        Ok(runtime) => runtime.block_on(run()),
-        Err(error) => fail(1, &format!("cannot start: {error}")),
-    }
-}
-
-async fn run() -> ExitCode {
-    let cli = Cli::parse();
-    let released = cli.released();
-    let (tunnels, log_level) = match cli.settings() {
-        Ok(settings) => settings,
-        Err(Usage(text)) => return fail(2, &text),
-    };
-    let filter = match log_level.parse::<Targets>() {
-        Ok(filter) => filter,
-        Err(error) => return fail(2, &format!("log_level {log_level}: {error}")),
-    };
-    tracing_subscriber::registry()
-        .with(fmt::layer().with_writer(std::io::stderr))
-        .with(filter)
-        .init();
-    if let (Some(tunnel_id), [settings]) = (&released, &tunnels[..]) {
-        return release(settings, tunnel_id).await;
-    }
-    let stop = CancellationToken::new();
-    let name_tunnels = tunnels.len() > 1;
-    let printed = Mutex::new(HashMap::new());
-    let observer: Observer = Arc::new(move |name, event| {
-        if let Event::Online { public_url, .. } = &event
-            && printed
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .insert(name.to_owned(), public_url.clone())
-                .as_ref()
-                != Some(public_url)
-        {
-            // Nobody reading stdout is no reason to close the tunnel.
-            let _ = writeln!(std::io::stdout(), "{}", clean(public_url))
-                .and_then(|()| std::io::stdout().flush());
-        }
-        show(name_tunnels.then_some(name), &event);
-    });
-    let mut run = std::pin::pin!(crate::run(tunnels, observer, stop.clone()));
-    let outcome = tokio::select! {
-        outcome = &mut run => outcome,
-        () = interrupted() => {
-            stop.cancel();
-            tokio::select! {
-                outcome = &mut run => outcome,
-                // A second signal ends at once.
-                () = interrupted() => return ExitCode::FAILURE,
+    /// Reads the config file, and puts all layers together.
+    ///
+    /// # Errors
+    /// When something is missing, malformed or contradictory.
+    pub fn invocation(self) -> Result<Invocation, UsageError> {
+        let file = match &self.options.config {
+            Some(path) => ConfigFile::read(path)?,
+            None => ConfigFile::default(),
+        };
+        let log = self.options.log_level.as_ref().or(file.log_level.as_ref());
+        let log = log_filter(log.map_or(DEFAULT_LOG_LEVEL, String::as_str))?;
+        let layer = self.options.layer;
+        let action = match self.command {
+            Some(Command::Http { target }) => {
+                let command = Layer {
+                    target,
+                    ..Layer::default()
+                };
+                let settings = command.or(&layer).or(&file.top).settings("http")?;
+                Action::Open(vec![settings])
             }
-        }
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => fail(code(&failure), &failure.to_string()),
+            Some(Command::Start { all, names }) => Action::Open(start(&layer, all, names, &file)?),
+            Some(Command::Release { tunnel_id }) => {
+                let settings = layer.or(&file.top).settings("release")?;
+                Action::Release(Box::new(settings), tunnel_id)
+            }
+            None if !file.tunnels.is_empty() => return Err(UsageError::StartMissing),
+            None => Action::Open(vec![layer.or(&file.top).settings("http")?]),
+        };
+        Ok(Invocation { action, log })
     }
 }
 
-async fn release(settings: &Settings, tunnel_id: &TunnelId) -> ExitCode {
-    let existed = match handshake::release(settings, tunnel_id).await {
-        Ok(existed) => existed,
-        Err(HandshakeError::NameTaken) => {
-            return fail(
-                4,
-                &format!(
-                    "the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"
-                ),
-            );
-        }
-        Err(HandshakeError::Unauthorized) => {
-            return fail(
-                code(&TunnelError::Unauthorized),
-                &TunnelError::Unauthorized.to_string(),
-            );
-        }
-        Err(HandshakeError::Unprotected) => {
-            return fail(
-                code(&TunnelError::Unprotected),
-                &TunnelError::Unprotected.to_string(),
-            );
-        }
-        Err(HandshakeError::Invalid(said)) => {
-            return fail(2, &TunnelError::Invalid(said).to_string());
-        }
-        Err(HandshakeError::Unreachable(reason)) => return fail(1, &reason),
+fn start(
+    flags: &Layer,
+    all: bool,
+    names: Vec<String>,
+    file: &ConfigFile,
+) -> Result<Vec<Settings>, UsageError> {
+    let known = || {
+        let names: Vec<&str> = file.tunnels.keys().map(String::as_str).collect();
+        names.join(", ")
     };
-    if let Some(file) = &settings.memory {
-        tunnel_ids::forget(file, &settings.endpoint, tunnel_id).await;
+    if file.tunnels.is_empty() {
+        return Err(UsageError::NoTunnels);
     }
-    let done = if existed {
-        "is released: anybody may take it now"
+    let names = if all {
+        file.tunnels.keys().cloned().collect()
     } else {
-        "was nobody's: there was nothing to release"
+        names
     };
-    let _ = writeln!(std::io::stdout(), "{tunnel_id} {done}");
-    ExitCode::SUCCESS
-}
-
-fn code(failure: &TunnelError) -> u8 {
-    match failure {
-        TunnelError::Invalid(_) => 2,
-        TunnelError::Unauthorized => 3,
-        TunnelError::NameTaken(_) => 4,
-        TunnelError::Replaced(_) => 5,
-        TunnelError::Unprotected => 6,
+    if names.is_empty() {
+        return Err(UsageError::NoNames(known()));
     }
+    if let Some(twice) = first_duplicate(&names) {
+        return Err(UsageError::NamedTwice(twice.clone()));
+    }
+    if names.len() > 1 && (flags.tunnel_id.is_some() || flags.target.is_some()) {
+        return Err(UsageError::ForOneTunnel);
+    }
+    // A tunnel id at the top is the one of `ttf http`: two tunnels cannot share it.
+    let top = Layer {
+        tunnel_id: None,
+        ..file.top.clone()
+    };
+    let mut tunnels = Vec::new();
+    for name in names {
+        let tunnel = file
+            .tunnels
+            .get(&name)
+            .ok_or_else(|| UsageError::UnknownName {
+                known: known(),
+                name: name.clone(),
+            })?;
+        tunnels.push(flags.or(tunnel).or(&top).settings(&name)?);
+    }
+    check_tunnel_ids(&tunnels)?;
+    Ok(tunnels)
 }
 
-fn fail(code: u8, text: &str) -> ExitCode {
-    say(&format!("error: {text}"));
-    ExitCode::from(code)
+fn first_duplicate(names: &[String]) -> Option<&String> {
+    let is_duplicate = |(at, name): &(usize, &String)| names[..*at].contains(name);
+    names
+        .iter()
+        .enumerate()
+        .find(is_duplicate)
+        .map(|(_, name)| name)
 }
 
-/// Waits for Ctrl-C or a request to terminate.
-async fn interrupted() {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-            return;
+fn check_tunnel_ids(tunnels: &[Settings]) -> Result<(), UsageError> {
+    let mut seen = HashMap::new();
+    for tunnel in tunnels {
+        let Some(tunnel_id) = &tunnel.tunnel_id else {
+            continue;
+        };
+        let key = (tunnel.endpoint.to_string(), tunnel_id);
+        if let Some(first) = seen.insert(key, &tunnel.name) {
+            return Err(UsageError::SameTunnelId {
+                first: first.clone(),
+                second: tunnel.name.clone(),
+                tunnel_id: tunnel_id.clone(),
+            });
         }
     }
-    let _ = tokio::signal::ctrl_c().await;
+    Ok(())
 }
 
-fn show(name: Option<&str>, event: &Event) {
-    let name = name.map(|name| format!("[{name}] ")).unwrap_or_default();
-    match event {
-        Event::Connecting { endpoint } => say(&format!("{name}connecting to {endpoint}")),
-        Event::Online { public_url, target } => {
-            say(&format!("{name}online: {public_url} -> {target}"));
-        }
-        Event::Reconnecting {
-            reason,
-            pause,
-            attempt,
-        } => {
-            say(&format!(
-                "{name}offline: {reason}; reconnecting in {:.1} s (attempt {attempt})",
-                pause.as_secs_f64()
-            ));
-        }
-        Event::Request {
-            method,
-            uri,
-            outcome,
-            bytes,
-            took,
-        } => {
-            let outcome = match outcome {
-                Ok(status) => status.as_u16().to_string(),
-                Err(reason) => format!("failed: {reason}"),
+/// Reads a list of levels. `Targets` itself takes any word for a target's name, so that a typo would silence the log.
+fn log_filter(text: &str) -> Result<Targets, UsageError> {
+    text.split(',')
+        .try_fold(Targets::new(), |filter, directive| {
+            let fault = || UsageError::LogLevel(directive.to_owned());
+            let level = |text: &str| match text.trim().to_ascii_lowercase().as_str() {
+                "off" => Ok(LevelFilter::OFF),
+                "error" => Ok(LevelFilter::ERROR),
+                "warn" => Ok(LevelFilter::WARN),
+                "info" => Ok(LevelFilter::INFO),
+                "debug" => Ok(LevelFilter::DEBUG),
+                "trace" => Ok(LevelFilter::TRACE),
+                _ => Err(fault()),
             };
-            say(&format!(
-                "{name}{method} {uri} {outcome} {} {} ms",
-                size(*bytes),
-                took.as_millis()
-            ));
-        }
-        Event::Draining { in_flight: 0 } => say(&format!("{name}stopping")),
-        Event::Draining { in_flight } => say(&format!(
-            "{name}stopping once {in_flight} requests have finished; again to stop now"
-        )),
-    }
-}
-
-/// Writes a line to stderr.
-fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{}", clean(line));
-}
-
-/// A text without what could steer a terminal.
-fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() && c != '\n' { '?' } else { c })
-        .collect()
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a rounded figure for people")]
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..1024 => format!("{bytes} B"),
-        1024..1_048_576 => format!("{:.1} kB", bytes as f64 / 1024.0),
-        _ => format!("{:.1} MB", bytes as f64 / 1_048_576.0),
-    }
+            let Some((target, of_target)) = directive.split_once('=') else {
+                return Ok(filter.with_default(level(directive)?));
+            };
+            let target = target.trim();
+            let krate = target.split("::").next().unwrap_or_default();
+            if !LOG_TARGETS.contains(&krate) {
+                return Err(fault());
+            }
+            Ok(filter.with_target(target, level(of_target)?))
+        })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{settings::TargetTls, tunnel_ids};
 
-    fn parse(arguments: &[&str]) -> Result<Vec<Settings>, Usage> {
+    fn parse(arguments: &[&str]) -> Result<Vec<Settings>, String> {
         let cli = Cli::try_parse_from([&["ttf"], arguments].concat()).expect("a command line");
-        cli.settings().map(|(tunnels, _)| tunnels)
+        match cli.invocation() {
+            Ok(Invocation {
+                action: Action::Open(tunnels),
+                ..
+            }) => Ok(tunnels),
+            Ok(other) => panic!("not tunnels: {other:?}"),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     fn file(text: &str) -> tempfile::NamedTempFile {
@@ -559,7 +375,8 @@ mod tests {
                 .memory
                 .clone()
         };
-        assert!(memory(&[]).is_none_or(|file| file.ends_with("ttf/tunnels.toml")));
+        assert_eq!(memory(&[]), tunnel_ids::default_file());
+        assert!(tunnel_ids::default_file().is_some_and(|file| file.ends_with("ttf/tunnels.toml")));
         assert_eq!(memory(&["--remember", "false"]), None);
         let file = file("remember = false\n");
         assert_eq!(
@@ -653,7 +470,7 @@ mod tests {
             &["--require-header", "swordfish"],
             &["--require-header", "host: swordfish"],
         ] {
-            let Err(Usage(text)) = parse(&[wrong, &["-e", "wss://x.example.com"]].concat()) else {
+            let Err(text) = parse(&[wrong, &["-e", "wss://x.example.com"]].concat()) else {
                 panic!("accepted: {wrong:?}")
             };
             assert!(
@@ -666,12 +483,106 @@ mod tests {
 
     #[test]
     fn a_missing_endpoint_is_named() {
-        let Err(Usage(text)) = parse(&["http", "3000"]) else {
+        let Err(text) = parse(&["http", "3000"]) else {
             panic!("settings without endpoint")
         };
         assert!(
             text.contains("--endpoint") && text.contains("TTF_ENDPOINT"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn the_table_of_a_tunnel_has_all_that_the_top_has() {
+        let file = file(
+            "endpoint = 'wss://x.example.com'\ntoken = 'top'\ncompression = true\ntarget_insecure = true\n\
+             [tunnels.api]\nendpoint = 'wss://y.example.com'\ntoken = 'own'\ncompression = false\n\
+             target_insecure = false\n[tunnels.web]\n",
+        );
+        let path = file.path().to_str().expect("a path");
+        let tunnels = parse(&["start", "--all", "--config", path]).expect("settings");
+        let of = |settings: &Settings| {
+            let token = settings
+                .token
+                .as_ref()
+                .map(|token| token.reveal().to_owned());
+            (
+                settings.endpoint.to_string(),
+                token.unwrap_or_default(),
+                settings.compression,
+                settings.target_tls.clone(),
+            )
+        };
+        assert_eq!(
+            of(&tunnels[0]),
+            (
+                "wss://y.example.com/".to_owned(),
+                "own".to_owned(),
+                false,
+                TargetTls::System
+            )
+        );
+        assert_eq!(
+            of(&tunnels[1]),
+            (
+                "wss://x.example.com/".to_owned(),
+                "top".to_owned(),
+                true,
+                TargetTls::Insecure
+            )
+        );
+        let insecure = parse(&["start", "api", "--target-insecure", "--config", path]);
+        assert_eq!(
+            insecure.expect("settings")[0].target_tls,
+            TargetTls::Insecure
+        );
+    }
+
+    #[test]
+    fn tunnels_that_would_take_each_others_place_are_refused() {
+        let file = file(
+            "endpoint = 'wss://x.example.com'\n[tunnels.api]\ntunnel_id = 'one'\n\
+             [tunnels.far]\nendpoint = 'wss://y.example.com'\ntunnel_id = 'one'\n\
+             [tunnels.web]\ntunnel_id = 'one'\n",
+        );
+        let path = file.path().to_str().expect("a path");
+        let start = |names: &[&str]| {
+            parse(&[&["start", "--config", path], names].concat()).map(|tunnels| tunnels.len())
+        };
+        let twice = start(&["--all"]).expect_err("one tunnel id twice");
+        assert!(
+            twice.contains("api and web") && twice.contains("one"),
+            "{twice}"
+        );
+        let named = start(&["web", "web"]).expect_err("one name twice");
+        assert!(named.contains("web is named twice"), "{named}");
+        assert_eq!(
+            start(&["api", "far"]),
+            Ok(2),
+            "another service's ids are others"
+        );
+    }
+
+    #[test]
+    fn a_log_level_that_is_a_typo_is_refused() {
+        for good in [
+            "warn",
+            "WARN",
+            "off",
+            "warn,forwarder=debug",
+            "hyper::proto=trace",
+        ] {
+            assert!(log_filter(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "loud",
+            "",
+            "warn,",
+            "forwarder=loud",
+            "forwarderr=debug",
+            "info,debgu",
+        ] {
+            assert!(log_filter(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -5,14 +5,20 @@
 //! the local service. [`memory`] keeps the tunnel's address over restarts. [`event`] is what a user learns of it.
 
 pub mod args;
+pub mod authority;
 pub mod backoff;
+pub mod config_file;
+pub mod display;
+pub mod endpoint;
 pub mod event;
 pub mod exchange;
+pub mod exit;
 pub mod handshake;
 pub mod origin;
 pub mod rewrite;
 pub mod session;
 pub mod settings;
+pub mod target;
 pub mod tunnel;
 pub mod tunnel_ids;
 pub mod visitor_rules;

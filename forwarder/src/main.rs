@@ -1,7 +1,7 @@
-//! The executable `ttf`; see [`forwarder::args`].
+//! The executable `ttf`; see [`forwarder::exit`].
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    forwarder::args::main()
+    forwarder::exit::main()
 }

@@ -19,7 +19,10 @@ use tunnel_protocol::{
     message::{AgentErrorCode, HttpRequest},
 };
 
-use crate::settings::{HostHeader, Settings, Target};
+use crate::{
+    settings::{HostHeader, Settings},
+    target::Target,
+};
 
 /// How long connecting to the local service may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

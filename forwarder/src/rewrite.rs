@@ -6,7 +6,7 @@ use tunnel_protocol::{
     url::is_loopback,
 };
 
-use crate::settings::Target;
+use crate::target::Target;
 
 /// The address under which one visitor sees the local service, as the request's fields tell.
 #[derive(Clone, Debug)]

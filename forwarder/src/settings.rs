@@ -1,28 +1,26 @@
-//! What an agent is told to do: checked values, and the file they may come from.
+//! What an agent is to do: the checked values, and the layers that they come from.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    path::{Path, PathBuf},
-    str::FromStr,
-    time::Duration,
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+
+use clap::{Args, builder::BoolishValueParser};
+use http::{HeaderValue, uri::Authority};
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use serde::Deserialize;
+use tunnel_protocol::{cidr::Cidr, id::TunnelId};
+
+use crate::{
+    authority,
+    config_file::{parsed, secret, secrets},
+    endpoint::Endpoint,
+    target::Target,
+    tunnel_ids,
+    visitor_rules::{Policy, PolicyArgs, PolicyArgsError},
 };
 
-use http::{
-    HeaderValue,
-    uri::{Authority, Scheme, Uri},
-};
-use serde::{Deserialize, Deserializer, de::Error};
-use tunnel_protocol::{cidr::Cidr, id::TunnelId, url::is_loopback};
-
-use crate::visitor_rules::{Policy, PolicyArgs};
-
-/// How long the local service may take to start its response.
+/// How long the local service may take to start its response once it has the request.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// How many requests are passed to the local service at once.
 pub const MAX_CONCURRENT: usize = 1024;
-/// Where the local service is if nobody says so.
-pub const DEFAULT_TARGET: &str = "127.0.0.1:3000";
 
 /// What one tunnel needs to be opened.
 #[derive(Clone, Debug)]
@@ -35,10 +33,13 @@ pub struct Settings {
     pub token: Option<Secret>,
     /// The tunnel id to ask for; the service picks one if there is none.
     pub tunnel_id: Option<TunnelId>,
-    /// The file that remembers ids that the service picked; none forgets them with the process. See [`crate::tunnel_ids`].
+    /// The file that remembers ids that the service picked; without it they are forgotten with the process. See
+    /// [`crate::tunnel_ids`].
     pub memory: Option<PathBuf>,
     /// The local service.
     pub target: Target,
+    /// Which certificates an `https` target may have.
+    pub target_tls: TargetTls,
     /// Which `Host` the local service sees.
     pub host_header: HostHeader,
     /// See [`REQUEST_TIMEOUT`].
@@ -51,125 +52,16 @@ pub struct Settings {
     pub access: Policy,
 }
 
-/// A text that is not what it should be.
-#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum SettingError {
-    /// Not a WebSocket address.
-    #[error(
-        "an endpoint is a ws:// or wss:// address such as wss://id.execute-api.eu-west-1.amazonaws.com/dev"
-    )]
-    Endpoint,
-    /// A token would travel unencrypted.
-    #[error("ws:// is for services on this machine; use wss:// to reach another")]
-    PlainEndpoint,
-    /// Not a local service.
-    #[error("a target is a port (3000), host:port, or http(s)://host:port")]
-    Target,
-    /// Not a value of a Host header.
-    #[error("a host header is rewrite, preserve, or the host to send")]
-    HostHeader,
-}
-
-/// The service's WebSocket address. Unencrypted only on loopback, because a token travels to it.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Endpoint(Uri);
-
-impl Endpoint {
-    /// Host and port to connect to.
-    pub fn address(&self) -> String {
-        let default = if self.0.scheme_str() == Some("ws") {
-            80
-        } else {
-            443
-        };
-        format!(
-            "{}:{}",
-            self.0.host().unwrap_or_default(),
-            self.0.port_u16().unwrap_or(default)
-        )
-    }
-
-    /// The address with a query that asks for a tunnel by name.
-    pub fn asking_for(&self, tunnel_id: Option<&TunnelId>) -> String {
-        tunnel_id.map_or_else(|| self.0.to_string(), |id| self.with_query("tunnel_id", id))
-    }
-
-    /// The address with a query that says which tunnel's name is to be given up.
-    pub fn releasing(&self, tunnel_id: &TunnelId) -> String {
-        self.with_query("release", tunnel_id)
-    }
-
-    fn with_query(&self, name: &str, id: &TunnelId) -> String {
-        let separator = if self.0.query().is_some() { '&' } else { '?' };
-        format!("{}{separator}{name}={id}", self.0)
-    }
-}
-
-impl fmt::Display for Endpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl FromStr for Endpoint {
-    type Err = SettingError;
-
-    fn from_str(text: &str) -> Result<Self, SettingError> {
-        let uri: Uri = text.parse().map_err(|_| SettingError::Endpoint)?;
-        let host = uri.host().ok_or(SettingError::Endpoint)?;
-        match uri.scheme_str() {
-            Some("wss") => Ok(Self(uri)),
-            Some("ws") if is_loopback(host) => Ok(Self(uri)),
-            Some("ws") => Err(SettingError::PlainEndpoint),
-            _ => Err(SettingError::Endpoint),
-        }
-    }
-}
-
-/// The local service: a scheme and an authority. Requests decide the path, and nothing else.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Target {
-    /// `http` or `https`.
-    pub scheme: Scheme,
-    /// Host and port.
-    pub authority: Authority,
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}://{}", self.scheme, self.authority)
-    }
-}
-
-impl FromStr for Target {
-    type Err = SettingError;
-
-    fn from_str(text: &str) -> Result<Self, SettingError> {
-        if text.bytes().all(|byte| byte.is_ascii_digit()) {
-            let port: u16 = text.parse().map_err(|_| SettingError::Target)?;
-            return format!("http://127.0.0.1:{port}").parse();
-        }
-        let with_scheme = if text.contains("://") {
-            text.to_owned()
-        } else {
-            format!("http://{text}")
-        };
-        let parts = with_scheme
-            .parse::<Uri>()
-            .map_err(|_| SettingError::Target)?
-            .into_parts();
-        let has_path = parts.path_and_query.is_some_and(|path| path != "/");
-        match (parts.scheme, parts.authority) {
-            (Some(scheme), Some(authority))
-                if (scheme == Scheme::HTTP || scheme == Scheme::HTTPS)
-                    && !has_path
-                    && !authority.as_str().contains('@') =>
-            {
-                Ok(Self { scheme, authority })
-            }
-            _ => Err(SettingError::Target),
-        }
-    }
+/// Which certificates an `https` target may have.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum TargetTls {
+    /// Those that this machine trusts.
+    #[default]
+    System,
+    /// Those, and these or whatever they have signed.
+    Authorities(Arc<[CertificateDer<'static>]>),
+    /// Any.
+    Insecure,
 }
 
 /// Which `Host` the local service sees.
@@ -184,19 +76,24 @@ pub enum HostHeader {
     Fixed(HeaderValue),
 }
 
-impl FromStr for HostHeader {
-    type Err = SettingError;
+/// A text that is neither a mode nor a host.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error(
+    "a host header is rewrite, preserve, or the host to send, such as app.test or app.test:8080"
+)]
+pub struct HostHeaderError;
 
-    fn from_str(text: &str) -> Result<Self, SettingError> {
+impl FromStr for HostHeader {
+    type Err = HostHeaderError;
+
+    fn from_str(text: &str) -> Result<Self, HostHeaderError> {
         match text {
             "rewrite" => Ok(Self::Rewrite),
             "preserve" => Ok(Self::Preserve),
             host => {
-                host.parse::<Authority>()
-                    .map_err(|_| SettingError::HostHeader)?;
-                host.parse()
-                    .map(Self::Fixed)
-                    .map_err(|_| SettingError::HostHeader)
+                let authority: Authority = host.parse().map_err(|_| HostHeaderError)?;
+                authority::check(&authority).map_err(|_| HostHeaderError)?;
+                host.parse().map(Self::Fixed).map_err(|_| HostHeaderError)
             }
         }
     }
@@ -205,14 +102,6 @@ impl FromStr for HostHeader {
 /// A secret that no log or message can show.
 #[derive(Clone)]
 pub struct Secret(String);
-
-impl<'de> Deserialize<'de> for Secret {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)
-            .map(Self)
-            .map_err(|_| D::Error::custom("must be a text in quotes"))
-    }
-}
 
 impl Secret {
     /// The secret itself.
@@ -233,236 +122,232 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// A configuration file, in TOML. docs/agent.md lists the keys.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct File {
-    /// See [`Settings::endpoint`].
-    #[serde(default, deserialize_with = "parsed")]
+/// Settings of a tunnel from one place: the command line with the environment, a tunnel's table in the config file, or the top of
+/// that file. What one layer leaves open, the next decides.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Layer {
+    /// The service's address: wss://..., its public URL, or ws://127.0.0.1:8080/_ws for one on this machine
+    #[arg(short, long, global = true, env = "TTF_ENDPOINT", value_name = "URL")]
+    #[serde(deserialize_with = "parsed")]
     pub endpoint: Option<Endpoint>,
-    /// See [`Settings::token`].
+    /// The agent's token; better in the environment than on the command line
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_TOKEN",
+        hide_env_values = true,
+        value_name = "TOKEN"
+    )]
+    #[serde(deserialize_with = "secret")]
     pub token: Option<Secret>,
-    /// What is logged on stderr.
-    pub log_level: Option<String>,
-    /// For the single tunnel of a file without `[tunnels]`, and default for the others.
-    #[serde(default, deserialize_with = "parsed")]
-    pub target: Option<Target>,
-    /// For the single tunnel of a file without `[tunnels]`.
-    #[serde(default, deserialize_with = "parsed")]
+    /// The tunnel id to ask for [default: a random one, the same each time for the same endpoint and target]
+    #[arg(
+        short = 's',
+        long,
+        global = true,
+        env = "TTF_TUNNEL_ID",
+        visible_alias = "subdomain",
+        value_name = "ID"
+    )]
+    #[serde(deserialize_with = "parsed", alias = "subdomain")]
     pub tunnel_id: Option<TunnelId>,
-    /// Default for all tunnels.
-    #[serde(default, deserialize_with = "parsed")]
+    /// The local service, if the command does not name it [default: 3000]
+    #[arg(
+        short = 'p',
+        long,
+        global = true,
+        env = "TTF_TARGET",
+        visible_alias = "port",
+        value_name = "TARGET"
+    )]
+    #[serde(deserialize_with = "parsed", alias = "port")]
+    pub target: Option<Target>,
+    /// Accept any certificate of an https:// target
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_TARGET_INSECURE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        value_parser = BoolishValueParser::new(),
+        value_name = "BOOL"
+    )]
+    pub target_insecure: Option<bool>,
+    /// Accept the certificates in this PEM file, and those that they have signed, from an https:// target
+    #[arg(long, global = true, env = "TTF_TARGET_CA", value_name = "FILE")]
+    pub target_ca: Option<PathBuf>,
+    /// The Host that the local service sees: rewrite (its own), preserve (the visitor's), or a host [default: rewrite]
+    #[arg(long, global = true, env = "TTF_HOST_HEADER", value_name = "HOST")]
+    #[serde(deserialize_with = "parsed")]
     pub host_header: Option<HostHeader>,
-    /// Default for all tunnels.
-    #[serde(default, deserialize_with = "duration")]
-    pub request_timeout: Option<Duration>,
-    /// Default for all tunnels.
+    /// How long the local service may take to start its response [default: 5m]
+    #[arg(long, global = true, env = "TTF_REQUEST_TIMEOUT", value_name = "TIME")]
+    #[serde(deserialize_with = "parsed")]
+    pub request_timeout: Option<humantime::Duration>,
+    /// How many requests are passed on at once [default: 1024]
+    #[arg(long, global = true, env = "TTF_MAX_CONCURRENT", value_name = "N")]
     pub max_concurrent: Option<usize>,
-    /// See [`Settings::compression`].
+    /// Compress bodies between the service and this agent where it pays [default: true]
+    #[arg(long, global = true, env = "TTF_COMPRESSION", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub compression: Option<bool>,
-    /// Default for all tunnels; see [`PolicyArgs`], as the next three.
-    #[serde(default, deserialize_with = "secrets")]
+    /// Let in only visitors with this name and password; may be repeated, better in the environment than on the command line
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_BASIC_AUTH",
+        hide_env_values = true,
+        value_name = "USER:PASSWORD"
+    )]
+    #[serde(deserialize_with = "secrets")]
     pub basic_auth: Option<Vec<Secret>>,
-    /// Default for all tunnels.
+    /// Let in only visitors from this network, such as 192.0.2.0/24; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_ALLOW",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
     pub allow: Option<Vec<Cidr>>,
-    /// Default for all tunnels.
+    /// Keep out visitors from this network; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_DENY",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
     pub deny: Option<Vec<Cidr>>,
-    /// Default for all tunnels.
-    #[serde(default, deserialize_with = "secrets")]
+    /// Let in only requests with this header; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_REQUIRE_HEADER",
+        hide_env_values = true,
+        value_name = "NAME: VALUE"
+    )]
+    #[serde(deserialize_with = "secrets")]
     pub require_header: Option<Vec<Secret>>,
-    /// Whether tunnel ids that the service picked are remembered.
+    /// Remember a random tunnel id for the next start [default: true]
+    #[arg(long, global = true, env = "TTF_REMEMBER", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub remember: Option<bool>,
-    /// Tunnels by name, for `ttf start`.
-    #[serde(default)]
-    pub tunnels: BTreeMap<String, FileTunnel>,
 }
 
-/// A `[tunnels.NAME]` of a [`File`].
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FileTunnel {
-    /// See [`Settings::target`].
-    #[serde(default, deserialize_with = "parsed")]
-    pub target: Option<Target>,
-    /// See [`Settings::tunnel_id`].
-    #[serde(default, deserialize_with = "parsed")]
-    pub tunnel_id: Option<TunnelId>,
-    /// See [`Settings::host_header`].
-    #[serde(default, deserialize_with = "parsed")]
-    pub host_header: Option<HostHeader>,
-    /// See [`Settings::request_timeout`].
-    #[serde(default, deserialize_with = "duration")]
-    pub request_timeout: Option<Duration>,
-    /// See [`Settings::max_concurrent`].
-    pub max_concurrent: Option<usize>,
-    /// See [`PolicyArgs`], as the next three.
-    #[serde(default, deserialize_with = "secrets")]
-    pub basic_auth: Option<Vec<Secret>>,
-    /// See [`PolicyArgs`].
-    pub allow: Option<Vec<Cidr>>,
-    /// See [`PolicyArgs`].
-    pub deny: Option<Vec<Cidr>>,
-    /// See [`PolicyArgs`].
-    #[serde(default, deserialize_with = "secrets")]
-    pub require_header: Option<Vec<Secret>>,
-}
-
-impl FileTunnel {
-    /// The tunnel's own rules.
-    pub fn rules(&self) -> PolicyArgs {
-        PolicyArgs {
-            basic_auth: self.basic_auth.clone(),
-            allow: self.allow.clone(),
-            deny: self.deny.clone(),
-            require_header: self.require_header.clone(),
-        }
-    }
-}
-
-/// A configuration file that cannot be used.
+/// Why layers do not make settings. The text says what to do, and shows no secret.
 #[derive(Debug, thiserror::Error)]
-pub enum FileError {
-    /// It cannot be read.
-    #[error("cannot read {path}: {source}")]
-    Unreadable {
+pub enum SettingsError {
+    /// No layer has an endpoint.
+    #[error(
+        "no endpoint: pass --endpoint, set TTF_ENDPOINT, or put `endpoint` into the config file (ws://127.0.0.1:8080/_ws is tunnel-local's)"
+    )]
+    NoEndpoint,
+    /// No request could be passed on.
+    #[error("max_concurrent must be at least 1")]
+    MaxConcurrent,
+    /// Every request would fail.
+    #[error("request_timeout must be longer than zero")]
+    RequestTimeout,
+    /// The file cannot be read, or has no certificate.
+    #[error("target_ca {path}: {reason}")]
+    TargetCa {
         /// The file.
         path: String,
-        /// Why.
-        source: std::io::Error,
+        /// What is wrong with it.
+        reason: String,
     },
-    /// It is not TOML, or has keys or values it may not have.
-    #[error("{path}, line {line}: {message}")]
-    SettingError {
-        /// The file.
-        path: String,
-        /// Where.
-        line: usize,
-        /// Why, without what stands there: it may be a secret.
-        message: String,
-    },
+    /// The rules about visitors are malformed.
+    #[error(transparent)]
+    Policy(#[from] PolicyArgsError),
 }
 
-impl File {
-    /// The rules for tunnels that do not say otherwise.
-    pub fn rules(&self) -> PolicyArgs {
-        PolicyArgs {
-            basic_auth: self.basic_auth.clone(),
-            allow: self.allow.clone(),
-            deny: self.deny.clone(),
-            require_header: self.require_header.clone(),
+impl Layer {
+    /// This layer, with what it leaves open taken from `next`.
+    #[must_use]
+    pub fn or(&self, next: &Self) -> Self {
+        fn first<T: Clone>(this: &Option<T>, next: &Option<T>) -> Option<T> {
+            this.as_ref().or(next.as_ref()).cloned()
+        }
+        Self {
+            endpoint: first(&self.endpoint, &next.endpoint),
+            token: first(&self.token, &next.token),
+            tunnel_id: first(&self.tunnel_id, &next.tunnel_id),
+            target: first(&self.target, &next.target),
+            target_insecure: self.target_insecure.or(next.target_insecure),
+            target_ca: first(&self.target_ca, &next.target_ca),
+            host_header: first(&self.host_header, &next.host_header),
+            request_timeout: self.request_timeout.or(next.request_timeout),
+            max_concurrent: self.max_concurrent.or(next.max_concurrent),
+            compression: self.compression.or(next.compression),
+            basic_auth: first(&self.basic_auth, &next.basic_auth),
+            allow: first(&self.allow, &next.allow),
+            deny: first(&self.deny, &next.deny),
+            require_header: first(&self.require_header, &next.require_header),
+            remember: self.remember.or(next.remember),
         }
     }
 
-    /// Reads a file.
+    /// The settings of the tunnel `name`, with defaults for what this layer leaves open.
     ///
     /// # Errors
-    /// When it cannot be read or has a fault: the text names line and key.
-    pub fn read(path: &Path) -> Result<Self, FileError> {
-        let text = std::fs::read_to_string(path).map_err(|source| FileError::Unreadable {
-            path: path.display().to_string(),
-            source,
-        })?;
-        Self::parse(&text).map_err(|(line, message)| FileError::SettingError {
-            path: path.display().to_string(),
-            line,
-            message,
+    /// When there is no endpoint, or values cannot be used.
+    pub fn settings(self, name: &str) -> Result<Settings, SettingsError> {
+        let target_tls = self.target_tls()?;
+        let request_timeout = self.request_timeout.map_or(REQUEST_TIMEOUT, Into::into);
+        if request_timeout.is_zero() {
+            return Err(SettingsError::RequestTimeout);
+        }
+        let max_concurrent = self.max_concurrent.unwrap_or(MAX_CONCURRENT);
+        if max_concurrent == 0 {
+            return Err(SettingsError::MaxConcurrent);
+        }
+        let policy = PolicyArgs {
+            basic_auth: self.basic_auth,
+            allow: self.allow,
+            deny: self.deny,
+            require_header: self.require_header,
+        };
+        Ok(Settings {
+            name: name.to_owned(),
+            endpoint: self.endpoint.ok_or(SettingsError::NoEndpoint)?,
+            token: self.token,
+            tunnel_id: self.tunnel_id,
+            memory: tunnel_ids::default_file().filter(|_| self.remember.unwrap_or(true)),
+            target: self.target.unwrap_or_default(),
+            target_tls,
+            host_header: self.host_header.unwrap_or_default(),
+            request_timeout,
+            max_concurrent,
+            compression: self.compression.unwrap_or(true),
+            access: policy.check()?,
         })
     }
 
-    /// Reads a text; a fault comes with its line.
-    fn parse(text: &str) -> Result<Self, (usize, String)> {
-        toml::from_str(text).map_err(|fault: toml::de::Error| {
-            let before = fault
-                .span()
-                .and_then(|span| text.get(..span.start))
-                .unwrap_or_default();
-            (before.matches('\n').count() + 1, fault.message().to_owned())
-        })
+    fn target_tls(&self) -> Result<TargetTls, SettingsError> {
+        if self.target_insecure == Some(true) {
+            return Ok(TargetTls::Insecure);
+        }
+        let Some(path) = &self.target_ca else {
+            return Ok(TargetTls::System);
+        };
+        let fault = |reason: String| SettingsError::TargetCa {
+            path: path.display().to_string(),
+            reason,
+        };
+        let certificates = CertificateDer::pem_file_iter(path)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .map_err(|error| fault(format!("cannot be read as PEM: {error}")))?;
+        if certificates.is_empty() {
+            return Err(fault("has no certificate".to_owned()));
+        }
+        Ok(TargetTls::Authorities(certificates.into()))
     }
-}
-
-/// A list of secrets, whose faults do not show them.
-fn secrets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Secret>>, D::Error> {
-    Vec::deserialize(deserializer)
-        .map(Some)
-        .map_err(|_| D::Error::custom("must be a list of texts in quotes"))
-}
-
-fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(
-    deserializer: D,
-) -> Result<Option<T>, D::Error> {
-    /// Takes a number where a text is meant, as in `target = 3000`.
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Word {
-        Text(String),
-        Number(u16),
-    }
-    let text = match Word::deserialize(deserializer)? {
-        Word::Text(text) => text,
-        Word::Number(number) => number.to_string(),
-    };
-    text.parse().map(Some).map_err(D::Error::custom)
-}
-
-fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    humantime::parse_duration(&text)
-        .map(Some)
-        .map_err(D::Error::custom)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn targets_are_written_as_users_write_them() {
-        for (text, target) in [
-            ("3000", "http://127.0.0.1:3000"),
-            ("localhost:8080", "http://localhost:8080"),
-            ("http://[::1]:80", "http://[::1]:80"),
-            ("https://localhost:8443/", "https://localhost:8443"),
-        ] {
-            assert_eq!(
-                text.parse::<Target>().map(|target| target.to_string()),
-                Ok(target.to_owned()),
-                "{text}"
-            );
-        }
-        for text in [
-            "",
-            "70000000",
-            "http://",
-            "ftp://x",
-            "http://x/path",
-            "http://user@x",
-        ] {
-            assert_eq!(text.parse::<Target>(), Err(SettingError::Target), "{text}");
-        }
-    }
-
-    #[test]
-    fn a_token_never_goes_over_plain_text_to_another_machine() {
-        for text in [
-            "wss://x.example.com/dev",
-            "ws://127.0.0.1:8080/_ws",
-            "ws://localhost:1",
-        ] {
-            assert!(text.parse::<Endpoint>().is_ok(), "{text}");
-        }
-        assert_eq!(
-            "ws://10.0.0.1/".parse::<Endpoint>(),
-            Err(SettingError::PlainEndpoint)
-        );
-        for text in ["https://x", "x", ""] {
-            assert_eq!(
-                text.parse::<Endpoint>(),
-                Err(SettingError::Endpoint),
-                "{text}"
-            );
-        }
-    }
 
     #[test]
     fn a_secret_is_never_printed() {
@@ -473,32 +358,32 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_read_and_its_faults_are_named_with_their_line() {
-        let file: File = toml::from_str(
-            "endpoint = 'wss://x.example.com/dev'\ntoken = 't'\nrequest_timeout = '30s'\n[tunnels.web]\ntarget = 3000\ntunnel_id = 'my-app'\nhost_header = 'preserve'\n",
-        )
-        .expect("a good file");
-        let web = &file.tunnels["web"];
-        assert_eq!(file.request_timeout, Some(Duration::from_secs(30)));
+    fn a_host_header_is_a_mode_or_a_host() {
+        assert_eq!("preserve".parse(), Ok(HostHeader::Preserve));
         assert_eq!(
-            web.target,
-            Some("127.0.0.1:3000".parse().expect("a target"))
+            "app.test:8080".parse(),
+            Ok(HostHeader::Fixed(HeaderValue::from_static("app.test:8080")))
         );
-        assert_eq!(web.host_header, Some(HostHeader::Preserve));
-
-        for (text, line, key) in [
-            ("endpoint = 'wss://x'\nendpiont = 1\n", 2, "endpiont"),
-            ("[tunnels.web]\nport = 1\n", 2, "port"),
-            ("\n\ntunnel_id = 'NO'\n", 3, "tunnel id"),
-            ("basic_auth = 'alice:swordfish'\n", 1, "a list"),
-            ("token = ['swordfish']\n", 1, "a text"),
-            ("token = 'swordfish\n", 1, ""),
-        ] {
-            let (at, fault) = File::parse(text).expect_err("a bad file");
-            assert!(
-                at == line && fault.contains(key) && !fault.contains("sword"),
-                "{at}: {fault}"
-            );
+        for text in ["", "app.test:99999", "user@app.test", "a b"] {
+            assert_eq!(text.parse::<HostHeader>(), Err(HostHeaderError), "{text}");
         }
+    }
+
+    #[test]
+    fn a_file_of_authorities_must_have_a_certificate() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let layer = Layer {
+            endpoint: Some("ws://127.0.0.1:1".parse().expect("an endpoint")),
+            target_ca: Some(file.path().to_owned()),
+            ..Layer::default()
+        };
+        let error = layer.clone().settings("x").expect_err("no certificate");
+        assert!(error.to_string().contains("no certificate"), "{error}");
+        let insecure = Layer {
+            target_insecure: Some(true),
+            ..layer
+        };
+        let settings = insecure.settings("x").expect("settings");
+        assert_eq!(settings.target_tls, TargetTls::Insecure);
     }
 }

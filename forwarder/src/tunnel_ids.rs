@@ -10,12 +10,13 @@ use std::{
     time::Duration,
 };
 
+use etcetera::{BaseStrategy, choose_base_strategy};
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 use tracing::{info, warn};
 use tunnel_protocol::id::TunnelId;
 
-use crate::settings::{Endpoint, Target};
+use crate::{endpoint::Endpoint, target::Target};
 
 /// Most entries kept; the oldest make room.
 const ENTRIES: usize = 1000;
@@ -78,7 +79,7 @@ impl TunnelIdStore {
             Err(TryLockError::WouldBlock) => {
                 warn!(
                     target,
-                    "another agent of this machine tunnels to the same service and keeps its tunnel id; this one gets another"
+                    "another agent already uses the remembered tunnel id; requesting a new one"
                 );
                 return None;
             }
@@ -141,6 +142,12 @@ impl TunnelIdStore {
         })
         .await;
     }
+}
+
+/// The file in the user's configuration directory. A user without a home has none.
+pub fn default_file() -> Option<PathBuf> {
+    let strategy = choose_base_strategy().ok()?;
+    Some(strategy.config_dir().join("ttf").join("tunnels.toml"))
 }
 
 /// Forgets a tunnel id of an endpoint, whatever it was for. A file that does not exist is not made.

@@ -2,7 +2,6 @@
 
 use std::str::FromStr;
 
-use clap::Args;
 use http::{HeaderName, HeaderValue};
 use rand::RngExt;
 use tunnel_protocol::{
@@ -12,45 +11,16 @@ use tunnel_protocol::{
 
 use crate::settings::Secret;
 
-/// The rules of one tunnel, or a place where they may be written: flags, a table of the config file. What is not there is left to
-/// the next place; a list that is there and empty is no rule.
-#[derive(Args, Clone, Debug, Default)]
+/// The rules of one tunnel as they were written, not checked yet.
+#[derive(Clone, Debug, Default)]
 pub struct PolicyArgs {
-    /// Let in only visitors with this name and password; may be repeated, better in the environment than on the command line
-    #[arg(
-        long,
-        global = true,
-        env = "TTF_BASIC_AUTH",
-        hide_env_values = true,
-        value_name = "USER:PASSWORD"
-    )]
+    /// `USER:PASSWORD` pairs of which a visitor must have one.
     pub basic_auth: Option<Vec<Secret>>,
-    /// Let in only visitors from this network, such as 192.0.2.0/24; may be repeated
-    #[arg(
-        long,
-        global = true,
-        env = "TTF_ALLOW",
-        value_delimiter = ',',
-        value_name = "CIDR"
-    )]
+    /// Networks that visitors may come from; without any, all.
     pub allow: Option<Vec<Cidr>>,
-    /// Keep out visitors from this network; may be repeated
-    #[arg(
-        long,
-        global = true,
-        env = "TTF_DENY",
-        value_delimiter = ',',
-        value_name = "CIDR"
-    )]
+    /// Networks that visitors may not come from.
     pub deny: Option<Vec<Cidr>>,
-    /// Let in only requests with this header; may be repeated
-    #[arg(
-        long,
-        global = true,
-        env = "TTF_REQUIRE_HEADER",
-        hide_env_values = true,
-        value_name = "NAME: VALUE"
-    )]
+    /// `NAME: VALUE` fields that each request must have.
     pub require_header: Option<Vec<Secret>>,
 }
 
@@ -82,20 +52,6 @@ pub struct Policy {
 }
 
 impl PolicyArgs {
-    /// These rules, and where there are none of a kind those of `next`.
-    #[must_use]
-    pub fn or(&self, next: &Self) -> Self {
-        Self {
-            basic_auth: self.basic_auth.clone().or_else(|| next.basic_auth.clone()),
-            allow: self.allow.clone().or_else(|| next.allow.clone()),
-            deny: self.deny.clone().or_else(|| next.deny.clone()),
-            require_header: self
-                .require_header
-                .clone()
-                .or_else(|| next.require_header.clone()),
-        }
-    }
-
     /// Checks them.
     ///
     /// # Errors
@@ -255,23 +211,5 @@ mod tests {
         assert_ne!(one, two);
         assert!(one.admit(None, &HeaderMap::new()).is_err());
         assert_eq!(Policy::default().for_one_connection(), None);
-    }
-
-    #[test]
-    fn the_first_place_that_has_a_kind_of_rule_decides() {
-        let first = rules(&["a:b"], &[]);
-        let second = PolicyArgs {
-            allow: Some(vec!["::1".parse().expect("a network")]),
-            ..rules(&["c:d"], &["x-key: 1"])
-        };
-        let both = first.or(&second);
-        assert_eq!(both.basic_auth.expect("a list")[0].reveal(), "a:b");
-        assert_eq!(
-            (
-                both.require_header.expect("a list").len(),
-                both.allow.expect("a list").len()
-            ),
-            (0, 1)
-        );
     }
 }

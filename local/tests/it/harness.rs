@@ -229,6 +229,7 @@ pub(crate) fn settings_for(endpoint: &str, target: SocketAddr) -> Settings {
         tunnel_id: Some("my-app".parse().expect("an id")),
         memory: None,
         target: target.to_string().parse().expect("a target"),
+        target_tls: forwarder::settings::TargetTls::System,
         host_header: forwarder::settings::HostHeader::Rewrite,
         request_timeout: PATIENCE,
         max_concurrent: forwarder::settings::MAX_CONCURRENT,

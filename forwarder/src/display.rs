@@ -1,0 +1,380 @@
+//! What a user sees: lines on stdout and stderr, written so that nothing here ever waits for whoever reads them.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io::{self, Write},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::event::Event;
+
+/// Lines that wait for a slow reader. More are dropped, and counted.
+const MAX_QUEUED_LINES: usize = 1024;
+/// Longest line, in characters: a request's query, or what a service says, may be longer.
+const MAX_LINE_CHARS: usize = 4096;
+
+/// Shows events.
+#[derive(Debug)]
+pub struct Display {
+    stdout: Lines,
+    stderr: Lines,
+    /// Lines say which tunnel they are about.
+    names_tunnels: bool,
+    /// The URL of each tunnel that was printed last.
+    printed: Mutex<HashMap<String, String>>,
+}
+
+impl Display {
+    /// Shows events on these streams. With several tunnels, lines on stderr name theirs.
+    pub fn new(stdout: Lines, stderr: Lines, names_tunnels: bool) -> Self {
+        Self {
+            stdout,
+            stderr,
+            names_tunnels,
+            printed: Mutex::default(),
+        }
+    }
+
+    /// Shows what happened to a tunnel. Never blocks.
+    pub fn show(&self, tunnel: &str, event: &Event) {
+        if let Event::Online { public_url, .. } = event
+            && self.is_new_url(tunnel, public_url)
+        {
+            self.stdout.line(public_url);
+        }
+        let text = text(event);
+        if self.names_tunnels {
+            self.stderr.line(&format!("[{tunnel}] {text}"));
+        } else {
+            self.stderr.line(&text);
+        }
+    }
+
+    fn is_new_url(&self, tunnel: &str, public_url: &str) -> bool {
+        let mut printed = lock(&self.printed);
+        let before = printed.insert(tunnel.to_owned(), public_url.to_owned());
+        before.as_deref() != Some(public_url)
+    }
+}
+
+fn text(event: &Event) -> String {
+    match event {
+        Event::Connecting { endpoint } => format!("connecting to {endpoint}"),
+        Event::Online { public_url, target } => format!("online: {public_url} -> {target}"),
+        Event::Reconnecting {
+            reason,
+            pause,
+            attempt,
+        } => format!(
+            "offline: {reason}; reconnecting in {:.1} s (attempt {attempt})",
+            pause.as_secs_f64()
+        ),
+        Event::Request {
+            method,
+            uri,
+            outcome,
+            bytes,
+            took,
+        } => {
+            let outcome = match outcome {
+                Ok(status) => status.as_u16().to_string(),
+                Err(reason) => format!("failed: {reason}"),
+            };
+            let size = size(*bytes);
+            format!("{method} {uri} {outcome} {size} {} ms", took.as_millis())
+        }
+        Event::Draining { in_flight: 0 } => "stopping".to_owned(),
+        Event::Draining { in_flight } => {
+            let requests = if *in_flight == 1 {
+                "request"
+            } else {
+                "requests"
+            };
+            format!("draining {in_flight} {requests}; press Ctrl-C again to stop now")
+        }
+    }
+}
+
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        1024..1_048_576 => format!("{} KiB", in_tenths(bytes, 1024)),
+        _ => format!("{} MiB", in_tenths(bytes, 1_048_576)),
+    }
+}
+
+fn in_tenths(bytes: u64, unit: u64) -> String {
+    let tenths = bytes / (unit / 10);
+    format!("{}.{}", tenths / 10, tenths % 10)
+}
+
+/// A text as part of one line: what would end the line, steer a terminal or change the direction of writing becomes `?`. Texts of
+/// visitors, of the service and of the local service are all printed so.
+fn clean(text: &str) -> String {
+    let is_unsafe = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut chars = text.chars();
+    let mut line: String = chars
+        .by_ref()
+        .take(MAX_LINE_CHARS)
+        .map(|c| if is_unsafe(c) { '?' } else { c })
+        .collect();
+    if chars.next().is_some() {
+        line.push('…');
+    }
+    line
+}
+
+/// A stream of lines to a terminal, file or pipe. A thread writes them, so that a reader who does not read holds up nothing but them:
+/// lines for which there is no room are dropped, and the next one that has room is preceded by their number.
+#[derive(Clone, Debug)]
+pub struct Lines(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    lines: VecDeque<String>,
+    dropped: u64,
+    is_writing: bool,
+}
+
+impl Lines {
+    /// Lines to a stream. A stream that is closed drops them.
+    pub fn to(mut stream: impl Write + Send + 'static) -> Self {
+        let shared = Arc::new(Shared::default());
+        let queue = shared.clone();
+        thread::spawn(move || {
+            loop {
+                let line = queue.next();
+                // Nobody reading is no reason to end.
+                let _ = writeln!(stream, "{line}").and_then(|()| stream.flush());
+            }
+        });
+        Self(shared)
+    }
+
+    /// Writes a text as one line. Never blocks.
+    pub fn line(&self, text: &str) {
+        let mut queue = lock(&self.0.queue);
+        // Room for the number of dropped lines, too.
+        if queue.lines.len() + 1 >= MAX_QUEUED_LINES {
+            queue.dropped += 1;
+            return;
+        }
+        queue.report_dropped();
+        queue.lines.push_back(clean(text));
+        self.0.changed.notify_all();
+    }
+
+    /// Waits until all lines are written, or `limit` has passed.
+    pub fn flush(&self, limit: Duration) {
+        let mut queue = lock(&self.0.queue);
+        queue.report_dropped();
+        self.0.changed.notify_all();
+        let pending = |queue: &mut Queue| queue.is_writing || !queue.lines.is_empty();
+        drop(self.0.changed.wait_timeout_while(queue, limit, pending));
+    }
+}
+
+impl Queue {
+    fn report_dropped(&mut self) {
+        if self.dropped > 0 {
+            let lines = if self.dropped == 1 { "line" } else { "lines" };
+            self.lines.push_back(format!(
+                "({} {lines} dropped: they were not read in time)",
+                self.dropped
+            ));
+            self.dropped = 0;
+        }
+    }
+}
+
+impl Shared {
+    fn next(&self) -> String {
+        let mut queue = lock(&self.queue);
+        queue.is_writing = false;
+        self.changed.notify_all();
+        loop {
+            if let Some(line) = queue.lines.pop_front() {
+                queue.is_writing = true;
+                return line;
+            }
+            queue = self
+                .changed
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The log writes each event at once, and so as a line.
+impl io::Write for Lines {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        self.line(String::from_utf8_lossy(event).trim_end());
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for Lines {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// A lock under which nothing can panic half way.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use http::{Method, StatusCode};
+
+    use super::*;
+
+    /// Longer than anything takes here.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// Hands on what is written, and waits for each write to be allowed.
+    struct Slow {
+        written: mpsc::Sender<String>,
+        may_write: mpsc::Receiver<()>,
+    }
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.may_write.recv();
+            let _ = self
+                .written
+                .send(String::from_utf8_lossy(bytes).into_owned());
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn written(show: impl FnOnce(&Display)) -> [String; 2] {
+        let streams = [(); 2].map(|()| mpsc::channel());
+        let [stdout, stderr] = streams.each_ref().map(|(written, _)| {
+            let (allow, may_write) = mpsc::channel();
+            drop(allow);
+            let written = written.clone();
+            Lines::to(Slow { written, may_write })
+        });
+        show(&Display::new(stdout.clone(), stderr.clone(), false));
+        stdout.flush(PATIENCE);
+        stderr.flush(PATIENCE);
+        streams.map(|(_, lines)| lines.try_iter().collect())
+    }
+
+    fn online(public_url: &str) -> Event {
+        Event::Online {
+            public_url: public_url.to_owned(),
+            target: "http://127.0.0.1:3000".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_url_is_printed_once_until_it_is_another() {
+        let [stdout, stderr] = written(|display| {
+            for url in ["http://a/x", "http://a/x", "http://b/x"] {
+                display.show("http", &online(url));
+            }
+        });
+        assert_eq!(stdout, "http://a/x\nhttp://b/x\n");
+        assert_eq!(stderr.lines().count(), 3);
+    }
+
+    #[test]
+    fn text_of_others_cannot_make_lines_or_steer_a_terminal() {
+        let request = Event::Request {
+            method: Method::GET,
+            uri: "/a?\u{202e}gpj.x\u{2066}\u{9b}2J".to_owned(),
+            outcome: Err("it said\r\nonline: http://forged/ -> x\u{1b}[2J".to_owned()),
+            bytes: 0,
+            took: Duration::ZERO,
+        };
+        let [stdout, stderr] = written(|display| {
+            display.show("http", &online("http://x/\nhttp://forged/"));
+            display.show("http", &request);
+            let mut log = display.stderr.clone();
+            log.write_all("WARN said \"a\nERROR forged\u{2028}\"\n".as_bytes())
+                .expect("written");
+        });
+        assert_eq!(stdout, "http://x/?http://forged/\n");
+        assert_eq!(
+            stderr.lines().collect::<Vec<_>>(),
+            [
+                "online: http://x/?http://forged/ -> http://127.0.0.1:3000",
+                "GET /a??gpj.x??2J failed: it said??online: http://forged/ -> x?[2J 0 B 0 ms",
+                "WARN said \"a?ERROR forged?\"",
+            ]
+        );
+    }
+
+    #[test]
+    fn lines_that_are_not_read_are_dropped_and_counted() {
+        let (allow, may_write) = mpsc::channel();
+        let (send, lines) = mpsc::channel();
+        let stream = Lines::to(Slow {
+            written: send,
+            may_write,
+        });
+        for number in 0..MAX_QUEUED_LINES * 3 {
+            stream.line(&number.to_string());
+        }
+        drop(allow);
+        stream.flush(PATIENCE);
+        let written: String = lines.try_iter().collect();
+        let kept = written
+            .lines()
+            .filter(|line| !line.starts_with('('))
+            .count();
+        let dropped = MAX_QUEUED_LINES * 3 - kept;
+        assert!((1..=MAX_QUEUED_LINES).contains(&kept), "{kept}");
+        assert_eq!(
+            written.lines().last(),
+            Some(format!("({dropped} lines dropped: they were not read in time)").as_str())
+        );
+    }
+
+    #[test]
+    fn sizes_are_in_binary_units() {
+        for (bytes, text) in [(1023, "1023 B"), (1024, "1.0 KiB"), (1_572_864, "1.5 MiB")] {
+            assert_eq!(size(bytes), text);
+        }
+        let event = Event::Request {
+            method: Method::GET,
+            uri: "/".to_owned(),
+            outcome: Ok(StatusCode::OK),
+            bytes: 2048,
+            took: Duration::from_millis(7),
+        };
+        assert_eq!(text(&event), "GET / 200 2.0 KiB 7 ms");
+        assert_eq!(
+            text(&Event::Draining { in_flight: 1 }),
+            "draining 1 request; press Ctrl-C again to stop now"
+        );
+    }
+}

@@ -1,0 +1,233 @@
+//! The executable's life: start, signals, end, and the codes that it ends with.
+
+use std::{io, process::ExitCode, sync::Arc, time::Duration};
+
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+use tracing_subscriber::{fmt, layer::SubscriberExt, util::SubscriberInitExt};
+use tunnel_protocol::id::TunnelId;
+
+use crate::{
+    Observer,
+    args::{Action, Cli, Invocation},
+    display::{Display, Lines},
+    handshake::{self, HandshakeError},
+    settings::Settings,
+    tunnel::TunnelError,
+    tunnel_ids,
+};
+
+/// How long the last lines may take to be read.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// Fewer open files than this are too few for [`crate::settings::MAX_CONCURRENT`] requests, each with a connection.
+const MIN_OPEN_FILES: u64 = 2048;
+
+/// How the executable ends; the numbers are its exit codes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Exit {
+    Stopped = 0,
+    Failed = 1,
+    Usage = 2,
+    Unauthorized = 3,
+    NameTaken = 4,
+    Replaced = 5,
+    Unprotected = 6,
+}
+
+impl From<&TunnelError> for Exit {
+    fn from(error: &TunnelError) -> Self {
+        match error {
+            TunnelError::Invalid(_) => Self::Usage,
+            TunnelError::Unauthorized => Self::Unauthorized,
+            TunnelError::NameTaken(_) => Self::NameTaken,
+            TunnelError::Replaced(_) => Self::Replaced,
+            TunnelError::Unprotected => Self::Unprotected,
+        }
+    }
+}
+
+/// Why the executable ends otherwise than as asked.
+struct Failure {
+    exit: Exit,
+    /// Empty where everything has been said.
+    text: String,
+}
+
+impl Failure {
+    fn new(exit: Exit, text: impl ToString) -> Self {
+        Self {
+            exit,
+            text: text.to_string(),
+        }
+    }
+}
+
+impl From<TunnelError> for Failure {
+    fn from(error: TunnelError) -> Self {
+        Self::new(Exit::from(&error), error)
+    }
+}
+
+/// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
+pub fn main() -> ExitCode {
+    let cli = Cli::from_process();
+    let stdout = Lines::to(io::stdout());
+    let stderr = Lines::to(io::stderr());
+    let exit = match run(cli, &stdout, &stderr) {
+        Ok(()) => Exit::Stopped,
+        Err(failure) => {
+            if !failure.text.is_empty() {
+                stderr.line(&format!("error: {}", failure.text));
+            }
+            failure.exit
+        }
+    };
+    stdout.flush(FLUSH_TIMEOUT);
+    stderr.flush(FLUSH_TIMEOUT);
+    ExitCode::from(exit as u8)
+}
+
+fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), Failure> {
+    let Invocation { action, log } = cli
+        .invocation()
+        .map_err(|error| Failure::new(Exit::Usage, error))?;
+    tracing_subscriber::registry()
+        .with(fmt::layer().with_writer(stderr.clone()))
+        .with(log)
+        .init();
+    raise_open_files();
+    let cannot_start = |error| Failure::new(Exit::Failed, format!("cannot start: {error}"));
+    let runtime = Runtime::new().map_err(cannot_start)?;
+    let outcome = runtime.block_on(async {
+        match action {
+            Action::Open(tunnels) => open(tunnels, stdout, stderr).await,
+            Action::Release(settings, tunnel_id) => {
+                let released = release(&settings, &tunnel_id).await?;
+                stdout.line(&released);
+                Ok(())
+            }
+        }
+    });
+    // A look-up of a name cannot be cancelled, and may hang for as long as the network is away.
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn open(tunnels: Vec<Settings>, stdout: &Lines, stderr: &Lines) -> Result<(), Failure> {
+    let mut signals = Signals::new()
+        .map_err(|error| Failure::new(Exit::Failed, format!("cannot start: {error}")))?;
+    let stop = CancellationToken::new();
+    let display = Display::new(stdout.clone(), stderr.clone(), tunnels.len() > 1);
+    let observer: Observer = Arc::new(move |tunnel, event| display.show(tunnel, &event));
+    let mut run = std::pin::pin!(crate::run(tunnels, observer, stop.clone()));
+    tokio::select! {
+        outcome = &mut run => return Ok(outcome?),
+        () = signals.next() => stop.cancel(),
+    }
+    tokio::select! {
+        outcome = &mut run => Ok(outcome?),
+        () = signals.next() => Err(Failure::new(Exit::Failed, "")),
+    }
+}
+
+/// Gives up a tunnel id, and returns what to tell the user.
+async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<String, Failure> {
+    let existed = handshake::release(settings, tunnel_id)
+        .await
+        .map_err(|error| match error {
+            HandshakeError::NameTaken => Failure::new(
+                Exit::NameTaken,
+                format!("the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"),
+            ),
+            HandshakeError::Unauthorized => TunnelError::Unauthorized.into(),
+            HandshakeError::Unprotected => TunnelError::Unprotected.into(),
+            HandshakeError::Invalid(reason) => TunnelError::Invalid(reason).into(),
+            HandshakeError::Unreachable(reason) => Failure::new(Exit::Failed, reason),
+        })?;
+    if let Some(file) = &settings.memory {
+        tunnel_ids::forget(file, &settings.endpoint, tunnel_id).await;
+    }
+    Ok(if existed {
+        format!("{tunnel_id} is released: anybody may take it now")
+    } else {
+        format!("{tunnel_id} was not claimed; nothing to release")
+    })
+}
+
+/// Raises the soft limit of open files to the hard one: each request needs one, and macOS starts with 256.
+fn raise_open_files() {
+    #[cfg(unix)]
+    match rlimit::increase_nofile_limit(u64::MAX) {
+        Ok(limit) if limit < MIN_OPEN_FILES => warn!(
+            limit,
+            "few files can be open at once, so many requests at once will fail; raise the limit with `ulimit -n`"
+        ),
+        Ok(_) => {}
+        Err(error) => warn!(
+            error = &error as &dyn std::error::Error,
+            "the limit of open files cannot be raised"
+        ),
+    }
+}
+
+/// Requests to stop: Ctrl-C, and on Unix SIGTERM and the terminal's SIGHUP. Listened to from the first on, so that none is lost.
+#[cfg(unix)]
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+    hang_up: Option<tokio::signal::unix::Signal>,
+}
+
+#[cfg(unix)]
+impl Signals {
+    fn new() -> io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let hang_up = (!ignores_hang_up()).then(|| signal(SignalKind::hangup()));
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: hang_up.transpose()?,
+        })
+    }
+
+    async fn next(&mut self) {
+        let hang_up = async {
+            match &mut self.hang_up {
+                Some(hang_up) => hang_up.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = hang_up => {}
+        }
+    }
+}
+
+/// Whether this process was started to outlive its terminal, as `nohup` does: listening to SIGHUP would undo that. Only Linux tells.
+#[cfg(unix)]
+fn ignores_hang_up() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    // Signal 1 is the lowest bit.
+    ignored.is_some_and(|mask| mask & 1 == 1)
+}
+
+#[cfg(not(unix))]
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self)
+    }
+
+    async fn next(&mut self) {
+        let _ = tokio::signal::ctrl_c().await;
+    }
+}
