@@ -6,7 +6,10 @@ use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
 use serde::{Serialize, de::DeserializeOwned};
-use tunnel_protocol::{limits::MAX_MESSAGE_BYTES, message::{Body, FromAgent, ToAgent, decode, encode}};
+use tunnel_protocol::{
+    limits::MAX_MESSAGE_BYTES,
+    message::{Body, FromAgent, ToAgent, decode, encode},
+};
 
 fuzz_target!(|text: &str| {
     check(text, |message| match message {

@@ -5,7 +5,10 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue, header::CONNECTION};
 use libfuzzer_sys::fuzz_target;
-use tunnel_protocol::{headers::{json, remove_hop_by_hop, text_to_value, value_to_text}, limits::MAX_HEADER_FIELDS};
+use tunnel_protocol::{
+    headers::{json, remove_hop_by_hop, text_to_value, value_to_text},
+    limits::MAX_HEADER_FIELDS,
+};
 
 const HOP_BY_HOP: &str = "connection,keep-alive,proxy-connection,proxy-authenticate,proxy-authorization,te,trailer,transfer-encoding,upgrade";
 
