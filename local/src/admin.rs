@@ -9,8 +9,13 @@ use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
-    auth::token, aws::sdk, aws::sdk::SdkConfig, now, settings::Variables,
-    tables::tokens::TokensTable, tables::tunnels::TunnelsTable,
+    auth::{owner::Owner, token},
+    aws::sdk,
+    aws::sdk::SdkConfig,
+    now,
+    settings::Variables,
+    tables::tokens::TokensTable,
+    tables::tunnels::TunnelsTable,
 };
 
 use crate::cli::fail;
@@ -163,7 +168,12 @@ async fn carry_out(
                     (false, true) => "expired",
                     (false, false) => "good",
                 };
-                writeln!(out, "{}\t{}\t{state}", token.name, short(&token.hash))?;
+                writeln!(
+                    out,
+                    "{}\t{}\t{state}",
+                    token.name,
+                    short(&token.hash.to_string())
+                )?;
             }
         }
         ConnectionCommand::RevokeToken { name } => {
@@ -178,9 +188,9 @@ async fn carry_out(
             for (id, tunnel) in tunnels.list(now()).await? {
                 let owner = names
                     .iter()
-                    .find(|token| token::owner_of(&token.hash) == tunnel.identity.owner);
+                    .find(|token| tunnel.identity.owner == Owner::Token(token.hash.clone()));
                 let owner = owner.map_or_else(
-                    || short(&tunnel.identity.owner).to_owned(),
+                    || short(&tunnel.identity.owner.to_string()).to_owned(),
                     |token| token.name.clone(),
                 );
                 writeln!(

@@ -17,7 +17,7 @@ use tunnel_protocol::{
     message::{Body, FEATURES, HttpResponse, ToAgent},
 };
 use tunnel_service::{
-    auth::{Identity, token},
+    auth::{Identity, owner::Owner, token::TokenHash},
     aws::sdk,
     now,
     tables::connections::{Connection, ConnectionsTable},
@@ -123,9 +123,9 @@ async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
 }
 
 async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
-    let hash = token::hash_token(TOKEN);
+    let hash = TokenHash::of(TOKEN);
     let identity = Identity {
-        owner: token::owner_of(&hash),
+        owner: Owner::Token(hash.clone()),
         expires_at: None,
     };
     let (connection_id, tunnel_id): (ConnectionId, _) = (CONNECTION.parse()?, TUNNEL.parse()?);

@@ -3,11 +3,14 @@
 //! API Gateway completes the upgrade only after this function has answered with a 2xx status; any other status is what the
 //! agent's handshake sees. Nothing can be sent to the connection yet, so the tunnel goes online with the agent's first message.
 
+use std::{fmt, time::Duration};
+
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
+use http::HeaderMap;
 use tracing::{info, warn};
-use tunnel_protocol::id::{ConnectionId, TunnelId};
+use tunnel_protocol::id::{ConnectionId, IdError, TunnelId};
 use tunnel_service::{
-    auth::{AuthError, Authenticator, Identity, token},
+    auth::{AuthError, AuthSettings, Authenticator, Identity, token},
     aws::route_event::{RouteEventError, RouteResponse, connection_of},
     aws::sdk::SdkConfig,
     now,
@@ -24,19 +27,154 @@ const RELEASE: &str = "release";
 /// The query parameter by which `forward`'s reply connections are known. Their ticket stands where agents have their token.
 const REPLY: &str = "reply";
 
+/// What the function needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How agents authenticate.
+    pub auth: AuthSettings,
+    /// The name of the tunnels table.
+    pub tunnels_table: String,
+    /// The name of the connections table.
+    pub connections_table: String,
+}
+
+impl Settings {
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// All variables that are missing or faulty.
+    pub fn read(variables: Variables<'_>) -> Result<Self, SettingsError> {
+        let auth = AuthSettings::read(&variables);
+        let tunnels_table = variables.required("TUNNELS_TABLE");
+        let connections_table = variables.required("CONNECTIONS_TABLE");
+        variables.finish(|| {
+            Some(Self {
+                auth: auth?,
+                tunnels_table: tunnels_table?,
+                connections_table: connections_table?,
+            })
+        })
+    }
+}
+
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct Connect {
-    access: Authenticator,
+    authenticator: Authenticator,
     tunnels: TunnelsTable,
     connections: ConnectionsTable,
 }
 
-/// Why an agent is not let in.
-enum HandshakeRefusal {
+/// A connection that asks to be let in.
+#[derive(Clone, Debug)]
+pub struct Handshake {
+    /// The id that the connection will have.
+    pub connection: ConnectionId,
+    /// When it was opened, since 1970.
+    pub connected_at: Duration,
+    /// Its header fields, repeated ones too.
+    pub headers: HeaderMap,
+    /// What it was opened for.
+    pub purpose: Purpose,
+}
+
+/// What a connection is opened for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Purpose {
+    /// To serve a tunnel: the one of this id, or a new one.
+    Serve(Option<String>),
+    /// To release a tunnel id.
+    Release(String),
+    /// To take replies to a `forward`'s requests.
+    TakeReplies,
+}
+
+impl Purpose {
+    /// Reads the purpose from the handshake's query, of which `first` returns a parameter's first value.
+    pub fn of_query<'q>(first: impl Fn(&str) -> Option<&'q str>) -> Self {
+        if first(REPLY).is_some() {
+            Self::TakeReplies
+        } else if let Some(id) = first(RELEASE) {
+            Self::Release(id.to_owned())
+        } else {
+            Self::Serve(first(TUNNEL_ID).map(str::to_owned))
+        }
+    }
+}
+
+/// Who opens a connection.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Caller {
+    /// An agent.
+    Agent(Identity),
+    /// Whoever holds this ticket. Whether it is good is found when it is redeemed.
+    TicketHolder(String),
+}
+
+/// What becomes of a handshake.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Admission {
+    /// The agent may open or release this tunnel.
+    Agent {
+        /// Who the agent is.
+        identity: Identity,
+        /// The tunnel.
+        tunnel_id: TunnelId,
+    },
+    /// A reply connection is let in.
+    ReplyConnection,
+    /// The handshake is refused.
+    Refused(HandshakeRefusal),
+}
+
+/// Why a handshake is refused. Its text is meant for the agent's user.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum HandshakeRefusal {
+    /// The caller proves nothing.
     NotAuthorized,
-    InvalidTunnelId(String),
+    /// The tunnel id asked for is not one.
+    InvalidTunnelId(IdError),
+    /// The tunnel id belongs to another owner.
     NameTaken(TunnelId),
+}
+
+impl HandshakeRefusal {
+    /// The HTTP status that the handshake is answered with.
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::NotAuthorized => 401,
+            Self::InvalidTunnelId(_) => 400,
+            Self::NameTaken(_) => 409,
+        }
+    }
+
+    /// The stable code of the answer's body.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotAuthorized => "unauthorized",
+            Self::InvalidTunnelId(_) => "invalid_tunnel_id",
+            Self::NameTaken(_) => "name_taken",
+        }
+    }
+}
+
+impl fmt::Display for HandshakeRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAuthorized => f.write_str("connect with a valid agent token"),
+            Self::InvalidTunnelId(error) => error.fmt(f),
+            Self::NameTaken(id) => write!(
+                f,
+                "the tunnel id {id} belongs to somebody else; choose another"
+            ),
+        }
+    }
+}
+
+impl From<HandshakeRefusal> for RouteResponse {
+    fn from(refusal: HandshakeRefusal) -> Self {
+        Self::refused(refusal.status(), refusal.code(), &refusal.to_string())
+    }
 }
 
 /// Why there is no answer: the fault is ours, not the agent's.
@@ -45,7 +183,7 @@ pub enum ConnectError {
     /// The event is of another kind.
     #[error(transparent)]
     Event(#[from] RouteEventError),
-    /// It cannot be told who the agent is.
+    /// It cannot be decided now who the agent is.
     #[error(transparent)]
     Auth(#[from] AuthError),
     /// The tables do not answer.
@@ -54,21 +192,21 @@ pub enum ConnectError {
 }
 
 impl Connect {
-    /// Reads the settings.
+    /// Reads the settings and makes the function.
     ///
     /// # Errors
     /// All variables that are missing or faulty.
     pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, SettingsError> {
-        let access = Authenticator::load(&variables, sdk);
-        let tunnels = variables.required("TUNNELS_TABLE");
-        let connections = variables.required("CONNECTIONS_TABLE");
-        variables.finish(|| {
-            Some(Self {
-                access: access?,
-                tunnels: TunnelsTable::new(sdk, tunnels?),
-                connections: ConnectionsTable::new(sdk, connections?),
-            })
-        })
+        Ok(Self::new(Settings::read(variables)?, sdk))
+    }
+
+    /// Makes the function.
+    pub fn new(settings: Settings, sdk: &SdkConfig) -> Self {
+        Self {
+            authenticator: Authenticator::new(settings.auth, sdk),
+            tunnels: TunnelsTable::new(sdk, settings.tunnels_table),
+            connections: ConnectionsTable::new(sdk, settings.connections_table),
+        }
     }
 
     /// Handles an event.
@@ -79,75 +217,101 @@ impl Connect {
         &self,
         event: ApiGatewayWebsocketProxyRequest,
     ) -> Result<RouteResponse, ConnectError> {
-        let context = &event.request_context;
-        let connection = connection_of(
-            "CONNECT",
-            context.event_type.as_deref(),
-            context.connection_id.as_deref(),
-        )?;
-        let admitted = if event.query_string_parameters.first(REPLY).is_some() {
-            self.admit_reply_connection(&event, &connection).await?
-        } else {
-            self.admit(&event, &connection).await?.map(Some)
-        };
-        match admitted {
-            Ok(tunnel_id) => {
-                info!(%connection, tunnel = tunnel_id.map(String::from), "connected");
-                Ok(RouteResponse::ok())
-            }
-            Err(refusal) => {
-                let response = refusal.into_response();
-                warn!(%connection, status = response.status_code, "refused");
-                Ok(response)
-            }
+        Ok(match self.serve(&Handshake::from_event(event)?).await? {
+            Admission::Agent { .. } | Admission::ReplyConnection => RouteResponse::ok(),
+            Admission::Refused(refusal) => refusal.into(),
+        })
+    }
+
+    /// Decides on a handshake.
+    ///
+    /// # Errors
+    /// When it cannot be decided now: the tables or the issuer of JSON Web Tokens do not answer.
+    pub async fn serve(&self, handshake: &Handshake) -> Result<Admission, ConnectError> {
+        match self.identify(handshake).await? {
+            Some(caller) => self.admit(handshake, caller).await,
+            None => Ok(refuse(handshake, HandshakeRefusal::NotAuthorized)),
         }
     }
 
-    async fn admit(
+    /// The first half of [`Connect::serve`]: who is calling. `None` when the caller proves nothing.
+    ///
+    /// # Errors
+    /// When it cannot be decided now.
+    pub async fn identify(&self, handshake: &Handshake) -> Result<Option<Caller>, ConnectError> {
+        if handshake.purpose == Purpose::TakeReplies {
+            let ticket = token::bearer(&handshake.headers);
+            return Ok(ticket.map(|ticket| Caller::TicketHolder(ticket.to_owned())));
+        }
+        let identity = self
+            .authenticator
+            .identify(&handshake.headers, now())
+            .await?;
+        Ok(identity.map(Caller::Agent))
+    }
+
+    /// The second half of [`Connect::serve`]: whether `caller` may have what it asks for. If so, the connection is recorded.
+    ///
+    /// # Errors
+    /// When the tables do not answer.
+    pub async fn admit(
         &self,
-        event: &ApiGatewayWebsocketProxyRequest,
-        connection: &ConnectionId,
-    ) -> Result<Result<TunnelId, HandshakeRefusal>, ConnectError> {
-        let Some(identity) = self.access.identify(bearer_token(event), now()).await? else {
-            return Ok(Err(HandshakeRefusal::NotAuthorized));
+        handshake: &Handshake,
+        caller: Caller,
+    ) -> Result<Admission, ConnectError> {
+        let admitted = match caller {
+            Caller::Agent(identity) => self.admit_agent(handshake, identity).await?,
+            Caller::TicketHolder(ticket) => self.admit_reply_connection(handshake, &ticket).await?,
         };
-        let query = &event.query_string_parameters;
-        let released = query.first(RELEASE);
-        let tunnel_id = match released.or(query.first(TUNNEL_ID)) {
-            None => TunnelId::generate(),
-            Some(name) => match name.parse() {
-                Ok(id) => id,
-                Err(invalid) => {
-                    return Ok(Err(HandshakeRefusal::InvalidTunnelId(format!("{invalid}"))));
-                }
-            },
+        Ok(match admitted {
+            Ok(admission) => {
+                info!(connection = %handshake.connection, tunnel = admission.tunnel_id().map(TunnelId::as_str), "connected");
+                admission
+            }
+            Err(refusal) => refuse(handshake, refusal),
+        })
+    }
+
+    async fn admit_agent(
+        &self,
+        handshake: &Handshake,
+        identity: Identity,
+    ) -> Result<Result<Admission, HandshakeRefusal>, ConnectError> {
+        let asked_for = match &handshake.purpose {
+            Purpose::Serve(id) => id.as_deref(),
+            Purpose::Release(id) => Some(id.as_str()),
+            Purpose::TakeReplies => None,
         };
-        let may_have_it = match released {
-            None => {
+        let tunnel_id = match asked_for.map_or_else(|| Ok(TunnelId::generate()), str::parse) {
+            Ok(id) => id,
+            Err(error) => return Ok(Err(HandshakeRefusal::InvalidTunnelId(error))),
+        };
+        let may_have_it = match handshake.purpose {
+            Purpose::Release(_) => self.may_release(&tunnel_id, &identity).await?,
+            Purpose::Serve(_) | Purpose::TakeReplies => {
                 self.tunnels
                     .claim(&tunnel_id, &identity.owner, now())
                     .await?
             }
-            Some(_) => self.may_release(&tunnel_id, &identity).await?,
         };
         if !may_have_it {
             return Ok(Err(HandshakeRefusal::NameTaken(tunnel_id)));
         }
+        let connection = Connection::Agent {
+            tunnel_id: tunnel_id.clone(),
+            identity: identity.clone(),
+            opened: None,
+        };
         self.connections
-            .put(
-                connection,
-                &Connection::Agent {
-                    tunnel_id: tunnel_id.clone(),
-                    identity,
-                    opened: None,
-                },
-                now(),
-            )
+            .put(&handshake.connection, &connection, now())
             .await?;
-        Ok(Ok(tunnel_id))
+        Ok(Ok(Admission::Agent {
+            identity,
+            tunnel_id,
+        }))
     }
 
-    /// Whether a tunnel is nobody else's. It is not claimed, so that it is not left behind as somebody's.
+    /// Whether a tunnel id is nobody else's. It is not claimed: a caller who only comes to release it must not leave it owned.
     async fn may_release(
         &self,
         tunnel_id: &TunnelId,
@@ -163,42 +327,53 @@ impl Connect {
     /// Lets a connection in that serves no tunnel, for a ticket that only a function can have written.
     async fn admit_reply_connection(
         &self,
-        event: &ApiGatewayWebsocketProxyRequest,
-        connection: &ConnectionId,
-    ) -> Result<Result<Option<TunnelId>, HandshakeRefusal>, ConnectError> {
-        let Some(ticket) = bearer_token(event) else {
-            return Ok(Err(HandshakeRefusal::NotAuthorized));
-        };
+        handshake: &Handshake,
+        ticket: &str,
+    ) -> Result<Result<Admission, HandshakeRefusal>, ConnectError> {
         if !self.connections.redeem_ticket(ticket, now()).await? {
             return Ok(Err(HandshakeRefusal::NotAuthorized));
         }
         self.connections
-            .put(connection, &Connection::Reply, now())
+            .put(&handshake.connection, &Connection::Reply, now())
             .await?;
-        Ok(Ok(None))
+        Ok(Ok(Admission::ReplyConnection))
     }
 }
 
-fn bearer_token(event: &ApiGatewayWebsocketProxyRequest) -> Option<&str> {
-    event
-        .headers
-        .get(http::header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok())
-        .and_then(token::bearer_token)
+impl Handshake {
+    fn from_event(event: ApiGatewayWebsocketProxyRequest) -> Result<Self, RouteEventError> {
+        let context = &event.request_context;
+        let connection = connection_of(
+            "CONNECT",
+            context.event_type.as_deref(),
+            context.connection_id.as_deref(),
+        )?;
+        // Emulators may leave out the fields in which values repeat; API Gateway does not.
+        let headers = if event.multi_value_headers.is_empty() {
+            event.headers
+        } else {
+            event.multi_value_headers
+        };
+        Ok(Self {
+            connection,
+            connected_at: u64::try_from(context.connected_at)
+                .map_or_else(|_| now(), Duration::from_millis),
+            headers,
+            purpose: Purpose::of_query(|name| event.query_string_parameters.first(name)),
+        })
+    }
 }
 
-impl HandshakeRefusal {
-    fn into_response(self) -> RouteResponse {
+impl Admission {
+    fn tunnel_id(&self) -> Option<&TunnelId> {
         match self {
-            Self::NotAuthorized => {
-                RouteResponse::refused(401, "unauthorized", "connect with a valid agent token")
-            }
-            Self::InvalidTunnelId(rule) => RouteResponse::refused(400, "invalid_tunnel_id", &rule),
-            Self::NameTaken(id) => RouteResponse::refused(
-                409,
-                "name_taken",
-                &format!("the tunnel id {id} belongs to somebody else; choose another"),
-            ),
+            Self::Agent { tunnel_id, .. } => Some(tunnel_id),
+            Self::ReplyConnection | Self::Refused(_) => None,
         }
     }
+}
+
+fn refuse(handshake: &Handshake, refusal: HandshakeRefusal) -> Admission {
+    warn!(connection = %handshake.connection, code = refusal.code(), "refused");
+    Admission::Refused(refusal)
 }

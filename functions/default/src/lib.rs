@@ -20,7 +20,7 @@ use tunnel_protocol::{
 };
 use tunnel_service::{
     agents::{AgentConnections, InProcess, PostError, use_compression},
-    auth::Revalidator,
+    auth::{AuthMode, Revalidator},
     aws::route_event::{RouteEventError, RouteResponse, connection_of},
     aws::sdk::SdkConfig,
     now,
@@ -29,6 +29,7 @@ use tunnel_service::{
     settings::{SettingsError, Variables},
     tables::connections::{Connection, ConnectionsTable, Opened},
     tables::dynamodb::StoreError,
+    tables::tokens::TokensTable,
     tables::tunnels::{Online, Tunnel, TunnelsTable},
 };
 
@@ -78,7 +79,8 @@ impl DefaultRoute {
         sdk: &SdkConfig,
         in_process: Option<&InProcess>,
     ) -> Result<Self, SettingsError> {
-        let revalidator = Revalidator::load(&variables, sdk);
+        let auth = variables.or("AUTH", AuthMode::Token);
+        let tokens = variables.required("TOKENS_TABLE");
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables
             .required("CONNECTIONS_TABLE")
@@ -92,12 +94,12 @@ impl DefaultRoute {
             agents.as_ref(),
         );
         let public_url = variables.required("PUBLIC_URL");
-        let routing = variables.optional("ROUTING", Routing::Path);
+        let routing = variables.or("ROUTING", Routing::Path);
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
             let packs = use_compression(in_process, &public_url);
             Some(Self {
-                revalidator: revalidator?,
+                revalidator: Revalidator::new(auth?, TokensTable::new(sdk, tokens?)),
                 tunnels: TunnelsTable::new(sdk, tunnels?),
                 connections: connections?,
                 relay: relay?,
@@ -212,7 +214,7 @@ impl DefaultRoute {
             }
             None => return Ok(unknown(sender)),
         };
-        if !self.revalidator.is_good(&identity, now()).await? {
+        if !self.revalidator.is_still_valid(&identity, now()).await? {
             return self.close_revoked(sender, &tunnel_id).await;
         }
         let access = match ready
@@ -287,7 +289,7 @@ impl DefaultRoute {
         else {
             return Ok(unknown(sender));
         };
-        if !self.revalidator.is_good(&identity, now()).await? {
+        if !self.revalidator.is_still_valid(&identity, now()).await? {
             return self.close_revoked(sender, &tunnel_id).await;
         }
         let released = self
@@ -321,7 +323,7 @@ impl DefaultRoute {
         else {
             return Ok(true);
         };
-        if !self.revalidator.is_good(&identity, now()).await? {
+        if !self.revalidator.is_still_valid(&identity, now()).await? {
             self.close_revoked(connection, &tunnel_id).await?;
             return Ok(false);
         }

@@ -5,6 +5,7 @@
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::info;
+use tunnel_protocol::id::ConnectionId;
 use tunnel_service::{
     aws::route_event::{RouteEventError, RouteResponse, connection_of},
     aws::sdk::SdkConfig,
@@ -15,11 +16,46 @@ use tunnel_service::{
     tables::tunnels::TunnelsTable,
 };
 
+/// What the function needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The name of the tunnels table.
+    pub tunnels_table: String,
+    /// The name of the connections table.
+    pub connections_table: String,
+}
+
+impl Settings {
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// All variables that are missing or faulty.
+    pub fn read(variables: Variables<'_>) -> Result<Self, SettingsError> {
+        let tunnels_table = variables.required("TUNNELS_TABLE");
+        let connections_table = variables.required("CONNECTIONS_TABLE");
+        variables.finish(|| {
+            Some(Self {
+                tunnels_table: tunnels_table?,
+                connections_table: connections_table?,
+            })
+        })
+    }
+}
+
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct Disconnect {
     tunnels: TunnelsTable,
     connections: ConnectionsTable,
+}
+
+/// A connection that has ended.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Ended {
+    /// The connection.
+    pub connection: ConnectionId,
+    /// The close code, if one is known.
+    pub code: Option<u16>,
 }
 
 /// Why there is no answer: the fault is ours.
@@ -34,19 +70,20 @@ pub enum DisconnectError {
 }
 
 impl Disconnect {
-    /// Reads the settings.
+    /// Reads the settings and makes the function.
     ///
     /// # Errors
     /// All variables that are missing or faulty.
     pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, SettingsError> {
-        let tunnels = variables.required("TUNNELS_TABLE");
-        let connections = variables.required("CONNECTIONS_TABLE");
-        variables.finish(|| {
-            Some(Self {
-                tunnels: TunnelsTable::new(sdk, tunnels?),
-                connections: ConnectionsTable::new(sdk, connections?),
-            })
-        })
+        Ok(Self::new(Settings::read(variables)?, sdk))
+    }
+
+    /// Makes the function.
+    pub fn new(settings: Settings, sdk: &SdkConfig) -> Self {
+        Self {
+            tunnels: TunnelsTable::new(sdk, settings.tunnels_table),
+            connections: ConnectionsTable::new(sdk, settings.connections_table),
+        }
     }
 
     /// Handles an event.
@@ -58,15 +95,28 @@ impl Disconnect {
         event: ApiGatewayWebsocketProxyRequest,
     ) -> Result<RouteResponse, DisconnectError> {
         let context = event.request_context;
-        let id = connection_of(
+        let connection = connection_of(
             "DISCONNECT",
             context.event_type.as_deref(),
             context.connection_id.as_deref(),
         )?;
-        if let Some(Connection::Agent { tunnel_id, .. }) = self.connections.remove(&id).await? {
-            let went_offline = self.tunnels.mark_offline(&tunnel_id, &id, now()).await?;
-            info!(connection = %id, tunnel = %tunnel_id, code = context.disconnect_status_code, went_offline, "disconnected");
-        }
+        let code = context
+            .disconnect_status_code
+            .and_then(|code| u16::try_from(code).ok());
+        self.serve(&Ended { connection, code }).await?;
         Ok(RouteResponse::ok())
+    }
+
+    /// Forgets a connection that has ended.
+    ///
+    /// # Errors
+    /// When the tables do not answer.
+    pub async fn serve(&self, ended: &Ended) -> Result<(), DisconnectError> {
+        let id = &ended.connection;
+        if let Some(Connection::Agent { tunnel_id, .. }) = self.connections.remove(id).await? {
+            let went_offline = self.tunnels.mark_offline(&tunnel_id, id, now()).await?;
+            info!(connection = %id, tunnel = %tunnel_id, code = ended.code, went_offline, "disconnected");
+        }
+        Ok(())
     }
 }

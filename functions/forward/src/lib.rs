@@ -27,7 +27,7 @@ use tracing::error;
 use tunnel_protocol::id::ConnectionId;
 use tunnel_service::{
     agents::{AgentConnections, InProcess, use_compression},
-    auth::Authenticator,
+    auth::{AuthSettings, Authenticator},
     aws::sdk::SdkConfig,
     replies::Replies,
     routing::{PublicUrl, Route, Routing},
@@ -125,18 +125,18 @@ impl Forward {
         sdk: &SdkConfig,
         in_process: Option<&InProcess>,
     ) -> Result<Self, SettingsError> {
-        let access = Authenticator::load(&variables, sdk);
+        let auth = AuthSettings::read(&variables);
         let tunnels = variables.required("TUNNELS_TABLE");
         let connections = variables.required("CONNECTIONS_TABLE");
         let mailbox = variables.required("PENDING_REQUESTS_TABLE");
         let endpoint = variables.required::<String>("WEBSOCKET_API_ENDPOINT");
         let agents = AgentConnections::load(&variables, sdk, in_process);
         let public_url = variables.required("PUBLIC_URL");
-        let routing = variables.optional("ROUTING", Routing::Path);
-        let streaming_url = variables.possible("STREAMING_URL");
-        let at_once = variables.optional("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
-        let per_second = variables.optional("MAX_REQUESTS_PER_SECOND", 0);
-        let lambda = variables.given_by_lambda("AWS_LAMBDA_FUNCTION_NAME");
+        let routing = variables.or("ROUTING", Routing::Path);
+        let streaming_url = variables.optional("STREAMING_URL");
+        let at_once = variables.or("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
+        let per_second = variables.or("MAX_REQUESTS_PER_SECOND", 0);
+        let lambda = variables.raw("AWS_LAMBDA_FUNCTION_NAME");
         let replies = in_process
             .map(|in_process| in_process.replies.clone())
             .unwrap_or_default();
@@ -158,13 +158,10 @@ impl Forward {
                     }
                 }
             };
-            let (access, tunnels, agents) = (access?, TunnelsTable::new(sdk, tunnels?), agents?);
+            let access = Authenticator::new(auth?, sdk);
+            let (tunnels, agents) = (TunnelsTable::new(sdk, tunnels?), agents?);
             Some(Self(Arc::new(State {
-                lookup: Lookup::new(
-                    tunnels.clone(),
-                    access.revalidator().clone(),
-                    agents.clone(),
-                ),
+                lookup: Lookup::new(tunnels.clone(), access.revalidator(), agents.clone()),
                 throttle: RateLimiter::new(at_once?, per_second?),
                 agents,
                 replies,

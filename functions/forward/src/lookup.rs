@@ -14,7 +14,7 @@ use tracing::warn;
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
     agents::AgentConnections,
-    auth::{Identity, Revalidator},
+    auth::{Identity, Revalidator, owner::Owner},
     now,
     tables::dynamodb::StoreError,
     tables::tunnels::{Online, TunnelsTable},
@@ -35,7 +35,7 @@ pub(crate) struct Lookup {
     revalidator: Revalidator,
     agents: AgentConnections,
     /// Owners whose token was good, and when that was.
-    verified: Mutex<HashMap<String, Instant>>,
+    verified: Mutex<HashMap<Owner, Instant>>,
     known: Mutex<HashMap<TunnelId, (Online, Instant)>>,
 }
 
@@ -87,7 +87,7 @@ impl Lookup {
         if since.is_some_and(|since| since.elapsed() < TOKEN_RECHECK_AFTER) {
             return Ok(!identity.is_expired(now()));
         }
-        let is_good = self.revalidator.is_good(identity, now()).await?;
+        let is_good = self.revalidator.is_still_valid(identity, now()).await?;
         let mut verified = self.verified();
         if is_good {
             if verified.len() >= MAX_REMEMBERED {
@@ -122,7 +122,7 @@ impl Lookup {
     }
 
     /// Held between awaits only.
-    fn verified(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+    fn verified(&self) -> MutexGuard<'_, HashMap<Owner, Instant>> {
         self.verified.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

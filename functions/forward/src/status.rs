@@ -5,7 +5,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use http::{HeaderMap, HeaderValue, Response, header};
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
-    auth::{Authenticator, token},
+    auth::Authenticator,
     now,
     routing::{PublicUrl, Routing},
     tables::tunnels::TunnelsTable,
@@ -38,13 +38,9 @@ impl Status {
         name: &str,
         headers: &HeaderMap,
     ) -> Result<Response<ResponseBody>, ForwardError> {
-        let token = headers
-            .get(header::AUTHORIZATION)
-            .and_then(|value| value.to_str().ok())
-            .and_then(token::bearer_token);
         let identity = self
             .access
-            .identify(token, now())
+            .identify(headers, now())
             .await?
             .ok_or(ForwardError::NotTheOwner)?;
         let id: TunnelId = name.parse().map_err(|_| ForwardError::NoSuchTunnel)?;

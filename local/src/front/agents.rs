@@ -51,7 +51,11 @@ use tunnel_disconnect::Disconnect;
 use tunnel_forward::response::{self, ResponseBody};
 use tunnel_protocol::{frames, id::ConnectionId, limits::MAX_FRAME_BYTES};
 use tunnel_service::{
-    auth::{AuthMode, token},
+    auth::{
+        AuthMode,
+        owner::Owner,
+        token::{self, TokenHash},
+    },
     now,
     replies::Replies,
 };
@@ -197,13 +201,9 @@ impl AgentFront {
 
     /// Whose connection it will be, if `$connect` lets it in.
     fn owner(&self, headers: &HeaderMap) -> String {
-        let token = headers
-            .get(header::AUTHORIZATION)
-            .and_then(|value| value.to_str().ok())
-            .and_then(token::bearer_token);
-        match (self.auth, token) {
-            (AuthMode::Token, Some(token)) => token::owner_of(&token::hash_token(token)),
-            _ => token::ANYBODY.to_owned(),
+        match (self.auth, token::bearer(headers)) {
+            (AuthMode::Token, Some(token)) => Owner::Token(TokenHash::of(token)).to_string(),
+            _ => Owner::Open.to_string(),
         }
     }
 

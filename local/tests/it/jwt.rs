@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use forwarder::{settings::Secret, tunnel::TunnelError};
 use local::{Options, server::JwtIssuer};
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 use tunnel_local_aws::quotas::Quotas;
 use tunnel_service::{
-    auth::{AuthError, AuthMode, Authenticator},
+    auth::{AuthError, AuthMode, AuthSettings, Authenticator, owner::Owner},
     aws::sdk,
     now,
     settings::Variables,
@@ -83,12 +83,10 @@ fn access(jwt: &[(&str, &str)]) -> Result<Authenticator, String> {
         .chain([("AUTH", "jwt"), ("TOKENS_TABLE", "tokens")])
         .collect();
     let variables = Variables::new(move |name| settings.get(name).map(|value| (*value).to_owned()));
-    let access = Authenticator::load(
-        &variables,
-        &sdk::for_loopback("http://127.0.0.1:9", "nobody"),
-    );
+    let settings = AuthSettings::read(&variables);
+    let sdk = sdk::for_loopback("http://127.0.0.1:9", "nobody");
     variables
-        .finish(|| access)
+        .finish(|| Some(Authenticator::new(settings?, &sdk)))
         .map_err(|faults| faults.to_string())
 }
 
@@ -101,9 +99,15 @@ fn access_by_secret() -> Authenticator {
     .expect("settings")
 }
 
-async fn owner(access: &Authenticator, token: &str) -> Option<String> {
+/// The header fields of a caller with this token.
+fn with(token: &str) -> HeaderMap {
+    let value = HeaderValue::from_str(&format!("Bearer {token}")).expect("a value");
+    HeaderMap::from_iter([(header::AUTHORIZATION, value)])
+}
+
+async fn owner(access: &Authenticator, token: &str) -> Option<Owner> {
     access
-        .identify(Some(token), now())
+        .identify(&with(token), now())
         .await
         .expect("an answer")
         .map(|identity| identity.owner)
@@ -115,7 +119,7 @@ async fn a_good_token_names_its_owner_and_another_subject_is_another() {
     let alice = owner(&access, &by_secret(&json!({})))
         .await
         .expect("an owner");
-    assert!(alice.starts_with("jwt:"), "{alice}");
+    assert!(matches!(alice, Owner::Jwt(_)), "{alice}");
     assert_eq!(
         owner(&access, &by_secret(&json!({ "exp": now().as_secs() + 5 }))).await,
         Some(alice.clone())
@@ -131,7 +135,7 @@ async fn a_good_token_names_its_owner_and_another_subject_is_another() {
 
     let expires = access
         .identify(
-            Some(&by_secret(&json!({ "exp": 4_102_444_800_u64 }))),
+            &with(&by_secret(&json!({ "exp": 4_102_444_800_u64 }))),
             now(),
         )
         .await
@@ -192,7 +196,7 @@ async fn a_token_that_is_not_good_names_nobody() {
     }
     assert_eq!(
         access
-            .identify(None, tunnel_service::now())
+            .identify(&HeaderMap::new(), tunnel_service::now())
             .await
             .expect("an answer"),
         None
@@ -470,7 +474,7 @@ async fn while_the_keys_cannot_be_fetched_nobody_is_told_that_a_token_is_wrong()
         let before = publisher.asked();
         for _ in 0..3 {
             assert!(matches!(
-                access.identify(Some(&good), now()).await,
+                access.identify(&with(&good), now()).await,
                 Err(AuthError::Keys(_))
             ));
         }

@@ -25,7 +25,7 @@ use tunnel_local_aws::{
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
     agents::InProcess,
-    auth::{AuthMode, token},
+    auth::{AuthMode, owner::Owner, token::TokenHash},
     aws::sdk,
     now,
     replies::Replies,
@@ -68,7 +68,7 @@ fn id(name: &str) -> TunnelId {
     name.parse().expect("an id")
 }
 
-async fn owner_of(stack: &Server, name: &str) -> Option<String> {
+async fn owner_of(stack: &Server, name: &str) -> Option<Owner> {
     stack
         .tunnels()
         .get(&id(name), now())
@@ -631,8 +631,8 @@ async fn in_a_thousand_interleavings_a_name_stays_its_owners() {
     }
     within("a thousand rounds", names.join_all()).await;
     let (owner, stranger) = (
-        token::owner_of(&token::hash_token(&ours)),
-        token::owner_of(&token::hash_token(&theirs)),
+        Owner::Token(TokenHash::of(&ours)),
+        Owner::Token(TokenHash::of(&theirs)),
     );
     for number in 0..NAMES {
         assert_eq!(
@@ -671,7 +671,7 @@ async fn of_many_who_ask_for_a_free_name_at_once_one_owner_gets_it() {
         };
         assert_eq!(
             owner_of(&stack, &format!("free-{number}")).await,
-            Some(token::owner_of(&token::hash_token(winner)))
+            Some(Owner::Token(TokenHash::of(winner)))
         );
     }
 }

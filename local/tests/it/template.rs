@@ -291,7 +291,7 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
         .await
         .expect("tables");
     let token = tunnel_service::tables::tokens::Token {
-        hash: tunnel_service::auth::token::hash_token("sample"),
+        hash: tunnel_service::auth::token::TokenHash::of("sample"),
         name: "sample".to_owned(),
         created_at: 0,
         expires_at: None,

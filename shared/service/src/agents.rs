@@ -137,7 +137,7 @@ impl AgentConnections {
         }
         let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
         let elsewhere =
-            variables.possible::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
+            variables.optional::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
         let endpoint = endpoint?;
         Some(Self::new(sdk, &elsewhere?.unwrap_or(endpoint)))
     }

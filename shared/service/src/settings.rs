@@ -59,7 +59,7 @@ impl<'a> Variables<'a> {
     }
 
     /// A variable that is `default` when it is not set. `None` means that a fault was noted.
-    pub fn optional<T: FromStr<Err: fmt::Display>>(&self, name: &str, default: T) -> Option<T> {
+    pub fn or<T: FromStr<Err: fmt::Display>>(&self, name: &str, default: T) -> Option<T> {
         match (self.read)(name).filter(|text| !text.is_empty()) {
             Some(text) => self.parse(name, &text),
             None => Some(default),
@@ -67,7 +67,7 @@ impl<'a> Variables<'a> {
     }
 
     /// A variable that need not be set. `None` means that a fault was noted.
-    pub fn possible<T: FromStr<Err: fmt::Display>>(&self, name: &str) -> Option<Option<T>> {
+    pub fn optional<T: FromStr<Err: fmt::Display>>(&self, name: &str) -> Option<Option<T>> {
         match (self.read)(name).filter(|text| !text.is_empty()) {
             Some(text) => self.parse(name, &text).map(Some),
             None => Some(None),
@@ -80,8 +80,8 @@ impl<'a> Variables<'a> {
         None
     }
 
-    /// A variable that Lambda itself sets, and so is no setting.
-    pub fn given_by_lambda(&self, name: &str) -> Option<String> {
+    /// A variable as it stands, for what is no setting of ours.
+    pub fn raw(&self, name: &str) -> Option<String> {
         (self.read)(name)
     }
 

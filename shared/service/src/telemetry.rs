@@ -7,7 +7,7 @@ use crate::settings::Variables;
 /// Starts logging at `LOG_LEVEL`, a list such as `info,tunnel_forward=debug`; `info` when it is not set or cannot be read.
 pub fn init() {
     let level = Variables::of_process()
-        .optional("LOG_LEVEL", "info".to_owned())
+        .or("LOG_LEVEL", "info".to_owned())
         .unwrap_or_default();
     let targets: Targets = level
         .parse()

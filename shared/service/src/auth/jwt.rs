@@ -12,7 +12,8 @@ use crate::{
     auth::{
         Identity,
         jwks::{Jwks, JwksError, JwksUrlError},
-        jwt_ring, token,
+        jwt_ring,
+        owner::{Owner, SubjectHash},
     },
     settings::Variables,
 };
@@ -68,7 +69,7 @@ pub(crate) struct JwtSettings {
 
 impl JwtSettings {
     pub(crate) fn read(variables: &Variables<'_>) -> Self {
-        let text = |name: &str| variables.optional(name, String::new()).unwrap_or_default();
+        let text = |name: &str| variables.or(name, String::new()).unwrap_or_default();
         Self {
             issuer: text("JWT_ISSUER"),
             audience: text("JWT_AUDIENCE"),
@@ -160,7 +161,7 @@ impl Jwt {
         };
         let Claims { iss, sub, exp } = token.claims;
         Ok((!sub.is_empty()).then(|| Identity {
-            owner: token::owner_of_subject(&iss, &sub),
+            owner: Owner::Jwt(SubjectHash::of(&iss, &sub)),
             expires_at: Some(exp.saturating_add(LEEWAY.as_secs())),
         }))
     }

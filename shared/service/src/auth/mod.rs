@@ -4,14 +4,19 @@
 pub mod jwks;
 pub mod jwt;
 mod jwt_ring;
+pub mod owner;
 pub mod token;
 
 use std::{str::FromStr, sync::Arc, time::Duration};
+
+use http::HeaderMap;
 
 use crate::{
     auth::{
         jwks::JwksError,
         jwt::{Jwt, JwtSettings},
+        owner::Owner,
+        token::TokenHash,
     },
     aws::sdk::SdkConfig,
     settings::Variables,
@@ -62,28 +67,20 @@ impl FromStr for AuthMode {
 /// Who somebody proved to be.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Identity {
-    /// Whom names belong to; see [`crate::auth::token`].
-    pub owner: String,
-    /// Until when the proof is good, in seconds since 1970; none if that is not limited.
+    /// Whom tunnel ids belong to.
+    pub owner: Owner,
+    /// Until when the proof is good, in seconds since 1970; `None` if that is not limited.
     pub expires_at: Option<u64>,
 }
 
 impl Identity {
-    /// Everybody, where agents do not authenticate.
-    pub fn anybody() -> Self {
-        Self {
-            owner: token::ANYBODY.to_owned(),
-            expires_at: None,
-        }
-    }
-
     /// Whether the proof's time is over.
     pub fn is_expired(&self, now: Duration) -> bool {
         self.expires_at.is_some_and(|at| at <= now.as_secs())
     }
 }
 
-/// Why it cannot be told who somebody is.
+/// Why it cannot be decided now who somebody is.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
     /// The tables do not answer.
@@ -94,92 +91,138 @@ pub enum AuthError {
     Keys(#[from] JwksError),
 }
 
-/// How a service tells who somebody is.
+/// What agents prove who they are with.
+#[derive(Clone, Debug)]
+pub enum Credentials {
+    /// See [`AuthMode::Token`].
+    Token,
+    /// See [`AuthMode::Jwt`].
+    Jwt(Arc<Jwt>),
+    /// See [`AuthMode::Open`].
+    Open,
+}
+
+impl Credentials {
+    fn mode(&self) -> AuthMode {
+        match self {
+            Self::Token => AuthMode::Token,
+            Self::Jwt(_) => AuthMode::Jwt,
+            Self::Open => AuthMode::Open,
+        }
+    }
+}
+
+/// What a function needs to know to tell who somebody is.
+#[derive(Clone, Debug)]
+pub struct AuthSettings {
+    /// What agents authenticate with.
+    pub credentials: Credentials,
+    /// The name of the tokens table.
+    pub tokens_table: String,
+}
+
+impl AuthSettings {
+    /// Reads `AUTH`, `TOKENS_TABLE` and the settings of JSON Web Tokens. `None` means that a fault was noted.
+    pub fn read(variables: &Variables<'_>) -> Option<Self> {
+        let mode = variables.or("AUTH", AuthMode::Token);
+        let tokens_table = variables.required("TOKENS_TABLE");
+        let jwt = JwtSettings::read(variables);
+        let credentials = match mode? {
+            AuthMode::Token => Credentials::Token,
+            AuthMode::Jwt => Credentials::Jwt(Arc::new(Jwt::load(variables, jwt)?)),
+            AuthMode::Open => Credentials::Open,
+        };
+        Some(Self {
+            credentials,
+            tokens_table: tokens_table?,
+        })
+    }
+}
+
+/// How a service tells who somebody is. The one place that knows: handshakes, `/_status` and limits per owner all ask here.
 #[derive(Clone, Debug)]
 pub struct Authenticator {
-    revalidator: Revalidator,
-    jwt: Option<Arc<Jwt>>,
+    credentials: Credentials,
+    tokens: TokensTable,
 }
 
 impl Authenticator {
-    /// Reads the settings. `None` means that a fault was noted.
-    pub fn load(variables: &Variables<'_>, sdk: &SdkConfig) -> Option<Self> {
-        let revalidator = Revalidator::load(variables, sdk);
-        let settings = JwtSettings::read(variables);
-        let revalidator = revalidator?;
-        let jwt = if revalidator.auth == AuthMode::Jwt {
-            Some(Arc::new(Jwt::load(variables, settings)?))
-        } else {
-            None
-        };
-        Some(Self { revalidator, jwt })
+    /// One with these settings.
+    pub fn new(settings: AuthSettings, sdk: &SdkConfig) -> Self {
+        Self {
+            credentials: settings.credentials,
+            tokens: TokensTable::new(sdk, settings.tokens_table),
+        }
     }
 
-    /// Who presents this token. `None` when it proves nothing.
+    /// Who sent a request with these header fields. `None` when they prove nothing.
     ///
     /// # Errors
-    /// When it cannot be told now.
+    /// When it cannot be decided now: the tables or the issuer of JSON Web Tokens do not answer. The same request may be let
+    /// in a moment later, so it must not be answered with 401.
     pub async fn identify(
         &self,
-        token: Option<&str>,
+        headers: &HeaderMap,
         now: Duration,
     ) -> Result<Option<Identity>, AuthError> {
-        match (self.revalidator.auth, &self.jwt, token) {
-            (AuthMode::Open, _, _) => Ok(Some(Identity::anybody())),
-            (AuthMode::Token, _, Some(token)) => {
-                let found = self
-                    .revalidator
-                    .tokens
-                    .good(&token::hash_token(token), now)
-                    .await?;
+        match (&self.credentials, token::bearer(headers)) {
+            (Credentials::Open, _) => Ok(Some(Identity {
+                owner: Owner::Open,
+                expires_at: None,
+            })),
+            (Credentials::Token, Some(token)) => {
+                let found = self.tokens.good(&TokenHash::of(token), now).await?;
                 Ok(found.map(|token| Identity {
-                    owner: token::owner_of(&token.hash),
+                    owner: Owner::Token(token.hash),
                     expires_at: token.expires_at,
                 }))
             }
-            (AuthMode::Jwt, Some(jwt), Some(token)) => Ok(jwt.identify(token).await?),
-            (AuthMode::Token | AuthMode::Jwt, _, _) => Ok(None),
+            (Credentials::Jwt(jwt), Some(token)) => Ok(jwt.identify(token).await?),
+            (Credentials::Token | Credentials::Jwt(_), None) => Ok(None),
         }
     }
 
     /// The part of it that knows who may stay.
-    pub fn revalidator(&self) -> &Revalidator {
-        &self.revalidator
+    pub fn revalidator(&self) -> Revalidator {
+        Revalidator {
+            mode: self.credentials.mode(),
+            tokens: self.tokens.clone(),
+        }
     }
 }
 
 /// How a service tells whether somebody who was identified may stay.
 #[derive(Clone, Debug)]
 pub struct Revalidator {
-    auth: AuthMode,
+    mode: AuthMode,
     tokens: TokensTable,
 }
 
 impl Revalidator {
-    /// Reads the settings. `None` means that a fault was noted.
-    pub fn load(variables: &Variables<'_>, sdk: &SdkConfig) -> Option<Self> {
-        let auth = variables.optional("AUTH", AuthMode::Token);
-        let tokens = variables.required("TOKENS_TABLE");
-        Some(Self {
-            auth: auth?,
-            tokens: TokensTable::new(sdk, tokens?),
-        })
+    /// One for agents that authenticate in this way, and the tokens table.
+    pub fn new(mode: AuthMode, tokens: TokensTable) -> Self {
+        Self { mode, tokens }
     }
 
     /// Whether somebody would be identified again: the proof has not expired and its token was not revoked.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
-    pub async fn is_good(&self, identity: &Identity, now: Duration) -> Result<bool, StoreError> {
+    /// When the tokens table does not answer.
+    pub async fn is_still_valid(
+        &self,
+        identity: &Identity,
+        now: Duration,
+    ) -> Result<bool, StoreError> {
         if identity.is_expired(now) {
             return Ok(false);
         }
-        match (self.auth, token::token_hash_of(&identity.owner)) {
-            (AuthMode::Open, _) => Ok(true),
-            (AuthMode::Token, Some(hash)) => Ok(self.tokens.good(hash, now).await?.is_some()),
-            // From before the service asked for tokens of this kind.
-            (AuthMode::Token, None) => Ok(false),
-            (AuthMode::Jwt, _) => Ok(token::is_subject(&identity.owner)),
+        match (self.mode, &identity.owner) {
+            (AuthMode::Open, _) | (AuthMode::Jwt, Owner::Jwt(_)) => Ok(true),
+            (AuthMode::Token, Owner::Token(hash)) => {
+                Ok(self.tokens.good(hash, now).await?.is_some())
+            }
+            // Identified before the service asked for credentials of this kind.
+            (AuthMode::Token | AuthMode::Jwt, _) => Ok(false),
         }
     }
 }

@@ -49,9 +49,9 @@ pub fn from_environment(variables: Variables<'_>) -> Result<SdkConfig, SettingsE
     let region = variables.required::<String>("AWS_REGION");
     let key = variables.required::<String>("AWS_ACCESS_KEY_ID");
     let secret = variables.required::<Secret>("AWS_SECRET_ACCESS_KEY");
-    let session = variables.given_by_lambda("AWS_SESSION_TOKEN");
+    let session = variables.raw("AWS_SESSION_TOKEN");
     let dynamodb = variables
-        .given_by_lambda("AWS_ENDPOINT_URL_DYNAMODB")
+        .raw("AWS_ENDPOINT_URL_DYNAMODB")
         .filter(|url| !url.is_empty());
     variables.finish(|| {
         let credentials = Credentials::new(key?, secret?.0, session, None, "environment");

@@ -10,7 +10,10 @@ use crate::tables::dynamodb::{
 };
 use crate::tables::tunnels::{features_of_text, features_to_text};
 use crate::{
-    auth::{Identity, token},
+    auth::{
+        Identity,
+        token::{self, TokenHash},
+    },
     aws::sdk::SdkConfig,
 };
 use tunnel_protocol::{
@@ -90,7 +93,7 @@ impl ConnectionsTable {
                 let put = put
                     .item("kind", text("agent"))
                     .item("tunnelId", text(tunnel_id.as_str()))
-                    .item("owner", text(&identity.owner));
+                    .item("owner", text(identity.owner.to_string()));
                 identity
                     .expires_at
                     .into_iter()
@@ -211,14 +214,14 @@ impl ConnectionsTable {
 
 /// No connection id has a slash.
 fn ticket_key(ticket: &str) -> String {
-    format!("ticket/{}", token::hash_token(ticket))
+    format!("ticket/{}", TokenHash::of(ticket))
 }
 
 fn connection(item: &Item) -> Option<Connection> {
     match read_text(item, "kind")? {
         "agent" => {
             let identity = Identity {
-                owner: read_text(item, "owner")?.to_owned(),
+                owner: read_text(item, "owner")?.parse().ok()?,
                 expires_at: read_number(item, "expiresAt"),
             };
             let opened = || {

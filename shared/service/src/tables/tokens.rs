@@ -7,7 +7,10 @@ use aws_sdk_dynamodb::types::AttributeValue;
 use crate::tables::dynamodb::{
     Item, StoreError, Table, number, read_flag, read_number, read_text, text,
 };
-use crate::{auth::token, aws::sdk::SdkConfig};
+use crate::{
+    auth::token::{self, TokenHash},
+    aws::sdk::SdkConfig,
+};
 
 /// The table.
 #[derive(Clone, Debug)]
@@ -23,13 +26,13 @@ impl TokensTable {
     ///
     /// # Errors
     /// When DynamoDB does not answer.
-    pub async fn good(&self, hash: &str, now: Duration) -> Result<Option<Token>, StoreError> {
+    pub async fn good(&self, hash: &TokenHash, now: Duration) -> Result<Option<Token>, StoreError> {
         let table = &self.0;
         let output = table
             .client
             .get_item()
             .table_name(&table.name)
-            .key("tokenHash", text(hash))
+            .key("tokenHash", text(hash.to_string()))
             .consistent_read(true)
             .send()
             .await
@@ -52,7 +55,7 @@ impl TokensTable {
         let token = token::generate_token();
         let expires_at = expires.map(|expires| (now + expires).as_secs());
         let kept = Token {
-            hash: token::hash_token(&token),
+            hash: TokenHash::of(&token),
             name: name.to_owned(),
             created_at: now.as_secs(),
             expires_at,
@@ -72,7 +75,7 @@ impl TokensTable {
             .client
             .put_item()
             .table_name(&table.name)
-            .item("tokenHash", text(&token.hash))
+            .item("tokenHash", text(token.hash.to_string()))
             .item("name", text(&token.name))
             .item("createdAt", number(token.created_at))
             .item("revoked", AttributeValue::Bool(token.revoked));
@@ -118,7 +121,7 @@ impl TokensTable {
 
 fn token(item: &Item) -> Option<Token> {
     Some(Token {
-        hash: read_text(item, "tokenHash")?.to_owned(),
+        hash: TokenHash::from_hex(read_text(item, "tokenHash")?),
         name: read_text(item, "name").unwrap_or_default().to_owned(),
         created_at: read_number(item, "createdAt").unwrap_or_default(),
         expires_at: read_number(item, "expiresAt"),
@@ -129,8 +132,8 @@ fn token(item: &Item) -> Option<Token> {
 /// What is kept of an agent's token.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Token {
-    /// Its SHA-256; see [`crate::auth::token::hash_token`].
-    pub hash: String,
+    /// Its hash, by which it is found.
+    pub hash: TokenHash,
     /// Whom it was made for.
     pub name: String,
     /// In seconds since 1970.

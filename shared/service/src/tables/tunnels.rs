@@ -12,7 +12,10 @@ use crate::tables::dynamodb::{
 };
 use tracing::error;
 
-use crate::{auth::Identity, aws::sdk::SdkConfig};
+use crate::{
+    auth::{Identity, owner::Owner},
+    aws::sdk::SdkConfig,
+};
 use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
     message::Feature,
@@ -82,7 +85,7 @@ impl TunnelsTable {
     pub async fn claim(
         &self,
         id: &TunnelId,
-        owner: &str,
+        owner: &Owner,
         now: Duration,
     ) -> Result<bool, StoreError> {
         let table = &self.0;
@@ -97,7 +100,7 @@ impl TunnelsTable {
             )
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_names("#ttl", "ttl")
-            .expression_attribute_values(":owner", text(owner))
+            .expression_attribute_values(":owner", text(owner.to_string()))
             .expression_attribute_values(":ttl", number((now + NAME_LEASE).as_secs()))
             .expression_attribute_values(":now", number(now.as_secs()))
             .send()
@@ -146,7 +149,7 @@ impl TunnelsTable {
                     .as_ref()
                     .map(|access| Item::from([(":access".to_owned(), access_to_text(access))])),
             )
-            .expression_attribute_values(":owner", text(&identity.owner))
+            .expression_attribute_values(":owner", text(identity.owner.to_string()))
             .expression_attribute_values(":expires", expires_at)
             .expression_attribute_values(":connection", text(online.connection_id.as_str()))
             .expression_attribute_values(
@@ -188,7 +191,7 @@ impl TunnelsTable {
     pub async fn release_owned(
         &self,
         id: &TunnelId,
-        owner: &str,
+        owner: &Owner,
     ) -> Result<Option<Tunnel>, StoreError> {
         let table = &self.0;
         let outcome = table
@@ -198,7 +201,7 @@ impl TunnelsTable {
             .key("tunnelId", text(id.as_str()))
             .condition_expression("#owner = :owner")
             .expression_attribute_names("#owner", "owner")
-            .expression_attribute_values(":owner", text(owner))
+            .expression_attribute_values(":owner", text(owner.to_string()))
             .return_values(ReturnValue::AllOld)
             .send()
             .await;
@@ -265,7 +268,7 @@ impl TunnelsTable {
 fn tunnel(item: &Item) -> Option<Tunnel> {
     Some(Tunnel {
         identity: Identity {
-            owner: read_text(item, "owner")?.to_owned(),
+            owner: read_text(item, "owner")?.parse().ok()?,
             expires_at: read_number(item, "expiresAt"),
         },
         online: online_of(item),
