@@ -5,7 +5,7 @@ use std::time::Duration;
 use aws_lambda_events::apigw::{ApiGatewayProxyRequest, ApiGatewayV2httpRequest};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, header};
+use http::{HeaderMap, HeaderValue, Method, header, request};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use lambda_http::request::LambdaRequest;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -95,7 +95,34 @@ pub enum EventError {
     Body(#[from] base64::DecodeError),
 }
 
+/// Where a request comes from, as the front that received it knows.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct RequestSource {
+    /// The visitor's IP address.
+    pub address: String,
+    /// The scheme the visitor used.
+    pub scheme: String,
+    /// The host the visitor used, with its port if it named one.
+    pub host: String,
+}
+
 impl VisitorRequest {
+    /// A request as it came over a connection, for fronts that take answers as they come.
+    pub fn from_http(head: request::Parts, body: VisitorBody, source: RequestSource) -> Self {
+        Self {
+            front: Ingress::Streaming,
+            response_timeout: Ingress::Streaming.response_timeout(),
+            method: head.method,
+            scheme: source.scheme,
+            host: source.host,
+            path: encode_path(head.uri.path()),
+            query: head.uri.query().map(str::to_owned),
+            headers: head.headers,
+            source_ip: source.address,
+            body,
+        }
+    }
+
     /// Reads an event: payload format 1.0 or 2.0 of an HTTP API, or that of a function URL. A function URL is known by its host:
     /// AWS's own, or that of `streaming_url`.
     ///

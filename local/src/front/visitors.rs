@@ -12,11 +12,9 @@ use hyper::body::Incoming;
 use tunnel_forward::{
     Forward,
     error::ForwardError,
-    request::{Ingress, VisitorRequest, wants_html},
+    request::{RequestSource, VisitorRequest, wants_html},
     response::{self, ResponseBody},
 };
-use tunnel_protocol::limits::STREAM_TIMEOUT;
-use tunnel_service::routing::encode_path;
 
 use crate::{front::forwarded::TrustedProxies, front::length_check::TrackedBody};
 
@@ -40,18 +38,12 @@ pub async fn serve(
         .and_then(|host| host.to_str().ok())
         .unwrap_or_default()
         .to_owned();
-    let visit = VisitorRequest {
-        front: Ingress::Streaming,
-        response_timeout: STREAM_TIMEOUT,
-        method: head.method,
+    let source = RequestSource {
+        address: origin.address,
         scheme: origin.scheme.unwrap_or_else(|| scheme.to_owned()),
         host: origin.host.unwrap_or(host),
-        path: encode_path(head.uri.path()),
-        query: head.uri.query().map(str::to_owned),
-        headers: head.headers,
-        source_ip: origin.address,
-        body: body.map_err(Into::into).boxed_unsync(),
     };
+    let visit = VisitorRequest::from_http(head, body.map_err(Into::into).boxed_unsync(), source);
     let mut response = forward.serve(visit).await;
     if !is_read.load(Ordering::Relaxed) {
         response
