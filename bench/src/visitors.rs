@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tunnel_protocol::{
     headers::{text_to_value, value_to_text},
-    limits::{HTTP_API_BODY, HTTP_API_TIMEOUT, LAMBDA_RUN, MAX_LAMBDA_PAYLOAD_BYTES},
+    limits::{HTTP_API_TIMEOUT, LAMBDA_TIMEOUT, MAX_HTTP_API_BODY_BYTES, MAX_LAMBDA_PAYLOAD_BYTES},
 };
 
 use crate::{
@@ -92,7 +92,7 @@ async fn serve_http_api(State(fronts): State<Fronts>, request: Request) -> Respo
     let _under_way = fronts.meter.begin();
     fronts.latency.pause(latency::HTTP_API).await;
     let (head, body) = request.into_parts();
-    let Ok(body) = axum::body::to_bytes(body, HTTP_API_BODY).await else {
+    let Ok(body) = axum::body::to_bytes(body, MAX_HTTP_API_BODY_BYTES).await else {
         return say(StatusCode::PAYLOAD_TOO_LARGE, "Request Entity Too Large");
     };
     let asked = body.len();
@@ -132,7 +132,7 @@ async fn serve_function_url(State(fronts): State<Fronts>, request: Request) -> R
     };
     fronts.meter.count(|counts| counts.url_requests += 1);
     let event = event(include_str!("../../events/url.json"), &head, &body);
-    let Outcome::Stream(mut chunks) = fronts.lambda.invoke(FUNCTION, &event, LAMBDA_RUN).await
+    let Outcome::Stream(mut chunks) = fronts.lambda.invoke(FUNCTION, &event, LAMBDA_TIMEOUT).await
     else {
         return say(StatusCode::BAD_GATEWAY, "Internal Server Error");
     };

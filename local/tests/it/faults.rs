@@ -20,7 +20,7 @@ use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::Forward;
 use tunnel_local_aws::dynamodb;
-use tunnel_protocol::limits::LAMBDA_RUN;
+use tunnel_protocol::limits::LAMBDA_TIMEOUT;
 use tunnel_service::{
     aws::sdk,
     aws::sdk::SdkConfig,
@@ -172,7 +172,7 @@ impl Aws {
         let forward = self.load(|variables, sdk| Forward::load(variables, sdk, None));
         let event = include_str!("../../../events/http-v2.json").replace("\"POST\"", "\"GET\"");
         let event = serde_json::from_str::<LambdaRequest>(&event).expect("an event");
-        let answer = within("an answer", forward.handle(event, LAMBDA_RUN))
+        let answer = within("an answer", forward.handle(event, LAMBDA_TIMEOUT))
             .await
             .expect("an HTTP event");
         let FunctionResponse::BufferedResponse(answer) = answer else {

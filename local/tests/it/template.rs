@@ -17,7 +17,7 @@ use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::Forward;
 use tunnel_local_aws::{caller::AccessKey, dynamodb};
-use tunnel_protocol::limits::LAMBDA_RUN;
+use tunnel_protocol::limits::LAMBDA_TIMEOUT;
 use tunnel_service::{
     aws::sdk,
     aws::sdk::SdkConfig,
@@ -404,7 +404,7 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
             .expect("an event")
     };
     assert!(
-        forward.handle(visit(), LAMBDA_RUN).await.is_ok(),
+        forward.handle(visit(), LAMBDA_TIMEOUT).await.is_ok(),
         "the tunnel's agent is gone, which is an answer"
     );
     let ready = r#"ready\",\"features\":[\"reply_to\"],\"agent\":\"x"#;
@@ -415,7 +415,7 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     // Nobody answers, so it looks into the mailbox, doubts, and finds the connection gone once it is.
     let disconnect = surroundings(&address).await;
     let asked = at.calls.clone();
-    let (answer, ()) = tokio::join!(forward.handle(visit(), LAMBDA_RUN), async {
+    let (answer, ()) = tokio::join!(forward.handle(visit(), LAMBDA_TIMEOUT), async {
         within("a look at the connection", async {
             let expected = [
                 "dynamodb:GetItem ConnectionsTable",
@@ -456,7 +456,7 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     tokens.revoke("sample").await.expect("revoked");
     let afresh = at.load(|variables, sdk| Forward::load(variables, sdk, None));
     assert!(
-        afresh.handle(visit(), LAMBDA_RUN).await.is_ok(),
+        afresh.handle(visit(), LAMBDA_TIMEOUT).await.is_ok(),
         "the tunnel is offline, which is an answer"
     );
     made.insert(FUNCTIONS[3], at.calls);

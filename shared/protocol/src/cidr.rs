@@ -1,22 +1,20 @@
-//! Networks of addresses in CIDR notation (RFC 4632), for rules about who may come in.
+//! Networks in CIDR notation (RFC 4632), for visitor policies and trusted proxies.
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
-/// A network, IPv4 or IPv6. An IPv4 address that is written as an IPv6 one (`::ffff:192.0.2.1`) counts as the IPv4 address, in
-/// networks as in the addresses they are asked about.
+/// An IPv4 or IPv6 network. An IPv4 address in IPv6 notation (`::ffff:192.0.2.1`) counts as the IPv4
+/// address, both in networks and in the addresses that are checked against them.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Cidr(IpNet);
 
-/// A text that is no network.
+/// The text is not a network.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error(
-    "a network is an address with the length of its prefix, such as 192.0.2.0/24 or 2001:db8::/32, or one address"
-)]
-pub struct InvalidCidr;
+#[error("must be a network, such as 192.0.2.0/24 or 2001:db8::/32, or a single address")]
+pub struct CidrError;
 
 impl Cidr {
     /// Whether an address is in the network.
@@ -26,12 +24,12 @@ impl Cidr {
 }
 
 impl FromStr for Cidr {
-    type Err = InvalidCidr;
+    type Err = CidrError;
 
-    fn from_str(text: &str) -> Result<Self, InvalidCidr> {
+    fn from_str(text: &str) -> Result<Self, CidrError> {
         let network = match text.parse::<IpAddr>() {
             Ok(address) => IpNet::from(address),
-            Err(_) => text.parse::<IpNet>().map_err(|_| InvalidCidr)?,
+            Err(_) => text.parse::<IpNet>().map_err(|_| CidrError)?,
         };
         if let IpNet::V6(v6) = network
             && let Some(mapped) = v6.addr().to_ipv4_mapped()
@@ -39,7 +37,7 @@ impl FromStr for Cidr {
         {
             return Ok(Self(
                 Ipv4Net::new(mapped, length)
-                    .map_err(|_| InvalidCidr)?
+                    .map_err(|_| CidrError)?
                     .trunc()
                     .into(),
             ));
@@ -55,9 +53,9 @@ impl fmt::Display for Cidr {
 }
 
 impl TryFrom<String> for Cidr {
-    type Error = InvalidCidr;
+    type Error = CidrError;
 
-    fn try_from(text: String) -> Result<Self, InvalidCidr> {
+    fn try_from(text: String) -> Result<Self, CidrError> {
         text.parse()
     }
 }
@@ -113,12 +111,12 @@ mod tests {
         }
         assert!(
             !contains("::/0", "::ffff:192.0.2.1"),
-            "it is no IPv6 address"
+            "it is not an IPv6 address"
         );
     }
 
     #[test]
-    fn what_is_no_network_is_refused() {
+    fn invalid_networks_are_refused() {
         for text in [
             "",
             "192.0.2.0/33",
@@ -129,7 +127,7 @@ mod tests {
             "10",
             "fe80::1%eth0",
         ] {
-            assert_eq!(text.parse::<Cidr>(), Err(InvalidCidr), "{text}");
+            assert_eq!(text.parse::<Cidr>(), Err(CidrError), "{text}");
         }
     }
 }

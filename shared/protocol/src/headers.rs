@@ -2,7 +2,7 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-/// The field that marks an answer of the tunnel itself, with its code. A local service cannot send it.
+/// Marks an error that the tunnel itself generated, with its code. A local service cannot send it.
 pub const TUNNEL_ERROR: HeaderName = HeaderName::from_static("x-tunnel-error");
 /// The path prefix under which the visitor sees the local service's root; absent when there is none.
 pub const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
@@ -13,7 +13,7 @@ pub const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-pro
 /// The host the visitor used.
 pub const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
-/// Fields that speak of one connection and not of the message (RFC 9110, 7.6.1), and their old companions.
+/// Fields that apply to one connection and not to the message (RFC 9110, 7.6.1), including obsolete ones.
 const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -26,7 +26,7 @@ const HOP_BY_HOP: [HeaderName; 9] = [
     header::UPGRADE,
 ];
 
-/// Removes the fields that end at this hop: the fixed list and whatever `Connection` names.
+/// Removes the fields that end at this hop: the fixed list and those that `Connection` names.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
@@ -39,7 +39,8 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Removes what a visitor may have written about where a request comes from: only the front's word counts.
+/// Removes everything a visitor may claim about where a request comes from: only what the front saw
+/// counts.
 pub fn remove_forwarding(headers: &mut HeaderMap) {
     let forwarding: Vec<HeaderName> = headers
         .keys()
@@ -54,9 +55,11 @@ pub fn remove_forwarding(headers: &mut HeaderMap) {
     }
 }
 
-/// A header value's bytes as text that JSON can carry: each byte becomes the character of the same number.
+/// Converts a header value's bytes to text that JSON can carry: each byte becomes the character with
+/// the same number.
 ///
-/// Header values are bytes (RFC 9110, 5.5). Read as Latin-1 every value has exactly one text and every such text exactly one value.
+/// Header values are bytes (RFC 9110, 5.5). Read as Latin-1, each value has exactly one text, and each
+/// such text exactly one value.
 pub fn value_to_text(value: &HeaderValue) -> String {
     value
         .as_bytes()
@@ -65,8 +68,9 @@ pub fn value_to_text(value: &HeaderValue) -> String {
         .collect()
 }
 
-/// The inverse of [`value_to_text`]. A text with characters that no byte has can only come from a peer that decoded the value
-/// as UTF-8, and is encoded so. `None` when the text has characters that no header value may have.
+/// The inverse of [`value_to_text`]. A text with characters above U+00FF can only come from a peer that
+/// decoded the value as UTF-8, so it is encoded as UTF-8. `None` if the text contains characters that no
+/// header value may contain.
 pub fn text_to_value(text: &str) -> Option<HeaderValue> {
     if text.is_ascii() {
         return HeaderValue::from_str(text).ok();
@@ -108,7 +112,7 @@ pub mod json {
     /// Reads the fields.
     ///
     /// # Errors
-    /// On a name or value that HTTP does not allow, and on more than [`MAX_HEADER_FIELDS`] fields.
+    /// If a name or value is not allowed in HTTP, or there are more than [`MAX_HEADER_FIELDS`] fields.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HeaderMap, D::Error> {
         struct Fields;
 
@@ -178,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_field_that_is_no_text_names_fields_all_the_same() {
+    fn a_connection_field_with_binary_bytes_still_names_fields() {
         let mut headers = map(&[("x-hop", "1"), ("x-end", "2")]);
         headers.insert(
             "connection",

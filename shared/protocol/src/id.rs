@@ -1,4 +1,5 @@
-//! Identifiers. Each is a type of its own whose only constructor checks it, so that a function which takes one needs no check.
+//! Identifiers. Each is a separate type whose only constructors validate it, so that functions that
+//! take one need not check it again.
 
 use std::{fmt, str::FromStr};
 
@@ -6,29 +7,29 @@ use rand::RngExt;
 use serde::{Deserialize, Serialize};
 use ulid::Ulid;
 
-/// Shortest name a user may choose for a tunnel, in characters.
-pub const TUNNEL_ID_MIN: usize = 3;
-/// Longest name a user may choose for a tunnel, in characters: that of a DNS label (RFC 1035, 2.3.4).
+/// Shortest tunnel id that a user may choose, in bytes.
+pub const MIN_TUNNEL_ID_BYTES: usize = 3;
+/// Longest tunnel id that a user may choose, in bytes: the length of a DNS label (RFC 1035, 2.3.4).
 pub const MAX_TUNNEL_ID_BYTES: usize = 63;
-/// Length of a generated tunnel id. 36^12 of them make guessing one hopeless.
+/// Length of a generated tunnel id, in bytes. There are 36^12 of them, too many to guess one.
 const GENERATED_TUNNEL_ID_BYTES: usize = 12;
-/// Longest connection id accepted. API Gateway's have 12 to 16 characters.
+/// Longest accepted connection id. API Gateway's have 12 to 16 characters.
 const MAX_CONNECTION_ID_BYTES: usize = 128;
-/// Longest request id accepted. Ours are ULIDs of 26 characters.
+/// Longest accepted request id. Ours are ULIDs of 26 characters.
 const MAX_REQUEST_ID_BYTES: usize = 64;
 
-/// Why a string is not the identifier it was meant to be.
+/// Why a string is not a valid identifier.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum IdError {
-    /// Not a tunnel's name.
+    /// Not a valid tunnel id.
     #[error(
-        "a tunnel id has {TUNNEL_ID_MIN} to {MAX_TUNNEL_ID_BYTES} characters of a-z, 0-9 and -, and neither starts nor ends with -"
+        "a tunnel id has {MIN_TUNNEL_ID_BYTES} to {MAX_TUNNEL_ID_BYTES} characters of a-z, 0-9 and -, and neither starts nor ends with -"
     )]
     Tunnel,
-    /// Not a connection id.
+    /// Not a valid connection id.
     #[error("a connection id has 1 to {MAX_CONNECTION_ID_BYTES} visible ASCII characters and no /")]
     Connection,
-    /// Not a request id.
+    /// Not a valid request id.
     #[error("a request id has 1 to {MAX_REQUEST_ID_BYTES} letters, digits, - or _")]
     Request,
 }
@@ -39,7 +40,7 @@ pub enum IdError {
 pub struct TunnelId(String);
 
 impl TunnelId {
-    /// Generates a name that nobody can guess.
+    /// Generates a name that cannot be guessed.
     pub fn generate() -> Self {
         const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
         let mut random = rand::rng();
@@ -55,7 +56,7 @@ impl TryFrom<String> for TunnelId {
     type Error = IdError;
 
     fn try_from(name: String) -> Result<Self, IdError> {
-        let right_length = (TUNNEL_ID_MIN..=MAX_TUNNEL_ID_BYTES).contains(&name.len());
+        let right_length = (MIN_TUNNEL_ID_BYTES..=MAX_TUNNEL_ID_BYTES).contains(&name.len());
         let right_characters = name
             .bytes()
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
@@ -67,7 +68,7 @@ impl TryFrom<String> for TunnelId {
     }
 }
 
-/// The id API Gateway gave a WebSocket connection.
+/// The id that API Gateway gave to a WebSocket connection.
 #[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ConnectionId(String);
@@ -152,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tunnel_ids_are_dns_labels_and_never_ours() {
+    fn tunnel_ids_are_dns_labels_and_never_reserved_paths() {
         let longest = "a".repeat(MAX_TUNNEL_ID_BYTES);
         for valid in ["abc", "my-app", "0-0", longest.as_str()] {
             assert!(valid.parse::<TunnelId>().is_ok(), "{valid}");

@@ -1,8 +1,8 @@
-//! What the agent and the service say to each other, and how: the only crate that both ends share. It knows nothing of AWS.
+//! What the agent and the service agree on: the only crate that both ends share. It knows nothing of AWS.
 //!
 //! [`message`] is the wire protocol. [`body`] is how a body travels in it. [`frames`] is how messages become WebSocket frames.
-//! [`headers`], [`id`], [`limits`] and [`url`] are the rules that both ends keep to, and [`visitor_policy`] is what an agent asks
-//! of visitors and the service enforces, with the networks of [`cidr`].
+//! [`headers`], [`id`], [`limits`] and [`url`] are rules that both ends follow. [`visitor_policy`] is what
+//! an agent requires of visitors and the service enforces, with the networks of [`cidr`].
 
 pub mod body;
 pub mod cidr;

@@ -1,7 +1,8 @@
 //! The wire protocol, version 1: JSON text messages between the agent and the service over one WebSocket connection.
 //!
-//! One enum per direction. A type that is not listed reads as `Unknown`, so that either side may be newer than the other; what
-//! a side may send beyond the first messages is negotiated in `features`. docs/protocol.md tells the same with examples.
+//! There is one enum per direction. A message type that is not listed decodes as `Unknown`, so that
+//! either side may be newer than the other. Everything beyond the first version's messages is
+//! negotiated in `features`. docs/protocol.md describes the same with examples.
 
 use std::{fmt, io};
 
@@ -16,28 +17,28 @@ use crate::{
     limits::MAX_MESSAGE_BYTES,
 };
 
-/// The version this code speaks.
+/// The protocol version that this code speaks.
 pub const VERSION: u32 = 1;
 
-/// Something a side can do beyond the first messages. Nothing of it is sent to a peer that has not announced it.
+/// A capability beyond the first version's messages. It is used only with a peer that announced it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Feature {
-    /// Takes bodies in parts: `more` and `body_part`.
+    /// Understands bodies in parts: `more` and `body_part`.
     BodyParts,
-    /// Takes `cancel`.
+    /// Understands `cancel`.
     Cancel,
-    /// Takes `replaced` and `url_updated`.
+    /// Understands `replaced` and `url_updated`.
     Notices,
     /// Sends no part of a body before `window` allows it, and sends `window` for the bodies it receives.
     Window,
-    /// Sends `reply_to` of a request back in every message about it.
+    /// Repeats the `reply_to` of a request in every message about it.
     ReplyTo,
-    /// Takes bodies that are compressed; see [`Encoding`].
+    /// Understands compressed bodies; see [`Encoding`].
     Zstd,
-    /// Heeds `access` of `ready`. Of no meaning from an agent.
+    /// Enforces the visitor policy in `access` of `ready`. Has no meaning when an agent announces it.
     Access,
-    /// A feature of a newer peer.
+    /// A feature that this code does not know.
     #[serde(other)]
     Unknown,
 }
@@ -65,7 +66,7 @@ impl Serialize for Body {
 
 impl<'de> Deserialize<'de> for Body {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        /// Decodes from the text where it stands: it can be as long as a message.
+        /// Decodes from the borrowed text, which can be as long as a message, without copying it.
         struct Base64;
 
         impl de::Visitor<'_> for Base64 {
@@ -87,11 +88,13 @@ impl<'de> Deserialize<'de> for Body {
     }
 }
 
-/// How a body's bytes are packed in a message. Each message is packed by itself, because they may arrive in any order.
+/// How a body's bytes are compressed in a message. Each message is compressed on its own, because
+/// messages may arrive in any order.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Encoding {
-    /// One Zstandard frame (RFC 8878) that unpacks to at most [`crate::limits::MAX_DECOMPRESSED_BYTES`] bytes.
+    /// One Zstandard frame (RFC 8878) that decompresses to at most
+    /// [`crate::limits::MAX_DECOMPRESSED_BYTES`] bytes.
     Zstd,
 }
 
@@ -99,21 +102,22 @@ pub enum Encoding {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum FromAgent {
-    /// The upgrade is through: the service may speak now. It cannot before, see aws "@connections" and 410 during $connect.
+    /// The upgrade is complete, so the service may send now. Earlier it could not: @connections answers
+    /// 410 until `$connect` has finished.
     Ready(Ready),
     /// The head of a response and as much of the body as fits.
     HttpResponse(HttpResponse),
-    /// More of a response's body.
+    /// The next part of a response's body.
     BodyPart(BodyPart),
-    /// More of a request's body may be sent.
+    /// Allows more of a request's body.
     Window(Window),
     /// A request failed, or a message could not be read.
     Error(AgentError),
-    /// Keeps an idle connection open and asks for `pong`.
+    /// Keeps an idle connection open and requests a `pong`.
     Ping,
-    /// Gives the connection's tunnel id up, so that anybody may take it.
+    /// Gives up the connection's tunnel id, so that anyone may claim it.
     Release,
-    /// A type this code does not know.
+    /// A type that this code does not know.
     #[serde(other)]
     Unknown,
 }
@@ -126,31 +130,31 @@ pub enum ToAgent {
     ConnectionEstablished(ConnectionEstablished),
     /// A visitor's request.
     HttpRequest(HttpRequest),
-    /// More of a request's body.
+    /// The next part of a request's body.
     BodyPart(BodyPart),
-    /// More of a response's body may be sent.
+    /// Allows more of a response's body.
     Window(Window),
-    /// The visitor is gone or out of patience: drop the request.
+    /// The visitor has left, or time has run out: drop the request.
     Cancel {
         /// The request to drop.
         request_id: RequestId,
     },
     /// Answers `ping`.
     Pong,
-    /// The tunnel is reached under another address from now on.
+    /// The tunnel has a different address from now on.
     UrlUpdated {
         /// The new address.
         public_url: String,
     },
     /// Answers `release`.
     Released {
-        /// The tunnel id that is nobody's now.
+        /// The tunnel id, which has no owner now.
         tunnel_id: TunnelId,
-        /// Whether it was the agent's before. If not, it was nobody's already.
+        /// Whether the agent owned it. If not, it had no owner already.
         existed: bool,
     },
-    /// The connection serves the tunnel no longer: another of the owner has taken it over, or the tunnel id was released. Requests
-    /// come only until those who remember the old one have heard.
+    /// The connection no longer serves the tunnel: another connection of the owner has taken it over,
+    /// or the tunnel id was released. Requests may still arrive until remembered lookups expire.
     Replaced {
         /// What happened, for the user.
         reason: String,
@@ -160,7 +164,7 @@ pub enum ToAgent {
         /// What was wrong, for the log.
         message: String,
     },
-    /// A type this code does not know.
+    /// A type that this code does not know.
     #[serde(other)]
     Unknown,
 }
@@ -177,11 +181,13 @@ pub struct Ready {
     /// The agent's name and version, for the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<String>,
-    /// The agent's own connection that this one takes over from. It is left to finish what it has, and is told nothing.
+    /// The agent's own connection that this one takes over from. It may finish what it has, and is not
+    /// sent `replaced`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<ConnectionId>,
-    /// Which visitors the tunnel lets in, as JSON of [`crate::visitor_policy::Access`]; all of them if it is not there. It is kept as it
-    /// came, so that rules that cannot be read are refused, and not the message around them dropped.
+    /// The visitor policy, as JSON of [`crate::visitor_policy::VisitorPolicy`]; without it, all
+    /// visitors are admitted. It is decoded separately, so that a policy that cannot be read is
+    /// refused with an error instead of making the whole message unreadable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub access: Option<serde_json::Value>,
 }
@@ -195,7 +201,7 @@ pub struct ConnectionEstablished {
     pub tunnel_id: TunnelId,
     /// Where visitors reach the tunnel.
     pub public_url: String,
-    /// The address with a host name of the tunnel's own, where one is configured.
+    /// The address with the tunnel's own host name, if subdomains are configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subdomain_url: Option<String>,
     /// The address with the tunnel's name as its first path segment.
@@ -207,7 +213,8 @@ pub struct ConnectionEstablished {
     /// What the service can do.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub features: Vec<Feature>,
-    /// How long the connection can stay open, in milliseconds. An agent that opens the next one earlier misses no request.
+    /// How long the connection can stay open, in milliseconds. An agent that opens the next connection
+    /// earlier misses no request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub life_ms: Option<u64>,
 }
@@ -215,7 +222,7 @@ pub struct ConnectionEstablished {
 /// A visitor's request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HttpRequest {
-    /// Names the request in everything that follows.
+    /// Identifies the request in every message about it.
     pub request_id: RequestId,
     /// The method as sent.
     pub method: String,
@@ -227,7 +234,7 @@ pub struct HttpRequest {
     /// The body, or its first part.
     #[serde(default)]
     pub body: Body,
-    /// How the body's bytes are packed; as they are if it is not there.
+    /// How the body's bytes are compressed; if absent, they are not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encoding: Option<Encoding>,
     /// When the request came in, in milliseconds since 1970.
@@ -236,10 +243,10 @@ pub struct HttpRequest {
     /// Parts of the body follow.
     #[serde(default, skip_serializing_if = "is_false")]
     pub more: bool,
-    /// How long the visitor waits from here on, in milliseconds; 0 when the service did not say.
+    /// How much longer the visitor waits, in milliseconds; 0 if the service did not say.
     #[serde(default)]
     pub deadline_ms: u64,
-    /// A connection that takes the reply directly, to be named in every message about this request.
+    /// The reply connection, to be named in every message about this request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<ConnectionId>,
 }
@@ -257,10 +264,10 @@ pub struct HttpResponse {
     /// The body, or its first part.
     #[serde(default)]
     pub body: Body,
-    /// How the body's bytes are packed; as they are if it is not there.
+    /// How the body's bytes are compressed; if absent, they are not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encoding: Option<Encoding>,
-    /// How long the local service took to its response head, in milliseconds.
+    /// How long the local service took to send the head of its response, in milliseconds.
     #[serde(default)]
     pub processing_time_ms: u64,
     /// Parts of the body follow.
@@ -271,7 +278,7 @@ pub struct HttpResponse {
     pub reply_to: Option<ConnectionId>,
 }
 
-/// A part of a body after the first. API Gateway promises no order, so parts carry numbers.
+/// A part of a body after the first. API Gateway does not guarantee order, so parts carry numbers.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 pub struct BodyPart {
     /// The request whose body, or whose response's body, this belongs to.
@@ -281,7 +288,7 @@ pub struct BodyPart {
     /// The bytes.
     #[serde(default)]
     pub body: Body,
-    /// How the body's bytes are packed; as they are if it is not there.
+    /// How the body's bytes are compressed; if absent, they are not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encoding: Option<Encoding>,
     /// Further parts follow.
@@ -292,20 +299,23 @@ pub struct BodyPart {
     pub reply_to: Option<ConnectionId>,
 }
 
-/// Allows the sender of a body more of it. Numbers only grow, so that of two the larger counts, in whichever order they come.
+/// Allows the sender of a body to send more of it. The window only grows: of two messages the larger
+/// number counts, in whichever order they arrive.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 pub struct Window {
     /// The request whose body, or whose response's body, this is about.
     pub request_id: RequestId,
-    /// Parts with smaller numbers may be sent. It is [`crate::limits::INITIAL_WINDOW_PARTS`] before the first of these messages.
+    /// Parts with smaller numbers may be sent. Before the first of these messages the limit is
+    /// [`crate::limits::INITIAL_WINDOW_PARTS`].
     pub parts: u32,
     /// See [`HttpRequest::reply_to`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<ConnectionId>,
 }
 
-/// A message of an agent as a reply connection hears it: with the connection it came from, as API Gateway reports it and not as
-/// the agent claims. The first one carries the reply connection's own id and its own `ready`.
+/// An agent's message as a reply connection receives it: with the connection that sent it, as reported
+/// by API Gateway and not as claimed by the agent. The first such message carries the reply
+/// connection's own id and its own `ready`.
 #[derive(Debug, Deserialize)]
 pub struct Relayed<M = FromAgent> {
     /// The connection it came from.
@@ -314,7 +324,8 @@ pub struct Relayed<M = FromAgent> {
     pub message: M,
 }
 
-/// As much of a message as tells which request it is about, for one that cannot be read otherwise.
+/// The part of a message that says which request it is about, for messages that cannot be read
+/// otherwise.
 #[derive(Debug, Deserialize)]
 pub struct Subject {
     /// The request.
@@ -322,9 +333,9 @@ pub struct Subject {
 }
 
 impl Relayed {
-    /// Writes one around a message that is encoded already.
+    /// Wraps a message that is already encoded.
     pub fn encode(sender: &ConnectionId, message: &str) -> String {
-        let sender = serde_json::to_string(sender).expect("a text has a JSON text");
+        let sender = serde_json::to_string(sender).expect("a string can always be encoded as JSON");
         format!("{{\"sender\":{sender},\"message\":{message}}}")
     }
 }
@@ -332,10 +343,10 @@ impl Relayed {
 /// Why the agent has no response.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 pub struct AgentError {
-    /// The request concerned, when it is one.
+    /// The request that failed, if the error is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<RequestId>,
-    /// What kind of failure.
+    /// The kind of failure.
     pub code: AgentErrorCode,
     /// The failure in a sentence.
     #[serde(default)]
@@ -349,15 +360,15 @@ pub struct AgentError {
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AgentErrorCode {
-    /// The agent could not read what it was sent.
+    /// The agent could not read what the service sent.
     InvalidRequest,
     /// The local service took too long.
     Timeout,
-    /// The local service refused, reset or spoke no HTTP.
+    /// The local service refused or reset the connection, or did not speak HTTP.
     LocalServiceUnavailable,
-    /// The response does not fit what the service takes.
+    /// The response is larger than the service accepts.
     ResponseTooLarge,
-    /// The agent has as many requests as it takes.
+    /// The agent accepts no more requests now.
     Busy,
     /// Another connection serves the tunnel now, and this one has not passed the request on.
     Replaced,
@@ -380,13 +391,13 @@ pub enum DecodeError {
 /// Reads a message of one direction.
 ///
 /// # Errors
-/// When the text is too long or not a message. An unknown `type` is no error.
+/// If the text is too long or is not a message. An unknown `type` is not an error.
 pub fn decode<'de, M: Deserialize<'de>>(text: &'de str) -> Result<M, DecodeError> {
     if text.len() > MAX_MESSAGE_BYTES {
         return Err(DecodeError::TooLong(text.len()));
     }
     if !text.trim_start().starts_with('{') {
-        // serde would read a list as the fields in their order, which is nobody's business.
+        // serde would also accept an array of the fields in order, which the protocol does not allow.
         return Err(DecodeError::Malformed(de::Error::custom("not an object")));
     }
     Ok(serde_json::from_str(text)?)
@@ -395,12 +406,12 @@ pub fn decode<'de, M: Deserialize<'de>>(text: &'de str) -> Result<M, DecodeError
 /// Writes a message. The result is longer than [`MAX_MESSAGE_BYTES`] only if its body was not cut by [`crate::body::BodySender`].
 pub fn encode<M: Serialize>(message: &M) -> String {
     serde_json::to_string(message)
-        .expect("maps with string keys, strings and numbers always have a JSON text")
+        .expect("maps with string keys, strings and numbers can always be encoded as JSON")
 }
 
-/// How many bytes of JSON a message, or the head of one, becomes.
+/// The length in bytes of a message, or the head of one, as JSON.
 pub(crate) fn encoded_length<M: Serialize>(message: &M) -> usize {
-    /// Counts what is written.
+    /// Counts the bytes that are written.
     struct Counter(usize);
 
     impl io::Write for Counter {
@@ -416,7 +427,7 @@ pub(crate) fn encoded_length<M: Serialize>(message: &M) -> usize {
 
     let mut counter = Counter(0);
     serde_json::to_writer(&mut counter, message)
-        .expect("maps with string keys, strings and numbers always have a JSON text");
+        .expect("maps with string keys, strings and numbers can always be encoded as JSON");
     counter.0
 }
 
@@ -496,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_no_message() {
+    fn an_array_is_not_a_message() {
         assert!(matches!(
             decode::<FromAgent>(r#"["ping"]"#),
             Err(DecodeError::Malformed(_))
@@ -508,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn what_api_gateway_itself_says_is_an_error_and_no_message() {
+    fn a_message_from_api_gateway_itself_is_an_error() {
         let text = r#"{"message":"Internal server error","connectionId":"c=","requestId":"r"}"#;
         assert!(matches!(
             decode::<ToAgent>(text),
@@ -517,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_new_is_written_where_nothing_was_negotiated() {
+    fn without_negotiation_only_first_version_fields_are_written() {
         assert_eq!(
             encode(&FromAgent::Ready(Ready::default())),
             r#"{"type":"ready"}"#
@@ -526,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_over_the_message_limit_is_refused_unread() {
+    fn a_text_over_the_message_limit_is_refused_without_decoding_it() {
         let text = format!(
             r#"{{"type":"ping","pad":"{}"}}"#,
             "x".repeat(MAX_MESSAGE_BYTES)

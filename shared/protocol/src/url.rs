@@ -1,6 +1,6 @@
-//! Rules about addresses that both ends keep to.
+//! Rules about addresses that both ends follow.
 
-/// Whether a host, as it stands in an address, is this machine itself.
+/// Whether a host, written as in a URL, is this machine itself.
 pub fn is_loopback(host: &str) -> bool {
     let ip = host
         .trim_start_matches('[')

@@ -1,8 +1,8 @@
-//! Which visitors a tunnel lets in: addresses, a name and password, secret header fields.
+//! Which visitors a tunnel admits: by address, user name and password, or secret header fields.
 //!
-//! The agent knows the secrets. The service is given salted hashes of them, with which it can tell whether a visitor has one, and
-//! which it forgets with the agent's connection. A hash is as hard to search backwards as its secret is to guess: short passwords
-//! are found by whoever has the hash and time.
+//! The agent knows the secrets. The service gets salted hashes of them, with which it can check what a
+//! visitor sends, and which it deletes with the agent's connection. A hash protects its secret only as
+//! far as the secret is hard to guess: short passwords can be found by anyone who has the hash.
 
 use std::net::IpAddr;
 
@@ -16,7 +16,8 @@ use subtle::{Choice, ConstantTimeEq};
 
 use crate::{cidr::Cidr, headers, message::Body};
 
-/// Most names with passwords, and most required fields, of one tunnel: each costs a hash for each request.
+/// Most user names with passwords, and most required fields, of one tunnel: each costs a hash for
+/// every request.
 pub const MAX_CREDENTIALS: usize = 32;
 /// Most networks of one tunnel, allowed and denied together.
 pub const MAX_NETWORKS: usize = 64;
@@ -27,12 +28,14 @@ const SALT_BYTES: usize = 16;
 /// Bytes of a hash.
 const HASH_BYTES: usize = 32;
 
-/// What a visitor must show. Made of secrets by the agent, and read by the service from what the agent sent.
+/// What a request must satisfy. The agent makes it from secrets; the service reads it from the agent's
+/// `ready`.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Fields", into = "Fields")]
 pub struct VisitorPolicy(Fields);
 
-/// As it travels and as it is stored. A field of a newer agent is an error: it may be a rule, and must not be passed over.
+/// The form in which it is sent and stored. An unknown field is an error: it may be a rule of a newer
+/// agent, which must not be ignored.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Fields {
@@ -55,48 +58,49 @@ struct RequiredField {
     hash: Body,
 }
 
-/// Rules that cannot be kept to, and so are not accepted.
+/// Why a policy cannot be enforced, and so is not accepted.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum PolicyError {
-    /// Nobody would be kept out.
+    /// It would refuse no one.
     #[error("there is no rule")]
     Empty,
-    /// More than the service checks for each request.
+    /// It has more rules than the service checks for each request.
     #[error(
-        "more than {MAX_CREDENTIALS} names with passwords, {MAX_CREDENTIALS} required headers or {MAX_NETWORKS} networks"
+        "more than {MAX_CREDENTIALS} user names with passwords, {MAX_CREDENTIALS} required headers or {MAX_NETWORKS} networks"
     )]
     TooMany,
-    /// A salt or a hash of a wrong length.
-    #[error("a salt has {SALT_BYTES} bytes and a hash {HASH_BYTES}")]
+    /// A salt or a hash has the wrong length.
+    #[error("a salt must have {SALT_BYTES} bytes and a hash {HASH_BYTES}")]
     Hash,
-    /// A required field that no visitor can be asked for.
+    /// A visitor cannot be required to send this field.
     #[error(
-        "the header {0} cannot be required: a name has up to {MAX_FIELD_NAME_BYTES} characters, and is none of Host, Content-Length, forwarding or connection headers"
+        "the header {0} cannot be required: use a name of up to {MAX_FIELD_NAME_BYTES} characters that is not Host, Content-Length, or a forwarding or connection header"
     )]
     Field(String),
-    /// A field that two rules want.
+    /// Two kinds of rules would use the same field.
     #[error(
-        "the header authorization cannot be required beside names with passwords, which are sent in it"
+        "the header authorization cannot be required together with user names and passwords, which are sent in it"
     )]
     Authorization,
 }
 
-/// Why a visitor is not let in.
+/// Why a visitor is refused.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum DeniedError {
-    /// No name with password of the tunnel's; the visitor may try again with one.
+    /// No valid user name and password; the visitor may try again with one.
     Unauthorized,
-    /// The visitor's address may not come in.
+    /// The visitor's address is not allowed.
     Address,
     /// A secret header field is missing or wrong.
     Field,
 }
 
 impl VisitorPolicy {
-    /// The rules, with `salt`, which must be random and never used before. `basic` are texts of the form `name:password`.
+    /// Makes a policy. `salt` must be random and never used before. The texts in `basic` have the form
+    /// `name:password`.
     ///
     /// # Errors
-    /// When no rule is given, or one that the service would not accept.
+    /// If there are no rules, or the service would not accept one of them.
     pub fn new(
         salt: [u8; SALT_BYTES],
         basic: &[&str],
@@ -124,7 +128,7 @@ impl VisitorPolicy {
         .try_into()
     }
 
-    /// Rules that let nobody in: for what cannot be read.
+    /// A policy that refuses everyone, used in place of one that cannot be read.
     pub fn nobody() -> Self {
         let everybody = ["0.0.0.0/0", "::/0"].map(|network| network.parse().expect("a network"));
         Self(Fields {
@@ -135,13 +139,14 @@ impl VisitorPolicy {
 
     /// As JSON, for [`crate::message::Ready::access`].
     pub fn to_json(&self) -> serde_json::Value {
-        serde_json::to_value(self).expect("lists of texts have a JSON value")
+        serde_json::to_value(self).expect("lists of strings can always be encoded as JSON")
     }
 
-    /// Whether a visitor at `address` who sent `fields` may come in; an address that is not known is in no network.
+    /// Checks a request from `address` with the header `fields`. An unknown address is in no network.
     ///
     /// # Errors
-    /// When not: for the first rule in the order of address, fields, name and password that is not met.
+    /// The first kind of rule that the request does not satisfy, in the order: address, header fields,
+    /// user name and password.
     pub fn admit(&self, address: Option<IpAddr>, fields: &HeaderMap) -> Result<(), DeniedError> {
         let Fields {
             salt,
@@ -162,7 +167,8 @@ impl VisitorPolicy {
         }
         for required in headers {
             let value = only_value(fields, &required.name).map(HeaderValue::as_bytes);
-            // Of several rules for one name any may be met: that is how a secret is changed without an interruption.
+            // If there are several values for one name, any of them is accepted, so that a secret can be
+            // changed without an interruption.
             let accepted = headers
                 .iter()
                 .filter(|other| other.name == required.name)
@@ -183,7 +189,8 @@ impl VisitorPolicy {
         Ok(())
     }
 
-    /// Removes the fields that were meant for the service, so that the local service does not see its secrets.
+    /// Removes the fields that were meant for the service, so that the local service does not see the
+    /// secrets.
     pub fn remove_secrets(&self, fields: &mut HeaderMap) {
         if !self.0.basic.is_empty() {
             fields.remove(header::AUTHORIZATION);
@@ -224,7 +231,7 @@ impl TryFrom<Fields> for VisitorPolicy {
             return Err(PolicyError::Hash);
         }
         for RequiredField { name, .. } in headers {
-            if !is_askable(name) {
+            if !can_be_required(name) {
                 return Err(PolicyError::Field(
                     name.chars().take(MAX_FIELD_NAME_BYTES).collect(),
                 ));
@@ -243,8 +250,9 @@ impl From<VisitorPolicy> for Fields {
     }
 }
 
-/// Whether a field of this name reaches the service as the visitor sent it. Names are in lower case, as `http` writes them.
-fn is_askable(name: &str) -> bool {
+/// Whether a field with this name reaches the service as the visitor sent it. Names are in lower case,
+/// as the crate `http` writes them.
+fn can_be_required(name: &str) -> bool {
     let Ok(parsed) = name.parse::<HeaderName>() else {
         return false;
     };
@@ -255,13 +263,14 @@ fn is_askable(name: &str) -> bool {
     parsed.as_str() == name && name.len() <= MAX_FIELD_NAME_BYTES && !alone.is_empty() && !is_ours
 }
 
-/// The value of a field that is there once. One that comes twice could be another to the local service than to us.
+/// The value of a field that is present exactly once. If it came twice, the local service might use
+/// the other one.
 fn only_value<'f>(fields: &'f HeaderMap, name: &str) -> Option<&'f HeaderValue> {
     let mut values = fields.get_all(name).iter();
     values.next().filter(|_| values.next().is_none())
 }
 
-/// Name and password of `Authorization: Basic`, as `name:password` (RFC 7617, 2).
+/// User name and password of `Authorization: Basic`, as `name:password` (RFC 7617, 2).
 fn basic_credentials(value: &HeaderValue) -> Option<Vec<u8>> {
     let (scheme, encoded) = value.to_str().ok()?.split_once(' ')?;
     let encoded = encoded.trim_start_matches(' ');
@@ -276,7 +285,7 @@ fn hash(salt: &[u8], secret: &[u8]) -> [u8; HASH_BYTES] {
     mac.finalize().into_bytes().into()
 }
 
-/// Compares with all of them, however early one is found, so that the time tells nothing.
+/// Compares with all of them, even after a match, so that the time reveals nothing.
 fn is_one_of<'h>(hash: &[u8; HASH_BYTES], accepted: impl IntoIterator<Item = &'h Body>) -> bool {
     accepted
         .into_iter()
@@ -337,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_name_with_its_password_opens() {
+    fn only_a_user_name_with_its_password_is_admitted() {
         let access = access(&["alice:opensesame", "bob:a:b"], &[], &[], &[]).expect("rules");
         let admit = |values: &[&str]| {
             let fields = HeaderMap::from_iter(
@@ -383,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn denied_networks_win_over_allowed_ones_and_these_over_all_others() {
+    fn denied_networks_override_allowed_ones_and_an_allow_list_excludes_all_others() {
         let both = access(
             &[],
             &[],
@@ -462,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_survive_the_wire_and_tell_no_secret() {
+    fn a_policy_survives_the_wire_and_reveals_no_secret() {
         let rules = access(
             &["alice:opensesame"],
             &[("x-key", "swordfish")],
@@ -484,12 +493,12 @@ mod tests {
                 .expect("rules");
         assert_ne!(
             other_salt.0.basic[0], rules.0.basic[0],
-            "the same secret has the same hash in every session"
+            "a secret must not have the same hash in every session"
         );
     }
 
     #[test]
-    fn rules_that_would_not_be_kept_to_are_refused() {
+    fn policies_that_cannot_be_enforced_are_refused() {
         let many = |count: usize| {
             (0..count)
                 .map(|at| format!("user{at}:x"))
@@ -564,7 +573,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_lets_nobody_in() {
+    fn a_policy_that_cannot_be_read_admits_no_one() {
         for address in [
             None,
             Some("192.0.2.1"),
