@@ -64,6 +64,15 @@ pub enum ForwardError {
     /// The visitor's request is malformed or broke off.
     #[error("The request is not valid: {0}")]
     BadRequest(String),
+    /// The visitor asked for a host that is not this service's.
+    #[error("{0}")]
+    ForeignHost(String),
+    /// The visitor's request line and headers are too long.
+    #[error("The request is not served: {0}")]
+    HeadTooLarge(String),
+    /// The request's body is coded in a way that is not undone here.
+    #[error("The request is not served: {0}")]
+    UnsupportedEncoding(String),
     /// A fault of ours; the cause is for the log.
     #[error("The tunnel service failed. Its log tells why.")]
     Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -84,6 +93,9 @@ impl ForwardError {
             Self::LocalTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::ForeignHost(_) => StatusCode::MISDIRECTED_REQUEST,
+            Self::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::UnsupportedEncoding(_) => StatusCode::NOT_IMPLEMENTED,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -104,6 +116,9 @@ impl ForwardError {
             Self::InvalidReply(_) => "invalid_reply",
             Self::TooLarge(_) => "too_large",
             Self::BadRequest(_) => "bad_request",
+            Self::ForeignHost(_) => "foreign_host",
+            Self::HeadTooLarge(_) => "head_too_large",
+            Self::UnsupportedEncoding(_) => "unsupported_encoding",
             Self::Internal(_) => "internal_error",
         }
     }

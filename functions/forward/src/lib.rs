@@ -240,6 +240,14 @@ impl Forward {
                     }
                 }
             }
+            Route::OwnOrigin { id, path } => {
+                let query = visit
+                    .query
+                    .map(|query| format!("?{query}"))
+                    .unwrap_or_default();
+                let location = format!("{}{path}{query}", public_url.by_subdomain(&id));
+                response::moved_permanently(&location)
+            }
             Route::Own(path) if path == "/_health" => {
                 let mut response = Response::new(response::whole(r#"{"status":"ok"}"#));
                 response.headers_mut().insert(

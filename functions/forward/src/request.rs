@@ -13,7 +13,7 @@ use tunnel_protocol::{
     headers::{FORWARDED_PROTO, text_to_value},
     limits::{HTTP_API_TIMEOUT, STREAM_TIMEOUT},
 };
-use tunnel_service::routing::{PublicUrl, encode_decoded_path, encode_path};
+use tunnel_service::routing::{PublicUrl, encode_decoded_path, encode_path, encode_query};
 
 /// What a visitor sends, as it arrives.
 pub type VisitorBody = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
@@ -170,7 +170,10 @@ impl VisitorRequest {
             } else {
                 encode_decoded_path(&path)
             },
-            query: event.raw_query_string.filter(|query| !query.is_empty()),
+            query: event
+                .raw_query_string
+                .filter(|query| !query.is_empty())
+                .map(|query| encode_query(&query)),
             headers,
             source_ip: context.http.source_ip.unwrap_or_default(),
             body: body(event.body, event.is_base64_encoded)?,

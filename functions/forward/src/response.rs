@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
-use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body::Body;
 use http_body_util::{BodyDataStream, BodyExt, Full, combinators::UnsyncBoxBody};
 use lambda_runtime::{MetadataPrelude, StreamResponse};
@@ -51,6 +51,20 @@ pub fn whole(body: impl Into<Bytes>) -> ResponseBody {
     Full::new(body.into())
         .map_err(|never| match never {})
         .boxed_unsync()
+}
+
+/// Sends a visitor elsewhere for good, with the same method and body.
+pub(crate) fn moved_permanently(location: &str) -> Response<ResponseBody> {
+    let mut response = Response::new(whole(Bytes::new()));
+    match HeaderValue::from_str(location) {
+        Ok(location) => {
+            *response.status_mut() = StatusCode::PERMANENT_REDIRECT;
+            response.headers_mut().insert(header::LOCATION, location);
+        }
+        // A path and a query are percent-encoded, so there is nothing that a header could not carry.
+        Err(_) => *response.status_mut() = StatusCode::BAD_REQUEST,
+    }
+    response
 }
 
 /// Collects a response into a whole answer.

@@ -1,9 +1,13 @@
 //! The embedded DynamoDB engine, with the tables that template.yaml describes, behind the API of DynamoDB as far as the tunnel
 //! uses it.
 
-use std::{path::Path, time::Duration};
+use std::{
+    fs::{File, OpenOptions, TryLockError},
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use anyhow::{Context, anyhow};
 use aws_sdk_dynamodb::{
     Client,
     types::{AttributeDefinition, BillingMode, KeySchemaElement, TimeToLiveSpecification},
@@ -28,8 +32,10 @@ use crate::caller::AccessKey;
 const TEMPLATE: &str = include_str!("../../../template.yaml");
 /// How often expired items are removed. The engine never does it by itself.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
-/// The file in a data directory.
-const FILE: &str = "tunnel.db";
+/// The file in a data directory that holds everything.
+const DATABASE_FILE: &str = "tunnel.db";
+/// The file in a data directory that the server which uses it has locked; it holds that server's process id.
+const LOCK_FILE: &str = "tunnel.lock";
 
 /// The name of the table with the tunnels, as in the template.
 pub const TUNNELS: &str = "TunnelsTable";
@@ -51,32 +57,155 @@ pub fn table_of_variable(variable: &str) -> Option<&'static str> {
     }
 }
 
-/// Opens the engine's data; without a directory it forgets all at the end.
-///
-/// # Errors
-/// When the directory cannot be used.
-pub fn open(data: Option<&Path>) -> anyhow::Result<Database> {
-    let Some(directory) = data else {
-        return Ok(Database::memory()?);
-    };
+/// Why the engine or its data cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// Another server has the directory open.
+    #[error("{} is in use by another tunnel-local{}", path.display(), process(holder))]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// The other server's process id, as far as it can be read.
+        holder: String,
+    },
+    /// A file or directory cannot be used.
+    #[error("cannot use {}: {source}", path.display())]
+    File {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The path is not UTF-8, as SQLite needs it.
+    #[error("the path {} is not UTF-8", .0.display())]
+    Path(PathBuf),
+    /// The engine cannot open its file.
+    #[error("cannot open {}: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: DynoxideError,
+    },
+    /// The engine does not work in memory.
+    #[error("the database engine does not start: {0}")]
+    Memory(DynoxideError),
+    /// A table cannot be made.
+    #[error("cannot create the table {table}: {cause}")]
+    Table {
+        /// Its name.
+        table: String,
+        /// What the engine or its client says.
+        cause: String,
+    },
+    /// template.yaml does not spell a table out.
+    #[error("template.yaml: {0}")]
+    Template(String),
+}
+
+fn process(holder: &str) -> String {
+    match holder.trim() {
+        "" => String::new(),
+        id => format!(" (process {id})"),
+    }
+}
+
+/// A data directory that one server holds for itself until this is dropped, or its process ends.
+#[derive(Debug)]
+pub struct DirectoryLock {
+    _file: File,
+}
+
+impl DirectoryLock {
+    /// Creates the directory if need be, and takes it.
+    ///
+    /// # Errors
+    /// When it cannot be used, or another server has it.
+    pub fn acquire(directory: &Path) -> Result<Self, DataError> {
+        create_private(directory)?;
+        let path = directory.join(LOCK_FILE);
+        let mut file = private_file(&path)?;
+        let fault = |source| DataError::File {
+            path: path.clone(),
+            source,
+        };
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                // Only for the message.
+                let _ = (&file).take(20).read_to_string(&mut holder);
+                return Err(DataError::InUse {
+                    path: directory.to_owned(),
+                    holder,
+                });
+            }
+            Err(TryLockError::Error(source)) => return Err(fault(source)),
+        }
+        file.set_len(0).map_err(fault)?;
+        writeln!(file, "{}", std::process::id()).map_err(fault)?;
+        Ok(Self { _file: file })
+    }
+}
+
+/// Creates a directory that only its user can look into. One that exists stays as it is.
+fn create_private(directory: &Path) -> Result<(), DataError> {
     let mut create = std::fs::DirBuilder::new();
-    // Tokens' hashes are in it, and who owns which name.
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut create, 0o700);
     create
         .recursive(true)
         .create(directory)
-        .with_context(|| format!("cannot create {}", directory.display()))?;
-    let file = directory.join(FILE);
-    let path = file
-        .to_str()
-        .ok_or_else(|| anyhow!("{} is not UTF-8", file.display()))?;
-    Database::new(path).with_context(|| format!("cannot open {path}"))
+        .map_err(|source| DataError::File {
+            path: directory.to_owned(),
+            source,
+        })
+}
+
+/// Opens or creates a file that only its user can read, whatever the directory lets others do.
+fn private_file(path: &Path) -> Result<File, DataError> {
+    let fault = |source| DataError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let file = options.open(path).map_err(fault)?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let permissions = std::fs::Permissions::from_mode(0o600);
+        file.set_permissions(permissions).map_err(fault)?;
+    }
+    Ok(file)
+}
+
+/// Opens the engine's data; without a directory it forgets all at the end.
+///
+/// # Errors
+/// When the directory cannot be used.
+pub fn open(data: Option<&Path>) -> Result<Database, DataError> {
+    let Some(directory) = data else {
+        return Database::memory().map_err(DataError::Memory);
+    };
+    create_private(directory)?;
+    let path = directory.join(DATABASE_FILE);
+    // Tokens' hashes are in it, and who owns which name. SQLite gives the files beside it the same mode.
+    for name in [DATABASE_FILE, "tunnel.db-wal", "tunnel.db-shm"] {
+        let file = directory.join(name);
+        if name == DATABASE_FILE || file.exists() {
+            private_file(&file)?;
+        }
+    }
+    let name = path.to_str().ok_or_else(|| DataError::Path(path.clone()))?;
+    Database::new(name).map_err(|source| DataError::Open { path, source })
 }
 
 /// Whether a directory holds data.
 pub fn has_data(directory: &Path) -> bool {
-    directory.join(FILE).is_file()
+    directory.join(DATABASE_FILE).is_file()
 }
 
 /// Serves the engine on a listener until `stop` is cancelled, to callers that sign with `access_key`.
@@ -199,6 +328,8 @@ fn carry_out(database: &Database, operation: &str, body: &[u8]) -> Result<Vec<u8
         "Scan" => call(body, |input| database.scan(input)),
         "ListTables" => call(body, |input| database.list_tables(input)),
         "CreateTable" => call(body, |input| database.create_table(input)),
+        "TransactWriteItems" => call(body, |input| database.transact_write_items(input)),
+        "DescribeTimeToLive" => call(body, |input| database.describe_time_to_live(input)),
         "UpdateTimeToLive" => call(body, |input| database.update_time_to_live(input)),
         _ => Err(DynamoDbError::Unknown),
     }
@@ -233,67 +364,101 @@ pub struct Table {
     pub ttl: Option<String>,
 }
 
-/// Creates the tables that do not exist yet. Each is named by its logical id in the template.
+/// Creates the tables that do not exist yet, and lets their items expire. Each is named by its logical id in the template. It can
+/// be repeated, and so finishes what an earlier start did not.
 ///
 /// # Errors
 /// When the engine refuses one.
-pub async fn create_tables(client: &Client) -> anyhow::Result<()> {
+pub async fn create_tables(client: &Client) -> Result<(), DataError> {
+    let failed = |table: &str, error: &dyn std::error::Error| DataError::Table {
+        table: table.to_owned(),
+        cause: cause_of(error),
+    };
     let existing = client
         .list_tables()
         .send()
         .await
-        .context("DynamoDB does not answer")?;
+        .map_err(|error| failed("list", &error))?;
     for table in tables()? {
-        if existing.table_names().contains(&table.logical_id) {
-            continue;
+        let name = &table.logical_id;
+        if !existing.table_names().contains(name) {
+            create_table(client, &table)
+                .await
+                .map_err(|error| failed(name, &error))?;
         }
-        let keys = table.keys.iter().map(|(name, kind)| {
-            KeySchemaElement::builder()
-                .attribute_name(name)
-                .key_type(kind.as_str().into())
-                .build()
-        });
-        let attributes = table.attributes.iter().map(|(name, kind)| {
-            AttributeDefinition::builder()
-                .attribute_name(name)
-                .attribute_type(kind.as_str().into())
-                .build()
-        });
-        client
-            .create_table()
-            .table_name(&table.logical_id)
-            .billing_mode(BillingMode::PayPerRequest)
-            .set_key_schema(Some(keys.collect::<Result<_, _>>()?))
-            .set_attribute_definitions(Some(attributes.collect::<Result<_, _>>()?))
-            .send()
-            .await
-            .with_context(|| format!("cannot create {}", table.logical_id))?;
-        if let Some(attribute) = table.ttl {
-            let specification = TimeToLiveSpecification::builder()
-                .attribute_name(attribute)
-                .enabled(true)
-                .build()?;
-            client
-                .update_time_to_live()
-                .table_name(&table.logical_id)
-                .time_to_live_specification(specification)
-                .send()
-                .await?;
+        if let Some(attribute) = &table.ttl {
+            expire_by(client, name, attribute)
+                .await
+                .map_err(|error| failed(name, &error))?;
         }
     }
     Ok(())
+}
+
+async fn create_table(client: &Client, table: &Table) -> Result<(), aws_sdk_dynamodb::Error> {
+    let keys = table.keys.iter().map(|(name, kind)| {
+        KeySchemaElement::builder()
+            .attribute_name(name)
+            .key_type(kind.as_str().into())
+            .build()
+    });
+    let attributes = table.attributes.iter().map(|(name, kind)| {
+        AttributeDefinition::builder()
+            .attribute_name(name)
+            .attribute_type(kind.as_str().into())
+            .build()
+    });
+    client
+        .create_table()
+        .table_name(&table.logical_id)
+        .billing_mode(BillingMode::PayPerRequest)
+        .set_key_schema(Some(keys.collect::<Result<_, _>>()?))
+        .set_attribute_definitions(Some(attributes.collect::<Result<_, _>>()?))
+        .send()
+        .await?;
+    Ok(())
+}
+
+async fn expire_by(
+    client: &Client,
+    table: &str,
+    attribute: &str,
+) -> Result<(), aws_sdk_dynamodb::Error> {
+    let specification = TimeToLiveSpecification::builder()
+        .attribute_name(attribute)
+        .enabled(true)
+        .build()?;
+    client
+        .update_time_to_live()
+        .table_name(table)
+        .time_to_live_specification(specification)
+        .send()
+        .await?;
+    Ok(())
+}
+
+/// An error with all its causes.
+fn cause_of(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
 }
 
 /// The tables that the template describes.
 ///
 /// # Errors
 /// When one of them is not spelled out literally.
-pub fn tables() -> anyhow::Result<Vec<Table>> {
-    let template: Value = serde_yaml_ng::from_str(TEMPLATE)?;
+pub fn tables() -> Result<Vec<Table>, DataError> {
+    let template: Value = serde_yaml_ng::from_str(TEMPLATE)
+        .map_err(|error| DataError::Template(error.to_string()))?;
     let resources = template
         .get("Resources")
         .and_then(Value::as_mapping)
-        .ok_or_else(|| anyhow!("the template has no Resources"))?;
+        .ok_or_else(|| DataError::Template("it has no Resources".to_owned()))?;
     let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
     let pairs =
         |list: Option<&Value>, first: &str, second: &str| -> Option<Vec<(String, String)>> {
@@ -324,7 +489,49 @@ pub fn tables() -> anyhow::Result<Vec<Table>> {
                         .and_then(|ttl| text(ttl.get("AttributeName"))),
                 })
             };
-            table().ok_or_else(|| anyhow!("a table of the template is not spelled out: {id:?}"))
+            table().ok_or_else(|| DataError::Template(format!("not a literal table: {id:?}")))
         })
         .collect()
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_directory_has_one_server_at_a_time() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let first = DirectoryLock::acquire(directory.path()).expect("free");
+        let second = DirectoryLock::acquire(directory.path()).expect_err("in use");
+        assert_eq!(
+            second.to_string(),
+            format!(
+                "{} is in use by another tunnel-local (process {})",
+                directory.path().display(),
+                std::process::id()
+            )
+        );
+        drop(first);
+        DirectoryLock::acquire(directory.path()).expect("free again");
+    }
+
+    #[test]
+    fn files_are_their_users_alone_in_a_directory_that_everybody_may_read() {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).expect("set");
+        let _lock = DirectoryLock::acquire(directory.path()).expect("free");
+        let _database = open(Some(directory.path())).expect("a database");
+        let modes: Vec<(String, u32)> = std::fs::read_dir(directory.path())
+            .expect("a directory")
+            .map(|entry| {
+                let entry = entry.expect("an entry");
+                let mode = entry.metadata().expect("metadata").permissions().mode() & 0o777;
+                (entry.file_name().to_string_lossy().into_owned(), mode)
+            })
+            .collect();
+        assert!(modes.len() >= 2, "{modes:?}");
+        assert!(modes.iter().all(|(_, mode)| *mode == 0o600), "{modes:?}");
+    }
 }

@@ -26,6 +26,9 @@ const NOT_IN_STRICT_PATH: &AsciiSet = &NOT_IN_PATH
     .add(b'|')
     .add(b'}');
 
+/// What a query cannot hold as it is, whatever else its sender wrote.
+const NOT_IN_QUERY: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'#').add(b'<').add(b'>');
+
 /// How visitors name a tunnel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Routing {
@@ -78,6 +81,25 @@ impl PublicUrl {
     /// Whether a host, as it stands in an address or in a `Host` field, is this one.
     pub fn has_host(&self, host: &str) -> bool {
         self.authority.as_str().eq_ignore_ascii_case(host)
+    }
+
+    /// Whether a host, whatever its port, is this one or a subdomain of it.
+    pub fn covers_host(&self, host: &str) -> bool {
+        let (name, base) = (host_name(host), host_name(self.authority.as_str()));
+        name == base
+            || name
+                .strip_suffix(&base)
+                .is_some_and(|label| label.ends_with('.'))
+    }
+
+    /// The host and, unless it is the scheme's own, the port.
+    pub fn authority(&self) -> &str {
+        self.authority.as_str()
+    }
+
+    /// Whether a host is this one, on which others than this machine depend.
+    fn is_public_host(&self, host: &str) -> bool {
+        !self.is_loopback() && host_name(host) == host_name(self.authority.as_str())
     }
 
     /// `http` or `https`.
@@ -159,6 +181,14 @@ pub enum Route {
         /// The path the local service sees; starts with `/`.
         path: String,
     },
+    /// A tunnel, named by path on a domain whose tunnels have subdomains: its visitors belong there, so that no tunnel shares a web
+    /// origin with another.
+    OwnOrigin {
+        /// Its name.
+        id: TunnelId,
+        /// The path below its own origin; starts with `/`.
+        path: String,
+    },
     /// A page of ours: a path that starts with `/_`.
     Own(String),
     /// Nothing a tunnel could be named.
@@ -191,6 +221,12 @@ impl Route {
         }
         let segment = named.split('/').next().unwrap_or_default();
         match segment.parse() {
+            Ok(id) if routing == Routing::Subdomain && base.is_public_host(host) => {
+                Self::OwnOrigin {
+                    id,
+                    path: rooted(&named[segment.len()..]),
+                }
+            }
             Ok(id) => Self::Tunnel {
                 prefix: format!("{base_path}/{segment}"),
                 id,
@@ -203,14 +239,19 @@ impl Route {
 
 /// The label before `.base` in `host`, whatever the case and port.
 fn subdomain(host: &str, base: &str) -> Option<String> {
+    host_name(host)
+        .strip_suffix(&host_name(base))?
+        .strip_suffix('.')
+        .map(str::to_owned)
+}
+
+/// A host's name as names are compared: without port and final dot, in lower case.
+pub fn host_name(host: &str) -> String {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
         _ => host,
     };
-    let name = name.to_ascii_lowercase();
-    name.strip_suffix(&base.to_ascii_lowercase())?
-        .strip_suffix('.')
-        .map(str::to_owned)
+    name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
 }
 
 fn rooted(path: &str) -> String {
@@ -224,6 +265,11 @@ fn rooted(path: &str) -> String {
 /// Encodes what no path can hold and leaves the rest as it was sent, so that a path that needs nothing stays as it is.
 pub fn encode_path(path: &str) -> String {
     utf8_percent_encode(path, NOT_IN_PATH).to_string()
+}
+
+/// Encodes what no query can hold and leaves the rest as it was sent.
+pub fn encode_query(query: &str) -> String {
+    utf8_percent_encode(query, NOT_IN_QUERY).to_string()
 }
 
 /// Encodes a path that an HTTP API has percent-decoded. Escapes that are still there are kept: HTTP APIs leave `%25` as it is.
@@ -326,9 +372,73 @@ mod tests {
             tunnel("abc", "/abc", "/x")
         );
         assert_eq!(
-            of("tunnel.example.com", "/abc/x"),
-            tunnel("abc", "/abc", "/x")
+            of("id.lambda-url.eu-west-1.on.aws", "/abc/x"),
+            tunnel("abc", "/abc", "/x"),
+            "the streaming URL has no subdomains"
         );
+        assert_eq!(of("abc.tunnel.example.com.", "/x"), tunnel("abc", "", "/x"));
+    }
+
+    #[test]
+    fn a_path_on_a_domain_with_subdomains_leads_to_the_tunnels_own_origin() {
+        let public = base("https://tunnel.example.com:8443");
+        let id = || "abc".parse().expect("an id");
+        for host in [
+            "tunnel.example.com",
+            "Tunnel.Example.COM.:8443",
+            "tunnel.example.com:443",
+        ] {
+            for (asked, path) in [("/abc", "/"), ("/abc/", "/"), ("/abc//x%2Fy", "//x%2Fy")] {
+                assert_eq!(
+                    Route::of(Routing::Subdomain, &public, host, asked),
+                    Route::OwnOrigin {
+                        id: id(),
+                        path: path.to_owned()
+                    },
+                    "{host} {asked}"
+                );
+            }
+            assert_eq!(
+                Route::of(Routing::Subdomain, &public, host, "/_health"),
+                Route::Own("/_health".to_owned())
+            );
+            assert_eq!(
+                Route::of(Routing::Path, &public, host, "/abc/x"),
+                tunnel("abc", "/abc", "/x")
+            );
+        }
+        assert_eq!(
+            Route::of(
+                Routing::Subdomain,
+                &base("http://localhost:8080"),
+                "localhost:8080",
+                "/abc/x"
+            ),
+            tunnel("abc", "/abc", "/x"),
+            "one machine is one user's"
+        );
+    }
+
+    #[test]
+    fn a_host_is_ours_whatever_its_case_port_and_final_dot() {
+        let base = base("https://t.example.com");
+        for host in [
+            "t.example.com",
+            "T.example.com.:80",
+            "a.t.example.com",
+            "a.b.t.example.com.",
+        ] {
+            assert!(base.covers_host(host), "{host}");
+        }
+        for host in [
+            "example.com",
+            "evil-t.example.com",
+            "t.example.com.evil.net",
+            "",
+            "localhost",
+        ] {
+            assert!(!base.covers_host(host), "{host}");
+        }
     }
 
     #[test]
@@ -371,6 +481,21 @@ mod tests {
             encode_decoded_path("/100%/a%25b/{x}|"),
             "/100%25/a%25b/%7Bx%7D%7C"
         );
+    }
+
+    #[test]
+    fn queries_that_no_address_can_hold_are_encoded_and_others_stay_as_sent() {
+        for (sent, seen) in [
+            ("a=1&b=%20+c;{}|[]^`\\'?/", "a=1&b=%20+c;{}|[]^`\\'?/"),
+            ("q={job=\"x\"}&<\u{e9}>", "q={job=%22x%22}&%3C%C3%A9%3E"),
+        ] {
+            assert_eq!(encode_query(sent), seen);
+            assert!(
+                format!("/?{seen}")
+                    .parse::<http::uri::PathAndQuery>()
+                    .is_ok()
+            );
+        }
     }
 
     #[test]
