@@ -1,5 +1,5 @@
-//! Measures all and writes docs/performance.md. `make bench` builds what is measured first. With an argument, `local` or `cloud`,
-//! it only prints that part.
+//! Measures everything and writes docs/performance.md. `make bench` builds the executables first. With
+//! an argument, `local` or `cloud`, it only prints that part.
 
 use std::{
     fmt::Write as _,
@@ -25,7 +25,7 @@ use tunnel_bench::{
 const COLD: usize = 25;
 /// How many times the reply connection is broken.
 const BROKEN: usize = 20;
-/// Requests that go before a measurement, for each visitor.
+/// Warm-up requests before a measurement, for each visitor.
 const WARM_UP: usize = 15;
 
 const MILLION: f64 = 1e6;
@@ -174,7 +174,7 @@ impl Scene {
         ))
     }
 
-    /// Requests that find no environment.
+    /// Requests for which no environment exists yet.
     async fn cold(&self) -> anyhow::Result<String> {
         let (visitor, url) = (Visitor::default(), format!("{}/bytes/1024", self.url));
         let (mut first, mut second) = (Vec::new(), Vec::new());
@@ -184,7 +184,7 @@ impl Scene {
             self.cloud.lambda.retire_environments();
             first.push(visitor.fetch(&url, 1024).await?);
             second.push(visitor.fetch(&url, 1024).await?);
-            // By then the reply connection is open, for which the other functions started.
+            // The reply connection is open by then; opening it started the other functions.
             while self.cloud.websocket.break_reply_connections() == 0 {
                 visitor.fetch(&url, 1024).await?;
             }
@@ -275,7 +275,7 @@ fn ms(time: Duration) -> String {
     format!("{:.1}", time.as_secs_f64() * 1e3)
 }
 
-/// On what, when, and how busy it was.
+/// The machine, the date, and how busy it was.
 fn machine() -> anyhow::Result<String> {
     let said = |program: &str, arguments: &[&str]| -> anyhow::Result<String> {
         let output = Command::new(program)
@@ -303,6 +303,6 @@ fn machine() -> anyhow::Result<String> {
 }
 
 fn say(text: &str) {
-    // Nobody has to listen.
+    // stdout may be closed.
     let _ = writeln!(std::io::stderr(), "{text}");
 }

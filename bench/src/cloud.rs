@@ -1,4 +1,4 @@
-//! The stand-in for AWS, put together and started.
+//! Starts the whole stand-in for AWS.
 
 use std::{path::Path, pin::Pin, sync::Arc};
 
@@ -18,7 +18,7 @@ use crate::{
     websocket::{self, AgentConnections},
 };
 
-/// The functions, by their executables.
+/// The executables of the functions.
 pub const FUNCTIONS: [&str; 4] = [
     "tunnel-connect",
     "tunnel-default",
@@ -26,13 +26,13 @@ pub const FUNCTIONS: [&str; 4] = [
     "tunnel-forward",
 ];
 
-/// A deployment that runs.
+/// A running deployment.
 pub struct Cloud {
-    /// What it counts.
+    /// The counters.
     pub meter: Meter,
     /// The HTTP API's address.
     pub http_api: String,
-    /// The function URL's.
+    /// The function URL's address.
     pub function_url: String,
     /// Where agents connect.
     pub agent_endpoint: String,
@@ -47,16 +47,16 @@ pub struct Cloud {
 }
 
 impl Cloud {
-    /// Starts everything. `executables` is where those of [`FUNCTIONS`] are; what they log goes to `log`.
+    /// Starts everything. The directory `executables` contains those of [`FUNCTIONS`]; their logs go to `log`.
     ///
     /// # Errors
-    /// When something is missing or does not start.
+    /// If something is missing or does not start.
     pub fn start(
         executables: &Path,
         log: &Path,
         latency: Latency,
     ) -> Pin<Box<dyn Future<Output = anyhow::Result<Self>> + Send>> {
-        // Boxed, so that the SDK's code below here is compiled once and not in each user.
+        // Boxed, so that the SDK's code below is compiled once and not in every caller.
         Box::pin(Self::start_here(
             executables.to_owned(),
             log.to_owned(),
@@ -178,7 +178,7 @@ impl Cloud {
 
 impl Drop for Cloud {
     fn drop(&mut self) {
-        // Whoever is frozen would stay for ever.
+        // A frozen process would stay for ever.
         self.lambda.kill();
     }
 }

@@ -1,11 +1,11 @@
-//! The bill: prices, what a request uses, and the tables of docs/cost.md.
+//! The cost model: prices, what a request uses, and the tables of docs/cost.md.
 
 use forwarder::session::{PING_MESSAGE_INTERVAL, SOLE_PING_MESSAGE_INTERVAL};
 use tunnel_protocol::{body::room_beside, limits::MAX_PART_BYTES};
 
 use crate::{lambda::MEMORY, meter::Counts, visitors::CALL, websocket::units};
 
-/// List prices of us-east-1 in USD, without free tiers and volume discounts. docs/cost.md has their sources and date.
+/// List prices of us-east-1 in USD, without free tiers and volume discounts. docs/cost.md gives their sources and date.
 pub mod price {
     /// A call of an HTTP API, for each 512 KiB or part of it.
     pub const HTTP_API_CALL: f64 = 1.00e-6;
@@ -25,7 +25,7 @@ pub mod price {
     pub const GB_OUT: f64 = 0.09;
 }
 
-/// What is billed, of one request or of many.
+/// What AWS bills for, per request or in total.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Usage {
     /// Calls of the HTTP API.
@@ -43,10 +43,10 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// What was counted, for each of `requests`.
+    /// The average of what was counted for `requests` requests.
     pub fn of(counts: &Counts, requests: usize) -> Self {
         let runs = || counts.functions.values().flat_map(|runs| &runs.calls);
-        // Lambda bills each call's time, and each start's, in whole milliseconds.
+        // Lambda bills each invocation, and each start, in whole milliseconds.
         let billed = counts
             .functions
             .values()
@@ -65,8 +65,8 @@ impl Usage {
         }
     }
 
-    /// The formula: a request without a body, whose response has a body of `bytes`, of which `sent` go over the WebSocket. It is
-    /// for a tunnel that has been visited in the last seconds.
+    /// The formula: for a request without a body, whose response has a body of `bytes`, of which `sent`
+    /// bytes go over the WebSocket connection, to a tunnel that was looked up in the last few seconds.
     pub fn of_response(bytes: usize, sent: usize, forward: f64, default: f64) -> Self {
         let parts = parts_of(sent);
         let (to_service, to_forward): (u64, u64) = parts
@@ -83,7 +83,7 @@ impl Usage {
         }
     }
 
-    /// What it costs, in USD.
+    /// The cost in USD.
     pub fn bill(&self) -> Bill {
         let seconds = self.milliseconds / 1e3 * f64::from(MEMORY) / 1024.0;
         Bill {
@@ -95,7 +95,7 @@ impl Usage {
     }
 }
 
-/// A bill in USD, by service.
+/// A cost in USD, by service.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bill {
     /// The HTTP API.
@@ -109,20 +109,20 @@ pub struct Bill {
 }
 
 impl Bill {
-    /// All of it.
+    /// The total.
     pub fn sum(&self) -> f64 {
         self.http_api + self.websocket + self.lambda + self.dynamodb
     }
 }
 
-/// About how many bytes of JSON are around a response's first piece of body: its header is most of it.
+/// Approximate bytes of JSON around the first part of a response body, most of them the header.
 const HEAD: usize = 500;
-/// About how many are around any later piece.
+/// Approximate bytes of JSON around a later part.
 const PART: usize = 200;
-/// About how many `default` adds before it passes a message on.
+/// Approximate bytes that `default` adds to a message that it passes on.
 const RELAYED: usize = 60;
 
-/// The pieces in which a body is sent.
+/// The lengths of the parts in which a body is sent.
 fn parts_of(bytes: usize) -> Vec<usize> {
     let first = bytes.min(room_beside(HEAD).unwrap_or_default());
     let (full, rest) = (
@@ -135,27 +135,27 @@ fn parts_of(bytes: usize) -> Vec<usize> {
         .collect()
 }
 
-/// How long a message with a piece is.
+/// The length of the message that carries a part.
 fn encoded(bytes: usize) -> usize {
     bytes.div_ceil(3) * 4 + if bytes == MAX_PART_BYTES { PART } else { HEAD }
 }
 
-/// A line of the table in docs/cost.md.
+/// A row of the table in docs/cost.md.
 pub struct Example {
-    /// What the body is.
+    /// What the body is, as shown in the table.
     pub name: &'static str,
-    /// How long it is.
+    /// Its length.
     pub bytes: usize,
-    /// How many bytes of it go over the WebSocket.
+    /// How many of its bytes go over the WebSocket connection.
     pub sent: usize,
-    /// How long `forward` runs, in milliseconds, as docs/performance.md has it.
+    /// How long `forward` runs, in milliseconds, according to docs/performance.md.
     pub forward: f64,
 }
 
-/// How long `default` runs for each message, in milliseconds, as docs/performance.md has it.
+/// How long `default` runs for each message, in milliseconds, according to docs/performance.md.
 pub const DEFAULT: f64 = 15.0;
 
-/// The lines of the table.
+/// The rows of the table.
 pub const EXAMPLES: [Example; 5] = [
     Example {
         name: "1 KiB",
@@ -191,7 +191,7 @@ pub const EXAMPLES: [Example; 5] = [
 
 const MILLION: f64 = 1e6;
 
-/// The table of docs/cost.md: what a million responses cost.
+/// The first table of docs/cost.md: what a million requests cost.
 pub fn table() -> String {
     let mut table = String::from(
         "| response body | messages | calls | HTTP API | WebSocket | Lambda | sum | traffic out |\n|---|---|---|---|---|---|---|---|\n",
@@ -216,7 +216,7 @@ pub fn table() -> String {
     table
 }
 
-/// The other table: what an agent without visitors costs in 30 days.
+/// The second table: what an agent without visitors costs in 30 days.
 pub fn idle_table() -> String {
     let seconds = 30.0 * 24.0 * 3600.0;
     let minutes = seconds / 60.0 * price::CONNECTION_MINUTE;

@@ -1,5 +1,6 @@
-//! Lambda: runs a function's executable in as many environments as are needed at once, each with one event at a time, frozen
-//! between events. The protocol is that of "Using the Lambda runtime API for custom runtimes" in its developer guide.
+//! Lambda: runs a function's executable in as many environments as are needed at once, each with one
+//! event at a time, frozen between events. The protocol is described in "Using the Lambda runtime API
+//! for custom runtimes" in Lambda's developer guide.
 
 use std::{
     collections::HashMap,
@@ -39,19 +40,19 @@ use crate::{
     meter::{Meter, UnderWay},
 };
 
-/// The memory that the functions are said to have, in MB: the template's default.
+/// The memory size reported to the functions, in MB: the template's default.
 pub const MEMORY: u32 = 256;
-/// Chunks of a streamed answer on their way to the visitor.
+/// Chunks of a streamed response on their way to the visitor.
 const STREAMED: usize = 64;
 
-/// What came of an event.
+/// The outcome of an event.
 #[derive(Debug)]
 pub enum Outcome {
-    /// A whole answer.
+    /// A complete response.
     Whole(Bytes),
-    /// A streamed one, prelude first.
+    /// A streamed response, prelude first.
     Stream(mpsc::Receiver<Bytes>),
-    /// The function returned an error, ended, or took too long.
+    /// The function returned an error, exited, or took too long.
     Failed(String),
 }
 
@@ -62,7 +63,7 @@ struct Call {
     answer: oneshot::Sender<Outcome>,
 }
 
-/// The call that an environment works on.
+/// The invocation that an environment is handling.
 struct Running {
     id: String,
     since: Instant,
@@ -88,11 +89,11 @@ struct Doing {
 
 impl Environment {
     fn signal(&self, signal: Signal) {
-        // It may have ended by itself.
+        // It may have exited already.
         let _ = kill_process(self.process, signal);
     }
 
-    /// Held between awaits only.
+    /// Never held across an await.
     fn state(&self) -> MutexGuard<'_, Doing> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -114,11 +115,11 @@ pub struct Lambda {
 }
 
 impl Lambda {
-    /// Functions whose executables are in a directory, under the functions' names. All are given the same variables. What they
-    /// log is written to `log`. `address` is where [`router`] will be served.
+    /// Functions whose executables are in a directory, under the functions' names. All get the same
+    /// environment variables. Their logs are written to `log`. `address` is where [`router`] will be served.
     ///
     /// # Errors
-    /// When the log cannot be written.
+    /// If the log cannot be written.
     pub fn new(
         executables: &Path,
         variables: Vec<(String, String)>,
@@ -145,7 +146,7 @@ impl Lambda {
         }))
     }
 
-    /// Calls a function with an event, for at most `limit`.
+    /// Invokes a function with an event, for at most `limit`.
     pub async fn invoke(
         self: &Arc<Self>,
         function: &'static str,
@@ -153,7 +154,7 @@ impl Lambda {
         limit: Duration,
     ) -> Outcome {
         let _under_way = self.meter.begin();
-        let event = serde_json::to_vec(event).expect("an event has a JSON text");
+        let event = serde_json::to_vec(event).expect("an event can always be encoded as JSON");
         self.latency.pause(latency::INVOKE).await;
         let environment = match self.take_idle(function) {
             Some(environment) => environment,
@@ -187,7 +188,7 @@ impl Lambda {
         }
     }
 
-    /// Ends all idle environments, so that the next calls find new ones.
+    /// Ends all idle environments, so that the next invocations start new ones.
     pub fn retire_environments(&self) {
         for environment in self.idle().drain(..) {
             environment.signal(Signal::KILL);
@@ -201,7 +202,7 @@ impl Lambda {
         }
     }
 
-    /// Ends everything, and waits for that.
+    /// Ends everything and waits until it has ended.
     pub async fn stop(&self) {
         self.kill();
         self.tasks.close();
@@ -210,7 +211,7 @@ impl Lambda {
 
     fn take_idle(&self, function: &str) -> Option<Arc<Environment>> {
         let mut idle = self.idle();
-        // The one used last, so that as few as possible stay in use.
+        // The one used last, so that as few environments as possible stay in use.
         let at = idle
             .iter()
             .rposition(|environment| environment.function == function)?;
@@ -257,7 +258,7 @@ impl Lambda {
 
     /// Waits for the end of an environment, and for all that wait for it.
     async fn watch(self: Arc<Self>, mut child: Child, environment: Arc<Environment>) {
-        // There is nothing to be done about a failure; the signals to it are for nobody then.
+        // Nothing can be done about a failure; further signals to the process have no effect then.
         let _ = spawn_blocking(move || child.wait()).await;
         self.environments().remove(&environment.id);
         self.idle().retain(|other| other.id != environment.id);
@@ -296,7 +297,7 @@ impl Lambda {
     }
 }
 
-/// The runtime API. An environment is known by the first segment of the path.
+/// The runtime API. The first segment of the path identifies the environment.
 pub fn router(lambda: Arc<Lambda>) -> Router {
     Router::new()
         .route(
@@ -331,7 +332,7 @@ async fn next(
     let call = match queue.try_recv() {
         Ok(call) => call,
         Err(_) => {
-            // Frozen before anybody can thaw it.
+            // Frozen before it can be thawed for the next event.
             environment.signal(Signal::STOP);
             lambda.idle().push(environment.clone());
             environment.state().busy = None;
@@ -383,7 +384,7 @@ async fn answer(
         .is_some_and(|mode| mode == "streaming");
     if kind == "response" && is_stream {
         let (chunks, receiver) = mpsc::channel(STREAMED);
-        // Whoever asked may have left; the function is not told, as in AWS.
+        // The visitor may have left; as in AWS, the function is not notified.
         let _ = running.answer.send(Outcome::Stream(receiver));
         let mut body = body.into_data_stream();
         while let Some(Ok(chunk)) = body.next().await {

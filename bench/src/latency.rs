@@ -1,16 +1,16 @@
-//! How long AWS's services take, as seen from inside a Region, in milliseconds.
+//! How long AWS's services take, seen from inside a Region, in milliseconds.
 
 use std::time::Duration;
 
 use rand::RngExt;
 
-/// An HTTP API, on the way in and again on the way out.
+/// An HTTP API, once for the request and once for the response.
 pub const HTTP_API: f64 = 6.0;
-/// A WebSocket API, from a message to the call of its function.
+/// A WebSocket API, from a message to the invocation of its function.
 pub const WEBSOCKET_API: f64 = 6.0;
 /// A WebSocket handshake without its function: TCP, TLS, upgrade.
 pub const HANDSHAKE: f64 = 25.0;
-/// Lambda, from the call to the environment.
+/// Lambda, from the invocation to the environment.
 pub const INVOKE: f64 = 4.0;
 /// PostToConnection and DeleteConnection, over an open connection.
 pub const POST: f64 = 12.0;
@@ -24,17 +24,17 @@ pub fn of_dynamodb(operation: &str) -> f64 {
     }
 }
 
-/// Whether the stand-in takes its time.
+/// Whether the stand-in adds latency.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Latency {
-    /// As AWS does.
+    /// As much as AWS.
     Aws,
-    /// None: for tests.
+    /// None, for tests.
     Zero,
 }
 
 impl Latency {
-    /// Takes about as long as said: 85 to 125 %.
+    /// Waits for 85 to 125 % of the given time.
     pub async fn pause(self, milliseconds: f64) {
         if self == Self::Aws {
             let spread = rand::rng().random_range(0.85..1.25);

@@ -1,10 +1,10 @@
-//! What the tunnel costs: in time, on this machine and in AWS, and in money.
+//! What the tunnel costs: time, on this machine and in AWS, and money.
 //!
 //! [`cloud`] runs the functions' executables as Lambda does, in a stand-in for the rest of AWS that takes as long as AWS and counts
 //! what AWS bills: [`lambda`] is the runtime API, [`visitors`] the HTTP API and the function URL, [`websocket`] the WebSocket API
-//! and @connections, [`tables`] DynamoDB, [`latency`] how long each takes, [`meter`] what is counted. [`cost`] makes a bill of it,
-//! and of the formula that docs/cost.md tells. [`origin`] and [`load`] are the two ends of a measurement, [`processes`] starts
-//! executables, and [`one_machine`] measures `tunnel-local` beside others of its kind.
+//! and @connections, [`tables`] DynamoDB, [`latency`] how long each takes, [`meter`] what is counted. [`cost`] computes the cost of
+//! that, and has the formula of docs/cost.md. [`origin`] and [`load`] are the two ends of a measurement, [`processes`] starts
+//! executables, and [`one_machine`] compares `tunnel-local` with similar programs.
 //!
 //! `cargo bench -p tunnel-bench` measures and writes docs/performance.md. Nothing here is shipped.
 

@@ -1,4 +1,4 @@
-//! Visitors: each asks again as soon as it has its answer.
+//! Visitors: each sends its next request as soon as it has the response to the last one.
 
 use std::{
     sync::{
@@ -17,20 +17,20 @@ use hyper_util::{
 };
 use tokio::{task::JoinSet, time::timeout};
 
-/// Longer than any front lets a visitor wait.
+/// Longer than any front makes a visitor wait.
 const PATIENCE: Duration = Duration::from_secs(40);
 
-/// How long the answers took.
+/// How long the responses took.
 #[derive(Clone, Debug)]
 pub struct Timings {
-    /// Shortest first; failures are not among them.
+    /// Shortest first, without failures.
     sorted: Vec<Duration>,
     /// How many requests failed, and why the last did.
     pub failures: Vec<String>,
 }
 
 impl Timings {
-    /// The time within which this share of the answers came; zero when there were none.
+    /// The time within which this share of the responses came; zero if there were none.
     pub fn quantile(&self, share: f64) -> Duration {
         let rank = self
             .sorted
@@ -41,7 +41,7 @@ impl Timings {
     }
 }
 
-/// Fetches an address `requests` times, `at_once` at a time. An answer that is not 200 with `length` bytes is a failure.
+/// Fetches a URL `requests` times, `at_once` at a time. A response other than 200 with `length` bytes is a failure.
 pub async fn run(url: &str, length: usize, requests: usize, at_once: usize) -> Timings {
     let left = Arc::new(AtomicUsize::new(requests));
     let mut visitors = JoinSet::new();
@@ -73,7 +73,7 @@ pub async fn run(url: &str, length: usize, requests: usize, at_once: usize) -> T
     Timings { sorted, failures }
 }
 
-/// A visitor with a connection that stays open.
+/// A visitor with a persistent connection.
 #[derive(Clone, Debug)]
 pub struct Visitor(Client<HttpConnector, Empty<Bytes>>);
 
@@ -86,10 +86,10 @@ impl Default for Visitor {
 }
 
 impl Visitor {
-    /// Fetches an address, and returns how long that took.
+    /// Fetches a URL and returns how long that took.
     ///
     /// # Errors
-    /// When the answer is not 200 with `length` bytes.
+    /// If the response is not 200 with `length` bytes.
     pub async fn fetch(&self, url: &str, length: usize) -> anyhow::Result<Duration> {
         let since = Instant::now();
         let fetched = timeout(PATIENCE, async {

@@ -1,4 +1,4 @@
-//! What AWS would bill, counted while it happens.
+//! Counts what AWS would bill.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ pub struct Counts {
     pub units_out: u64,
     /// Messages to reply connections, for each 32 KiB or part of it.
     pub units_relayed: u64,
-    /// Messages by which agents keep their connections, and the answers to them.
+    /// Messages with which agents keep their connections open, and the answers to them.
     pub units_of_pings: u64,
     /// Requests to DynamoDB.
     pub dynamodb_requests: u64,
@@ -29,21 +29,21 @@ pub struct Counts {
     pub reads: f64,
     /// DynamoDB's write units.
     pub writes: f64,
-    /// What the functions did, by their names.
+    /// What was counted for each function, by name.
     pub functions: BTreeMap<&'static str, Runs>,
 }
 
-/// What was counted of one function.
+/// What was counted for one function.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Runs {
-    /// How long each call took, from the event to the end of the answer.
+    /// How long each invocation took, from the event to the end of the response.
     pub calls: Vec<Duration>,
-    /// How long each new environment took to its first poll.
+    /// How long each new environment took until its first poll.
     pub starts: Vec<Duration>,
 }
 
 impl Counts {
-    /// What was counted of a function.
+    /// What was counted for a function.
     pub fn of(&self, function: &str) -> Runs {
         self.functions.get(function).cloned().unwrap_or_default()
     }
@@ -54,7 +54,7 @@ impl Counts {
     }
 }
 
-/// Counts, and knows whether anything is under way. Clones share everything.
+/// Counts, and knows whether anything is in progress. Clones share their state.
 #[derive(Clone, Debug, Default)]
 pub struct Meter {
     counts: Arc<Mutex<Counts>>,
@@ -77,15 +77,15 @@ impl Meter {
         *self.lock() = Counts::default();
     }
 
-    /// Something is under way until what this returns is dropped.
+    /// Marks something as in progress until the returned value is dropped.
     pub fn begin(&self) -> UnderWay {
         self.under_way.send_modify(|number| *number += 1);
         UnderWay(self.under_way.clone())
     }
 
-    /// Waits until nothing is under way: every event is handled, every environment is idle.
+    /// Waits until nothing is in progress: every event is handled, every environment is idle.
     pub async fn settled(&self) {
-        // It cannot fail while this has the sender.
+        // This cannot fail while `self` holds the sender.
         let _ = self
             .under_way
             .subscribe()
@@ -93,7 +93,7 @@ impl Meter {
             .await;
     }
 
-    /// Held between awaits only.
+    /// Never held across an await.
     fn lock(&self) -> MutexGuard<'_, Counts> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -13,7 +13,7 @@ use crate::processes::{self, Output, Process};
 
 /// How many connections load is put on, and how many threads of the load generator.
 const CONNECTIONS: [usize; 3] = [1, 32, 256];
-/// How many connections fetch the long body.
+/// How many connections fetch the long body at once.
 const LONG_CONNECTIONS: usize = 4;
 /// How long each measurement takes, in seconds.
 const SECONDS: u32 = 8;
@@ -39,17 +39,17 @@ struct Report {
     megabytes_per_second: f64,
 }
 
-/// What stands between the load and the local service.
+/// What is between the load generator and the local service.
 struct Setup {
     name: &'static str,
     url: String,
     processes: Vec<(&'static str, Process)>,
 }
 
-/// Whether what is needed is there.
+/// Checks that everything needed is installed.
 ///
 /// # Errors
-/// When no load generator is on the PATH: which to install.
+/// If no load generator is on the PATH; the error says which one to install.
 pub fn check(tools: &Path) -> anyhow::Result<()> {
     generator(tools).map(drop)
 }
@@ -57,7 +57,7 @@ pub fn check(tools: &Path) -> anyhow::Result<()> {
 /// Measures, and returns the figures as Markdown.
 ///
 /// # Errors
-/// When something is missing or does not start.
+/// If something is missing or does not start.
 pub async fn measure(
     executables: &Path,
     tools: &Path,
@@ -165,7 +165,7 @@ impl Setup {
     }
 }
 
-/// An executable on the PATH, or of those that were installed for this.
+/// An executable on the PATH, or one that was installed for this benchmark.
 fn find(tools: &Path, name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::iter::once(tools.to_owned())
@@ -239,7 +239,7 @@ impl Generator {
             Self::Wrk(_) => of_wrk(&text),
             Self::Oha(_) => of_oha(&text),
         }
-        .with_context(|| format!("what {} reports cannot be read: {text}", self.name()))
+        .with_context(|| format!("cannot parse the report of {}: {text}", self.name()))
     }
 }
 
@@ -288,7 +288,7 @@ fn of_oha(text: &str) -> Option<Report> {
     Some(Report {
         requests_per_second: summary["requestsPerSec"].as_f64()?,
         requests,
-        // Those that were under way at the end are no failures.
+        // Requests that were in progress at the end are not failures.
         failures: requests - good
             + errors?
                 .iter()
@@ -328,14 +328,14 @@ fn megabytes(text: &str) -> Option<f64> {
     Some(number.parse::<f64>().ok()? * 1024f64.powi(i32::try_from(power).ok()?) / 1e6)
 }
 
-/// A free port of this machine, which whoever is told it has to take soon.
+/// A free port of this machine. The caller should bind it soon.
 fn free_port() -> anyhow::Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?
         .local_addr()?
         .port())
 }
 
-/// Waits until somebody listens.
+/// Waits until the address accepts connections.
 async fn listening(address: &str) -> anyhow::Result<()> {
     for _ in 0..200 {
         if TcpStream::connect(address).await.is_ok() {
@@ -343,10 +343,10 @@ async fn listening(address: &str) -> anyhow::Result<()> {
         }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
-    bail!("nobody listens at {address}")
+    bail!("nothing is listening at {address}")
 }
 
-/// The local service: nginx where it is installed, which has the long body as well.
+/// The local service: nginx if it is installed, which can serve the long body too.
 async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, String, bool)> {
     let address = format!("127.0.0.1:{}", free_port()?);
     let Some(nginx) = find(work, "nginx") else {
@@ -361,7 +361,7 @@ async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, Str
     std::fs::create_dir(&files)?;
     std::fs::write(files.join("short"), vec![b'x'; 1024])?;
     std::fs::write(files.join("long"), vec![b'x'; LONG])?;
-    // nginx's worker drops root's rights.
+    // nginx's worker gives up root privileges.
     #[cfg(unix)]
     for directory in [work, &files] {
         std::fs::set_permissions(
@@ -408,7 +408,7 @@ async fn tunnel(executables: &Path, origin: &str) -> anyhow::Result<Setup> {
     })
 }
 
-/// bore passes TCP connections on: no HTTP, no names, no certificates.
+/// bore relays TCP connections: no HTTP, no names, no certificates.
 async fn bore(tools: &Path, origin: &str) -> anyhow::Result<Option<Setup>> {
     let Some(bore) = find(tools, "bore") else {
         return Ok(None);
@@ -440,7 +440,7 @@ async fn bore(tools: &Path, origin: &str) -> anyhow::Result<Option<Setup>> {
     }))
 }
 
-/// So does rathole.
+/// rathole relays TCP connections too.
 async fn rathole(tools: &Path, origin: &str, work: &Path) -> anyhow::Result<Option<Setup>> {
     let Some(rathole) = find(tools, "rathole") else {
         return Ok(None);

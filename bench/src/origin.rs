@@ -1,4 +1,4 @@
-//! A local service with bodies to measure.
+//! A local service that serves bodies to measure with.
 
 use axum::{
     Router,
@@ -22,10 +22,10 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Serves `/bytes/N`, N bytes that cannot be packed, and `/json/N`, N bytes of JSON as a web API would answer it.
+    /// Serves `/bytes/N`, N bytes that cannot be compressed, and `/json/N`, N bytes of JSON like a web API's response.
     ///
     /// # Errors
-    /// When there is no port.
+    /// If there is no free port.
     pub async fn start() -> anyhow::Result<Self> {
         let mut bytes = vec![0; LONGEST];
         StdRng::seed_from_u64(1).fill(&mut bytes[..]);
@@ -55,7 +55,7 @@ impl Origin {
         let address = listener.local_addr()?.to_string();
         let mut serving = JoinSet::new();
         serving.spawn(async move {
-            // It ends with this process.
+            // It ends when this process ends.
             let _ = axum::serve(listener, router).await;
         });
         Ok(Self {

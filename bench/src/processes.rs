@@ -1,4 +1,4 @@
-//! Executables: where they are, started, and how much processor time they took.
+//! Executables: where they are, starting them, and how much processor time they use.
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -15,10 +15,10 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Linux counts processor time in hundredths of a second, on every architecture.
 const TICKS: f64 = 100.0;
 
-/// The directory in which cargo leaves executables: two above a test's or benchmark's own.
+/// The directory in which cargo puts executables: two levels above that of a test or benchmark.
 ///
 /// # Errors
-/// When this is none of them.
+/// If this executable is not in a target directory.
 pub fn built() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     own.parent()
@@ -34,10 +34,10 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts an executable, of which the lines of one output can be heard.
+    /// Starts an executable, and reads the lines of one of its outputs.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// If it cannot be started.
     pub fn start(command: &mut Command, heard: Output) -> anyhow::Result<Self> {
         let pipe = |output| {
             if output == heard {
@@ -63,7 +63,7 @@ impl Process {
             .take()
             .map(|stderr| Box::new(stderr) as Box<dyn Read + Send>));
         if let Some(output) = output {
-            // Ends with the process, and reads on when nobody listens, so that the process never waits for it.
+            // Ends with the process, and goes on reading when no one needs the lines, so that the process never blocks.
             std::thread::spawn(move || {
                 BufReader::new(output)
                     .lines()
@@ -77,7 +77,7 @@ impl Process {
     /// Waits for a line in which `find` finds something.
     ///
     /// # Errors
-    /// When no such line comes in time.
+    /// If no such line comes in time.
     pub async fn hear<T>(
         &mut self,
         what: &str,
@@ -95,18 +95,18 @@ impl Process {
             .await
             .ok()
             .flatten()
-            .with_context(|| format!("waited in vain for {what}"))
+            .with_context(|| format!("timed out waiting for {what}"))
     }
 
     /// The processor time it has taken so far, in user and kernel mode, in seconds.
     ///
     /// # Errors
-    /// When it has ended, or this is not Linux.
+    /// If it has ended, or this is not Linux.
     pub fn processor_time(&self) -> anyhow::Result<f64> {
         let id = self.child.id();
         let stat = std::fs::read_to_string(format!("/proc/{id}/stat"))
             .context("processor times are read from /proc")?;
-        // The name, in brackets, may have spaces; utime and stime are the 14th and 15th field.
+        // The name, in parentheses, may contain spaces; utime and stime are the 14th and 15th field.
         let (_, fields) = stat.rsplit_once(')').context("not a stat file")?;
         let ticks: f64 = fields
             .split_whitespace()
@@ -120,7 +120,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -129,9 +129,9 @@ impl Drop for Process {
 /// An output of a process.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Output {
-    /// What it prints.
+    /// Its stdout.
     Stdout,
-    /// What it tells.
+    /// Its stderr.
     Stderr,
     /// Neither.
     None,
@@ -140,7 +140,7 @@ pub enum Output {
 /// Starts the agent for a local service at `target`, and returns it with the tunnel's public URL.
 ///
 /// # Errors
-/// When the tunnel does not open.
+/// If the tunnel does not open.
 pub async fn agent(
     executables: &Path,
     endpoint: &str,

@@ -1,4 +1,4 @@
-//! DynamoDB: the embedded engine of `local` behind a proxy that takes DynamoDB's time and counts its units.
+//! DynamoDB: the embedded engine of `local` behind a proxy that adds DynamoDB's latency and counts its units.
 
 use axum::{
     Router,
@@ -91,7 +91,7 @@ impl Tables {
     }
 }
 
-/// The units of one table or of several.
+/// The units of one or several tables.
 fn units(consumed: &Value) -> f64 {
     match consumed {
         Value::Array(tables) => tables.iter().map(units).sum(),
@@ -99,7 +99,7 @@ fn units(consumed: &Value) -> f64 {
     }
 }
 
-/// DynamoDB's address takes every operation at its root.
+/// DynamoDB accepts every operation at the root of its address.
 pub fn router(tables: Tables) -> Router {
     let pass_on = async |State(tables): State<Tables>, request: Request| {
         tables

@@ -1,4 +1,4 @@
-//! The visitors' fronts: an HTTP API with payload 2.0, and a function URL whose answers are streamed.
+//! The fronts for visitors: an HTTP API with payload 2.0, and a function URL with streamed responses.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -29,7 +29,7 @@ use crate::{
 const FUNCTION: &str = "tunnel-forward";
 /// What the HTTP API counts as one call, in bytes.
 pub const CALL: usize = 512 * 1024;
-/// What separates a streamed answer's prelude from its body.
+/// What separates the prelude of a streamed response from its body.
 const PRELUDE_END: [u8; 8] = [0; 8];
 
 /// What both fronts need.
@@ -55,7 +55,7 @@ pub fn function_url(fronts: Fronts) -> Router {
         .with_state(fronts)
 }
 
-/// A whole answer, and the prelude of a streamed one.
+/// A complete response, or the prelude of a streamed one.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Answer {
@@ -105,7 +105,7 @@ async fn serve_http_api(State(fronts): State<Fronts>, request: Request) -> Respo
         Outcome::Whole(answer) => {
             serde_json::from_slice::<Answer>(&answer).map_err(|error| error.to_string())
         }
-        Outcome::Stream(_) => Err("a stream is no answer for an HTTP API".to_owned()),
+        Outcome::Stream(_) => Err("an HTTP API does not accept a stream".to_owned()),
         Outcome::Failed(why) => Err(why),
     };
     fronts.latency.pause(latency::HTTP_API).await;
@@ -181,7 +181,7 @@ fn say(status: StatusCode, message: &str) -> Response {
         .into_response()
 }
 
-/// The sample event with what this request says.
+/// The sample event, filled in from this request.
 fn event(sample: &str, head: &request::Parts, body: &[u8]) -> Value {
     let mut event: Value = serde_json::from_str(sample).expect("the sample is JSON");
     let (path, query) = (head.uri.path(), head.uri.query().unwrap_or_default());
@@ -195,7 +195,7 @@ fn event(sample: &str, head: &request::Parts, body: &[u8]) -> Value {
         event["isBase64Encoded"] = json!(true);
     }
     if let Some(event) = event.as_object_mut() {
-        // Neither is needed by what is measured here.
+        // The measurements here need neither.
         event.remove("cookies");
         event.remove("queryStringParameters");
     }

@@ -1,5 +1,5 @@
-//! What requests cost is what docs/cost.md says: its tables are those of the formula, and the formula is what the stand-in counts
-//! when the functions' own executables serve a visitor.
+//! docs/cost.md is right about the cost of requests: its tables match the formula, and the formula
+//! matches what the stand-in counts when the functions' own executables serve a visitor.
 
 #![allow(clippy::panic, reason = "a story that goes wrong ends here")]
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "so does this")]
@@ -26,10 +26,10 @@ fn the_pages_tables_are_what_the_formula_makes() {
     }
 }
 
-/// The executables as they are now. Cargo builds those of other packages only when told to.
+/// The current executables. Cargo does not build those of other packages for a test.
 fn executables() -> std::path::PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
-    // What cargo tells this test of its package would make build scripts of others run again.
+    // These variables describe this test's package; they would make the build scripts of others run again.
     for (name, _) in std::env::vars_os() {
         let is_of_package = [
             "CARGO_PKG_",
@@ -63,7 +63,7 @@ fn said(log: &Path) -> String {
     std::fs::read_to_string(log).unwrap_or_default()
 }
 
-/// What the cheapest of a few requests used. Not all are alike: one may find a new environment, or look the tunnel up again.
+/// What the cheapest of a few requests used. They differ: one may start a new environment, or look up the tunnel again.
 async fn cheapest(cloud: &Cloud, url: &str, length: usize) -> (Usage, Counts) {
     let visitor = Visitor::default();
     let mut used = Vec::new();
@@ -97,7 +97,7 @@ async fn requests_through_the_functions_executables_use_what_the_formula_says() 
             &origin.address,
         )
         .await
-        .unwrap_or_else(|error| panic!("{error:#}; the functions say: {}", said(&log)));
+        .unwrap_or_else(|error| panic!("{error:#}; the functions logged: {}", said(&log)));
         // The first requests find no reply connection yet.
         let visitor = Visitor::default();
         while cloud.meter.read().units_relayed == 0 {
@@ -120,10 +120,10 @@ async fn requests_through_the_functions_executables_use_what_the_formula_says() 
             );
             assert_eq!(counts.dynamodb_requests, 0, "{bytes} bytes: {counts:?}");
         }
-        // JSON goes packed, in one message each way.
+        // JSON is compressed, into one message each way.
         let (used, counts) = cheapest(&cloud, &format!("{url}/json/102400"), 102_400).await;
         assert_eq!((used.messages, used.calls), (3.0, 2.0), "{counts:?}");
-        // The function URL's answers are streamed, and no calls of the HTTP API.
+        // The function URL streams its responses, and does not use the HTTP API.
         let streamed = url.replace(&cloud.http_api, &cloud.function_url);
         let (used, counts) = cheapest(&cloud, &format!("{streamed}/bytes/1024"), 1024).await;
         assert_eq!(
@@ -131,7 +131,7 @@ async fn requests_through_the_functions_executables_use_what_the_formula_says() 
             (0.0, 3.0, 1),
             "{counts:?}"
         );
-        // Without its reply connection a request is served all the same.
+        // A request is served even without a reply connection.
         assert_ne!(cloud.websocket.break_reply_connections(), 0);
         visitor
             .fetch(&format!("{url}/bytes/1024"), 1024)
@@ -141,5 +141,5 @@ async fn requests_through_the_functions_executables_use_what_the_formula_says() 
     };
     timeout(Duration::from_secs(60), story)
         .await
-        .unwrap_or_else(|_| panic!("waited in vain; the functions say: {}", said(&log)));
+        .unwrap_or_else(|_| panic!("timed out; the functions logged: {}", said(&log)));
 }

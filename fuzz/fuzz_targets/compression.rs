@@ -1,4 +1,4 @@
-//! Any bytes as a packed body. Proves that unpacking never panics and never gives more than it may.
+//! Any bytes as a compressed body. Proves that decompressing never panics and never exceeds its limit.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -15,7 +15,7 @@ fuzz_target!(|bytes: &[u8]| {
     }
     if let Some(packed) = compression::compress(bytes) {
         assert_eq!(
-            compression::decompress(packed, Some(Encoding::Zstd)).expect("what was packed"),
+            compression::decompress(packed, Some(Encoding::Zstd)).expect("what was compressed"),
             bytes
         );
     }

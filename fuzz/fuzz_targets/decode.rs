@@ -1,5 +1,5 @@
-//! Any bytes as a message, of either direction. Proves that reading never panics; that whatever can be read is written so that
-//! it reads as the same again; and that no body is longer than the base64 that its text had room for.
+//! Any bytes as a message, in either direction. Proves that decoding never panics; that every decoded
+//! message, encoded and decoded again, is the same; and that no body is longer than the text could hold.
 #![no_main]
 
 use std::fmt::Debug;
@@ -44,7 +44,7 @@ fn check<M: Debug + DeserializeOwned + PartialEq + Serialize>(
         text.len()
     );
 
-    // Not `decode`: a text near the limit may have grown over it, by fields with their defaults and by Latin-1.
+    // Not `decode`: a text near the limit may have grown beyond it, by default fields and by Latin-1.
     let encoded = encode(&message);
     let again: M =
         serde_json::from_str(&encoded).unwrap_or_else(|error| panic!("{error}: {encoded}"));

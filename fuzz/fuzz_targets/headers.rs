@@ -1,6 +1,6 @@
-//! Any bytes as the lines of a header. Proves that every value survives the wire, that exactly the texts without control
-//! characters are values, that every map of as many fields as may be survives JSON, and that [`remove_hop_by_hop`] removes what
-//! docs/protocol.md says and nothing else.
+//! Any bytes as the lines of a header. Proves that every value survives the wire, that exactly the texts
+//! without control characters are values, that every map within the limit survives JSON, and that
+//! [`remove_hop_by_hop`] removes what docs/protocol.md lists and nothing else.
 #![no_main]
 
 use http::{HeaderMap, HeaderName, HeaderValue, header::CONNECTION};

@@ -1,6 +1,7 @@
-//! Parts in any order, with gaps, repetitions and nonsense, taken out whenever. Proves that [`Reorder`] gives out exactly the
-//! parts that were taken in, each once, as first sent, and in the order of their numbers; that it refuses exactly those too far
-//! ahead; that it never holds more than it may; and that what it says of itself is true.
+//! Parts in any order, with gaps, repetitions and nonsense, taken out at any time. Proves that
+//! [`Reorder`] returns exactly the parts it accepted, each once, as first sent, in the order of their
+//! numbers; that it refuses exactly those too far ahead; that it never holds more than its limit; and
+//! that what it reports about itself is true.
 #![no_main]
 
 use std::{collections::BTreeMap, rc::Rc};

@@ -1,6 +1,6 @@
-//! Four lines: a way of routing, a public address, a host and a path. Proves that reading a visitor's address loses and adds
-//! nothing, that tunnels have the addresses that lead to them, and that encoded paths are valid, mean what they meant, and are not
-//! encoded twice.
+//! Four lines: a routing mode, a public address, a host and a path. Proves that routing a visitor's
+//! address neither loses nor adds anything, that the address of each tunnel leads to it, and that encoded
+//! paths are valid, keep their meaning, and are not encoded twice.
 #![no_main]
 
 use http::uri::{PathAndQuery, Uri};
@@ -9,7 +9,7 @@ use percent_encoding::percent_decode_str;
 use tunnel_protocol::{id::TunnelId, url::is_loopback};
 use tunnel_service::routing::{PublicUrl, Route, Routing, encode_decoded_path, encode_path};
 
-/// What RFC 3986, 3.3 allows in a path besides letters and digits.
+/// What RFC 3986, 3.3 allows in a path in addition to letters and digits.
 const IN_PATH: &[u8] = b"/:@-._~!$&'()*+,;=%";
 
 fuzz_target!(|text: &str| {
