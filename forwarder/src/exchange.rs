@@ -29,7 +29,6 @@ use tunnel_protocol::{
 use crate::{
     event::Event,
     origin::{Origin, OriginError, RequestBody},
-    rewrite::PublicAddress,
     settings::Settings,
 };
 
@@ -123,7 +122,7 @@ async fn attempt(
         0 => context.timeout,
         deadline => context.timeout.min(Duration::from_millis(deadline)),
     };
-    let public = PublicAddress::of(&message.headers);
+    let addresses = context.origin.addresses(&message);
     let first = unpack(message.body.0.clone(), message.encoding).map_err(|_| OriginError {
         code: AgentErrorCode::InvalidRequest,
         message: "its body cannot be unpacked",
@@ -142,7 +141,7 @@ async fn attempt(
         }))?;
     let status = response.status();
     remove_hop_by_hop(response.headers_mut());
-    public.rewrite(response.headers_mut(), context.origin.target());
+    addresses.to_public(status, response.headers_mut());
     let processing_time_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     reply
         .respond(response, is_head, processing_time_ms, context)

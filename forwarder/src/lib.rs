@@ -4,6 +4,7 @@
 //! it takes, [`handshake`] opens a connection and [`session`] serves it, [`exchange`] is one request with its response, [`origin`]
 //! the local service. [`memory`] keeps the tunnel's address over restarts. [`event`] is what a user learns of it.
 
+pub mod addresses;
 pub mod args;
 pub mod authority;
 pub mod backoff;
@@ -15,7 +16,6 @@ pub mod exchange;
 pub mod exit;
 pub mod handshake;
 pub mod origin;
-pub mod rewrite;
 pub mod session;
 pub mod settings;
 pub mod target;

@@ -3,9 +3,7 @@
 use std::{error::Error, io, time::Duration};
 
 use bytes::Bytes;
-use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header, uri::PathAndQuery,
-};
+use http::{HeaderMap, HeaderName, Method, Request, Response, header, uri::PathAndQuery};
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -20,6 +18,7 @@ use tunnel_protocol::{
 };
 
 use crate::{
+    addresses::Addresses,
     settings::{HostHeader, Settings},
     target::Target,
 };
@@ -82,6 +81,11 @@ impl Origin {
         &self.target
     }
 
+    /// Its addresses, as a request sees them.
+    pub fn addresses(&self, request: &HttpRequest) -> Addresses {
+        Addresses::of(request, &self.target, &self.host_header)
+    }
+
     /// Makes a request of a message whose own body unpacks to `length` bytes. Only path and query of its address are the
     /// visitor's to choose.
     ///
@@ -124,14 +128,7 @@ impl Origin {
     fn fields(&self, message: &HttpRequest, length: usize, method: &Method) -> HeaderMap {
         let mut fields = message.headers.clone();
         remove_hop_by_hop(&mut fields);
-        let host = match &self.host_header {
-            HostHeader::Rewrite => HeaderValue::from_str(self.target.authority.as_str()).ok(),
-            HostHeader::Preserve => fields.get(header::HOST).cloned(),
-            HostHeader::Fixed(host) => Some(host.clone()),
-        };
-        if let Some(host) = host {
-            fields.insert(header::HOST, host);
-        }
+        self.addresses(message).to_own(&mut fields);
         let said = remove_length(&mut fields);
         let expects_body = matches!(*method, Method::POST | Method::PUT | Method::PATCH);
         if message.more {
