@@ -10,15 +10,16 @@ use tokio::{
 };
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream, client_async_tls_with_config,
-    tungstenite::{self, Message, client::IntoClientRequest, protocol::WebSocketConfig},
+    tungstenite::{self, Message, client::IntoClientRequest},
 };
 use tracing::debug;
 use tunnel_protocol::{
+    frames,
     id::{ConnectionId, TunnelId},
-    limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
     message,
     message::{ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, ToAgent},
     visitor_policy::VisitorPolicy,
+    writer,
 };
 
 use crate::settings::Settings;
@@ -159,11 +160,6 @@ async fn connect(settings: &Settings, address: String) -> Result<Socket, Handsha
         value.set_sensitive(true);
         request.headers_mut().insert(header::AUTHORIZATION, value);
     }
-    let config = WebSocketConfig::default()
-        .read_buffer_size(MAX_FRAME_BYTES)
-        .write_buffer_size(0)
-        .max_message_size(Some(2 * MAX_MESSAGE_BYTES))
-        .max_frame_size(Some(2 * MAX_MESSAGE_BYTES));
     let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(endpoint.address()))
         .await
         .unwrap_or_else(|_| {
@@ -178,11 +174,11 @@ async fn connect(settings: &Settings, address: String) -> Result<Socket, Handsha
                 endpoint.address()
             ))
         })?;
-    // Without it a connection only has more latency.
-    let _ = stream.set_nodelay(true);
-    let (socket, _) = client_async_tls_with_config(request, stream, Some(config), None)
-        .await
-        .map_err(failed)?;
+    writer::tune(&stream);
+    let (socket, _) =
+        client_async_tls_with_config(request, stream, Some(frames::client_config()), None)
+            .await
+            .map_err(failed)?;
     Ok(socket)
 }
 

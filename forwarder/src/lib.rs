@@ -7,7 +7,6 @@
 pub mod addresses;
 pub mod args;
 pub mod authority;
-pub mod backoff;
 pub mod config_file;
 pub mod display;
 pub mod endpoint;

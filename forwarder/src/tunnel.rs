@@ -10,13 +10,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use tunnel_protocol::{
+    backoff::Backoff,
     id::{ConnectionId, TunnelId},
     message::ConnectionEstablished,
 };
 
 use crate::{
     Observer,
-    backoff::Backoff,
     event::Event,
     handshake::{self, HandshakeError, Opened},
     origin::Origin,
@@ -27,6 +27,10 @@ use crate::{
 
 /// A session that was open for this long worked; the pause after it is a short one again.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
+/// The first pause after a failed attempt is at most this long.
+const MIN_PAUSE: Duration = Duration::from_millis(250);
+/// No pause is longer: once the service can be reached again, a tunnel is back within seconds.
+const MAX_PAUSE: Duration = Duration::from_millis(2500);
 /// How long before the end of a connection's life the next one takes over: time for several tries, and for requests in flight.
 const MOVE_MARGIN: Duration = Duration::from_secs(5 * 60);
 
@@ -119,7 +123,7 @@ struct Current {
 
 impl Tunnel {
     async fn keep_open(&mut self) -> Result<(), TunnelError> {
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::new(MIN_PAUSE, MAX_PAUSE);
         let mut current: Option<Current> = None;
         loop {
             if let Some(serving) = &current {

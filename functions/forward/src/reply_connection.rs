@@ -17,12 +17,13 @@ use tokio::{
 };
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream, connect_async_with_config,
-    tungstenite::{Message, client::IntoClientRequest, protocol::WebSocketConfig},
+    tungstenite::{Message, client::IntoClientRequest},
 };
 use tracing::{debug, warn};
 use tunnel_protocol::{
+    frames,
     id::ConnectionId,
-    limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, WEBSOCKET_IDLE_TIMEOUT},
+    limits::WEBSOCKET_IDLE_TIMEOUT,
     message,
     message::{FromAgent, Ready, Relayed, Subject},
 };
@@ -163,10 +164,7 @@ impl ReplyConnection {
         request
             .headers_mut()
             .insert(header::AUTHORIZATION, authorization);
-        let config = WebSocketConfig::default()
-            .read_buffer_size(MAX_FRAME_BYTES)
-            .max_message_size(Some(2 * MAX_MESSAGE_BYTES))
-            .max_frame_size(Some(2 * MAX_MESSAGE_BYTES));
+        let config = frames::client_config();
         let (mut socket, _) = connect_async_with_config(request, Some(config), true).await?;
         socket
             .send(Message::text(message::encode(&FromAgent::Ready(

@@ -1,8 +1,33 @@
-//! WebSocket frames: how a message is cut into them.
+//! WebSocket frames: how a message is cut into them, and how much of them a connection holds in memory.
 
 use bytes::Bytes;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 
-use crate::limits::MAX_FRAME_BYTES;
+use crate::limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES};
+
+/// Longest message, and longest frame, that a client takes from its server, in bytes: [`MAX_MESSAGE_BYTES`] with room for what a
+/// newer service may put around one.
+const MAX_CLIENT_READ_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
+
+/// Most bytes that wait to be written to the socket: one frame, and as many pongs as fit beside it. The library answers each ping
+/// by itself; once there is no room, only the latest ping is answered (RFC 6455, 5.5.3, allows it), so that a flood of pings from
+/// a peer that does not read takes no more memory than this.
+const MAX_WRITE_BUFFER_BYTES: usize = 2 * MAX_FRAME_BYTES;
+
+/// The configuration of a connection to a service.
+pub fn client_config() -> WebSocketConfig {
+    server_config(MAX_CLIENT_READ_BYTES, MAX_CLIENT_READ_BYTES)
+}
+
+/// The configuration of a connection that takes frames of up to `max_frame_bytes` and messages of up to `max_message_bytes`.
+pub fn server_config(max_frame_bytes: usize, max_message_bytes: usize) -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(MAX_FRAME_BYTES)
+        .write_buffer_size(0)
+        .max_write_buffer_size(MAX_WRITE_BUFFER_BYTES)
+        .max_frame_size(Some(max_frame_bytes))
+        .max_message_size(Some(max_message_bytes))
+}
 
 /// Cuts a text into frames that API Gateway takes: at least one, and whether each is the last.
 pub fn frames(text: String) -> impl Iterator<Item = (Bytes, bool)> {
