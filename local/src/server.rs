@@ -25,6 +25,7 @@ use tunnel_service::{
     replies::Replies,
     routing::{PublicUrl, Routing},
     settings::Variables,
+    tables::connections::ConnectionsTable,
     tables::tokens::TokensTable,
     tables::tunnels::TunnelsTable,
 };
@@ -136,6 +137,7 @@ pub struct Server {
     pub first_token: Option<String>,
     tokens: TokensTable,
     tunnels: TunnelsTable,
+    recorded: ConnectionsTable,
     connections: ConnectionRegistry,
     forward: Forward,
     visitors: Subsystem,
@@ -298,6 +300,7 @@ impl Server {
             first_token,
             tokens,
             tunnels,
+            recorded: ConnectionsTable::new(&sdk, dynamodb::CONNECTIONS.to_owned()),
             connections,
             forward,
             visitors,
@@ -322,6 +325,11 @@ impl Server {
     /// The table of tunnels.
     pub fn tunnels(&self) -> &TunnelsTable {
         &self.tunnels
+    }
+
+    /// The table of connections.
+    pub fn connections(&self) -> &ConnectionsTable {
+        &self.recorded
     }
 
     /// Closes a connection, an agent's or a function's.

@@ -555,6 +555,26 @@ async fn a_tunnel_has_no_more_requests_a_second_than_it_may() {
 }
 
 #[tokio::test]
+async fn requests_that_the_rules_refuse_use_none_of_the_tunnels() {
+    let stack = stack_with(Options {
+        max_requests_per_second: 1,
+        ..Options::default()
+    })
+    .await;
+    let origin = Origin::echo().await;
+    let rules = PolicyArgs {
+        basic_auth: secrets(&["alice:opensesame"]),
+        ..PolicyArgs::default()
+    };
+    let agent = protected(&stack, &origin, rules).await;
+    for _ in 0..20 {
+        assert_eq!(get(&agent.url).await.status, StatusCode::UNAUTHORIZED);
+    }
+    let admitted = visit_with(&agent.url, &[("authorization", ALICE)]).await;
+    assert_eq!(admitted.status, StatusCode::OK, "strangers used it up");
+}
+
+#[tokio::test]
 async fn one_owner_has_no_more_agents_connected_than_it_may() {
     let quotas = Quotas {
         agents_of_one: 2,

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tunnel_protocol::limits::MAX_REORDER_PARTS;
 
 use crate::harness::{
-    Agent, Origin, ScriptedAgent, ScriptedService, get, response, settings_for, stack,
+    Agent, Origin, ScriptedAgent, ScriptedService, get, reply, response, settings_for, stack,
     stack_in_order, within,
 };
 
@@ -245,6 +245,47 @@ async fn a_request_that_the_service_sends_twice_is_carried_out_once() {
         "an answer came twice"
     );
     assert_eq!(origin.count(), 2);
+}
+
+#[tokio::test]
+async fn an_agent_sends_no_part_that_the_service_has_not_allowed() {
+    let service = ScriptedService::listening().await;
+    let origin = Origin::answering(|seen| {
+        let length = if seen.uri.path() == "/long" {
+            10_000_000
+        } else {
+            2
+        };
+        Some(reply(StatusCode::OK, vec![b'x'; length]))
+    })
+    .await;
+    let mut agent = Agent::start(settings_for(&service.endpoint, origin.address));
+    let mut connection = service.accept().await;
+    connection.hear().await;
+    connection
+        .establish("my-app", &["body_parts", "window"])
+        .await;
+    agent.until_online().await;
+
+    let request = |id: &str, uri: &str| json!({ "type": "http_request", "request_id": id, "method": "GET", "uri": uri, "headers": {} });
+    connection.say(&request("long", "/long")).await;
+    assert_eq!(connection.hear().await["type"], "http_response");
+    for part in 1..32 {
+        assert_eq!(connection.hear().await["part"], part);
+    }
+    // However often it is spoken to meanwhile, nothing more comes.
+    for id in ["short-1", "short-2", "short-3"] {
+        connection.say(&request(id, "/short")).await;
+        assert_eq!(connection.hear().await["request_id"], id);
+    }
+    connection
+        .say(&json!({ "type": "window", "request_id": "long", "parts": 34 }))
+        .await;
+    let parts = [connection.hear().await, connection.hear().await];
+    assert_eq!(
+        parts.map(|message| message["part"].clone()),
+        [json!(32), json!(33)]
+    );
 }
 
 #[tokio::test]

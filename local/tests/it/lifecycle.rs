@@ -5,16 +5,20 @@ use std::net::SocketAddr;
 use forwarder::{event::Event, settings::Secret, tunnel::TunnelError};
 use http::StatusCode;
 use local::{Options, Server};
+use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    task::yield_now,
 };
 use tokio_tungstenite::tungstenite;
 use tunnel_local_aws::quotas::Quotas;
-use tunnel_service::auth::AuthMode;
+use tunnel_protocol::id::ConnectionId;
+use tunnel_service::{auth::AuthMode, now};
 
 use crate::harness::{
-    Agent, Origin, ScriptedAgent, agent, get, reply, settings, stack, stack_with, within,
+    Agent, Origin, ScriptedAgent, agent, get, reply, settings, stack, stack_in_order, stack_with,
+    within,
 };
 
 #[expect(clippy::needless_pass_by_value, reason = "what Agent::until takes")]
@@ -227,7 +231,7 @@ async fn no_request_fails_while_an_agent_moves_from_one_connection_to_the_next()
             let before = origin.count();
             within("visits between two moves", async {
                 while origin.count() < before + 2 {
-                    tokio::task::yield_now().await;
+                    yield_now().await;
                 }
             })
             .await;
@@ -253,9 +257,40 @@ async fn the_newest_connection_of_an_owner_takes_the_tunnel_over() {
 }
 
 #[tokio::test]
+async fn a_connection_is_left_alone_by_the_one_that_names_it_and_replaced_by_any_other() {
+    let stack = stack_in_order().await;
+    let connect = async |previous: Option<&Value>| {
+        let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+        let mut ready = json!({ "type": "ready", "features": ["notices"] });
+        if let Some(previous) = previous {
+            ready["previous"] = previous.clone();
+        }
+        let id = agent.ready(&ready).await["connection_id"].clone();
+        // Once this is answered all of `ready` has been dealt with.
+        agent.expect_quiet("it was told something more").await;
+        (agent, id)
+    };
+    let (mut first, first_id) = connect(None).await;
+
+    let (mut second, _) = connect(Some(&first_id)).await;
+    first
+        .expect_quiet("the agent's own next connection replaced it")
+        .await;
+
+    // One that takes over from another connection than this, or from none, is another agent.
+    let (mut third, _) = connect(Some(&first_id)).await;
+    assert_eq!(second.hear().await["type"], "replaced");
+    let (_fourth, _) = connect(None).await;
+    assert_eq!(third.hear().await["type"], "replaced");
+}
+
+#[tokio::test]
 async fn a_connection_that_ends_takes_only_its_own_tunnel_offline() {
     let (stack, origin) = (stack().await, Origin::echo().await);
-    let mut old = ScriptedAgent::online(&stack, "my-app", &[]).await;
+    let mut old = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+    let established = old.ready(&json!({ "type": "ready" })).await;
+    let old_id: ConnectionId =
+        serde_json::from_value(established["connection_id"].clone()).expect("an id");
 
     let agent = agent(&stack, &origin).await;
     assert_eq!(
@@ -264,6 +299,18 @@ async fn a_connection_that_ends_takes_only_its_own_tunnel_offline() {
         "an agent that does not know of being replaced is closed"
     );
     drop(old);
+    within("the end to be dealt with", async {
+        let connections = stack.connections();
+        while connections
+            .get(&old_id, now())
+            .await
+            .expect("an answer")
+            .is_some()
+        {
+            yield_now().await;
+        }
+    })
+    .await;
 
     assert_eq!(get(&agent.url).await.status, StatusCode::OK);
 }
@@ -375,6 +422,53 @@ async fn strangers_are_not_let_in_without_tokens() {
         Server::start(behind_proxy).await.is_err(),
         "a proxy lets the world in"
     );
+}
+
+#[tokio::test]
+async fn a_visitor_who_leaves_a_stream_leaves_it_at_the_local_service_too() {
+    let (stack, local_service) = (
+        stack().await,
+        TcpListener::bind("127.0.0.1:0").await.expect("a port"),
+    );
+    let _agent = Agent::online(settings(
+        &stack,
+        local_service.local_addr().expect("an address"),
+    ))
+    .await;
+    // Whether the stream is at its beginning or says nothing more.
+    for events in ["", "data: 1\n\n"] {
+        let authority = stack.public_url.to_string().split_off("http://".len());
+        let mut visitor = TcpStream::connect(authority).await.expect("a connection");
+        visitor
+            .write_all(b"GET /my-app/ HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            .await
+            .expect("sent");
+        let (mut stream, _) = within("the request", local_service.accept())
+            .await
+            .expect("a connection");
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+        stream
+            .write_all(format!("{head}{events}").as_bytes())
+            .await
+            .expect("sent");
+        let mut got = Vec::new();
+        let received = |got: &[u8]| {
+            let text = String::from_utf8_lossy(got);
+            text.contains("\r\n\r\n") && text.contains(events.trim_end())
+        };
+        while !received(&got) {
+            within("the stream", visitor.read_buf(&mut got))
+                .await
+                .expect("read");
+        }
+        drop(visitor);
+        // A reset is as good as an end.
+        let _ = within(
+            "the local service's connection to end",
+            stream.read_to_end(&mut Vec::new()),
+        )
+        .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -182,6 +182,26 @@ mod tests {
     }
 
     #[test]
+    fn every_field_that_concerns_one_connection_only_is_removed() {
+        // As RFC 9110, 7.6.1 lists them, and the two for proxies.
+        for name in [
+            "connection",
+            "keep-alive",
+            "proxy-authenticate",
+            "proxy-authorization",
+            "proxy-connection",
+            "te",
+            "trailer",
+            "transfer-encoding",
+            "upgrade",
+        ] {
+            let mut headers = map(&[(name, "x"), ("x-end", "1")]);
+            remove_hop_by_hop(&mut headers);
+            assert_eq!(headers, map(&[("x-end", "1")]), "{name}");
+        }
+    }
+
+    #[test]
     fn a_connection_field_with_binary_bytes_still_names_fields() {
         let mut headers = map(&[("x-hop", "1"), ("x-end", "2")]);
         headers.insert(

@@ -71,23 +71,29 @@ pub fn decompress(bytes: Bytes, encoding: Option<Encoding>) -> Result<Bytes, Dec
     match encoding {
         None => Ok(bytes),
         Some(Encoding::Zstd) => {
-            let mut decompressed = Vec::new();
             let mut decoder = zstd::stream::read::Decoder::with_buffer(&bytes[..])?;
             decoder.window_log_max(MAX_DECODER_WINDOW_LOG)?;
-            decoder
-                .take(MAX_DECOMPRESSED_BYTES as u64 + 1)
-                .read_to_end(&mut decompressed)?;
-            if decompressed.len() > MAX_DECOMPRESSED_BYTES {
-                Err(DecompressError::TooLong)
-            } else {
-                Ok(decompressed.into())
-            }
+            read_limited(decoder)
         }
     }
 }
 
+/// Reads to the end, but hardly further than allowed: what is compressed can be a thousand times as long.
+fn read_limited(decoder: impl Read) -> Result<Bytes, DecompressError> {
+    let mut decompressed = Vec::new();
+    decoder
+        .take(MAX_DECOMPRESSED_BYTES as u64 + 1)
+        .read_to_end(&mut decompressed)?;
+    if decompressed.len() > MAX_DECOMPRESSED_BYTES {
+        return Err(DecompressError::TooLong);
+    }
+    Ok(decompressed.into())
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use http::HeaderValue;
     use proptest::prelude::*;
 
@@ -114,6 +120,51 @@ mod tests {
                 .len(),
             MAX_DECOMPRESSED_BYTES
         );
+    }
+
+    /// A decoder whose output would never end. It fails where nobody has reason to read on.
+    struct Endless {
+        read_bytes: usize,
+    }
+
+    impl Read for Endless {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            self.read_bytes += buffer.len();
+            if self.read_bytes > 4 * MAX_DECOMPRESSED_BYTES {
+                return Err(std::io::Error::other("read on and on"));
+            }
+            buffer.fill(0);
+            Ok(buffer.len())
+        }
+    }
+
+    #[test]
+    fn decompressing_stops_at_the_limit_however_much_would_follow() {
+        let read = read_limited(Endless { read_bytes: 0 });
+        assert!(matches!(read, Err(DecompressError::TooLong)), "{read:?}");
+    }
+
+    #[test]
+    fn a_frame_cannot_make_the_decoder_keep_a_large_window() {
+        let decompressed_with_window_log = |window_log| {
+            let mut encoder =
+                zstd::stream::write::Encoder::new(Vec::new(), LEVEL).expect("an encoder");
+            encoder
+                .set_parameter(zstd::zstd_safe::CParameter::WindowLog(window_log))
+                .expect("a window");
+            encoder.write_all(b"hi").expect("written");
+            let frame = encoder.finish().expect("a frame");
+            decompress(frame.into(), Some(Encoding::Zstd))
+        };
+        for window_log in [MAX_DECODER_WINDOW_LOG + 1, 27] {
+            let refused = decompressed_with_window_log(window_log);
+            assert!(
+                matches!(refused, Err(DecompressError::Malformed(_))),
+                "{window_log}: {refused:?}"
+            );
+        }
+        let allowed = decompressed_with_window_log(MAX_DECODER_WINDOW_LOG);
+        assert_eq!(allowed.expect("allowed"), "hi");
     }
 
     #[test]
