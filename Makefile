@@ -1,7 +1,7 @@
 # make run            the whole tunnel on this machine, in front of a demo service
-# make run TARGET=3000                                ... in front of your own
+# make run TARGET=3000                                ... in front of your own service
 # make test           all tests
-# make check          all that CI checks: formatting, lints, docs, tests, licences, a start of the built executables
+# make check          everything that CI checks: formatting, lints, docs, tests, licences, a start of the built executables
 # make bench          measures everything and writes docs/performance.md; needs wrk (apt install wrk) or oha
 
 LISTEN ?= 127.0.0.1:8080
@@ -14,20 +14,20 @@ CARGO_FUZZ := 0.13.2
 
 # Administration: of the stack STACK, or of the data directory DATA of a tunnel-local.
 #
-# make token NAME=alice STACK=tunnel      makes an agent token and prints it, this once
+# make token NAME=alice STACK=tunnel      creates an agent token and prints it, once
 # make tokens | tunnels STACK=tunnel      lists them
 # make revoke-token NAME=alice STACK=tunnel
 # make release-tunnel ID=my-app STACK=tunnel
 #
-# make invoke EVENT=ready   runs a function in a container, as sam local invoke does; `tunnel-local --samples` is its other side.
+# make invoke EVENT=ready   runs a function in a container with sam local invoke; needs a running `tunnel-local --samples`.
 #                           EVENT: connect disconnect ready ping http-response body-part agent-error http-v1 http-v2 url
-# make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with what they give directly
-# make fuzz                 FUZZ_SECONDS on each target under fuzz/fuzz_targets; make fuzz-decode on one of them
-#                           what is found is in fuzz/artifacts, what was tried in fuzz/corpus
-# make chaos                kills, stops and cuts the built executables at random while visitors use the tunnel, for CHAOS_SECONDS;
-#                           CHAOS_SEED repeats what was random, CHAOS_RATE is requests a second, CHAOS_ONLY=kill,hold picks faults
+# make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with direct access
+# make fuzz                 runs each target of fuzz/fuzz_targets for FUZZ_SECONDS; make fuzz-decode runs one of them
+#                           failures go to fuzz/artifacts, inputs to fuzz/corpus
+# make chaos                injects random faults into the built executables while visitors use the tunnel, for CHAOS_SECONDS;
+#                           CHAOS_SEED repeats a run, CHAOS_RATE is requests per second, CHAOS_ONLY=kill,hold selects faults
 # make chaos SCENARIO=...   rollovers, outage or soak instead
-# make e2e-deploy           deploys to an emulator of AWS and goes through the tunnel
+# make e2e-deploy           deploys to an emulator of AWS and sends requests through the tunnel
 
 ADMIN = $(BIN)/tunnel-admin $(if $(DATA),--data $(DATA),--stack $(or $(STACK),tunnel))
 EVENT ?= ready
@@ -35,7 +35,7 @@ FUNCTION = $(or $(patsubst %,ConnectFunction,$(filter connect,$(EVENT))),$(patsu
 
 FUZZ_SECONDS ?= 10
 FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.rs))
-# Longer than a message may be. For the others libFuzzer's own 4,096 bytes are enough.
+# Longer than the longest message. For the others, libFuzzer's default of 4,096 bytes is enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
 .PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers chaos fuzz $(FUZZ)
@@ -89,19 +89,19 @@ bench: build
 	cargo bench --locked -p tunnel-bench --bench performance $(if $(PART),-- $(PART))
 
 token: build
-	@$(ADMIN) create-token $(or $(NAME),$(error say whom it is for: NAME=alice)) $(if $(EXPIRES),--expires $(EXPIRES))
+	@$(ADMIN) create-token $(or $(NAME),$(error set NAME, the name of the token: NAME=alice)) $(if $(EXPIRES),--expires $(EXPIRES))
 
 tokens: build
 	@$(ADMIN) list-tokens
 
 revoke-token: build
-	@$(ADMIN) revoke-token $(or $(NAME),$(error say whose: NAME=alice))
+	@$(ADMIN) revoke-token $(or $(NAME),$(error set NAME, the name of the token: NAME=alice))
 
 tunnels: build
 	@$(ADMIN) list-tunnels
 
 release-tunnel: build
-	@$(ADMIN) release-tunnel $(or $(ID),$(error say which: ID=my-app))
+	@$(ADMIN) release-tunnel $(or $(ID),$(error set ID, the tunnel id: ID=my-app))
 
 invoke:
 	sam local invoke $(FUNCTION) -e events/$(EVENT).json $(INVOKE_FLAGS)
