@@ -20,7 +20,7 @@ use tunnel_service::{
     auth::{Identity, owner::Owner, token::TokenHash},
     aws::sdk,
     now,
-    tables::connections::{Connection, ConnectionsTable},
+    tables::connections::{AgentConnection, Connection, ConnectionsTable},
     tables::mailbox::MailboxTable,
     tables::tokens::{Token, TokensTable},
     tables::tunnels::{Online, TunnelsTable},
@@ -140,22 +140,25 @@ async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
         .put(&token)
         .await?;
     let tunnels = TunnelsTable::new(sdk, dynamodb::TUNNELS.to_owned());
-    tunnels.claim(&tunnel_id, &identity.owner, now()).await?;
+    tunnels.claim(&tunnel_id, &identity.owner, 0, now()).await?;
+    let connections = ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned());
+    let connected_at_ms = u64::try_from(now().as_millis()).unwrap_or(u64::MAX);
+    let connection = Connection::Agent(AgentConnection {
+        tunnel_id: tunnel_id.clone(),
+        identity: identity.clone(),
+        connected_at_ms,
+        opened: None,
+    });
+    connections.put(&connection_id, &connection, now()).await?;
     let online = Online {
-        connection_id: connection_id.clone(),
+        connection_id,
+        connected_at_ms,
+        previous: None,
         features: FEATURES.to_vec(),
         access: None,
     };
     tunnels
-        .mark_online(&tunnel_id, &identity, &online, now())
-        .await?;
-    let connection = Connection::Agent {
-        tunnel_id,
-        identity,
-        opened: None,
-    };
-    ConnectionsTable::new(sdk, dynamodb::CONNECTIONS.to_owned())
-        .put(&connection_id, &connection, now())
+        .hand_over(&tunnel_id, None, &online, &identity, &connections, now())
         .await?;
     Ok(())
 }

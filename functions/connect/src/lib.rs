@@ -15,9 +15,9 @@ use tunnel_service::{
     aws::sdk::SdkConfig,
     now,
     settings::{SettingsError, Variables},
-    tables::connections::{Connection, ConnectionsTable},
+    tables::connections::{AgentConnection, Connection, ConnectionsTable},
     tables::dynamodb::StoreError,
-    tables::tunnels::TunnelsTable,
+    tables::tunnels::{Claim, TunnelsTable},
 };
 
 /// The query parameter with which an agent asks for a tunnel by name.
@@ -26,6 +26,9 @@ const TUNNEL_ID: &str = "tunnel_id";
 const RELEASE: &str = "release";
 /// The query parameter by which `forward`'s reply connections are known. Their ticket stands where agents have their token.
 const REPLY: &str = "reply";
+
+/// Most tunnel ids of one owner, unless the setting says otherwise.
+pub const MAX_TUNNEL_IDS_PER_OWNER: u32 = 100;
 
 /// What the function needs to know.
 #[derive(Clone, Debug)]
@@ -36,6 +39,8 @@ pub struct Settings {
     pub tunnels_table: String,
     /// The name of the connections table.
     pub connections_table: String,
+    /// Most tunnel ids of one owner; 0 is no limit.
+    pub max_tunnel_ids: u32,
 }
 
 impl Settings {
@@ -47,11 +52,13 @@ impl Settings {
         let auth = AuthSettings::read(&variables);
         let tunnels_table = variables.required("TUNNELS_TABLE");
         let connections_table = variables.required("CONNECTIONS_TABLE");
+        let max_tunnel_ids = variables.or("MAX_TUNNEL_IDS_PER_OWNER", MAX_TUNNEL_IDS_PER_OWNER);
         variables.finish(|| {
             Some(Self {
                 auth: auth?,
                 tunnels_table: tunnels_table?,
                 connections_table: connections_table?,
+                max_tunnel_ids: max_tunnel_ids?,
             })
         })
     }
@@ -63,6 +70,7 @@ pub struct Connect {
     authenticator: Authenticator,
     tunnels: TunnelsTable,
     connections: ConnectionsTable,
+    max_tunnel_ids: u32,
 }
 
 /// A connection that asks to be let in.
@@ -136,6 +144,8 @@ pub enum HandshakeRefusal {
     InvalidTunnelId(IdError),
     /// The tunnel id belongs to another owner.
     NameTaken(TunnelId),
+    /// The tunnel id is free, but the caller has this many already, which is as many as one owner may have.
+    TooManyTunnelIds(u32),
 }
 
 impl HandshakeRefusal {
@@ -143,7 +153,8 @@ impl HandshakeRefusal {
     pub fn status(&self) -> u16 {
         match self {
             Self::NotAuthorized => 401,
-            Self::InvalidTunnelId(_) => 400,
+            // 400, on which agents end. One that tried again would be refused until its owner releases an id.
+            Self::InvalidTunnelId(_) | Self::TooManyTunnelIds(_) => 400,
             Self::NameTaken(_) => 409,
         }
     }
@@ -154,6 +165,7 @@ impl HandshakeRefusal {
             Self::NotAuthorized => "unauthorized",
             Self::InvalidTunnelId(_) => "invalid_tunnel_id",
             Self::NameTaken(_) => "name_taken",
+            Self::TooManyTunnelIds(_) => "too_many_tunnel_ids",
         }
     }
 }
@@ -166,6 +178,10 @@ impl fmt::Display for HandshakeRefusal {
             Self::NameTaken(id) => write!(
                 f,
                 "the tunnel id {id} belongs to somebody else; choose another"
+            ),
+            Self::TooManyTunnelIds(limit) => write!(
+                f,
+                "you have {limit} tunnel ids, which is the most that this service allows; release one with ttf release, or use one of them"
             ),
         }
     }
@@ -206,6 +222,7 @@ impl Connect {
             authenticator: Authenticator::new(settings.auth, sdk),
             tunnels: TunnelsTable::new(sdk, settings.tunnels_table),
             connections: ConnectionsTable::new(sdk, settings.connections_table),
+            max_tunnel_ids: settings.max_tunnel_ids,
         }
     }
 
@@ -286,22 +303,27 @@ impl Connect {
             Ok(id) => id,
             Err(error) => return Ok(Err(HandshakeRefusal::InvalidTunnelId(error))),
         };
-        let may_have_it = match handshake.purpose {
+        let claim = match handshake.purpose {
             Purpose::Release(_) => self.may_release(&tunnel_id, &identity).await?,
             Purpose::Serve(_) | Purpose::TakeReplies => {
                 self.tunnels
-                    .claim(&tunnel_id, &identity.owner, now())
+                    .claim(&tunnel_id, &identity.owner, self.max_tunnel_ids, now())
                     .await?
             }
         };
-        if !may_have_it {
-            return Ok(Err(HandshakeRefusal::NameTaken(tunnel_id)));
+        match claim {
+            Claim::Owned => {}
+            Claim::Taken => return Ok(Err(HandshakeRefusal::NameTaken(tunnel_id))),
+            Claim::TooMany => {
+                return Ok(Err(HandshakeRefusal::TooManyTunnelIds(self.max_tunnel_ids)));
+            }
         }
-        let connection = Connection::Agent {
+        let connection = Connection::Agent(AgentConnection {
             tunnel_id: tunnel_id.clone(),
             identity: identity.clone(),
+            connected_at_ms: u64::try_from(handshake.connected_at.as_millis()).unwrap_or(u64::MAX),
             opened: None,
-        };
+        });
         self.connections
             .put(&handshake.connection, &connection, now())
             .await?;
@@ -316,12 +338,17 @@ impl Connect {
         &self,
         tunnel_id: &TunnelId,
         identity: &Identity,
-    ) -> Result<bool, StoreError> {
-        Ok(self
+    ) -> Result<Claim, StoreError> {
+        let is_anothers = self
             .tunnels
             .get(tunnel_id, now())
             .await?
-            .is_none_or(|tunnel| tunnel.identity.owner == identity.owner))
+            .is_some_and(|tunnel| tunnel.identity.owner != identity.owner);
+        Ok(if is_anothers {
+            Claim::Taken
+        } else {
+            Claim::Owned
+        })
     }
 
     /// Lets a connection in that serves no tunnel, for a ticket that only a function can have written.
@@ -330,7 +357,11 @@ impl Connect {
         handshake: &Handshake,
         ticket: &str,
     ) -> Result<Result<Admission, HandshakeRefusal>, ConnectError> {
-        if !self.connections.redeem_ticket(ticket, now()).await? {
+        if !self
+            .connections
+            .redeem_ticket(ticket, &handshake.connection, now())
+            .await?
+        {
             return Ok(Err(HandshakeRefusal::NotAuthorized));
         }
         self.connections

@@ -5,6 +5,7 @@
 //! and the address that it was told still right. What cannot be read is logged and dropped: an agent learns of it from the visitor's
 //! time-out.
 
+mod ownership;
 mod relay;
 
 use std::{sync::Arc, time::Duration};
@@ -27,26 +28,23 @@ use tunnel_service::{
     replies::Reply,
     routing::{PublicUrl, Routing},
     settings::{SettingsError, Variables},
-    tables::connections::{Connection, ConnectionsTable, Opened},
+    tables::connections::{AgentConnection, Connection, ConnectionsTable, Opened},
     tables::dynamodb::StoreError,
     tables::tokens::TokensTable,
-    tables::tunnels::{Online, Tunnel, TunnelsTable},
+    tables::tunnels::TunnelsTable,
 };
 
-use crate::relay::Relay;
-
-/// Why a connection serves its tunnel no longer.
-const TAKEN_OVER: &str = "another connection of the tunnel's owner has taken it over";
-const RELEASED: &str = "the tunnel id was released: it is this agent's no longer";
+use crate::{
+    ownership::{Candidate, Ownership, RELEASED, Standing, TAKEN_OVER},
+    relay::Relay,
+};
 
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
 pub struct DefaultRoute {
     revalidator: Revalidator,
-    tunnels: TunnelsTable,
-    connections: ConnectionsTable,
+    ownership: Ownership,
     relay: Relay,
-    agents: AgentConnections,
     public_url: PublicUrl,
     routing: Routing,
     /// How long a connection may live.
@@ -67,6 +65,9 @@ pub enum DefaultRouteError {
     /// @connections does not answer.
     #[error(transparent)]
     Post(#[from] PostError),
+    /// The tunnel changes hands faster than it can be looked at.
+    #[error("the tunnel changes hands too fast")]
+    Contended,
 }
 
 impl DefaultRoute {
@@ -100,10 +101,12 @@ impl DefaultRoute {
             let packs = use_compression(in_process, &public_url);
             Some(Self {
                 revalidator: Revalidator::new(auth?, TokensTable::new(sdk, tokens?)),
-                tunnels: TunnelsTable::new(sdk, tunnels?),
-                connections: connections?,
+                ownership: Ownership {
+                    tunnels: TunnelsTable::new(sdk, tunnels?),
+                    connections: connections?,
+                    agents: agents?,
+                },
                 relay: relay?,
-                agents: agents?,
                 features: FEATURES
                     .into_iter()
                     .filter(|feature| packs || *feature != Feature::Zstd)
@@ -202,20 +205,16 @@ impl DefaultRoute {
         sender: &ConnectionId,
         ready: Ready,
     ) -> Result<RouteResponse, DefaultRouteError> {
-        let (tunnel_id, identity) = match self.connections.get(sender, now()).await? {
-            Some(Connection::Agent {
-                tunnel_id,
-                identity,
-                ..
-            }) => (tunnel_id, identity),
+        let agent = match self.ownership.connections.get(sender, now()).await? {
+            Some(Connection::Agent(agent)) => agent,
             Some(Connection::Reply) => {
                 self.relay.open(sender).await?;
                 return Ok(RouteResponse::ok());
             }
-            None => return Ok(unknown(sender)),
+            None => return self.refuse_unknown(sender).await,
         };
-        if !self.revalidator.is_still_valid(&identity, now()).await? {
-            return self.close_revoked(sender, &tunnel_id).await;
+        if !self.is_still_valid(&agent).await? {
+            return self.close_revoked(sender, &agent.tunnel_id).await;
         }
         let access = match ready
             .access
@@ -226,37 +225,67 @@ impl DefaultRoute {
             // Without them the tunnel would be open to everybody.
             Err(error) => return self.refuse_access(sender, &error).await,
         };
-        let online = Online {
-            connection_id: sender.clone(),
-            features: ready.features,
-            access,
-        };
-        let Some(before) = self
-            .tunnels
-            .mark_online(&tunnel_id, &identity, &online, now())
-            .await?
-        else {
-            self.agents.close(sender).await?;
-            return Ok(RouteResponse::refused(
-                409,
-                "name_taken",
-                "the tunnel belongs to somebody else by now",
-            ));
-        };
-        info!(connection = %sender, tunnel = %tunnel_id, agent = ready.agent, "online");
-        if let Some(before) =
-            before.filter(|before| ready.previous.as_ref() != Some(&before.connection_id))
-        {
-            self.notify_replaced(&before, TAKEN_OVER).await;
-        }
-        let address = self.address(sender, tunnel_id);
+        let address = self.address(sender, agent.tunnel_id.clone());
         let opened = Opened {
-            features: online.features,
+            features: ready.features,
             public_url: address.public_url.clone(),
+            access,
+            previous: ready.previous,
         };
-        self.post(sender, &ToAgent::ConnectionEstablished(address))
-            .await?;
-        self.connections.record_opened(sender, &opened).await?;
+        info!(connection = %sender, tunnel = %agent.tunnel_id, agent = ready.agent, "ready");
+        let candidate = Candidate {
+            id: sender.clone(),
+            agent,
+            opened,
+        };
+        self.establish(&candidate, address).await
+    }
+
+    /// Lets a connection that has said `ready` serve its tunnel, and tells it and whoever served until then.
+    async fn establish(
+        &self,
+        candidate: &Candidate,
+        address: ConnectionEstablished,
+    ) -> Result<RouteResponse, DefaultRouteError> {
+        let (id, opened) = (&candidate.id, &candidate.opened);
+        let is_open = self.ownership.connections.record_opened(id, opened).await?;
+        if !is_open {
+            return self.refuse_unknown(id).await;
+        }
+        let established = ToAgent::ConnectionEstablished(address);
+        match Box::pin(self.ownership.settle(candidate)).await? {
+            Standing::Serves { before } => {
+                match self.agents().post_patiently(id, &established).await {
+                    Err(PostError::Gone) => {
+                        info!(connection = %id, "gone before its tunnel was open");
+                        Box::pin(self.ownership.withdraw(candidate, before.as_ref())).await?;
+                        return Ok(unknown(id));
+                    }
+                    outcome => outcome?,
+                }
+                if let Some(before) = before {
+                    self.ownership
+                        .notify_replaced(&before.connection_id, &before.features, TAKEN_OVER)
+                        .await;
+                }
+            }
+            Standing::Left | Standing::Outranked => {
+                // Agents of earlier versions hear nothing before this message.
+                self.post(id, &established).await?;
+                self.ownership
+                    .notify_replaced(id, &opened.features, TAKEN_OVER)
+                    .await;
+            }
+            Standing::Released => {
+                self.agents().close(id).await?;
+                return Ok(RouteResponse::refused(
+                    409,
+                    "name_taken",
+                    "the tunnel belongs to somebody else by now",
+                ));
+            }
+            Standing::Ended => return self.refuse_unknown(id).await,
+        }
         Ok(RouteResponse::ok())
     }
 
@@ -275,26 +304,24 @@ impl DefaultRoute {
             },
         )
         .await?;
-        self.agents.close(sender).await?;
+        self.agents().close(sender).await?;
         Ok(RouteResponse::refused(400, "invalid_access", &message))
     }
 
-    /// Makes the sender's tunnel nobody's, and tells whoever served it.
+    /// Makes the sender's tunnel id nobody's, and tells the connection that served the tunnel.
     async fn release(&self, sender: &ConnectionId) -> Result<RouteResponse, DefaultRouteError> {
-        let Some(Connection::Agent {
-            tunnel_id,
-            identity,
-            ..
-        }) = self.connections.get(sender, now()).await?
+        let Some(Connection::Agent(agent)) = self.ownership.connections.get(sender, now()).await?
         else {
-            return Ok(unknown(sender));
+            return self.refuse_unknown(sender).await;
         };
-        if !self.revalidator.is_still_valid(&identity, now()).await? {
-            return self.close_revoked(sender, &tunnel_id).await;
+        if !self.is_still_valid(&agent).await? {
+            return self.close_revoked(sender, &agent.tunnel_id).await;
         }
+        let tunnel_id = agent.tunnel_id;
         let released = self
+            .ownership
             .tunnels
-            .release_owned(&tunnel_id, &identity.owner)
+            .release_owned(&tunnel_id, &agent.identity.owner, now())
             .await?;
         let existed = released.is_some();
         info!(connection = %sender, tunnel = %tunnel_id, existed, "released");
@@ -302,117 +329,123 @@ impl DefaultRoute {
             .and_then(|tunnel| tunnel.online)
             .filter(|online| online.connection_id != *sender)
         {
-            self.notify_replaced(&online, RELEASED).await;
+            self.ownership
+                .notify_replaced(&online.connection_id, &online.features, RELEASED)
+                .await;
         }
         self.post(sender, &ToAgent::Released { tunnel_id, existed })
             .await?;
         Ok(RouteResponse::ok())
     }
 
-    /// Checks an agent's open connection, and tells whether it may stay. One whose token is good no longer is closed; one whose
-    /// tunnel is its own no longer is told or closed; one that was told another address than the tunnel's is told that.
+    /// Checks an agent's open connection, sets right what is wrong, and returns whether a `ping` is to be answered with `pong`.
+    ///
+    /// - One whose token was revoked or has expired is closed, and so is one that is not on record.
+    /// - One that should serve its tunnel and does not is put online: an older one serves, or nobody.
+    /// - One that does not serve, because a newer one does or the tunnel id was released, is told `replaced`, unless the newer
+    ///   one named it as `previous`.
+    /// - One that serves and was told another address than the tunnel's is told that.
     ///
     /// # Errors
     /// When the tables or @connections do not answer.
     pub async fn check(&self, connection: &ConnectionId) -> Result<bool, DefaultRouteError> {
-        let Some(Connection::Agent {
-            tunnel_id,
-            identity,
-            opened,
-        }) = self.connections.get(connection, now()).await?
-        else {
-            return Ok(true);
+        let agent = match self.ownership.connections.get(connection, now()).await? {
+            Some(Connection::Agent(agent)) => agent,
+            Some(Connection::Reply) => return Ok(true),
+            None => {
+                self.refuse_unknown(connection).await?;
+                return Ok(false);
+            }
         };
-        if !self.revalidator.is_still_valid(&identity, now()).await? {
-            self.close_revoked(connection, &tunnel_id).await?;
+        if !self.is_still_valid(&agent).await? {
+            self.close_revoked(connection, &agent.tunnel_id).await?;
             return Ok(false);
         }
-        match self
-            .tunnels
-            .get(&tunnel_id, now())
-            .await?
-            .filter(|tunnel| tunnel.identity.owner == identity.owner)
-        {
-            Some(Tunnel {
-                online: Some(online),
-                ..
-            }) if online.connection_id == *connection => {
-                self.check_url(connection, &tunnel_id, opened).await?;
-                Ok(true)
+        // One that has not opened its tunnel, such as to release it, has none to lose.
+        let Some(candidate) = Candidate::of(connection, agent) else {
+            return Ok(true);
+        };
+        let reason = match Box::pin(self.ownership.settle(&candidate)).await? {
+            Standing::Serves { before } => {
+                if let Some(before) = before {
+                    self.ownership
+                        .notify_replaced(&before.connection_id, &before.features, TAKEN_OVER)
+                        .await;
+                }
+                self.check_url(&candidate).await?;
+                return Ok(true);
             }
-            // Another connection of the owner serves it.
-            Some(_) => Ok(true),
-            None => {
-                // One that has not opened its tunnel, such as to release it, has none to lose.
-                let Some(Opened { features, .. }) = opened else {
-                    return Ok(true);
-                };
-                info!(%connection, tunnel = %tunnel_id, "its tunnel id was released");
-                let takes_notices = features.contains(&Feature::Notices);
-                self.notify_replaced(
-                    &Online {
-                        connection_id: connection.clone(),
-                        features,
-                        access: None,
-                    },
-                    RELEASED,
-                )
-                .await;
-                Ok(takes_notices)
-            }
-        }
+            Standing::Left => return Ok(true),
+            Standing::Ended => return Ok(false),
+            Standing::Outranked => TAKEN_OVER,
+            Standing::Released => RELEASED,
+        };
+        info!(%connection, tunnel = %candidate.agent.tunnel_id, reason, "told that it is replaced");
+        self.ownership
+            .notify_replaced(connection, &candidate.opened.features, reason)
+            .await;
+        Ok(false)
+    }
+
+    async fn is_still_valid(&self, agent: &AgentConnection) -> Result<bool, StoreError> {
+        self.revalidator
+            .is_still_valid(&agent.identity, now())
+            .await
     }
 
     /// Tells the agent that serves a tunnel if the tunnel's address is another than it was told.
-    async fn check_url(
-        &self,
-        connection: &ConnectionId,
-        tunnel_id: &TunnelId,
-        opened: Option<Opened>,
-    ) -> Result<(), DefaultRouteError> {
-        let public_url = self.public_url.of(tunnel_id, self.routing);
-        let told_another = |opened: &Opened| {
-            opened.public_url != public_url && opened.features.contains(&Feature::Notices)
-        };
-        let Some(opened) = opened.filter(told_another) else {
+    async fn check_url(&self, serving: &Candidate) -> Result<(), DefaultRouteError> {
+        let public_url = self.public_url.of(&serving.agent.tunnel_id, self.routing);
+        let opened = &serving.opened;
+        if opened.public_url == public_url || !opened.features.contains(&Feature::Notices) {
             return Ok(());
+        }
+        info!(connection = %serving.id, tunnel = %serving.agent.tunnel_id, "told the new address");
+        let updated = ToAgent::UrlUpdated {
+            public_url: public_url.clone(),
         };
-        info!(%connection, tunnel = %tunnel_id, "told the new address");
-        self.post(
-            connection,
-            &ToAgent::UrlUpdated {
-                public_url: public_url.clone(),
-            },
-        )
-        .await?;
-        self.connections
-            .record_opened(
-                connection,
-                &Opened {
-                    public_url,
-                    ..opened
-                },
-            )
+        self.post(&serving.id, &updated).await?;
+        let opened = Opened {
+            public_url,
+            ..opened.clone()
+        };
+        self.ownership
+            .connections
+            .record_opened(&serving.id, &opened)
             .await?;
         Ok(())
     }
 
-    /// Closes a connection whose token is good no longer.
+    /// Closes a connection whose token was revoked or has expired.
     async fn close_revoked(
         &self,
         connection: &ConnectionId,
         tunnel_id: &TunnelId,
     ) -> Result<RouteResponse, DefaultRouteError> {
         warn!(%connection, tunnel = %tunnel_id, "closed: its token is revoked or expired");
-        self.tunnels
+        self.ownership
+            .tunnels
             .mark_offline(tunnel_id, connection, now())
             .await?;
-        self.agents.close(connection).await?;
+        self.agents().close(connection).await?;
         Ok(RouteResponse::refused(
             401,
             "unauthorized",
-            "the token of this connection is good no longer",
+            "the token of this connection was revoked or has expired",
         ))
+    }
+
+    /// Closes a connection that is not on record, and so can serve nothing. Its agent connects again.
+    async fn refuse_unknown(
+        &self,
+        connection: &ConnectionId,
+    ) -> Result<RouteResponse, DefaultRouteError> {
+        self.agents().close(connection).await?;
+        Ok(unknown(connection))
+    }
+
+    fn agents(&self) -> &AgentConnections {
+        &self.ownership.agents
     }
 
     fn address(&self, connection: &ConnectionId, tunnel_id: TunnelId) -> ConnectionEstablished {
@@ -431,27 +464,9 @@ impl DefaultRoute {
         }
     }
 
-    /// Tells a connection that it serves the tunnel no longer. That is decided already, so a failure only matters to the log.
-    async fn notify_replaced(&self, before: &Online, reason: &str) {
-        let outcome = if before.features.contains(&Feature::Notices) {
-            self.post(
-                &before.connection_id,
-                &ToAgent::Replaced {
-                    reason: reason.to_owned(),
-                },
-            )
-            .await
-        } else {
-            self.agents.close(&before.connection_id).await
-        };
-        if let Err(error) = outcome {
-            warn!(connection = %before.connection_id, error = &error as &dyn std::error::Error, "could not tell the connection");
-        }
-    }
-
     /// Sends to an agent. That it is gone meanwhile is no failure.
     async fn post(&self, to: &ConnectionId, message: &ToAgent) -> Result<(), PostError> {
-        match self.agents.post(to, message).await {
+        match self.agents().post(to, message).await {
             Err(PostError::Gone) => {
                 info!(connection = %to, "gone before it could be answered");
                 Ok(())

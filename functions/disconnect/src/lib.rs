@@ -11,7 +11,7 @@ use tunnel_service::{
     aws::sdk::SdkConfig,
     now,
     settings::{SettingsError, Variables},
-    tables::connections::{Connection, ConnectionsTable},
+    tables::connections::{AgentConnection, Connection, ConnectionsTable},
     tables::dynamodb::StoreError,
     tables::tunnels::TunnelsTable,
 };
@@ -107,16 +107,22 @@ impl Disconnect {
         Ok(RouteResponse::ok())
     }
 
-    /// Forgets a connection that has ended.
+    /// Forgets a connection that has ended, and marks its tunnel offline if it served it.
     ///
     /// # Errors
     /// When the tables do not answer.
     pub async fn serve(&self, ended: &Ended) -> Result<(), DisconnectError> {
         let id = &ended.connection;
-        if let Some(Connection::Agent { tunnel_id, .. }) = self.connections.remove(id).await? {
+        // First the connection is kept from taking the tunnel any more, and only at the end it is forgotten. So each step can be
+        // repeated, and a `ready` that is handled at the same time comes before all of this or finds the connection ended.
+        let Some(connection) = self.connections.end(id).await? else {
+            return Ok(());
+        };
+        if let Connection::Agent(AgentConnection { tunnel_id, .. }) = connection {
             let went_offline = self.tunnels.mark_offline(&tunnel_id, id, now()).await?;
             info!(connection = %id, tunnel = %tunnel_id, code = ended.code, went_offline, "disconnected");
         }
+        self.connections.remove(id).await?;
         Ok(())
     }
 }

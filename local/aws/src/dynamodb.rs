@@ -10,7 +10,12 @@ use std::{
 
 use aws_sdk_dynamodb::{
     Client,
-    types::{AttributeDefinition, BillingMode, KeySchemaElement, TimeToLiveSpecification},
+    error::BuildError,
+    types::{
+        AttributeDefinition, BillingMode, CreateGlobalSecondaryIndexAction,
+        GlobalSecondaryIndexUpdate, KeySchemaElement, Projection, ProjectionType,
+        TimeToLiveSpecification,
+    },
 };
 use axum::{
     Router,
@@ -328,6 +333,8 @@ fn carry_out(database: &Database, operation: &str, body: &[u8]) -> Result<Vec<u8
         "Scan" => call(body, |input| database.scan(input)),
         "ListTables" => call(body, |input| database.list_tables(input)),
         "CreateTable" => call(body, |input| database.create_table(input)),
+        "DescribeTable" => call(body, |input| database.describe_table(input)),
+        "UpdateTable" => call(body, |input| database.update_table(input)),
         "TransactWriteItems" => call(body, |input| database.transact_write_items(input)),
         "DescribeTimeToLive" => call(body, |input| database.describe_time_to_live(input)),
         "UpdateTimeToLive" => call(body, |input| database.update_time_to_live(input)),
@@ -362,6 +369,17 @@ pub struct Table {
     pub attributes: Vec<(String, String)>,
     /// The attribute with the time at which an item expires.
     pub ttl: Option<String>,
+    /// Indexes, which project keys only.
+    pub indexes: Vec<Index>,
+}
+
+/// An index of a table.
+#[derive(Debug, Eq, PartialEq)]
+pub struct Index {
+    /// Its name.
+    pub name: String,
+    /// Key attributes with HASH or RANGE.
+    pub keys: Vec<(String, String)>,
 }
 
 /// Creates the tables that do not exist yet, and lets their items expire. Each is named by its logical id in the template. It can
@@ -386,6 +404,9 @@ pub async fn create_tables(client: &Client) -> Result<(), DataError> {
                 .await
                 .map_err(|error| failed(name, &error))?;
         }
+        create_indexes(client, &table)
+            .await
+            .map_err(|error| failed(name, &error))?;
         if let Some(attribute) = &table.ttl {
             expire_by(client, name, attribute)
                 .await
@@ -396,27 +417,85 @@ pub async fn create_tables(client: &Client) -> Result<(), DataError> {
 }
 
 async fn create_table(client: &Client, table: &Table) -> Result<(), aws_sdk_dynamodb::Error> {
-    let keys = table.keys.iter().map(|(name, kind)| {
-        KeySchemaElement::builder()
-            .attribute_name(name)
-            .key_type(kind.as_str().into())
-            .build()
-    });
-    let attributes = table.attributes.iter().map(|(name, kind)| {
-        AttributeDefinition::builder()
-            .attribute_name(name)
-            .attribute_type(kind.as_str().into())
-            .build()
-    });
     client
         .create_table()
         .table_name(&table.logical_id)
         .billing_mode(BillingMode::PayPerRequest)
-        .set_key_schema(Some(keys.collect::<Result<_, _>>()?))
-        .set_attribute_definitions(Some(attributes.collect::<Result<_, _>>()?))
+        .set_key_schema(Some(key_schema(&table.keys)?))
+        .set_attribute_definitions(Some(definitions(&table.attributes, &table.keys)?))
         .send()
         .await?;
     Ok(())
+}
+
+/// Creates the indexes that a table lacks, such as those that are newer than a directory's data.
+async fn create_indexes(client: &Client, table: &Table) -> Result<(), aws_sdk_dynamodb::Error> {
+    if table.indexes.is_empty() {
+        return Ok(());
+    }
+    let described = client
+        .describe_table()
+        .table_name(&table.logical_id)
+        .send()
+        .await?;
+    let existing: Vec<&str> = described
+        .table()
+        .map(|table| table.global_secondary_indexes())
+        .unwrap_or_default()
+        .iter()
+        .filter_map(|index| index.index_name())
+        .collect();
+    for index in &table.indexes {
+        if existing.contains(&index.name.as_str()) {
+            continue;
+        }
+        let keys_only = Projection::builder()
+            .projection_type(ProjectionType::KeysOnly)
+            .build();
+        let create = CreateGlobalSecondaryIndexAction::builder()
+            .index_name(&index.name)
+            .set_key_schema(Some(key_schema(&index.keys)?))
+            .projection(keys_only)
+            .build()?;
+        client
+            .update_table()
+            .table_name(&table.logical_id)
+            .set_attribute_definitions(Some(definitions(&table.attributes, &index.keys)?))
+            .global_secondary_index_updates(
+                GlobalSecondaryIndexUpdate::builder().create(create).build(),
+            )
+            .send()
+            .await?;
+    }
+    Ok(())
+}
+
+fn key_schema(keys: &[(String, String)]) -> Result<Vec<KeySchemaElement>, BuildError> {
+    keys.iter()
+        .map(|(name, kind)| {
+            KeySchemaElement::builder()
+                .attribute_name(name)
+                .key_type(kind.as_str().into())
+                .build()
+        })
+        .collect()
+}
+
+/// The definitions of the attributes that are keys: DynamoDB takes no others.
+fn definitions(
+    attributes: &[(String, String)],
+    keys: &[(String, String)],
+) -> Result<Vec<AttributeDefinition>, BuildError> {
+    attributes
+        .iter()
+        .filter(|(name, _)| keys.iter().any(|(key, _)| key == name))
+        .map(|(name, kind)| {
+            AttributeDefinition::builder()
+                .attribute_name(name)
+                .attribute_type(kind.as_str().into())
+                .build()
+        })
+        .collect()
 }
 
 async fn expire_by(
@@ -459,15 +538,6 @@ pub fn tables() -> Result<Vec<Table>, DataError> {
         .get("Resources")
         .and_then(Value::as_mapping)
         .ok_or_else(|| DataError::Template("it has no Resources".to_owned()))?;
-    let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
-    let pairs =
-        |list: Option<&Value>, first: &str, second: &str| -> Option<Vec<(String, String)>> {
-            list?
-                .as_sequence()?
-                .iter()
-                .map(|entry| Some((text(entry.get(first))?, text(entry.get(second))?)))
-                .collect()
-        };
     resources
         .iter()
         .filter(|(_, resource)| {
@@ -487,11 +557,40 @@ pub fn tables() -> Result<Vec<Table>, DataError> {
                     )?,
                     ttl: property("TimeToLiveSpecification")
                         .and_then(|ttl| text(ttl.get("AttributeName"))),
+                    indexes: indexes(property("GlobalSecondaryIndexes"))?,
                 })
             };
             table().ok_or_else(|| DataError::Template(format!("not a literal table: {id:?}")))
         })
         .collect()
+}
+
+fn text(value: Option<&Value>) -> Option<String> {
+    value.and_then(Value::as_str).map(str::to_owned)
+}
+
+fn pairs(list: Option<&Value>, first: &str, second: &str) -> Option<Vec<(String, String)>> {
+    list?
+        .as_sequence()?
+        .iter()
+        .map(|entry| Some((text(entry.get(first))?, text(entry.get(second))?)))
+        .collect()
+}
+
+/// The indexes of a table, if all of them are spelled out and project keys only.
+fn indexes(list: Option<&Value>) -> Option<Vec<Index>> {
+    let Some(list) = list else {
+        return Some(Vec::new());
+    };
+    let index = |index: &Value| {
+        let projection = index.get("Projection")?.get("ProjectionType")?;
+        (projection.as_str()? == "KEYS_ONLY").then_some(())?;
+        Some(Index {
+            name: text(index.get("IndexName"))?,
+            keys: pairs(index.get("KeySchema"), "AttributeName", "KeyType")?,
+        })
+    };
+    list.as_sequence()?.iter().map(index).collect()
 }
 
 #[cfg(all(test, unix))]

@@ -151,10 +151,9 @@ fn allowed(template: &Value, function: &str) -> BTreeSet<String> {
                             .expect("all connections")
                     ));
                 } else {
-                    allowed.insert(format!(
-                        "{action} {}",
-                        resource.strip_suffix(".Arn").expect("a table")
-                    ));
+                    let resource = resource.replace("${", "").replace('}', "");
+                    let (table, index) = resource.split_once(".Arn").expect("a table");
+                    allowed.insert(format!("{action} {table}{index}"));
                 }
             }
         }
@@ -176,6 +175,33 @@ struct Spy {
     >,
 }
 
+/// The permissions that a DynamoDB call needs, as the policies have them: `dynamodb:GetItem TunnelsTable`.
+fn permissions_for(operation: &str, request: &serde_json::Value) -> Vec<String> {
+    let on = |action: &str, request: &serde_json::Value| {
+        let table = request["TableName"].as_str().expect("a table");
+        match request["IndexName"].as_str() {
+            Some(index) => format!("dynamodb:{action} {table}/index/{index}"),
+            None => format!("dynamodb:{action} {table}"),
+        }
+    };
+    match request["TransactItems"].as_array() {
+        None => vec![on(operation, request)],
+        // A transaction needs the permissions of its steps ("IAM policies for transactions" in the developer guide).
+        Some(steps) => steps
+            .iter()
+            .flat_map(|step| step.as_object().expect("a step"))
+            .map(|(kind, step)| {
+                let action = if kind == "ConditionCheck" {
+                    "ConditionCheckItem".to_owned()
+                } else {
+                    format!("{kind}Item")
+                };
+                on(&action, step)
+            })
+            .collect(),
+    }
+}
+
 /// Notes a DynamoDB call, then passes it on.
 async fn note_call(State(spy): State<Spy>, headers: HeaderMap, body: Bytes) -> impl IntoResponse {
     let (_, operation) = headers["x-amz-target"]
@@ -184,10 +210,10 @@ async fn note_call(State(spy): State<Spy>, headers: HeaderMap, body: Bytes) -> i
         .split_once('.')
         .expect("a target");
     let request: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
-    spy.calls.lock().expect("not poisoned").insert(format!(
-        "dynamodb:{operation} {}",
-        request["TableName"].as_str().expect("a table")
-    ));
+    spy.calls
+        .lock()
+        .expect("not poisoned")
+        .extend(permissions_for(operation, &request));
     let mut on = http::Request::post(&spy.dynamodb)
         .body(http_body_util::Full::new(body))
         .expect("a request");
@@ -331,16 +357,18 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
         .await
         .expect("a ticket");
     let reply_connection = [
-        (ID, "reply="),
         ("tunnel_id", "reply"),
         ("Bearer sample", &format!("Bearer {ticket}")),
     ];
-    for status in [200, 401] {
-        let event = websocket(CONNECT, &reply_connection);
+    for (connection, status) in [("reply=", 200), ("reply=", 200), ("another=", 401)] {
+        let event = websocket(
+            CONNECT,
+            &[&[(ID, connection)], &reply_connection[..]].concat(),
+        );
         assert_eq!(
             connect.handle(event).await.expect("handled").status_code,
             status,
-            "a ticket is good once"
+            "a ticket is good for one connection"
         );
     }
     made.insert(FUNCTIONS[0], at.calls);

@@ -38,13 +38,16 @@ pub enum Feature {
     Zstd,
     /// Enforces the visitor policy in `access` of `ready`. Has no meaning when an agent announces it.
     Access,
+    /// Answers a `ping` of a connection that does not serve its tunnel with `replaced`, so that an agent can ask whether it was
+    /// really replaced. Has no meaning when an agent announces it.
+    ConfirmReplaced,
     /// A feature that this code does not know.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 7] = [
+pub const FEATURES: [Feature; 8] = [
     Feature::BodyParts,
     Feature::Cancel,
     Feature::Notices,
@@ -52,6 +55,7 @@ pub const FEATURES: [Feature; 7] = [
     Feature::ReplyTo,
     Feature::Zstd,
     Feature::Access,
+    Feature::ConfirmReplaced,
 ];
 
 /// Body bytes, which JSON carries in base64 (RFC 4648, 4: with padding).

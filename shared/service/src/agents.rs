@@ -15,6 +15,14 @@ use crate::routing::PublicUrl;
 use crate::{aws::sdk::SdkConfig, replies::Replies, settings::Variables};
 use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message, url::is_loopback};
 
+/// Pauses before a message is sent again that a connection could not take.
+const BUSY_RETRY_DELAYS: [Duration; 4] = [
+    Duration::from_millis(20),
+    Duration::from_millis(60),
+    Duration::from_millis(180),
+    Duration::from_millis(540),
+];
+
 /// Where @connections is served: the WebSocket API's own address with the scheme of plain HTTP requests.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ManagementEndpoint(String);
@@ -152,6 +160,25 @@ impl AgentConnections {
         message: &M,
     ) -> Result<(), PostError> {
         self.post_text(to, message::encode(message)).await
+    }
+
+    /// Sends a message, again after a pause if the connection takes no more at the moment.
+    ///
+    /// # Errors
+    /// See [`PostError`].
+    pub async fn post_patiently<M: Serialize>(
+        &self,
+        to: &ConnectionId,
+        message: &M,
+    ) -> Result<(), PostError> {
+        let text = message::encode(message);
+        for pause in BUSY_RETRY_DELAYS {
+            match self.post_text(to, text.clone()).await {
+                Err(PostError::Busy) => tokio::time::sleep(pause).await,
+                outcome => return outcome,
+            }
+        }
+        self.post_text(to, text).await
     }
 
     /// Sends a message that is encoded already.

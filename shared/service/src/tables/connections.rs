@@ -1,14 +1,14 @@
 //! The connections table: which tunnel an open WebSocket connection asked for, and who it is; and the tickets with which `forward`
 //! opens connections of its own.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use aws_sdk_dynamodb::types::ReturnValue;
+use aws_sdk_dynamodb::types::{AttributeValue, ConditionCheck, ReturnValue, TransactWriteItem};
 
 use crate::tables::dynamodb::{
-    Item, StoreError, Table, is_live, number, read_number, read_text, text,
+    Change, Item, StoreError, Table, is_live, number, read_flag, read_number, read_text, text,
 };
-use crate::tables::tunnels::{features_of_text, features_to_text};
+use crate::tables::tunnels::{access_of, access_to_text, features_of_text, features_to_text};
 use crate::{
     auth::{
         Identity,
@@ -20,7 +20,11 @@ use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
     limits::WEBSOCKET_LIFETIME,
     message::Feature,
+    visitor_policy::VisitorPolicy,
 };
+
+/// The condition that a connection is recorded and has not ended.
+const IS_OPEN: &str = "attribute_exists(connectionId) AND attribute_not_exists(ended)";
 
 /// How much longer than its connection a record lives, for a $disconnect that comes late or not at all.
 const RECORD_GRACE: Duration = Duration::from_secs(10 * 60);
@@ -29,28 +33,39 @@ const RECORD_GRACE: Duration = Duration::from_secs(10 * 60);
 const TICKET_TTL: Duration = Duration::from_secs(60);
 
 /// What an open connection is.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Connection {
     /// An agent's.
-    Agent {
-        /// The tunnel it asked for.
-        tunnel_id: TunnelId,
-        /// Who it authenticated as.
-        identity: Identity,
-        /// What was said when its tunnel opened; none before that.
-        opened: Option<Opened>,
-    },
+    Agent(AgentConnection),
     /// One of `forward`'s, to which replies may be passed on.
     Reply,
 }
 
-/// What an agent and the service said to each other when its tunnel opened.
-#[derive(Clone, Debug, Eq, PartialEq)]
+/// An agent's connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AgentConnection {
+    /// The tunnel it asked for.
+    pub tunnel_id: TunnelId,
+    /// Who it authenticated as.
+    pub identity: Identity,
+    /// When it was opened, in milliseconds since 1970. Of two connections of one owner the later one serves the tunnel.
+    pub connected_at_ms: u64,
+    /// What was said when it asked to serve its tunnel; `None` before that.
+    pub opened: Option<Opened>,
+}
+
+/// What an agent and the service said to each other when the agent sent `ready`: all that it takes to put its tunnel online
+/// again.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Opened {
     /// What the agent announced.
     pub features: Vec<Feature>,
     /// The address that it was told.
     pub public_url: String,
+    /// Which visitors it lets in; all of them if there are no rules.
+    pub access: Option<Arc<VisitorPolicy>>,
+    /// The agent's own connection that this one takes over from.
+    pub previous: Option<ConnectionId>,
 }
 
 /// The table.
@@ -63,10 +78,10 @@ impl ConnectionsTable {
         Self(Table::new(sdk, name))
     }
 
-    /// Records a connection, which is not opened yet.
+    /// Records a connection.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn put(
         &self,
         id: &ConnectionId,
@@ -74,27 +89,22 @@ impl ConnectionsTable {
         now: Duration,
     ) -> Result<(), StoreError> {
         let table = &self.0;
+        let expires = now + WEBSOCKET_LIFETIME + RECORD_GRACE;
         let put = table
             .client
             .put_item()
             .table_name(&table.name)
             .item("connectionId", text(id.as_str()))
-            .item("connectedAt", number(now.as_secs()))
-            .item(
-                "ttl",
-                number((now + WEBSOCKET_LIFETIME + RECORD_GRACE).as_secs()),
-            );
+            .item("ttl", number(expires.as_secs()));
         let put = match connection {
-            Connection::Agent {
-                tunnel_id,
-                identity,
-                ..
-            } => {
+            Connection::Agent(agent) => {
                 let put = put
                     .item("kind", text("agent"))
-                    .item("tunnelId", text(tunnel_id.as_str()))
-                    .item("owner", text(identity.owner.to_string()));
-                identity
+                    .item("tunnelId", text(agent.tunnel_id.as_str()))
+                    .item("owner", text(agent.identity.owner.to_string()))
+                    .item("connectedAt", number(agent.connected_at_ms));
+                agent
+                    .identity
                     .expires_at
                     .into_iter()
                     .fold(put, |put, at| put.item("expiresAt", number(at)))
@@ -105,35 +115,42 @@ impl ConnectionsTable {
         Ok(())
     }
 
-    /// Notes what was said when an agent's tunnel opened, or since, and tells whether the connection is still recorded.
+    /// Notes what was said when an agent asked to serve its tunnel, or since. Returns whether the connection is still open.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn record_opened(
         &self,
         id: &ConnectionId,
         opened: &Opened,
     ) -> Result<bool, StoreError> {
         let table = &self.0;
+        let change = Change::default()
+            .set("features", text(features_to_text(&opened.features)))
+            .set("publicUrl", text(&opened.public_url))
+            .set_or_remove("access", opened.access.as_deref().map(access_to_text))
+            .set_or_remove(
+                "previous",
+                opened.previous.as_ref().map(|id| text(id.as_str())),
+            );
         let outcome = table
             .client
             .update_item()
             .table_name(&table.name)
             .key("connectionId", text(id.as_str()))
-            .update_expression("SET features = :features, publicUrl = :url")
-            // A connection that has ended meanwhile stays forgotten.
-            .condition_expression("attribute_exists(connectionId)")
-            .expression_attribute_values(":features", text(features_to_text(&opened.features)))
-            .expression_attribute_values(":url", text(&opened.public_url))
+            .update_expression(change.expression())
+            .condition_expression(IS_OPEN)
+            .set_expression_attribute_names(Some(change.names()))
+            .set_expression_attribute_values(Some(change.values()))
             .send()
             .await;
         Ok(table.conditional(outcome)?.is_some())
     }
 
-    /// Looks a connection up, with all writes that were answered before.
+    /// Looks an open connection up, with all writes that were answered before.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn get(
         &self,
         id: &ConnectionId,
@@ -151,15 +168,67 @@ impl ConnectionsTable {
             .map_err(table.failed("GetItem"))?;
         Ok(output
             .item
-            .filter(|item| is_live(item, now))
+            .filter(|item| is_live(item, now) && !read_flag(item, "ended"))
             .and_then(|item| connection(&item)))
     }
 
-    /// Issues a ticket for one reply connection and returns it; only its hash is kept. Whoever can write to this table can, and
-    /// those are the functions alone.
+    /// The step of a transaction that makes it fail unless a connection is open.
+    pub(super) fn is_open(&self, id: &ConnectionId) -> TransactWriteItem {
+        let check = ConditionCheck::builder()
+            .table_name(&self.0.name)
+            .key("connectionId", text(id.as_str()))
+            .condition_expression(IS_OPEN)
+            .build()
+            .expect("it has a table, a key and a condition");
+        TransactWriteItem::builder().condition_check(check).build()
+    }
+
+    /// Notes that a connection has ended, after which it cannot take its tunnel any more, and returns what it was. Until it
+    /// is [removed](Self::remove) the same can be asked again. `None` if it is not recorded.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
+    pub async fn end(&self, id: &ConnectionId) -> Result<Option<Connection>, StoreError> {
+        let table = &self.0;
+        let outcome = table
+            .client
+            .update_item()
+            .table_name(&table.name)
+            .key("connectionId", text(id.as_str()))
+            .update_expression("SET ended = :ended")
+            .condition_expression("attribute_exists(connectionId)")
+            .expression_attribute_values(":ended", AttributeValue::Bool(true))
+            .return_values(ReturnValue::AllNew)
+            .send()
+            .await;
+        let output = table.conditional(outcome)?;
+        Ok(output
+            .and_then(|output| output.attributes)
+            .and_then(|item| connection(&item)))
+    }
+
+    /// Forgets a connection.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn remove(&self, id: &ConnectionId) -> Result<(), StoreError> {
+        let table = &self.0;
+        table
+            .client
+            .delete_item()
+            .table_name(&table.name)
+            .key("connectionId", text(id.as_str()))
+            .send()
+            .await
+            .map_err(table.failed("DeleteItem"))?;
+        Ok(())
+    }
+
+    /// Issues a ticket for one reply connection and returns it; only its hash is kept. It proves that its holder is a function
+    /// of this service, because nothing else can write to this table.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
     pub async fn issue_ticket(&self, now: Duration) -> Result<String, StoreError> {
         let table = &self.0;
         let ticket = token::generate_token();
@@ -175,40 +244,33 @@ impl ConnectionsTable {
         Ok(ticket)
     }
 
-    /// Takes a ticket, and tells whether it was good. It is good once.
+    /// Redeems a ticket for a connection, and returns whether it was good. It is good for one connection, for which it may be
+    /// redeemed again: an answer may have been lost.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
-    pub async fn redeem_ticket(&self, ticket: &str, now: Duration) -> Result<bool, StoreError> {
-        Ok(self
-            .delete(ticket_key(ticket))
-            .await?
-            .is_some_and(|item| is_live(&item, now)))
-    }
-
-    /// Forgets a connection and returns what it was.
-    ///
-    /// # Errors
-    /// When DynamoDB does not answer.
-    pub async fn remove(&self, id: &ConnectionId) -> Result<Option<Connection>, StoreError> {
-        Ok(self
-            .delete(id.as_str().to_owned())
-            .await?
-            .and_then(|item| connection(&item)))
-    }
-
-    async fn delete(&self, key: String) -> Result<Option<Item>, StoreError> {
+    /// See [`StoreError`].
+    pub async fn redeem_ticket(
+        &self,
+        ticket: &str,
+        connection: &ConnectionId,
+        now: Duration,
+    ) -> Result<bool, StoreError> {
         let table = &self.0;
-        let output = table
+        let outcome = table
             .client
-            .delete_item()
+            .update_item()
             .table_name(&table.name)
-            .key("connectionId", text(key))
-            .return_values(ReturnValue::AllOld)
+            .key("connectionId", text(ticket_key(ticket)))
+            .update_expression("SET redeemedBy = :connection")
+            .condition_expression(
+                "#ttl > :now AND (attribute_not_exists(redeemedBy) OR redeemedBy = :connection)",
+            )
+            .expression_attribute_names("#ttl", "ttl")
+            .expression_attribute_values(":connection", text(connection.as_str()))
+            .expression_attribute_values(":now", number(now.as_secs()))
             .send()
-            .await
-            .map_err(table.failed("DeleteItem"))?;
-        Ok(output.attributes)
+            .await;
+        Ok(table.conditional(outcome)?.is_some())
     }
 }
 
@@ -219,25 +281,26 @@ fn ticket_key(ticket: &str) -> String {
 
 fn connection(item: &Item) -> Option<Connection> {
     match read_text(item, "kind")? {
-        "agent" => {
-            let identity = Identity {
+        "agent" => Some(Connection::Agent(AgentConnection {
+            tunnel_id: read_text(item, "tunnelId")?.parse().ok()?,
+            identity: Identity {
                 owner: read_text(item, "owner")?.parse().ok()?,
                 expires_at: read_number(item, "expiresAt"),
-            };
-            let opened = || {
-                let features = features_of_text(read_text(item, "features")?);
-                Some(Opened {
-                    features,
-                    public_url: read_text(item, "publicUrl")?.to_owned(),
-                })
-            };
-            Some(Connection::Agent {
-                tunnel_id: read_text(item, "tunnelId")?.parse().ok()?,
-                identity,
-                opened: opened(),
-            })
-        }
+            },
+            // Older versions wrote seconds, which makes their connections older than any new one.
+            connected_at_ms: read_number(item, "connectedAt").unwrap_or_default(),
+            opened: opened(item),
+        })),
         "reply" => Some(Connection::Reply),
         _ => None,
     }
+}
+
+fn opened(item: &Item) -> Option<Opened> {
+    Some(Opened {
+        features: features_of_text(read_text(item, "features")?),
+        public_url: read_text(item, "publicUrl")?.to_owned(),
+        access: item.get("access").map(|rules| Arc::new(access_of(rules))),
+        previous: read_text(item, "previous").and_then(|id| id.parse().ok()),
+    })
 }

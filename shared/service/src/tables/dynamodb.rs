@@ -4,8 +4,15 @@ use std::collections::HashMap;
 
 use aws_sdk_dynamodb::{
     Client,
+    config::{
+        interceptors::InterceptorContext,
+        retry::{ClassifyRetry, RetryAction},
+    },
     error::{ProvideErrorMetadata, SdkError},
-    operation::update_item::{UpdateItemError, UpdateItemOutput},
+    operation::{
+        transact_write_items::TransactWriteItemsError,
+        update_item::{UpdateItemError, UpdateItemOutput},
+    },
     types::AttributeValue,
 };
 
@@ -14,7 +21,8 @@ use crate::aws::sdk::SdkConfig;
 /// A DynamoDB item.
 pub(crate) type Item = HashMap<String, AttributeValue>;
 
-/// A call to DynamoDB failed, after the SDK's own retries.
+/// A call to DynamoDB failed, after the SDK's own retries: there was no answer, or a refusal such as throttling or a missing
+/// permission. A write may have been carried out all the same. Every method of the tables may fail so.
 #[derive(Debug, thiserror::Error)]
 #[error("DynamoDB: {operation} on {table}: {code}")]
 pub struct StoreError {
@@ -34,8 +42,11 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) fn new(sdk: &SdkConfig, name: String) -> Self {
+        let config = aws_sdk_dynamodb::config::Builder::from(sdk)
+            .retry_classifier(TransactionConflict)
+            .build();
         Self {
-            client: Client::new(sdk),
+            client: Client::from_conf(config),
             name,
         }
     }
@@ -85,6 +96,116 @@ impl Table {
             }
             Err(error) => Err(self.failed("UpdateItem")(error)),
         }
+    }
+}
+
+/// Has calls repeated that met a transaction on the same item, which the SDK does not do by itself ("Transaction conflict
+/// handling in DynamoDB" in its developer guide).
+#[derive(Debug)]
+struct TransactionConflict;
+
+impl ClassifyRetry for TransactionConflict {
+    fn classify_retry(&self, context: &InterceptorContext) -> RetryAction {
+        let Some(Err(error)) = context.output_or_error() else {
+            return RetryAction::NoActionIndicated;
+        };
+        let is_conflict = error.as_operation_error().is_some_and(|error| {
+            if let Some(error) = error.downcast_ref::<TransactWriteItemsError>() {
+                cancellation_codes(error).any(|code| code == "TransactionConflict")
+            } else {
+                let update = error.downcast_ref::<UpdateItemError>();
+                update.and_then(ProvideErrorMetadata::code) == Some("TransactionConflictException")
+            }
+        });
+        if is_conflict {
+            RetryAction::transient_error()
+        } else {
+            RetryAction::NoActionIndicated
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        "transaction conflict"
+    }
+}
+
+/// Why the steps of a transaction were refused: `None` for those that were not.
+pub(crate) fn cancellation_codes(
+    error: &TransactWriteItemsError,
+) -> impl Iterator<Item = &str> + '_ {
+    let reasons = match error {
+        TransactWriteItemsError::TransactionCanceledException(canceled) => {
+            canceled.cancellation_reasons()
+        }
+        _ => &[],
+    };
+    reasons.iter().filter_map(|reason| reason.code())
+}
+
+/// A change of an item's attributes, as an update expression with its names and values. Each attribute `a` is named `#a` and
+/// its new value `:a`, so that no attribute can collide with DynamoDB's reserved words.
+#[derive(Default)]
+pub(crate) struct Change {
+    set: Vec<(&'static str, AttributeValue)>,
+    remove: Vec<&'static str>,
+    named: Vec<&'static str>,
+}
+
+impl Change {
+    /// Sets an attribute.
+    pub(crate) fn set(mut self, name: &'static str, value: AttributeValue) -> Self {
+        self.set.push((name, value));
+        self
+    }
+
+    /// Removes an attribute.
+    pub(crate) fn remove(mut self, name: &'static str) -> Self {
+        self.remove.push(name);
+        self
+    }
+
+    /// Sets an attribute if there is a value, and removes it otherwise.
+    pub(crate) fn set_or_remove(self, name: &'static str, value: Option<AttributeValue>) -> Self {
+        match value {
+            Some(value) => self.set(name, value),
+            None => self.remove(name),
+        }
+    }
+
+    /// Names an attribute that only a condition speaks of.
+    pub(crate) fn name(mut self, name: &'static str) -> Self {
+        self.named.push(name);
+        self
+    }
+
+    pub(crate) fn expression(&self) -> String {
+        let set: Vec<String> = self
+            .set
+            .iter()
+            .map(|(name, _)| format!("#{name} = :{name}"))
+            .collect();
+        let remove: Vec<String> = self.remove.iter().map(|name| format!("#{name}")).collect();
+        [("SET", set), ("REMOVE", remove)]
+            .into_iter()
+            .filter(|(_, attributes)| !attributes.is_empty())
+            .map(|(clause, attributes)| format!("{clause} {}", attributes.join(", ")))
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    pub(crate) fn names(&self) -> HashMap<String, String> {
+        let set = self.set.iter().map(|(name, _)| name);
+        set.chain(&self.remove)
+            .chain(&self.named)
+            .map(|name| (format!("#{name}"), (*name).to_owned()))
+            .collect()
+    }
+
+    pub(crate) fn values(self) -> Item {
+        self.set
+            .into_iter()
+            .map(|(name, value)| (format!(":{name}"), value))
+            .collect()
     }
 }
 

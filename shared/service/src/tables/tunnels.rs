@@ -4,11 +4,13 @@ use std::{sync::Arc, time::Duration};
 
 use aws_sdk_dynamodb::{
     operation::delete_item::DeleteItemError,
-    types::{AttributeValue, ReturnValue},
+    types::{AttributeValue, ReturnValue, Select, TransactWriteItem, Update},
 };
 
+use crate::tables::connections::ConnectionsTable;
 use crate::tables::dynamodb::{
-    Item, StoreError, Table, is_live, number, read_number, read_text, text,
+    Change, Item, StoreError, Table, cancellation_codes, is_live, number, read_number, read_text,
+    text,
 };
 use tracing::error;
 
@@ -22,6 +24,10 @@ use tunnel_protocol::{
     visitor_policy::VisitorPolicy,
 };
 
+/// How often a tunnel id is looked at that changes hands while it is claimed.
+const CLAIM_ATTEMPTS: u32 = 5;
+/// The index of tunnel ids by owner, as template.yaml names it.
+const OWNER_INDEX: &str = "byOwner";
 /// How long a name that nobody uses stays its owner's.
 pub const NAME_LEASE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
@@ -30,7 +36,7 @@ pub const NAME_LEASE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 pub struct Tunnel {
     /// Whose it is. `expires_at` is of the proof with which it last went online.
     pub identity: Identity,
-    /// The connection that serves it; none while it is offline.
+    /// The connection that serves it; `None` while it is offline.
     pub online: Option<Online>,
     /// When it last went online or offline, in seconds since 1970; 0 if it never was online.
     pub since: u64,
@@ -41,10 +47,33 @@ pub struct Tunnel {
 pub struct Online {
     /// The connection.
     pub connection_id: ConnectionId,
+    /// When it was opened, in milliseconds since 1970.
+    pub connected_at_ms: u64,
+    /// The connection of the same agent that it took over from. That one is left to finish what it has.
+    pub previous: Option<ConnectionId>,
     /// What its agent announced.
     pub features: Vec<Feature>,
     /// Which visitors it lets in; all of them if there are no rules.
     pub access: Option<Arc<VisitorPolicy>>,
+}
+
+impl Online {
+    /// Whether it was opened after another connection. The ids decide between two that were opened in the same millisecond, so
+    /// that everybody agrees which is the newer one.
+    pub fn is_newer_than(&self, connection: &ConnectionId, connected_at_ms: u64) -> bool {
+        (self.connected_at_ms, self.connection_id.as_str()) > (connected_at_ms, connection.as_str())
+    }
+}
+
+/// What came of claiming a tunnel id.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Claim {
+    /// It is the claimant's.
+    Owned,
+    /// It is another owner's.
+    Taken,
+    /// It was free, but the claimant has as many as one owner may have.
+    TooMany,
 }
 
 /// The table.
@@ -60,7 +89,7 @@ impl TunnelsTable {
     /// Looks a tunnel up, with all writes that were answered before.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn get(&self, id: &TunnelId, now: Duration) -> Result<Option<Tunnel>, StoreError> {
         let table = &self.0;
         let output = table
@@ -78,102 +107,144 @@ impl TunnelsTable {
             .and_then(|item| tunnel(&item)))
     }
 
-    /// Makes the name `owner`'s if it is nobody's, and tells whether it is `owner`'s now.
+    /// Makes a tunnel id `owner`'s, if it is nobody's and `owner` has fewer than `max_ids`; 0 is no limit. What an earlier
+    /// owner left there is removed.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn claim(
+        &self,
+        id: &TunnelId,
+        owner: &Owner,
+        max_ids: u32,
+        now: Duration,
+    ) -> Result<Claim, StoreError> {
+        for _ in 0..CLAIM_ATTEMPTS {
+            let is_written = match self.get(id, now).await? {
+                Some(tunnel) if tunnel.identity.owner == *owner => {
+                    self.renew(id, owner, now).await?
+                }
+                Some(_) => return Ok(Claim::Taken),
+                None if max_ids > 0 && self.count_of(owner, max_ids).await? >= max_ids => {
+                    return Ok(Claim::TooMany);
+                }
+                None => self.claim_free(id, owner, now).await?,
+            };
+            if is_written {
+                return Ok(Claim::Owned);
+            }
+        }
+        Ok(Claim::Taken)
+    }
+
+    async fn renew(&self, id: &TunnelId, owner: &Owner, now: Duration) -> Result<bool, StoreError> {
+        let change = Change::default()
+            .set("ttl", number((now + NAME_LEASE).as_secs()))
+            .name("owner");
+        self.update(id, change, "#owner = :me", [(":me", owner_text(owner))])
+            .await
+    }
+
+    async fn claim_free(
         &self,
         id: &TunnelId,
         owner: &Owner,
         now: Duration,
     ) -> Result<bool, StoreError> {
-        let table = &self.0;
-        let outcome = table
-            .client
-            .update_item()
-            .table_name(&table.name)
-            .key("tunnelId", text(id.as_str()))
-            .update_expression("SET #owner = :owner, #ttl = :ttl")
-            .condition_expression(
-                "attribute_not_exists(tunnelId) OR #owner = :owner OR #ttl <= :now",
-            )
-            .expression_attribute_names("#owner", "owner")
-            .expression_attribute_names("#ttl", "ttl")
-            .expression_attribute_values(":owner", text(owner.to_string()))
-            .expression_attribute_values(":ttl", number((now + NAME_LEASE).as_secs()))
-            .expression_attribute_values(":now", number(now.as_secs()))
-            .send()
-            .await;
-        Ok(table.conditional(outcome)?.is_some())
+        let change = without_connection(Change::default())
+            .set("owner", owner_text(owner))
+            .set("ttl", number((now + NAME_LEASE).as_secs()))
+            .remove("expiresAt")
+            .remove("since");
+        self.update(
+            id,
+            change,
+            "attribute_not_exists(tunnelId) OR #ttl <= :current",
+            [(":current", number(now.as_secs()))],
+        )
+        .await
     }
 
-    /// Lets `online` serve the tunnel, and returns the connection that served it until then. `None` when the tunnel is no
-    /// longer its owner's.
+    /// How many tunnel ids an owner has, counted up to `limit`. Those claimed a moment ago may be missing, and those that have
+    /// expired may be counted until DynamoDB removes them.
+    async fn count_of(&self, owner: &Owner, limit: u32) -> Result<u32, StoreError> {
+        let table = &self.0;
+        let output = table
+            .client
+            .query()
+            .table_name(&table.name)
+            .index_name(OWNER_INDEX)
+            .key_condition_expression("#owner = :owner")
+            .expression_attribute_names("#owner", "owner")
+            .expression_attribute_values(":owner", owner_text(owner))
+            .select(Select::Count)
+            .limit(i32::try_from(limit).unwrap_or(i32::MAX))
+            .send()
+            .await
+            .map_err(table.failed("Query"))?;
+        Ok(u32::try_from(output.count).unwrap_or_default())
+    }
+
+    /// Lets `to` serve the tunnel in place of `from`, in one transaction: only if the tunnel is still its owner's, `from` serves
+    /// it now (nobody, if it is `None`), and `to` is still open. Returns whether all that was so. After `false`, or an error,
+    /// `to` may serve all the same, because an earlier attempt's answer was lost: look again.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
-    pub async fn mark_online(
+    /// See [`StoreError`].
+    pub async fn hand_over(
         &self,
         id: &TunnelId,
+        from: Option<&ConnectionId>,
+        to: &Online,
         identity: &Identity,
-        online: &Online,
+        connections: &ConnectionsTable,
         now: Duration,
-    ) -> Result<Option<Option<Online>>, StoreError> {
+    ) -> Result<bool, StoreError> {
         let table = &self.0;
-        // In one write with the connection: there is no moment in which it is served without its rules.
-        let update = match &online.access {
-            Some(_) => {
-                "SET connectionId = :connection, features = :features, #access = :access, expiresAt = :expires, since = :now, #ttl = :ttl"
-            }
-            None => {
-                "SET connectionId = :connection, features = :features, expiresAt = :expires, since = :now, #ttl = :ttl REMOVE #access"
-            }
+        let change = online(to, identity, now).name("owner");
+        let (condition, from) = match from {
+            None => ("attribute_not_exists(#connectionId)", None),
+            Some(from) => ("#connectionId = :from", Some((":from", from))),
         };
-        let expires_at = identity
-            .expires_at
-            .map_or(AttributeValue::Null(true), number);
-        let outcome = table
-            .client
-            .update_item()
+        let update = Update::builder()
             .table_name(&table.name)
             .key("tunnelId", text(id.as_str()))
-            .update_expression(update)
-            .condition_expression("#owner = :owner")
-            .expression_attribute_names("#access", "access")
-            .expression_attribute_names("#owner", "owner")
-            .expression_attribute_names("#ttl", "ttl")
-            .set_expression_attribute_values(
-                online
-                    .access
-                    .as_ref()
-                    .map(|access| Item::from([(":access".to_owned(), access_to_text(access))])),
-            )
-            .expression_attribute_values(":owner", text(identity.owner.to_string()))
-            .expression_attribute_values(":expires", expires_at)
-            .expression_attribute_values(":connection", text(online.connection_id.as_str()))
-            .expression_attribute_values(
-                ":features",
-                AttributeValue::S(features_to_text(&online.features)),
-            )
-            .expression_attribute_values(":now", number(now.as_secs()))
-            .expression_attribute_values(":ttl", number((now + NAME_LEASE).as_secs()))
-            .return_values(ReturnValue::UpdatedOld)
+            .update_expression(change.expression())
+            .condition_expression(format!("#owner = :me AND {condition}"))
+            .set_expression_attribute_names(Some(change.names()))
+            .set_expression_attribute_values(Some(change.values()))
+            .expression_attribute_values(":me", owner_text(&identity.owner));
+        let update = from
+            .into_iter()
+            .fold(update, |update, (name, from)| {
+                update.expression_attribute_values(name, text(from.as_str()))
+            })
+            .build()
+            .expect("it has a table, a key and an expression");
+        let outcome = table
+            .client
+            .transact_write_items()
+            .transact_items(connections.is_open(&to.connection_id))
+            .transact_items(TransactWriteItem::builder().update(update).build())
             .send()
             .await;
-        let Some(output) = table.conditional(outcome)? else {
-            return Ok(None);
-        };
-        let before = output.attributes.as_ref().and_then(online_of);
-        Ok(Some(before.filter(|before| {
-            before.connection_id != online.connection_id
-        })))
+        match outcome {
+            Ok(_) => Ok(true),
+            Err(error)
+                if error.as_service_error().is_some_and(|error| {
+                    cancellation_codes(error).any(|code| code == "ConditionalCheckFailed")
+                }) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(table.failed("TransactWriteItems")(error)),
+        }
     }
 
     /// All tunnels with their names, for whoever runs the service.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn list(&self, now: Duration) -> Result<Vec<(TunnelId, Tunnel)>, StoreError> {
         let items = self.0.scan().await?;
         let named = |item: &Item| Some((read_text(item, "tunnelId")?.parse().ok()?, tunnel(item)?));
@@ -184,15 +255,24 @@ impl TunnelsTable {
             .collect())
     }
 
-    /// Makes the name nobody's if it is `owner`'s, and returns what it was. `None` when it is not `owner`'s.
+    /// Makes a tunnel id nobody's if it is `owner`'s, and returns what it was. `None` when it is not `owner`'s. It looks before
+    /// it deletes, so that a deletion that is repeated because its answer was lost is no "it was nobody's".
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn release_owned(
         &self,
         id: &TunnelId,
         owner: &Owner,
+        now: Duration,
     ) -> Result<Option<Tunnel>, StoreError> {
+        let Some(tunnel) = self
+            .get(id, now)
+            .await?
+            .filter(|tunnel| tunnel.identity.owner == *owner)
+        else {
+            return Ok(None);
+        };
         let table = &self.0;
         let outcome = table
             .client
@@ -201,27 +281,27 @@ impl TunnelsTable {
             .key("tunnelId", text(id.as_str()))
             .condition_expression("#owner = :owner")
             .expression_attribute_names("#owner", "owner")
-            .expression_attribute_values(":owner", text(owner.to_string()))
-            .return_values(ReturnValue::AllOld)
+            .expression_attribute_values(":owner", owner_text(owner))
             .send()
             .await;
         match outcome {
-            Ok(output) => Ok(output.attributes.as_ref().and_then(tunnel)),
+            Ok(_) => Ok(Some(tunnel)),
+            // It is gone already, or another owner's by now: released either way.
             Err(error)
                 if error
                     .as_service_error()
                     .is_some_and(DeleteItemError::is_conditional_check_failed_exception) =>
             {
-                Ok(None)
+                Ok(Some(tunnel))
             }
             Err(error) => Err(table.failed("DeleteItem")(error)),
         }
     }
 
-    /// Makes the name nobody's, and tells whether it was somebody's.
+    /// Makes a tunnel id nobody's, whoever has it, and returns whether anybody had it.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn release(&self, id: &TunnelId) -> Result<bool, StoreError> {
         let table = &self.0;
         let output = table
@@ -236,33 +316,96 @@ impl TunnelsTable {
         Ok(output.attributes.is_some())
     }
 
-    /// Marks the tunnel offline if `connection` serves it, and tells whether it did.
+    /// Marks the tunnel offline if `connection` serves it, and returns whether it did.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// See [`StoreError`].
     pub async fn mark_offline(
         &self,
         id: &TunnelId,
         connection: &ConnectionId,
         now: Duration,
     ) -> Result<bool, StoreError> {
+        let condition = "#connectionId = :connection";
+        self.update(
+            id,
+            offline(now),
+            condition,
+            [(":connection", text(connection.as_str()))],
+        )
+        .await
+    }
+
+    /// Changes a tunnel on a condition, and returns whether that held.
+    async fn update(
+        &self,
+        id: &TunnelId,
+        change: Change,
+        condition: &str,
+        values: impl IntoIterator<Item = (&'static str, AttributeValue)>,
+    ) -> Result<bool, StoreError> {
         let table = &self.0;
-        let outcome = table
+        let update = table
             .client
             .update_item()
             .table_name(&table.name)
             .key("tunnelId", text(id.as_str()))
-            .update_expression("REMOVE connectionId, #access SET since = :now, #ttl = :ttl")
-            .condition_expression("connectionId = :connection")
-            .expression_attribute_names("#access", "access")
-            .expression_attribute_names("#ttl", "ttl")
-            .expression_attribute_values(":connection", text(connection.as_str()))
-            .expression_attribute_values(":now", number(now.as_secs()))
-            .expression_attribute_values(":ttl", number((now + NAME_LEASE).as_secs()))
+            .update_expression(change.expression())
+            .condition_expression(condition)
+            .set_expression_attribute_names(Some(change.names()))
+            .set_expression_attribute_values(Some(change.values()));
+        let outcome = values
+            .into_iter()
+            .fold(update, |update, (name, value)| {
+                update.expression_attribute_values(name, value)
+            })
             .send()
             .await;
         Ok(table.conditional(outcome)?.is_some())
     }
+}
+
+/// The attributes of a tunnel that `online` serves. They are written at once: there is no moment in which it is served without
+/// its rules.
+fn online(online: &Online, identity: &Identity, now: Duration) -> Change {
+    let expires_at = identity
+        .expires_at
+        .map_or(AttributeValue::Null(true), number);
+    Change::default()
+        .set("connectionId", text(online.connection_id.as_str()))
+        .set("connectedAt", number(online.connected_at_ms))
+        .set("features", text(features_to_text(&online.features)))
+        .set("expiresAt", expires_at)
+        .set("since", number(now.as_secs()))
+        .set("ttl", number((now + NAME_LEASE).as_secs()))
+        .set_or_remove("access", online.access.as_deref().map(access_to_text))
+        .set_or_remove(
+            "previous",
+            online.previous.as_ref().map(|id| text(id.as_str())),
+        )
+}
+
+/// The attributes of a tunnel that nobody serves.
+fn offline(now: Duration) -> Change {
+    without_connection(Change::default())
+        .set("since", number(now.as_secs()))
+        .set("ttl", number((now + NAME_LEASE).as_secs()))
+}
+
+fn without_connection(change: Change) -> Change {
+    [
+        "connectionId",
+        "connectedAt",
+        "previous",
+        "features",
+        "access",
+    ]
+    .into_iter()
+    .fold(change, Change::remove)
+}
+
+fn owner_text(owner: &Owner) -> AttributeValue {
+    text(owner.to_string())
 }
 
 fn tunnel(item: &Item) -> Option<Tunnel> {
@@ -279,6 +422,9 @@ fn tunnel(item: &Item) -> Option<Tunnel> {
 fn online_of(item: &Item) -> Option<Online> {
     Some(Online {
         connection_id: read_text(item, "connectionId")?.parse().ok()?,
+        // Older versions did not write it, which makes their connections older than any new one.
+        connected_at_ms: read_number(item, "connectedAt").unwrap_or_default(),
+        previous: read_text(item, "previous").and_then(|id| id.parse().ok()),
         features: read_text(item, "features")
             .map(features_of_text)
             .unwrap_or_default(),
@@ -294,12 +440,12 @@ pub(super) fn features_of_text(text: &str) -> Vec<Feature> {
     serde_json::from_str(text).unwrap_or_default()
 }
 
-fn access_to_text(access: &VisitorPolicy) -> AttributeValue {
+pub(super) fn access_to_text(access: &VisitorPolicy) -> AttributeValue {
     AttributeValue::S(serde_json::to_string(access).expect("lists of texts have a JSON text"))
 }
 
 /// The rules of an item, which another version may have written: what cannot be read lets nobody in.
-fn access_of(rules: &AttributeValue) -> VisitorPolicy {
+pub(super) fn access_of(rules: &AttributeValue) -> VisitorPolicy {
     let read = rules
         .as_s()
         .ok()

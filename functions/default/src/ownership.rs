@@ -1,0 +1,214 @@
+//! Who serves a tunnel: of its owner's open connections that have said `ready`, the newest.
+//!
+//! States are published by one function and believed by another, and messages, calls and answers are lost, late or repeated. So
+//! nothing here trusts what it read earlier: a tunnel changes hands in one transaction, which fails if another connection was
+//! faster, or if the connection that takes the tunnel has ended. Whoever fails looks again. And each check of a connection
+//! sets right whatever was lost before: see [`Ownership::settle`].
+
+use tracing::{info, warn};
+use tunnel_protocol::{
+    id::ConnectionId,
+    message::{Feature, ToAgent},
+};
+use tunnel_service::{
+    agents::{AgentConnections, PostError},
+    now,
+    tables::connections::{AgentConnection, Connection, ConnectionsTable, Opened},
+    tables::dynamodb::StoreError,
+    tables::tunnels::{Online, Tunnel, TunnelsTable},
+};
+
+use crate::DefaultRouteError;
+
+/// How often a tunnel is looked at that changes hands meanwhile.
+const ATTEMPTS: u32 = 5;
+/// What a connection that lost its tunnel to another one is told.
+pub(crate) const TAKEN_OVER: &str = "another connection of the tunnel's owner has taken it over";
+/// What a connection is told whose tunnel id was released.
+pub(crate) const RELEASED: &str = "the tunnel id was released: it is this agent's no longer";
+
+/// The tables and connections that decide who serves a tunnel.
+#[derive(Clone, Debug)]
+pub(crate) struct Ownership {
+    pub(crate) tunnels: TunnelsTable,
+    pub(crate) connections: ConnectionsTable,
+    pub(crate) agents: AgentConnections,
+}
+
+/// A connection that has said `ready`.
+#[derive(Clone, Debug)]
+pub(crate) struct Candidate {
+    pub(crate) id: ConnectionId,
+    pub(crate) agent: AgentConnection,
+    pub(crate) opened: Opened,
+}
+
+/// How a connection stands to its tunnel.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Standing {
+    /// It serves the tunnel, in place of the connection named here if that has to be told.
+    Serves {
+        /// The connection that served until now.
+        before: Option<Online>,
+    },
+    /// A newer one serves the tunnel, and said that it takes over from this one, which is to finish what it has.
+    Left,
+    /// A newer one serves the tunnel.
+    Outranked,
+    /// The tunnel is its owner's no longer.
+    Released,
+    /// It has ended.
+    Ended,
+}
+
+impl Candidate {
+    /// A connection that is on record, if it has said `ready`.
+    pub(crate) fn of(id: &ConnectionId, agent: AgentConnection) -> Option<Self> {
+        let opened = agent.opened.clone()?;
+        Some(Self {
+            id: id.clone(),
+            agent,
+            opened,
+        })
+    }
+
+    fn online(&self) -> Online {
+        Online {
+            connection_id: self.id.clone(),
+            connected_at_ms: self.agent.connected_at_ms,
+            previous: self.opened.previous.clone(),
+            features: self.opened.features.clone(),
+            access: self.opened.access.clone(),
+        }
+    }
+}
+
+impl Ownership {
+    /// Lets a connection serve its tunnel if it should, and returns how it stands then. It should if nobody does, if an older
+    /// connection does, or if a newer one does that is gone.
+    ///
+    /// # Errors
+    /// When the tables or @connections do not answer. Whether the tunnel has changed hands is not known then.
+    pub(crate) async fn settle(
+        &self,
+        candidate: &Candidate,
+    ) -> Result<Standing, DefaultRouteError> {
+        let mut before = None;
+        for _ in 0..ATTEMPTS {
+            let Some(tunnel) = self.tunnel_of(&candidate.agent).await? else {
+                return Ok(Standing::Released);
+            };
+            let online = candidate.online();
+            let from = match &tunnel.online {
+                // An earlier attempt may have succeeded though its answer was lost: then `before` still has to be told.
+                Some(serving) if *serving == online => return Ok(Standing::Serves { before }),
+                Some(serving) if serving.connection_id == candidate.id => Some(serving),
+                Some(serving) => {
+                    if serving.is_newer_than(&candidate.id, candidate.agent.connected_at_ms)
+                        && !self.is_gone(&serving.connection_id).await?
+                    {
+                        return Ok(if serving.previous.as_ref() == Some(&candidate.id) {
+                            Standing::Left
+                        } else {
+                            Standing::Outranked
+                        });
+                    }
+                    before = Some(serving.clone())
+                        .filter(|before| online.previous.as_ref() != Some(&before.connection_id));
+                    Some(serving)
+                }
+                None => None,
+            };
+            let is_taken = self
+                .tunnels
+                .hand_over(
+                    &candidate.agent.tunnel_id,
+                    from.map(|from| &from.connection_id),
+                    &online,
+                    &candidate.agent.identity,
+                    &self.connections,
+                    now(),
+                )
+                .await?;
+            if is_taken {
+                info!(connection = %candidate.id, tunnel = %candidate.agent.tunnel_id, "online");
+                return Ok(Standing::Serves { before });
+            }
+            if self.connections.get(&candidate.id, now()).await?.is_none() {
+                return Ok(Standing::Ended);
+            }
+        }
+        Err(DefaultRouteError::Contended)
+    }
+
+    /// Takes a connection back that has settled and turned out to be gone: nobody else is told of it, and the connection that
+    /// served before goes on.
+    ///
+    /// # Errors
+    /// When the tables or @connections do not answer.
+    pub(crate) async fn withdraw(
+        &self,
+        gone: &Candidate,
+        before: Option<&Online>,
+    ) -> Result<(), DefaultRouteError> {
+        self.tunnels
+            .mark_offline(&gone.agent.tunnel_id, &gone.id, now())
+            .await?;
+        let Some(before) = before
+            .map(|before| &before.connection_id)
+            .or(gone.opened.previous.as_ref())
+        else {
+            return Ok(());
+        };
+        if let Some(Connection::Agent(agent)) = self.connections.get(before, now()).await?
+            && let Some(before) = Candidate::of(before, agent)
+            && before.agent.tunnel_id == gone.agent.tunnel_id
+        {
+            self.settle(&before).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells a connection that it does not serve its tunnel, or closes it if its agent does not know that message. A check
+    /// repeats it, so a failure only matters to the log.
+    pub(crate) async fn notify_replaced(
+        &self,
+        connection: &ConnectionId,
+        features: &[Feature],
+        reason: &str,
+    ) {
+        let outcome = if features.contains(&Feature::Notices) {
+            let replaced = ToAgent::Replaced {
+                reason: reason.to_owned(),
+            };
+            self.agents.post_patiently(connection, &replaced).await
+        } else {
+            self.agents.close(connection).await
+        };
+        match outcome {
+            Ok(()) | Err(PostError::Gone) => {}
+            Err(error) => {
+                warn!(%connection, error = &error as &dyn std::error::Error, "could not be told that it is replaced");
+            }
+        }
+    }
+
+    /// Whether a connection is gone: it is not on record, or cannot be reached. It is asked with a `pong`, which every agent
+    /// knows and none minds.
+    async fn is_gone(&self, connection: &ConnectionId) -> Result<bool, DefaultRouteError> {
+        if self.connections.get(connection, now()).await?.is_none() {
+            return Ok(true);
+        }
+        match self.agents.post(connection, &ToAgent::Pong).await {
+            Err(PostError::Gone) => Ok(true),
+            // It is there, or nothing is known against it.
+            _ => Ok(false),
+        }
+    }
+
+    /// The tunnel of a connection, if it is its owner's still.
+    async fn tunnel_of(&self, agent: &AgentConnection) -> Result<Option<Tunnel>, StoreError> {
+        let tunnel = self.tunnels.get(&agent.tunnel_id, now()).await?;
+        Ok(tunnel.filter(|tunnel| tunnel.identity.owner == agent.identity.owner))
+    }
+}
