@@ -4,33 +4,37 @@ use std::{io, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use http::{HeaderMap, Method, Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode};
 use http_body::Frame;
-use http_body_util::{BodyExt, Full, StreamBody};
+use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Incoming;
 use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout_at},
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
 };
+use tracing::info;
 use tunnel_protocol::{
     body::{
-        BodySender, Chunk, Mode, SendBodyError, compression, window::ReceiveWindow,
+        BodySender, Chunk, Mode, Part, SendBodyError, compression, window::ReceiveWindow,
         window::SendWindow,
     },
     headers::remove_hop_by_hop,
     id::{ConnectionId, RequestId},
     message,
     message::{
-        AgentError, AgentErrorCode, Body, BodyPart, Encoding, Feature, FromAgent, HttpRequest,
-        HttpResponse, Window,
+        AgentError, AgentErrorCode, Body, BodyPart, Feature, FromAgent, HttpRequest, HttpResponse,
+        Window,
     },
 };
 
 use crate::{
     event::Event,
-    origin::{Origin, OriginError, RequestBody},
+    origin::{Origin, OriginBody, OriginError},
     settings::Settings,
 };
+
+/// How long an upload may stand still whose response has ended: nobody waits for it any more.
+const UPLOAD_STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What an exchange needs to know.
 #[derive(Clone, Debug)]
@@ -94,51 +98,56 @@ pub async fn run(
         window: context.windows.then_some(window),
         bytes: 0,
     };
-    let outcome = match attempt(&context, message, more, &mut reply, started).await {
+    let (upload, progress) = Upload::new(more, context.windows.then(|| outgoing.clone()));
+    let outcome = match attempt(&context, message, upload, progress.clone(), &mut reply).await {
         Ok(status) => Ok(status),
         Err(failed) => {
-            let text = failed.message.to_owned();
-            outgoing.error(failed.code, text.clone()).await;
+            let text = failed.for_user().to_owned();
+            outgoing.error(failed.code, failed.message.to_owned()).await;
             Err(text)
         }
     };
+    let took = started.elapsed();
+    if outcome.is_ok() {
+        progress.ended().await;
+    }
     Event::Request {
         method,
         uri,
         outcome,
         bytes: reply.bytes,
-        took: started.elapsed(),
+        took,
     }
 }
 
 async fn attempt(
     context: &Context,
-    message: HttpRequest,
-    more: Option<BodyParts>,
+    mut message: HttpRequest,
+    upload: Upload,
+    progress: UploadProgress,
     reply: &mut Reply,
-    started: Instant,
 ) -> Result<StatusCode, OriginError> {
+    let started = Instant::now();
     let timeout = match message.deadline_ms {
         0 => context.timeout,
         deadline => context.timeout.min(Duration::from_millis(deadline)),
     };
     let addresses = context.origin.addresses(&message);
-    let first = unpack(message.body.0.clone(), message.encoding).map_err(|_| OriginError {
-        code: AgentErrorCode::InvalidRequest,
-        message: "its body cannot be unpacked",
+    let first = message.take_chunk().decompress().map_err(|_| {
+        OriginError::new(
+            AgentErrorCode::InvalidRequest,
+            "its body cannot be decompressed",
+        )
     })?;
-    let length = first.len();
-    let windows = context.windows.then(|| reply.outgoing.clone());
-    let request = context
-        .origin
-        .request(&message, length, body(first, more, windows))?;
-    let is_head = request.method() == Method::HEAD;
-    let mut response = timeout_at(started + timeout, context.origin.call(request))
-        .await
-        .unwrap_or(Err(OriginError {
-            code: AgentErrorCode::Timeout,
-            message: "the local service took too long",
-        }))?;
+    let request = context.origin.request(&message, upload.body(first))?;
+    let is_head = message.method == "HEAD";
+    let mut response = tokio::select! {
+        response = context.origin.call(request) => response?,
+        () = progress.silent_for(timeout) => return Err(OriginError::new(
+            AgentErrorCode::Timeout,
+            "the local service took too long",
+        )),
+    };
     let status = response.status();
     remove_hop_by_hop(response.headers_mut());
     addresses.to_public(status, response.headers_mut());
@@ -149,43 +158,88 @@ async fn attempt(
     Ok(status)
 }
 
-fn unpack(bytes: Bytes, encoding: Option<Encoding>) -> io::Result<Bytes> {
-    compression::decompress(bytes, encoding).map_err(io::Error::other)
+/// The body of a request on its way to the local service.
+struct Upload {
+    /// What follows the first message, if anything does.
+    parts: Option<BodyParts>,
+    window: ReceiveWindow,
+    /// Allows more parts, where the service waits for that.
+    grants: Option<Outgoing>,
+    progress: watch::Sender<Instant>,
 }
 
-/// The body as the local service gets it. Each part that it takes lets the service send more, as `windows` tells it.
-fn body(first: Bytes, more: Option<BodyParts>, windows: Option<Outgoing>) -> RequestBody {
-    let Some(parts) = more else {
-        return Full::new(first)
-            .map_err(|never| match never {})
-            .boxed_unsync();
-    };
-    let mut allowance = ReceiveWindow::default();
-    // The first message had a part too, and is used up at once.
-    allowance.part_used();
-    let rest = stream::unfold(
-        (parts, windows, allowance, true),
-        |(mut parts, windows, mut allowance, more)| async move {
-            if !more {
-                return None;
+/// When the local service took something of the upload last. The sender is gone when it takes no more.
+#[derive(Clone)]
+struct UploadProgress(watch::Receiver<Instant>);
+
+impl Upload {
+    fn new(parts: Option<BodyParts>, grants: Option<Outgoing>) -> (Self, UploadProgress) {
+        let (progress, receiver) = watch::channel(Instant::now());
+        let upload = Self {
+            parts,
+            window: ReceiveWindow::default(),
+            grants,
+            progress,
+        };
+        (upload, UploadProgress(receiver))
+    }
+
+    /// The body as the local service gets it, after its first bytes.
+    fn body(mut self, first: Bytes) -> OriginBody {
+        let Some(parts) = self.parts.take() else {
+            return OriginBody::Whole(first);
+        };
+        // The first message had a part, too, and it is used up at once.
+        self.window.part_used();
+        let first = stream::iter([Ok(Frame::data(first))]);
+        let rest = stream::unfold((self, Some(parts)), |(mut upload, parts)| async move {
+            let mut parts = parts?;
+            let (data, more) = upload.next(&mut parts).await;
+            Some((data.map(Frame::data), (upload, more.then_some(parts))))
+        });
+        OriginBody::Streamed(StreamBody::new(first.chain(rest)).boxed_unsync())
+    }
+
+    /// The next bytes, and whether more follow. Each part that the local service takes lets the sender send more.
+    async fn next(&mut self, parts: &mut BodyParts) -> (io::Result<Bytes>, bool) {
+        self.progress.send_replace(Instant::now());
+        let Some(part) = parts.recv().await else {
+            // Only an error says that the rest will not come: the local service would take an end for the body's end.
+            let broken_off = io::Error::new(io::ErrorKind::UnexpectedEof, "the upload broke off");
+            return (Err(broken_off), false);
+        };
+        self.progress.send_replace(Instant::now());
+        let chunk = Part::from(part).chunk;
+        let more = chunk.more;
+        let allowed = self.window.part_used().filter(|_| more);
+        if let (Some(outgoing), Some(allowed)) = (&self.grants, allowed) {
+            outgoing.window(allowed).await;
+        }
+        (chunk.decompress().map_err(io::Error::other), more)
+    }
+}
+
+impl UploadProgress {
+    /// Completes when nothing has been taken of the upload for this long.
+    async fn silent_for(&self, time: Duration) {
+        loop {
+            let last = *self.0.borrow();
+            sleep_until(last + time).await;
+            if *self.0.borrow() == last {
+                return;
             }
-            let Some(part) = parts.recv().await else {
-                // Nobody sends the rest. Only an error tells the local service so: it takes an end for the body's end.
-                let broken_off =
-                    io::Error::new(io::ErrorKind::UnexpectedEof, "the upload broke off");
-                return Some((Err(broken_off), (parts, windows, allowance, false)));
-            };
-            if let (Some(outgoing), Some(allowed)) = (&windows, allowance.part_used()) {
-                outgoing.window(allowed).await;
-            }
-            let more = part.more;
-            Some((
-                unpack(part.body.0, part.encoding).map(Frame::data),
-                (parts, windows, allowance, more),
-            ))
-        },
-    );
-    StreamBody::new(stream::iter([Ok(Frame::data(first))]).chain(rest)).boxed_unsync()
+        }
+    }
+
+    /// Waits for the end of an upload whose response is there already: the local service still gets all that it takes.
+    async fn ended(mut self) {
+        let stalled = self.clone();
+        let taken = async { while self.0.changed().await.is_ok() {} };
+        tokio::select! {
+            () = taken => {}
+            () = stalled.silent_for(UPLOAD_STALL_TIMEOUT) => {}
+        }
+    }
 }
 
 /// What an exchange says to the service.
@@ -243,10 +297,10 @@ impl Reply {
         let (head, body) = response.into_parts();
         let packs = context.packs && compression::is_compressible(&head.headers);
         let mut message = self.head(head.status, head.headers, processing_time_ms);
-        let room = message.room().ok_or(OriginError {
-            code: AgentErrorCode::ResponseTooLarge,
-            message: "The response's header is longer than a tunnel can carry.",
-        })?;
+        let room = message.room().ok_or(OriginError::new(
+            AgentErrorCode::ResponseTooLarge,
+            "the header of its response is longer than a tunnel can carry",
+        ))?;
         if is_head {
             self.outgoing.send(FromAgent::HttpResponse(message)).await;
             return Ok(());
@@ -261,7 +315,7 @@ impl Reply {
                 Ok(Some(part)) => part,
                 // A closed window means that the connection has ended, and this exchange is about to.
                 Ok(None) | Err(SendBodyError::WindowClosed(_)) => return Ok(()),
-                Err(SendBodyError::Body(error)) => return Err(broken_off(error)),
+                Err(SendBodyError::Body(error)) => return Err(broken_off(&error)),
             };
             self.bytes = body.sent_bytes();
             let message = part.into_message(
@@ -279,15 +333,18 @@ impl Reply {
         takes_parts: bool,
     ) -> Result<Chunk, OriginError> {
         if takes_parts {
-            return body.first_chunk(room).await.map_err(broken_off);
+            return body
+                .first_chunk(room)
+                .await
+                .map_err(|error| broken_off(&error));
         }
         body.whole(room)
             .await
-            .map_err(broken_off)?
-            .ok_or(OriginError {
-                code: AgentErrorCode::ResponseTooLarge,
-                message: "The response is longer than this service's version can carry.",
-            })
+            .map_err(|error| broken_off(&error))?
+            .ok_or(OriginError::new(
+                AgentErrorCode::ResponseTooLarge,
+                "its response is longer than this version of the service can carry",
+            ))
     }
 
     fn head(
@@ -309,9 +366,13 @@ impl Reply {
     }
 }
 
-fn broken_off(_: hyper::Error) -> OriginError {
-    OriginError {
-        code: AgentErrorCode::LocalServiceUnavailable,
-        message: "it broke off in the middle of its response",
-    }
+fn broken_off(error: &hyper::Error) -> OriginError {
+    info!(
+        error = error as &dyn std::error::Error,
+        "the local service broke its response off"
+    );
+    OriginError::new(
+        AgentErrorCode::LocalServiceUnavailable,
+        "it broke off in the middle of its response",
+    )
 }

@@ -55,7 +55,7 @@ struct Failure {
 }
 
 impl Failure {
-    fn new(exit: Exit, text: impl ToString) -> Self {
+    fn new(exit: Exit, text: &impl ToString) -> Self {
         Self {
             exit,
             text: text.to_string(),
@@ -65,7 +65,7 @@ impl Failure {
 
 impl From<TunnelError> for Failure {
     fn from(error: TunnelError) -> Self {
-        Self::new(Exit::from(&error), error)
+        Self::new(Exit::from(&error), &error)
     }
 }
 
@@ -91,13 +91,13 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), Failure> {
     let Invocation { action, log } = cli
         .invocation()
-        .map_err(|error| Failure::new(Exit::Usage, error))?;
+        .map_err(|error| Failure::new(Exit::Usage, &error))?;
     tracing_subscriber::registry()
         .with(fmt::layer().with_writer(stderr.clone()))
         .with(log)
         .init();
     raise_open_files();
-    let cannot_start = |error| Failure::new(Exit::Failed, format!("cannot start: {error}"));
+    let cannot_start = |error| Failure::new(Exit::Failed, &format!("cannot start: {error}"));
     let runtime = Runtime::new().map_err(cannot_start)?;
     let outcome = runtime.block_on(async {
         match action {
@@ -116,7 +116,7 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), Failure> {
 
 async fn open(tunnels: Vec<Settings>, stdout: &Lines, stderr: &Lines) -> Result<(), Failure> {
     let mut signals = Signals::new()
-        .map_err(|error| Failure::new(Exit::Failed, format!("cannot start: {error}")))?;
+        .map_err(|error| Failure::new(Exit::Failed, &format!("cannot start: {error}")))?;
     let stop = CancellationToken::new();
     let display = Display::new(stdout.clone(), stderr.clone(), tunnels.len() > 1);
     let observer: Observer = Arc::new(move |tunnel, event| display.show(tunnel, &event));
@@ -127,7 +127,7 @@ async fn open(tunnels: Vec<Settings>, stdout: &Lines, stderr: &Lines) -> Result<
     }
     tokio::select! {
         outcome = &mut run => Ok(outcome?),
-        () = signals.next() => Err(Failure::new(Exit::Failed, "")),
+        () = signals.next() => Err(Failure::new(Exit::Failed, &"")),
     }
 }
 
@@ -138,12 +138,12 @@ async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<String, Fa
         .map_err(|error| match error {
             HandshakeError::NameTaken => Failure::new(
                 Exit::NameTaken,
-                format!("the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"),
+                &format!("the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"),
             ),
             HandshakeError::Unauthorized => TunnelError::Unauthorized.into(),
             HandshakeError::Unprotected => TunnelError::Unprotected.into(),
             HandshakeError::Invalid(reason) => TunnelError::Invalid(reason).into(),
-            HandshakeError::Unreachable(reason) => Failure::new(Exit::Failed, reason),
+            HandshakeError::Unreachable(reason) => Failure::new(Exit::Failed, &reason),
         })?;
     if let Some(file) = &settings.memory {
         tunnel_ids::forget(file, &settings.endpoint, tunnel_id).await;

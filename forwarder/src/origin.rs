@@ -3,14 +3,18 @@
 use std::{error::Error, io, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, Method, Request, Response, header, uri::PathAndQuery};
-use http_body_util::combinators::UnsyncBoxBody;
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header,
+    request::Parts,
+    uri::{PathAndQuery, Uri},
+};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
+    client::legacy::{self, Client},
     rt::{TokioExecutor, TokioTimer},
 };
+use tracing::{debug, info};
 use tunnel_protocol::{
     headers::remove_hop_by_hop,
     limits::MAX_HEADER_FIELDS,
@@ -19,58 +23,106 @@ use tunnel_protocol::{
 
 use crate::{
     addresses::Addresses,
+    connector::{Connector, Record},
+    failure,
     settings::{HostHeader, Settings},
     target::Target,
+    tls,
 };
 
-/// How long connecting to the local service may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long an idle connection to the local service is kept. Shorter than servers keep theirs (Node: 5 s), so that none is
-/// used while the server closes it.
-const IDLE: Duration = Duration::from_secs(3);
+/// How long an idle connection to the local service is kept. Shorter than servers keep theirs (Node: 5 s), so that few are used
+/// while the server closes them.
+const MAX_IDLE_TIME: Duration = Duration::from_secs(3);
+/// This hop in the `Via` of requests (RFC 9110, 7.6.3).
+const VIA: HeaderValue = HeaderValue::from_static("1.1 ttf");
 
-/// What the local service is sent.
-pub type RequestBody = UnsyncBoxBody<Bytes, io::Error>;
+/// A body that arrives while it is passed on.
+pub type StreamedBody = UnsyncBoxBody<Bytes, io::Error>;
 
 /// The local service, with its pool of connections.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    client: Client<HttpsConnector<HttpConnector>, RequestBody>,
+    pooled: Client<Connector, StreamedBody>,
+    /// For what must not meet another connection that is about to be closed.
+    fresh: Client<Connector, StreamedBody>,
     target: Target,
     host_header: HostHeader,
 }
 
-/// Why there is no response. The text is shown to visitors, so it tells nothing of this machine.
+/// A request to the local service.
+#[derive(Debug)]
+pub struct OriginRequest {
+    head: Parts,
+    body: OriginBody,
+}
+
+/// The body of a request to the local service.
+#[derive(Debug)]
+pub enum OriginBody {
+    /// All of it.
+    Whole(Bytes),
+    /// What is still on its way.
+    Streamed(StreamedBody),
+}
+
+/// Why there is no response.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct OriginError {
     /// What kind of failure.
     pub code: AgentErrorCode,
-    /// The failure in a sentence.
+    /// The failure in a sentence. It is shown to visitors, so it tells nothing of this machine.
     pub message: &'static str,
+    /// What the user of the agent may know, and do about it.
+    pub cause: Option<String>,
+}
+
+impl OriginError {
+    /// A failure of which there is nothing more to say.
+    pub fn new(code: AgentErrorCode, message: &'static str) -> Self {
+        Self {
+            code,
+            message,
+            cause: None,
+        }
+    }
+
+    /// The local service does not answer as HTTP asks for.
+    pub(crate) fn unavailable(message: &'static str, cause: Option<String>) -> Self {
+        Self {
+            code: AgentErrorCode::LocalServiceUnavailable,
+            message,
+            cause,
+        }
+    }
+
+    /// The failure as the user of the agent sees it.
+    pub fn for_user(&self) -> &str {
+        self.cause.as_deref().unwrap_or(self.message)
+    }
+}
+
+/// A call that failed.
+struct FailedCall {
+    error: OriginError,
+    /// The connection had served before, and ended without a byte of a response: it was closed when the request came.
+    was_stale: bool,
 }
 
 impl Origin {
     /// The local service of a tunnel.
     pub fn new(settings: &Settings) -> Self {
-        let mut tcp = HttpConnector::new();
-        tcp.set_nodelay(true);
-        tcp.enforce_http(false);
-        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        let connector = HttpsConnectorBuilder::new()
-            .with_provider_and_native_roots(rustls::crypto::ring::default_provider())
-            .unwrap_or_else(|_| HttpsConnectorBuilder::new().with_tls_config(without_roots()))
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(tcp);
-        let client = Client::builder(TokioExecutor::new())
+        let tls = tls::client_config(&settings.target, &settings.target_tls);
+        let connector = Connector::new(&settings.target, tls);
+        let mut builder = Client::builder(TokioExecutor::new());
+        builder
             .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
+            .pool_idle_timeout(MAX_IDLE_TIME)
             .http1_max_headers(MAX_HEADER_FIELDS)
-            .set_host(false)
-            .build(connector);
+            .set_host(false);
         Self {
-            client,
+            pooled: builder.build(connector.clone()),
+            fresh: builder.pool_max_idle_per_host(0).build(connector),
             target: settings.target.clone(),
             host_header: settings.host_header.clone(),
         }
@@ -86,57 +138,56 @@ impl Origin {
         Addresses::of(request, &self.target, &self.host_header)
     }
 
-    /// Makes a request of a message whose own body unpacks to `length` bytes. Only path and query of its address are the
-    /// visitor's to choose.
+    /// Makes a request of a message with its body. Only path and query of its address are the visitor's to choose.
     ///
     /// # Errors
     /// When the message is no request that HTTP allows.
     pub fn request(
         &self,
         message: &HttpRequest,
-        length: usize,
-        body: RequestBody,
-    ) -> Result<Request<RequestBody>, OriginError> {
-        let invalid = |message| OriginError {
-            code: AgentErrorCode::InvalidRequest,
-            message,
-        };
+        body: OriginBody,
+    ) -> Result<OriginRequest, OriginError> {
+        let invalid = |message| OriginError::new(AgentErrorCode::InvalidRequest, message);
         let method: Method = message
             .method
             .parse()
-            .map_err(|_| invalid("its method is none"))?;
+            .map_err(|_| invalid("its method is not valid"))?;
         if method == Method::CONNECT || !message.uri.starts_with('/') {
             return Err(invalid("its address is not a path"));
         }
         let path: PathAndQuery = message
             .uri
             .parse()
-            .map_err(|_| invalid("its path is none"))?;
-        let uri = http::Uri::builder()
+            .map_err(|_| invalid("its path is not valid"))?;
+        let uri = Uri::builder()
             .scheme(self.target.scheme.clone())
             .authority(self.target.authority.clone())
             .path_and_query(path)
             .build()
-            .map_err(|_| invalid("its path is none"))?;
-        let mut request = Request::new(body);
-        *request.headers_mut() = self.fields(message, length, &method);
-        *request.method_mut() = method;
-        *request.uri_mut() = uri;
-        Ok(request)
+            .map_err(|_| invalid("its path is not valid"))?;
+        let (mut head, ()) = Request::new(()).into_parts();
+        head.headers = self.fields(message, &body, &method);
+        head.method = method;
+        head.uri = uri;
+        Ok(OriginRequest { head, body })
     }
 
-    fn fields(&self, message: &HttpRequest, length: usize, method: &Method) -> HeaderMap {
+    fn fields(&self, message: &HttpRequest, body: &OriginBody, method: &Method) -> HeaderMap {
         let mut fields = message.headers.clone();
         remove_hop_by_hop(&mut fields);
         self.addresses(message).to_own(&mut fields);
+        fields.append(header::VIA, VIA);
         let said = remove_length(&mut fields);
         let expects_body = matches!(*method, Method::POST | Method::PUT | Method::PATCH);
-        if message.more {
-            // Its length, if the visitor told it; chunked otherwise.
-            if let Some(said) = said {
-                fields.insert(header::CONTENT_LENGTH, said.into());
+        let length = match body {
+            // The visitor's word, if there is one; the body is chunked otherwise.
+            OriginBody::Streamed(_) => said,
+            OriginBody::Whole(bytes) if said.is_some() || expects_body || !bytes.is_empty() => {
+                Some(bytes.len() as u64)
             }
-        } else if said.is_some() || expects_body || length > 0 {
+            OriginBody::Whole(_) => None,
+        };
+        if let Some(length) = length {
             fields.insert(header::CONTENT_LENGTH, length.into());
         }
         fields
@@ -144,62 +195,137 @@ impl Origin {
 
     /// Calls the local service and returns its response as soon as the head is there.
     ///
+    /// A service may close a kept connection while a request is put on it. A request that may be made twice (RFC 9110, 9.2.2), and
+    /// whose body is still at hand, is made once more then, on a new connection.
+    ///
     /// # Errors
-    /// When it cannot be reached or what it says is not HTTP.
-    pub async fn call(
+    /// When it cannot be reached or does not answer as HTTP asks for.
+    pub async fn call(&self, request: OriginRequest) -> Result<Response<Incoming>, OriginError> {
+        let again = request.again();
+        let failed = match self.attempt(&self.pooled, request).await {
+            Ok(response) => return Ok(response),
+            Err(failed) => failed,
+        };
+        match again {
+            Some(request) if failed.was_stale => {
+                debug!("a kept connection was closed; the request is sent again");
+                let response = self.attempt(&self.fresh, request).await;
+                response.map_err(|failed| failed.error)
+            }
+            _ => Err(failed.error),
+        }
+    }
+
+    async fn attempt(
         &self,
-        request: Request<RequestBody>,
-    ) -> Result<Response<Incoming>, OriginError> {
-        self.client.request(request).await.map_err(|error| {
-            let unavailable = |message| OriginError {
-                code: AgentErrorCode::LocalServiceUnavailable,
-                message,
-            };
-            if error.is_connect() {
-                return unavailable(if is_refused(&error) {
-                    "it refused the connection"
-                } else {
-                    "it could not be connected to"
-                });
+        client: &Client<Connector, StreamedBody>,
+        request: OriginRequest,
+    ) -> Result<Response<Incoming>, FailedCall> {
+        match client.request(request.into_http()).await {
+            Ok(mut response) => {
+                if let Some(record) = response.extensions_mut().remove::<Record>() {
+                    record.mark_served();
+                }
+                checked(response).map_err(|error| FailedCall {
+                    error,
+                    was_stale: false,
+                })
             }
-            match error
-                .source()
-                .and_then(|cause| cause.downcast_ref::<hyper::Error>())
-            {
-                Some(cause) if cause.is_parse() => unavailable("what it said is not HTTP"),
-                _ => unavailable("it closed the connection without an answer"),
+            Err(error) => {
+                let record = record_of(&error);
+                let head = record.as_ref().map(Record::head).unwrap_or_default();
+                let has_served = record.is_some_and(|record| record.has_served());
+                let failed = failure::explain(&error, &head, &self.target);
+                info!(
+                    error = &error as &dyn Error,
+                    cause = failed.for_user(),
+                    "no response from the local service"
+                );
+                Err(FailedCall {
+                    was_stale: has_served && head.is_empty(),
+                    error: failed,
+                })
             }
-        })
+        }
+    }
+}
+
+impl OriginRequest {
+    /// The same request, if it may be made twice.
+    fn again(&self) -> Option<Self> {
+        let is_idempotent = matches!(
+            self.head.method,
+            Method::GET
+                | Method::HEAD
+                | Method::OPTIONS
+                | Method::TRACE
+                | Method::PUT
+                | Method::DELETE
+        );
+        match &self.body {
+            OriginBody::Whole(bytes) if is_idempotent => Some(Self {
+                head: self.head.clone(),
+                body: OriginBody::Whole(bytes.clone()),
+            }),
+            _ => None,
+        }
+    }
+
+    fn into_http(self) -> Request<StreamedBody> {
+        let body = match self.body {
+            OriginBody::Whole(bytes) => Full::new(bytes)
+                .map_err(|never| match never {})
+                .boxed_unsync(),
+            OriginBody::Streamed(body) => body,
+        };
+        Request::from_parts(self.head, body)
     }
 }
 
 /// Removes the length the visitor gave, and returns it if it is one.
 fn remove_length(fields: &mut HeaderMap) -> Option<u64> {
-    let name: HeaderName = header::CONTENT_LENGTH;
-    fields.remove(name)?.to_str().ok()?.parse().ok()
+    let said = fields.remove(header::CONTENT_LENGTH)?;
+    said.to_str().ok()?.parse().ok()
 }
 
-fn is_refused(error: &(dyn Error + 'static)) -> bool {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if error
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
-        {
-            return true;
-        }
-        cause = error.source();
+fn record_of(error: &legacy::Error) -> Option<Record> {
+    let mut extensions = http::Extensions::new();
+    error.connect_info()?.get_extras(&mut extensions);
+    extensions.remove()
+}
+
+/// Holds a response's head to what HTTP says about status and framing, and makes it fit to be passed on.
+fn checked(mut response: Response<Incoming>) -> Result<Response<Incoming>, OriginError> {
+    let status = response.status();
+    if !(200..600).contains(&status.as_u16()) {
+        let cause = format!("its status is {}", status.as_u16());
+        let message = "it answered with a status that is not valid";
+        return Err(OriginError::unavailable(message, Some(cause)));
     }
-    false
+    let fields = response.headers_mut();
+    let codings: Vec<_> = fields.get_all(header::TRANSFER_ENCODING).iter().collect();
+    match codings[..] {
+        [] => {}
+        // The length counts for nothing beside it (RFC 9112, 6.3).
+        [coding] if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => {
+            fields.remove(header::CONTENT_LENGTH);
+        }
+        _ => {
+            let codings: Vec<_> = codings.iter().map(|coding| coding.as_bytes()).collect();
+            let codings = codings.join(&b", "[..]);
+            let cause = format!(
+                "it answered with Transfer-Encoding: {}; only chunked can be passed on",
+                String::from_utf8_lossy(&codings)
+            );
+            let message = "it answered with a transfer coding that is not supported";
+            return Err(OriginError::unavailable(message, Some(cause)));
+        }
+    }
+    if status == StatusCode::NO_CONTENT {
+        fields.remove(header::CONTENT_LENGTH);
+    }
+    Ok(response)
 }
 
-/// For a machine without any certificates: plain HTTP works, and every HTTPS target fails.
-fn without_roots() -> rustls::ClientConfig {
-    rustls::ClientConfig::builder_with_provider(std::sync::Arc::new(
-        rustls::crypto::ring::default_provider(),
-    ))
-    .with_safe_default_protocol_versions()
-    .expect("ring speaks the default versions")
-    .with_root_certificates(rustls::RootCertStore::empty())
-    .with_no_client_auth()
-}
+#[cfg(test)]
+mod tests;

@@ -138,7 +138,7 @@ impl TunnelIdStore {
         self.entry.tunnel_id = None;
         let (endpoint, target) = (self.entry.endpoint.clone(), self.entry.target.clone());
         change(&self.file, move |entries| {
-            entries.retain(|other| other.endpoint != endpoint || other.target != target)
+            entries.retain(|other| other.endpoint != endpoint || other.target != target);
         })
         .await;
     }
@@ -157,7 +157,7 @@ pub async fn forget(file: &Path, endpoint: &Endpoint, tunnel_id: &TunnelId) {
         change(file, move |entries| {
             entries.retain(|entry| {
                 entry.endpoint != endpoint || entry.tunnel_id.as_ref() != Some(&tunnel_id)
-            })
+            });
         })
         .await;
     }

@@ -1,0 +1,345 @@
+//! Connections to the local service: over TCP or a Unix socket, with TLS where the target has it, all within one time limit. Each
+//! keeps a record of what it was used for, from which failures are explained.
+
+use std::{
+    error::Error,
+    future::Future,
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use http::Uri;
+use hyper::rt::{Read, ReadBuf, ReadBufCursor, Write};
+use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
+use hyper_util::{
+    client::legacy::connect::{
+        Connected, Connection, HttpConnector,
+        dns::{GaiResolver, Name},
+    },
+    rt::TokioIo,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
+use tower_service::Service;
+
+use crate::target::{Target, Transport};
+
+/// How long connecting to the local service may take, the TLS handshake included.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much of a response's head is kept to explain what is wrong with it.
+const MAX_RECORDED_BYTES: usize = 16 * 1024;
+
+type BoxError = Box<dyn Error + Send + Sync>;
+type BoxFuture<T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>;
+
+/// Makes connections to one target.
+#[derive(Clone, Debug)]
+pub(crate) struct Connector(HttpsConnector<Dialer>);
+
+impl Connector {
+    /// Connects to `target`. Its scheme decides about TLS.
+    pub(crate) fn new(target: &Target, tls: rustls::ClientConfig) -> Self {
+        Self(HttpsConnector::from((Dialer::new(target), tls)))
+    }
+}
+
+impl Service<Uri> for Connector {
+    type Response = Recorded<MaybeHttpsStream<TokioIo<Socket>>>;
+    type Error = BoxError;
+    type Future = BoxFuture<Self::Response>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let connecting = self.0.call(uri);
+        Box::pin(async move {
+            let stream = timeout(CONNECT_TIMEOUT, connecting)
+                .await
+                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+            Ok(Recorded::new(stream))
+        })
+    }
+}
+
+/// Makes connections without TLS.
+#[derive(Clone, Debug)]
+enum Dialer {
+    Tcp(HttpConnector),
+    Loopback(HttpConnector<LoopbackResolver>, u16),
+    #[cfg(unix)]
+    Unix(std::path::PathBuf),
+}
+
+impl Dialer {
+    fn new(target: &Target) -> Self {
+        match &target.transport {
+            Transport::Tcp => Self::Tcp(configured(HttpConnector::new_with_resolver(
+                GaiResolver::new(),
+            ))),
+            Transport::Loopback => Self::Loopback(
+                configured(HttpConnector::new_with_resolver(LoopbackResolver)),
+                target.authority.port_u16().unwrap_or(80),
+            ),
+            #[cfg(unix)]
+            Transport::Unix(path) => Self::Unix(path.clone()),
+            #[cfg(not(unix))]
+            Transport::Unix(_) => unreachable!("no target is a Unix socket on this system"),
+        }
+    }
+}
+
+fn configured<R>(mut connector: HttpConnector<R>) -> HttpConnector<R> {
+    connector.set_nodelay(true);
+    connector.enforce_http(false);
+    connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    connector
+}
+
+impl Service<Uri> for Dialer {
+    type Response = TokioIo<Socket>;
+    type Error = BoxError;
+    type Future = BoxFuture<Self::Response>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        match self {
+            Self::Tcp(connector) => connector.poll_ready(cx).map_err(Into::into),
+            Self::Loopback(connector, _) => connector.poll_ready(cx).map_err(Into::into),
+            #[cfg(unix)]
+            Self::Unix(_) => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        match self {
+            Self::Tcp(connector) => {
+                let connecting = connector.call(uri);
+                Box::pin(async move { Ok(Socket::wrap(connecting.await?.into_inner())) })
+            }
+            Self::Loopback(connector, port) => {
+                // Only names are resolved, so a name has to stand for the two addresses.
+                let uri = format!("http://localhost:{port}").parse();
+                let connecting = connector.call(uri.expect("a host and a port"));
+                Box::pin(async move { Ok(Socket::wrap(connecting.await?.into_inner())) })
+            }
+            #[cfg(unix)]
+            Self::Unix(path) => {
+                let connecting = tokio::net::UnixStream::connect(path.clone());
+                Box::pin(async move { Ok(Socket::wrap(connecting.await?)) })
+            }
+        }
+    }
+}
+
+/// Both addresses of this machine, whatever its name service says.
+#[derive(Clone, Debug)]
+struct LoopbackResolver;
+
+impl Service<Name> for LoopbackResolver {
+    type Response = std::array::IntoIter<SocketAddr, 2>;
+    type Error = io::Error;
+    type Future = std::future::Ready<Result<Self::Response, io::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), io::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Name) -> Self::Future {
+        let addresses = [
+            (Ipv4Addr::LOCALHOST, 0).into(),
+            (Ipv6Addr::LOCALHOST, 0).into(),
+        ];
+        std::future::ready(Ok(addresses.into_iter()))
+    }
+}
+
+trait ReadWrite: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ReadWrite for T {}
+
+/// A TCP or Unix socket.
+pub(crate) struct Socket(Box<dyn ReadWrite>);
+
+impl Socket {
+    fn wrap(socket: impl ReadWrite + 'static) -> TokioIo<Self> {
+        TokioIo::new(Self(Box::new(socket)))
+    }
+}
+
+impl Connection for Socket {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut tokio::io::ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// What a connection was used for.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Record(Arc<Mutex<Recording>>);
+
+#[derive(Debug, Default)]
+struct Recording {
+    has_served: bool,
+    /// The beginning of what was read since the last write.
+    head: Vec<u8>,
+    is_complete: bool,
+}
+
+impl Record {
+    /// Notes that a request has had its response on this connection.
+    pub(crate) fn mark_served(&self) {
+        self.lock().has_served = true;
+    }
+
+    /// Whether an earlier request has had its response on this connection.
+    pub(crate) fn has_served(&self) -> bool {
+        self.lock().has_served
+    }
+
+    /// The beginning of the last response: its head, as far as it came and was kept.
+    pub(crate) fn head(&self) -> Vec<u8> {
+        self.lock().head.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Recording> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Recording {
+    fn write(&mut self) {
+        self.head.clear();
+        self.is_complete = false;
+    }
+
+    fn read(&mut self, bytes: &[u8]) {
+        let room = MAX_RECORDED_BYTES - self.head.len();
+        self.head.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        self.is_complete = self.head.len() == MAX_RECORDED_BYTES || ends_head(&self.head);
+    }
+}
+
+fn ends_head(bytes: &[u8]) -> bool {
+    bytes.windows(4).any(|four| four == b"\r\n\r\n") || bytes.windows(2).any(|two| two == b"\n\n")
+}
+
+/// A connection with its record. Only the beginning of a response is copied.
+pub(crate) struct Recorded<T> {
+    stream: T,
+    record: Record,
+    buffer: Vec<u8>,
+}
+
+impl<T> Recorded<T> {
+    fn new(stream: T) -> Self {
+        Self {
+            stream,
+            record: Record::default(),
+            buffer: Vec::new(),
+        }
+    }
+}
+
+impl<T: Connection> Connection for Recorded<T> {
+    fn connected(&self) -> Connected {
+        self.stream.connected().extra(self.record.clone())
+    }
+}
+
+impl<T: Read + Unpin> Read for Recorded<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        mut cursor: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.record.lock().is_complete {
+            return Pin::new(&mut this.stream).poll_read(cx, cursor);
+        }
+        let room = cursor.remaining().min(MAX_RECORDED_BYTES);
+        this.buffer.resize(room, 0);
+        let mut buffer = ReadBuf::new(&mut this.buffer);
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer.unfilled()))?;
+        this.record.lock().read(buffer.filled());
+        cursor.put_slice(buffer.filled());
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<T: Write + Unpin> Write for Recorded<T> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.record.lock().write();
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.record.lock().write();
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
