@@ -182,18 +182,18 @@ impl DefaultRoute {
             }
             FromAgent::Release => return self.release(sender).await,
             FromAgent::HttpResponse(response) => {
-                self.relay.deliver(sender, response.into()).await?
+                self.relay.deliver(sender, response.into()).await?;
             }
             FromAgent::BodyPart(part) => self.relay.deliver(sender, part.into()).await?,
             FromAgent::Window(window) => self.relay.deliver(sender, window.into()).await?,
             FromAgent::Error(error) => match Reply::of_error(error.clone()) {
                 Some(reply) => self.relay.deliver(sender, reply).await?,
                 None => {
-                    info!(connection = %sender, code = ?error.code, message = error.message, "agent reports an error")
+                    info!(connection = %sender, code = ?error.code, message = error.message, "agent reports an error");
                 }
             },
             FromAgent::Unknown => {
-                debug!(connection = %sender, "message of an unknown type ignored")
+                debug!(connection = %sender, "message of an unknown type ignored");
             }
         }
         Ok(RouteResponse::ok())

@@ -16,4 +16,5 @@ mod ownership;
 mod protocol;
 mod quotas;
 mod replies;
+mod serving;
 mod template;

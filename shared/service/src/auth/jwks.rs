@@ -132,10 +132,10 @@ impl Jwks {
             return Ok(Some(key));
         }
         let mut asked = self.asked.lock().await;
-        if asked
+        let is_fresh = asked
             .as_ref()
-            .is_none_or(|(at, _)| at.elapsed() >= JWKS_MIN_REFRESH)
-        {
+            .is_none_or(|(at, _)| at.elapsed() >= JWKS_MIN_REFRESH);
+        if is_fresh {
             let outcome = self.fetch().await;
             if let Err(error) = &outcome {
                 warn!(url = %self.url, error = error as &dyn std::error::Error, "no keys");
@@ -146,8 +146,20 @@ impl Jwks {
             // Keys of before, while the issuer does not answer, rather than no agents at all.
             (Some(key), _) => Ok(Some(key)),
             (None, Some((_, Some(error)))) => Err(error.clone()),
+            // Its issuer may have published it since the keys were fetched, and they are not fetched again so soon.
+            (None, _) if !is_fresh && kid.is_some_and(|kid| !self.has(kid)) => Err(JwksError(
+                "they were fetched a moment ago, without the one named".into(),
+            )),
             (None, _) => Ok(None),
         }
+    }
+
+    /// Whether a key of this id was published when the keys were last fetched.
+    fn has(&self, kid: &str) -> bool {
+        self.fetched().is_some_and(|fetched| {
+            let mut ids = fetched.keys.iter().map(|key| &key.common.key_id);
+            ids.any(|id| id.as_deref() == Some(kid))
+        })
     }
 
     async fn fetch(&self) -> Result<(), JwksError> {
