@@ -376,3 +376,40 @@ fn broken_off(error: &hyper::Error) -> OriginError {
         "it broke off in the middle of its response",
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{advance, timeout};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn time_counts_from_the_last_progress_of_an_upload() {
+        const LIMIT: Duration = Duration::from_secs(10);
+        let (upload, progress) = Upload::new(None, None);
+        let silent = progress.silent_for(LIMIT);
+        tokio::pin!(silent);
+        for _ in 0..10 {
+            assert!(timeout(LIMIT * 9 / 10, &mut silent).await.is_err());
+            upload.progress.send_replace(Instant::now());
+        }
+        let last = Instant::now();
+        silent.await;
+        assert_eq!(last.elapsed().as_secs(), LIMIT.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upload_is_waited_for_until_it_ends_or_stands_still() {
+        let (upload, progress) = Upload::new(None, None);
+        let started = Instant::now();
+        advance(UPLOAD_STALL_TIMEOUT / 2).await;
+        drop(upload);
+        progress.ended().await;
+        assert!(started.elapsed() < UPLOAD_STALL_TIMEOUT);
+
+        let (_upload, progress) = Upload::new(None, None);
+        let started = Instant::now();
+        progress.ended().await;
+        assert_eq!(started.elapsed().as_secs(), UPLOAD_STALL_TIMEOUT.as_secs());
+    }
+}
