@@ -25,7 +25,7 @@ use tunnel_service::{
     aws::route_event::{RouteEventError, RouteResponse, connection_of},
     aws::sdk::SdkConfig,
     now,
-    replies::Reply,
+    replies::{Reply, ReplyPath},
     routing::{PublicUrl, Routing},
     settings::{SettingsError, Variables},
     tables::connections::{AgentConnection, Connection, ConnectionsTable, Opened},
@@ -35,7 +35,7 @@ use tunnel_service::{
 };
 
 use crate::{
-    ownership::{Candidate, Ownership, RELEASED, Standing, TAKEN_OVER},
+    ownership::{BUSY_TIMEOUT, Candidate, Ownership, RELEASED, Standing, TAKEN_OVER},
     relay::Relay,
 };
 
@@ -87,26 +87,21 @@ impl DefaultRoute {
             .required("CONNECTIONS_TABLE")
             .map(|name| ConnectionsTable::new(sdk, name));
         let agents = AgentConnections::load(&variables, sdk, in_process);
-        let relay = Relay::load(
-            &variables,
-            sdk,
-            in_process,
-            connections.as_ref(),
-            agents.as_ref(),
-        );
+        let reply_path = ReplyPath::load(&variables, sdk, in_process);
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.or("ROUTING", Routing::Path);
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
             let packs = use_compression(in_process, &public_url);
+            let agents = agents?;
             Some(Self {
                 revalidator: Revalidator::new(auth?, TokensTable::new(sdk, tokens?)),
                 ownership: Ownership {
                     tunnels: TunnelsTable::new(sdk, tunnels?),
                     connections: connections?,
-                    agents: agents?,
+                    agents: agents.clone(),
                 },
-                relay: relay?,
+                relay: Relay::new(reply_path?, agents),
                 features: FEATURES
                     .into_iter()
                     .filter(|feature| packs || *feature != Feature::Zstd)
@@ -145,7 +140,7 @@ impl DefaultRoute {
         sender: &ConnectionId,
         text: &str,
     ) -> Result<RouteResponse, DefaultRouteError> {
-        if self.relay.is_elsewhere() && Box::pin(self.relay.pass_on(sender, text)).await? {
+        if Box::pin(self.relay.pass_on(sender, text)).await? {
             return Ok(RouteResponse::ok());
         }
         match message::decode(text) {
@@ -171,6 +166,13 @@ impl DefaultRoute {
         sender: &ConnectionId,
         message: FromAgent,
     ) -> Result<RouteResponse, DefaultRouteError> {
+        let message = match Reply::from_message(message) {
+            Ok(reply) => {
+                self.relay.deliver(sender, reply).await?;
+                return Ok(RouteResponse::ok());
+            }
+            Err(message) => message,
+        };
         match message {
             FromAgent::Ready(ready) => return Box::pin(self.open(sender, ready)).await,
             FromAgent::Ping => {
@@ -181,17 +183,10 @@ impl DefaultRoute {
                 }
             }
             FromAgent::Release => return self.release(sender).await,
-            FromAgent::HttpResponse(response) => {
-                self.relay.deliver(sender, response.into()).await?;
+            FromAgent::Error(error) => {
+                info!(connection = %sender, code = ?error.code, message = error.message, "agent reports an error");
             }
-            FromAgent::BodyPart(part) => self.relay.deliver(sender, part.into()).await?,
-            FromAgent::Window(window) => self.relay.deliver(sender, window.into()).await?,
-            FromAgent::Error(error) => match Reply::of_error(error.clone()) {
-                Some(reply) => self.relay.deliver(sender, reply).await?,
-                None => {
-                    info!(connection = %sender, code = ?error.code, message = error.message, "agent reports an error");
-                }
-            },
+            FromAgent::HttpResponse(_) | FromAgent::BodyPart(_) | FromAgent::Window(_) => {}
             FromAgent::Unknown => {
                 debug!(connection = %sender, "message of an unknown type ignored");
             }
@@ -255,7 +250,11 @@ impl DefaultRoute {
         let established = ToAgent::ConnectionEstablished(address);
         match Box::pin(self.ownership.settle(candidate)).await? {
             Standing::Serves { before } => {
-                match self.agents().post_patiently(id, &established).await {
+                match self
+                    .agents()
+                    .post_patiently(id, &established, BUSY_TIMEOUT)
+                    .await
+                {
                     Err(PostError::Gone) => {
                         info!(connection = %id, "gone before its tunnel was open");
                         Box::pin(self.ownership.withdraw(candidate, before.as_ref())).await?;

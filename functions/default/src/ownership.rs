@@ -5,6 +5,8 @@
 //! faster, or if the connection that takes the tunnel has ended. Whoever fails looks again. And each check of a connection
 //! sets right whatever was lost before: see [`Ownership::settle`].
 
+use std::time::Duration;
+
 use tracing::{info, warn};
 use tunnel_protocol::{
     id::ConnectionId,
@@ -20,6 +22,8 @@ use tunnel_service::{
 
 use crate::DefaultRouteError;
 
+/// How long a connection may take no more messages before it is not told, until the next check.
+pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_millis(800);
 /// How often a tunnel is looked at that changes hands meanwhile.
 const ATTEMPTS: u32 = 5;
 /// What a connection that lost its tunnel to another one is told.
@@ -181,7 +185,9 @@ impl Ownership {
             let replaced = ToAgent::Replaced {
                 reason: reason.to_owned(),
             };
-            self.agents.post_patiently(connection, &replaced).await
+            self.agents
+                .post_patiently(connection, &replaced, BUSY_TIMEOUT)
+                .await
         } else {
             self.agents.close(connection).await
         };

@@ -4,7 +4,7 @@
 use std::{
     borrow::Cow,
     collections::HashSet,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -12,40 +12,27 @@ use serde::Deserialize;
 use tracing::{debug, info, warn};
 use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message::Relayed};
 use tunnel_service::{
-    agents::{AgentConnections, InProcess, PostError},
-    aws::sdk::SdkConfig,
+    agents::{AgentConnections, PostError},
     now,
-    replies::{Replies, Reply},
-    settings::Variables,
+    replies::{REPLY_TYPES, Reply, ReplyPath},
     tables::connections::{Connection, ConnectionsTable},
     tables::dynamodb::StoreError,
-    tables::mailbox::MailboxTable,
 };
 
 use crate::DefaultRouteError;
 
 /// Most reply connections remembered: more than one account has execution environments, as a rule.
 const MAX_KNOWN_REPLY_CONNECTIONS: usize = 4096;
-/// Pauses before a reply connection that takes no more is tried again. Then the mailbox takes the message.
-const BUSY_RETRY_DELAYS: [Duration; 3] = [
-    Duration::from_millis(20),
-    Duration::from_millis(60),
-    Duration::from_millis(180),
-];
+/// How long a reply connection may take no more messages. Then the mailbox takes the message.
+const BUSY_TIMEOUT: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Debug)]
-pub(crate) enum Relay {
-    /// `forward` runs in this process.
-    InProcess(Replies),
-    /// `forward` runs elsewhere.
-    Cloud {
-        mailbox: MailboxTable,
-        connections: ConnectionsTable,
-        api: AgentConnections,
-        /// Reply connections that were looked up. An agent names the connection its reply is to go to, so it is checked that it is
-        /// none of another agent's.
-        known: Arc<Mutex<HashSet<ConnectionId>>>,
-    },
+pub(crate) struct Relay {
+    path: ReplyPath,
+    agents: AgentConnections,
+    /// Reply connections that were looked up. An agent names the connection its reply is to go to, so it is checked that it is not
+    /// another agent's.
+    known: Arc<Mutex<HashSet<ConnectionId>>>,
 }
 
 /// As much of a message as tells where it goes. The body is skipped, not read.
@@ -57,29 +44,12 @@ struct Address<'m> {
 }
 
 impl Relay {
-    /// Reads the settings. `None` means that a fault was noted.
-    pub(crate) fn load(
-        variables: &Variables<'_>,
-        sdk: &SdkConfig,
-        in_process: Option<&InProcess>,
-        connections: Option<&ConnectionsTable>,
-        api: Option<&AgentConnections>,
-    ) -> Option<Self> {
-        let mailbox = variables.required("PENDING_REQUESTS_TABLE");
-        if let Some(in_process) = in_process {
-            return Some(Self::InProcess(in_process.replies.clone()));
-        }
-        Some(Self::Cloud {
-            mailbox: MailboxTable::new(sdk, mailbox?),
-            connections: connections?.clone(),
-            api: api?.clone(),
+    pub(crate) fn new(path: ReplyPath, agents: AgentConnections) -> Self {
+        Self {
+            path,
+            agents,
             known: Arc::default(),
-        })
-    }
-
-    /// Whether replies have to leave this process.
-    pub(crate) fn is_elsewhere(&self) -> bool {
-        matches!(self, Self::Cloud { .. })
+        }
     }
 
     /// Passes a message that names a reply connection on as it is, and tells whether it did.
@@ -88,7 +58,7 @@ impl Relay {
         sender: &ConnectionId,
         text: &str,
     ) -> Result<bool, DefaultRouteError> {
-        let Self::Cloud { api, known, .. } = self else {
+        let ReplyPath::Cloud { connections, .. } = &self.path else {
             return Ok(false);
         };
         if text.len() > MAX_MESSAGE_BYTES {
@@ -101,31 +71,24 @@ impl Relay {
         else {
             return Ok(false);
         };
-        if !matches!(&*kind, "http_response" | "body_part" | "window" | "error") {
+        if !REPLY_TYPES.contains(&&*kind) {
             return Ok(false);
         }
-        if !self.is_reply_connection(&to).await? {
+        if !self.is_reply_connection(connections, &to).await? {
             info!(connection = %sender, "a reply names a connection that is no reply connection, or no more");
             return Ok(false);
         }
         let relayed = Relayed::encode(sender, text);
-        for pause in BUSY_RETRY_DELAYS.map(Some).into_iter().chain([None]) {
-            match (api.post_text(&to, relayed.clone()).await, pause) {
-                (Ok(()), _) => return Ok(true),
-                (Err(PostError::Busy), Some(pause)) => tokio::time::sleep(pause).await,
-                (Err(error), _) => {
-                    if matches!(error, PostError::Gone) {
-                        known
-                            .lock()
-                            .unwrap_or_else(PoisonError::into_inner)
-                            .remove(&to);
-                    }
-                    debug!(connection = %to, error = &error as &dyn std::error::Error, "not passed on; the mailbox takes it");
-                    return Ok(false);
+        match Box::pin(self.agents.post_text_patiently(&to, &relayed, BUSY_TIMEOUT)).await {
+            Ok(()) => Ok(true),
+            Err(error) => {
+                if matches!(error, PostError::Gone) {
+                    self.known().remove(&to);
                 }
+                debug!(connection = %to, error = &error as &dyn std::error::Error, "not passed on; the mailbox takes it");
+                Ok(false)
             }
         }
-        Ok(false)
     }
 
     /// Leaves a reply where `forward` finds it.
@@ -134,55 +97,40 @@ impl Relay {
         sender: &ConnectionId,
         reply: Reply,
     ) -> Result<(), StoreError> {
-        match self {
-            Self::InProcess(replies) => {
-                // A visitor that has left waits for nothing.
-                replies.deliver(sender, reply);
-                Ok(())
-            }
-            Self::Cloud { mailbox, .. } => Box::pin(mailbox.put(sender, reply, now())).await,
-        }
+        self.path.leave(sender, reply).await
     }
 
     /// Tells a reply connection its own id: it cannot know it otherwise.
     pub(crate) async fn open(&self, connection: &ConnectionId) -> Result<(), PostError> {
-        match self {
-            Self::InProcess(_) => {
-                warn!(%connection, "a reply connection in a process that needs none")
-            }
-            Self::Cloud { api, .. } => {
-                api.post_text(
-                    connection,
-                    Relayed::encode(connection, r#"{"type":"ready"}"#),
-                )
-                .await?
-            }
+        if matches!(self.path, ReplyPath::InProcess(_)) {
+            warn!(%connection, "a reply connection in a process that needs none");
+            return Ok(());
         }
-        Ok(())
+        let ready = Relayed::encode(connection, r#"{"type":"ready"}"#);
+        self.agents.post_text(connection, ready).await
     }
 
-    async fn is_reply_connection(&self, id: &ConnectionId) -> Result<bool, StoreError> {
-        let Self::Cloud {
-            connections, known, ..
-        } = self
-        else {
-            return Ok(false);
-        };
-        if known
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(id)
-        {
+    async fn is_reply_connection(
+        &self,
+        connections: &ConnectionsTable,
+        id: &ConnectionId,
+    ) -> Result<bool, StoreError> {
+        if self.known().contains(id) {
             return Ok(true);
         }
         if connections.get(id, now()).await? != Some(Connection::Reply) {
             return Ok(false);
         }
-        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known();
         if known.len() >= MAX_KNOWN_REPLY_CONNECTIONS {
             known.clear();
         }
         known.insert(id.clone());
         Ok(true)
+    }
+
+    /// Held between awaits only.
+    fn known(&self) -> MutexGuard<'_, HashSet<ConnectionId>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

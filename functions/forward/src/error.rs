@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use http::{HeaderValue, Response, StatusCode, header};
+use tracing::error;
 use tunnel_protocol::{
     headers::TUNNEL_ERROR, id::TunnelId, message::AgentErrorCode, visitor_policy::DeniedError,
 };
@@ -222,12 +223,37 @@ impl From<AuthError> for ForwardError {
     }
 }
 
-impl From<PostError> for ForwardError {
-    fn from(error: PostError) -> Self {
+impl ForwardError {
+    /// Logs what the visitor is not shown.
+    pub(crate) fn log_cause(&self) {
+        if let Self::Internal(cause) = self {
+            error!(error = &**cause as &dyn std::error::Error, "request failed");
+        }
+    }
+
+    /// What it means to a request that its first message could not be posted: nothing came of it, unless that is not known.
+    pub(crate) fn before_start(error: PostError) -> Self {
         match error {
             PostError::Gone => Self::Offline,
+            PostError::Unknown => Self::AgentLost,
             PostError::Busy => Self::AgentBusy,
             PostError::TooLarge(_) | PostError::Failed { .. } => Self::Internal(Box::new(error)),
         }
+    }
+
+    /// What it means to a request that the agent has that a later message could not be posted. The local service may have acted
+    /// on it, so the visitor must not be asked to try again.
+    pub(crate) fn after_start(error: PostError) -> Self {
+        match error {
+            PostError::Gone | PostError::Unknown => Self::AgentLost,
+            PostError::Busy => Self::LocalTimeout,
+            PostError::TooLarge(_) | PostError::Failed { .. } => Self::Internal(Box::new(error)),
+        }
+    }
+}
+
+impl From<PostError> for ForwardError {
+    fn from(error: PostError) -> Self {
+        Self::Internal(Box::new(error))
     }
 }

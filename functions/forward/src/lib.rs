@@ -1,13 +1,14 @@
 //! Visitors' requests: route, find the tunnel, send to its agent, wait for the reply, answer.
 //!
-//! The life of a request is told by the files: [`request`] reads what a front received, `lookup` finds the tunnel's connection and
-//! with it whom the tunnel lets in, `rate_limit` counts what it has already,
-//! `exchange` sends the request to the agent and puts the reply together, `reply` waits for the reply's parts, which come over
-//! `reply_connection`, [`response`] gives it back to the front, and [`error`] is what the visitor sees when any of that fails;
-//! `request_log` tells the log and CloudWatch. `status` answers owners who ask how their tunnel is.
+//! The life of a request follows the files: [`request`] reads what a front received, `lookup` finds the tunnel's connection and
+//! with it whom the tunnel lets in, `rate_limit` counts what it has already, `first_message` is what the agent gets, `exchange`
+//! sends it and the rest of its body, `reply` waits for the reply's parts, some of which come over `reply_connection`,
+//! `response_body` gives them out, [`response`] puts them in the form that the front takes, and [`error`] is what the visitor sees
+//! when any of that fails; `request_log` is for the log and CloudWatch. `status` answers owners who ask how their tunnel is.
 
 pub mod error;
 mod exchange;
+mod first_message;
 mod lookup;
 pub mod rate_limit;
 mod reply;
@@ -15,25 +16,26 @@ mod reply_connection;
 pub mod request;
 mod request_log;
 pub mod response;
+mod response_body;
 mod status;
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::{StreamExt, stream};
 use http::{HeaderValue, Method, Response, header};
 use lambda_http::request::LambdaRequest;
 use lambda_runtime::FunctionResponse;
-use tokio_util::task::TaskTracker;
-use tracing::error;
-use tunnel_protocol::id::ConnectionId;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{Instrument, warn};
+use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
     agents::{AgentConnections, InProcess, use_compression},
     auth::{AuthSettings, Authenticator},
     aws::sdk::SdkConfig,
-    replies::Replies,
+    replies::{Replies, ReplyPath},
     routing::{PublicUrl, Route, Routing},
     settings::{SettingsError, Variables},
-    tables::connections::ConnectionsTable,
-    tables::mailbox::MailboxTable,
     tables::tunnels::TunnelsTable,
 };
 
@@ -41,9 +43,8 @@ use crate::{
     error::ForwardError,
     lookup::Lookup,
     rate_limit::{MAX_CONCURRENT_REQUESTS, RateLimiter},
-    reply::Source,
     reply_connection::ReplyConnection,
-    request::{ANSWER_MARGIN, EventError, Ingress, VisitorRequest},
+    request::{ANSWER_MARGIN, EventError, Ingress, Payload, VisitorRequest},
     request_log::RequestLog,
     response::{BufferedResponse, ResponseBody, ResponseStream},
     status::Status,
@@ -59,60 +60,32 @@ pub struct Forward(Arc<State>);
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) lookup: Lookup,
-    pub(crate) throttle: RateLimiter,
+    pub(crate) rate_limiter: RateLimiter,
     pub(crate) agents: AgentConnections,
     pub(crate) replies: Replies,
-    reply_path: ReplyPath,
+    pub(crate) reply_path: ReplyPath,
+    /// Where agents send replies directly; `None` in a process that holds agents' connections itself.
+    pub(crate) reply_connection: Option<ReplyConnection>,
     status: Status,
-    /// Request bodies are packed where it pays.
-    pub(crate) packs: bool,
+    pub(crate) use_compression: bool,
     /// The function URL, for visitors whose response is too long for the HTTP API.
     streaming_url: Option<PublicUrl>,
-    /// The Lambda function's name; none outside Lambda.
+    /// The Lambda function's name; `None` outside Lambda.
     lambda: Option<String>,
-    /// What outlives the visit that started it: uploads while the reply streams, and cancellations.
+    /// What outlives the request that started it: uploads while the reply streams, and cancellations.
     pub(crate) tasks: TaskTracker,
+    /// Cancelled when a streamed answer has broken off.
+    broken_off: CancellationToken,
 }
 
-/// How replies reach this process.
-#[derive(Debug)]
-enum ReplyPath {
-    InProcess,
-    Cloud {
-        mailbox: MailboxTable,
-        connections: ConnectionsTable,
-        reply_connection: ReplyConnection,
-    },
-}
-
-impl State {
-    /// Where the reply to a request will come from, and the reply connection that the request is to name; only agents that
-    /// `send_it_back` are told one.
-    pub(crate) async fn reply_path(&self, send_it_back: bool) -> (Source, Option<ConnectionId>) {
-        match &self.reply_path {
-            ReplyPath::InProcess => (Source::InProcess, None),
-            ReplyPath::Cloud {
-                mailbox,
-                connections,
-                reply_connection,
-            } => {
-                let reply_to = if send_it_back {
-                    reply_connection.id().await
-                } else {
-                    None
-                };
-                let (mailbox, connections) = (mailbox.clone(), connections.clone());
-                (
-                    Source::Cloud {
-                        mailbox,
-                        connections,
-                        is_pushed: reply_to.is_some(),
-                    },
-                    reply_to,
-                )
-            }
-        }
-    }
+/// Where a request goes: the tunnel, and the address within it.
+#[derive(Clone, Debug)]
+pub(crate) struct TunnelPath {
+    pub(crate) tunnel: TunnelId,
+    /// What the public path has before the tunnel's own; empty with a host name of the tunnel's own.
+    pub(crate) prefix: String,
+    /// The percent-encoded path.
+    pub(crate) path: String,
 }
 
 impl Forward {
@@ -127,46 +100,29 @@ impl Forward {
     ) -> Result<Self, SettingsError> {
         let auth = AuthSettings::read(&variables);
         let tunnels = variables.required("TUNNELS_TABLE");
-        let connections = variables.required("CONNECTIONS_TABLE");
-        let mailbox = variables.required("PENDING_REQUESTS_TABLE");
+        let reply_path = ReplyPath::load(&variables, sdk, in_process);
         let endpoint = variables.required::<String>("WEBSOCKET_API_ENDPOINT");
         let agents = AgentConnections::load(&variables, sdk, in_process);
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.or("ROUTING", Routing::Path);
         let streaming_url = variables.optional("STREAMING_URL");
-        let at_once = variables.or("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
+        let max_concurrent = variables.or("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
         let per_second = variables.or("MAX_REQUESTS_PER_SECOND", 0);
         let lambda = variables.raw("AWS_LAMBDA_FUNCTION_NAME");
-        let replies = in_process
-            .map(|in_process| in_process.replies.clone())
-            .unwrap_or_default();
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
-            let (connections, mailbox) = (
-                ConnectionsTable::new(sdk, connections?),
-                MailboxTable::new(sdk, mailbox?),
-            );
-            let reply_path = match (in_process, endpoint?) {
-                (Some(_), _) => ReplyPath::InProcess,
-                (None, endpoint) => {
-                    let reply_connection =
-                        ReplyConnection::new(&endpoint, connections.clone(), replies.clone());
-                    ReplyPath::Cloud {
-                        mailbox,
-                        connections,
-                        reply_connection,
-                    }
-                }
-            };
             let access = Authenticator::new(auth?, sdk);
-            let (tunnels, agents) = (TunnelsTable::new(sdk, tunnels?), agents?);
+            let tunnels = TunnelsTable::new(sdk, tunnels?);
+            let agents = agents?;
+            let waits = Waits::of(reply_path?, &endpoint?);
             Some(Self(Arc::new(State {
                 lookup: Lookup::new(tunnels.clone(), access.revalidator(), agents.clone()),
-                throttle: RateLimiter::new(at_once?, per_second?),
+                rate_limiter: RateLimiter::new(max_concurrent?, per_second?),
                 agents,
-                replies,
-                reply_path,
-                packs: use_compression(in_process, &public_url),
+                replies: waits.replies,
+                reply_path: waits.path,
+                reply_connection: waits.connection,
+                use_compression: use_compression(in_process, &public_url),
                 status: Status {
                     access,
                     tunnels,
@@ -176,109 +132,199 @@ impl Forward {
                 streaming_url: streaming_url?,
                 lambda,
                 tasks: TaskTracker::new(),
+                broken_off: CancellationToken::new(),
             })))
         })
     }
 
-    /// Handles an event, and answers whole or streamed as the front that sent it wants. `time` is how long Lambda lets it.
+    /// Handles an event, and answers whole or streamed as the front that sent it wants. `time` is how long Lambda lets it run.
     ///
     /// # Errors
-    /// Only when the event is none of an HTTP front. Whatever else goes wrong is an answer.
+    /// Only when the event is not from an HTTP front. Whatever else goes wrong is an answer.
     pub async fn handle(
         &self,
         event: LambdaRequest,
         time: Duration,
     ) -> Result<FunctionResponse<BufferedResponse, ResponseStream>, EventError> {
-        let mut visit = VisitorRequest::from_event(event, self.0.streaming_url.as_ref())?;
-        visit.response_timeout = visit
+        let started = Instant::now();
+        let mut request = VisitorRequest::from_event(event, self.0.streaming_url.as_ref())?;
+        request.response_timeout = request
             .response_timeout
             .min(time.saturating_sub(ANSWER_MARGIN));
-        let (front, is_head) = (visit.front, visit.method == Method::HEAD);
-        let wants_html = visit.wants_html();
-        let response = self.serve(visit).await;
-        Ok(match front {
+        Ok(match request.front {
             Ingress::HttpApi(payload) => {
-                let streaming_url = self.0.streaming_url.as_ref();
-                let answer = match response::buffer(response, payload, is_head, streaming_url).await
-                {
-                    Ok(answer) => answer,
-                    Err(refusal) => {
-                        let response = refusal.into_response(wants_html);
-                        response::buffer(response, payload, is_head, streaming_url)
-                            .await
-                            .unwrap_or_default()
-                    }
-                };
-                // Once this returns the environment is frozen, and a cancellation would reach the agent much later.
-                self.finish().await;
+                let deadline = started + request.response_timeout + ANSWER_MARGIN / 2;
+                let answer = self.buffered(request, payload).await;
+                // Once this returns the environment is frozen, and a cancellation would reach the agent much later. But no agent
+                // that takes no messages may cost the visitor the answer.
+                self.finish_by(deadline).await;
                 FunctionResponse::BufferedResponse(answer)
             }
-            Ingress::Streaming => FunctionResponse::StreamingResponse(response::stream(response)),
+            Ingress::Streaming => {
+                let mut answer = response::stream(self.serve(request).await);
+                answer.stream = self.to_its_end(answer.stream, started + time);
+                FunctionResponse::StreamingResponse(answer)
+            }
         })
     }
 
-    /// Serves a visit. What cannot be served is answered with a [`ForwardError`].
-    pub async fn serve(&self, visit: VisitorRequest) -> Response<ResponseBody> {
-        let wants_html = visit.wants_html();
+    async fn buffered(&self, request: VisitorRequest, payload: Payload) -> BufferedResponse {
+        let is_head = request.method == Method::HEAD;
+        let wants_html = request.wants_html();
+        let streaming_url = self.0.streaming_url.as_ref();
+        let response = self.serve(request).await;
+        match response::buffer(response, payload, is_head, streaming_url).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                let response = error.into_response(wants_html);
+                response::buffer(response, payload, is_head, streaming_url)
+                    .await
+                    .unwrap_or_default()
+            }
+        }
+    }
+
+    /// A streamed answer that ends when nothing is left to do for it: then the environment is frozen.
+    ///
+    /// One that breaks off does not end. The runtime would write the error into the body and end it as if it were complete, so
+    /// [`Forward::broken_off`] is for the process to end itself.
+    fn to_its_end(&self, answer: ResponseStream, deadline: Instant) -> ResponseStream {
+        let start = (answer, self.clone());
+        Box::pin(stream::unfold(
+            start,
+            move |(mut answer, function)| async move {
+                match answer.next().await {
+                    Some(Ok(bytes)) => Some((Ok(bytes), (answer, function))),
+                    None => {
+                        drop(answer);
+                        function.finish_by(deadline).await;
+                        None
+                    }
+                    Some(Err(error)) => {
+                        drop(answer);
+                        warn!(
+                            error = &error as &dyn std::error::Error,
+                            "a streamed answer broke off"
+                        );
+                        function.finish_by(deadline).await;
+                        function.0.broken_off.cancel();
+                        std::future::pending().await
+                    }
+                }
+            },
+        ))
+    }
+
+    /// Waits until a streamed answer has broken off. Its visitor sees that once the process has ended, which closes the connection
+    /// that carries the answer.
+    pub async fn broken_off(&self) {
+        self.0.broken_off.cancelled().await;
+    }
+
+    /// Serves a request. What cannot be served is answered with a [`ForwardError`].
+    pub async fn serve(&self, request: VisitorRequest) -> Response<ResponseBody> {
         let Status {
             routing,
             public_url,
             ..
         } = &self.0.status;
-        match Route::of(*routing, public_url, &visit.host, &visit.path) {
+        let wants_html = request.wants_html();
+        let is_read = matches!(request.method, Method::GET | Method::HEAD);
+        let served = match Route::of(*routing, public_url, &request.host, &request.path) {
             Route::Tunnel { id, prefix, path } => {
-                let mut log = RequestLog::new(self.0.lambda.clone(), id.clone());
-                // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
-                match Box::pin(exchange::run(&self.0, visit, &id, &prefix, &path, &mut log)).await {
-                    Ok(replying) => replying.into_response(log),
-                    Err(refusal) => {
-                        if let ForwardError::Internal(cause) = &refusal {
-                            error!(tunnel = %id, error = &**cause as &dyn std::error::Error, "request failed");
-                        }
-                        log.refused(&refusal);
-                        refusal.into_response(wants_html)
-                    }
-                }
+                let path = TunnelPath {
+                    tunnel: id,
+                    prefix,
+                    path,
+                };
+                self.serve_tunnel(request, path).await
             }
             Route::OwnOrigin { id, path } => {
-                let query = visit
+                let query = request
                     .query
                     .map(|query| format!("?{query}"))
                     .unwrap_or_default();
                 let location = format!("{}{path}{query}", public_url.by_subdomain(&id));
-                response::moved_permanently(&location)
+                Ok(response::moved_permanently(&location))
             }
-            Route::Own(path) if path == "/_health" => {
-                let mut response = Response::new(response::whole(r#"{"status":"ok"}"#));
-                response.headers_mut().insert(
-                    header::CONTENT_TYPE,
-                    HeaderValue::from_static("application/json"),
-                );
-                response
+            Route::Own(path) if path == "/_health" => Ok(health()),
+            Route::Own(path) if path.starts_with(STATUS) && is_read => {
+                let name = &path[STATUS.len()..];
+                let answer = self.0.status.answer(name, &request.headers).await;
+                answer.inspect_err(ForwardError::log_cause)
             }
-            Route::Own(path)
-                if path.starts_with(STATUS)
-                    && matches!(visit.method, Method::GET | Method::HEAD) =>
-            {
-                let answer = self
-                    .0
-                    .status
-                    .answer(&path[STATUS.len()..], &visit.headers)
-                    .await;
-                answer.unwrap_or_else(|refusal| {
-                    if let ForwardError::Internal(cause) = &refusal {
-                        error!(error = &**cause as &dyn std::error::Error, "status failed");
-                    }
-                    refusal.into_response(wants_html)
-                })
-            }
-            Route::Own(_) | Route::None => ForwardError::NoSuchTunnel.into_response(wants_html),
-        }
+            Route::Own(_) | Route::None => Err(ForwardError::NoSuchTunnel),
+        };
+        served.unwrap_or_else(|error| error.into_response(wants_html))
     }
 
-    /// Waits for what visits have left behind, such as cancellations on their way to agents.
+    async fn serve_tunnel(
+        &self,
+        request: VisitorRequest,
+        path: TunnelPath,
+    ) -> Result<Response<ResponseBody>, ForwardError> {
+        let mut log = RequestLog::new(self.0.lambda.clone(), path.tunnel.clone());
+        let span = log.span();
+        let serve = async {
+            // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
+            match Box::pin(exchange::run(&self.0, request, &path, &mut log)).await {
+                Ok(replying) => Ok(replying.into_response(log)),
+                Err(refusal) => {
+                    refusal.log_cause();
+                    log.refused(&refusal);
+                    Err(refusal)
+                }
+            }
+        };
+        serve.instrument(span).await
+    }
+
+    /// Waits for what requests have left behind, such as cancellations on their way to agents.
     pub async fn finish(&self) {
         self.0.tasks.close();
         self.0.tasks.wait().await;
     }
+
+    async fn finish_by(&self, deadline: Instant) {
+        // What is not done by then is done at the next event, or not at all: agents have limits of their own.
+        let _ = timeout_at(deadline, self.finish()).await;
+    }
+}
+
+/// Where the requests of this process wait for replies.
+struct Waits {
+    replies: Replies,
+    path: ReplyPath,
+    connection: Option<ReplyConnection>,
+}
+
+impl Waits {
+    fn of(path: ReplyPath, endpoint: &str) -> Self {
+        let replies = match &path {
+            ReplyPath::InProcess(replies) => replies.clone(),
+            ReplyPath::Cloud { .. } => Replies::default(),
+        };
+        let connection = match &path {
+            ReplyPath::InProcess(_) => None,
+            ReplyPath::Cloud { connections, .. } => Some(ReplyConnection::new(
+                endpoint,
+                connections.clone(),
+                replies.clone(),
+            )),
+        };
+        Self {
+            replies,
+            path,
+            connection,
+        }
+    }
+}
+
+fn health() -> Response<ResponseBody> {
+    let mut response = Response::new(response::whole(r#"{"status":"ok"}"#));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
+    response
 }

@@ -1,11 +1,14 @@
 //! The executable behind the visitor fronts: starts the Lambda runtime around [`tunnel_forward`].
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use lambda_http::request::LambdaRequest;
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use tunnel_forward::Forward;
 use tunnel_service::{aws::sdk, settings::Variables, telemetry};
+
+/// How long the bytes of an answer that broke off may take to leave the process.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
@@ -15,16 +18,25 @@ async fn main() -> Result<(), Error> {
         &sdk::from_environment(Variables::of_process())?,
         None,
     )?;
-    lambda_runtime::run(service_fn(async |event: LambdaEvent<LambdaRequest>| {
-        let time = event
-            .context
-            .deadline()
-            .duration_since(SystemTime::now())
-            .unwrap_or_default();
-        function
-            .handle(event.payload, time)
-            .await
-            .map_err(Error::from)
-    }))
-    .await
+    let serving = Box::pin(lambda_runtime::run(service_fn(
+        async |event: LambdaEvent<LambdaRequest>| {
+            let time = event
+                .context
+                .deadline()
+                .duration_since(SystemTime::now())
+                .unwrap_or_default();
+            function
+                .handle(event.payload, time)
+                .await
+                .map_err(Error::from)
+        },
+    )));
+    tokio::select! {
+        ended = serving => ended,
+        () = function.broken_off() => {
+            // What came before the break still reaches the visitor.
+            tokio::time::sleep(FLUSH_TIMEOUT).await;
+            Err("a streamed answer broke off: the process ends so that it does not look complete".into())
+        }
+    }
 }

@@ -15,7 +15,7 @@ use crate::error::ForwardError;
 pub const MAX_CONCURRENT_REQUESTS: u32 = 1024;
 /// How many seconds' worth of requests may come at once after a pause: a page with all that belongs to it.
 const BURST_SECONDS: u32 = 2;
-/// When one request has to end before the next: requests take less than this, as a rule.
+/// `Retry-After` at the limit of requests in flight: most finish sooner.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Most tunnels that are counted between requests. More tunnels than this were not busy for long.
 const MAX_COUNTED_TUNNELS: usize = 10_000;
@@ -26,7 +26,7 @@ pub(crate) struct RateLimiter(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    at_once: u32,
+    max_concurrent: u32,
     per_second: f64,
     tunnels: Mutex<HashMap<TunnelId, Usage>>,
 }
@@ -39,26 +39,30 @@ struct Usage {
     filled: Instant,
 }
 
-/// A request's place. Dropped, it is free again.
+/// Lets one request be in flight, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Permit(RateLimiter, TunnelId);
 
 impl RateLimiter {
-    /// Lets each tunnel have `at_once` requests under way and `per_second` new ones; 0 is no limit.
-    pub(crate) fn new(at_once: u32, per_second: u32) -> Self {
-        let at_once = if at_once == 0 { u32::MAX } else { at_once };
+    /// Lets each tunnel have `max_concurrent` requests under way and `per_second` new ones; 0 is no limit.
+    pub(crate) fn new(max_concurrent: u32, per_second: u32) -> Self {
+        let max_concurrent = if max_concurrent == 0 {
+            u32::MAX
+        } else {
+            max_concurrent
+        };
         Self(Arc::new(Shared {
-            at_once,
+            max_concurrent,
             per_second: per_second.into(),
             tunnels: Mutex::default(),
         }))
     }
 
-    /// Takes a place for a request that comes `now`.
+    /// A permit for a request that comes `now`.
     ///
     /// # Errors
     /// [`ForwardError::RateLimited`] when there is none.
-    pub(crate) fn take(&self, tunnel: &TunnelId, now: Instant) -> Result<Permit, ForwardError> {
+    pub(crate) fn acquire(&self, tunnel: &TunnelId, now: Instant) -> Result<Permit, ForwardError> {
         let mut tunnels = self.lock();
         if tunnels.len() >= MAX_COUNTED_TUNNELS && !tunnels.contains_key(tunnel) {
             tunnels.retain(|_, usage| usage.in_flight > 0);
@@ -70,7 +74,7 @@ impl RateLimiter {
         });
         usage.tokens = self.tokens(usage, now);
         usage.filled = now;
-        if usage.in_flight >= self.0.at_once {
+        if usage.in_flight >= self.0.max_concurrent {
             return Err(ForwardError::RateLimited(RETRY_AFTER));
         }
         if self.0.per_second > 0.0 {
@@ -104,14 +108,14 @@ impl RateLimiter {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let Self(throttle, tunnel) = self;
-        let mut tunnels = throttle.lock();
+        let Self(limiter, tunnel) = self;
+        let mut tunnels = limiter.lock();
         let Some(usage) = tunnels.get_mut(tunnel) else {
             return;
         };
         usage.in_flight -= 1;
         // Nothing is lost that a new count would not have.
-        if usage.in_flight == 0 && throttle.tokens(usage, Instant::now()) >= throttle.burst() {
+        if usage.in_flight == 0 && limiter.tokens(usage, Instant::now()) >= limiter.burst() {
             tunnels.remove(tunnel);
         }
     }
@@ -134,37 +138,37 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_has_as_many_requests_at_once_as_it_may_and_others_have_theirs() {
-        let (throttle, now) = (RateLimiter::new(2, 0), Instant::now());
+    fn a_tunnel_has_as_many_requests_max_concurrent_as_it_may_and_others_have_theirs() {
+        let (limiter, now) = (RateLimiter::new(2, 0), Instant::now());
         let places = [
-            throttle.take(&id("one"), now),
-            throttle.take(&id("one"), now),
+            limiter.acquire(&id("one"), now),
+            limiter.acquire(&id("one"), now),
         ];
-        assert_eq!(pause(throttle.take(&id("one"), now)), Some(RETRY_AFTER));
-        assert_eq!(pause(throttle.take(&id("two"), now)), None);
+        assert_eq!(pause(limiter.acquire(&id("one"), now)), Some(RETRY_AFTER));
+        assert_eq!(pause(limiter.acquire(&id("two"), now)), None);
         drop(places);
         assert!(
-            throttle.lock().is_empty(),
+            limiter.lock().is_empty(),
             "something is kept of tunnels without requests"
         );
-        assert_eq!(pause(throttle.take(&id("one"), now)), None);
+        assert_eq!(pause(limiter.acquire(&id("one"), now)), None);
     }
 
     #[test]
     fn after_a_burst_requests_come_at_their_rate() {
-        let (throttle, now) = (RateLimiter::new(0, 10), Instant::now());
+        let (limiter, now) = (RateLimiter::new(0, 10), Instant::now());
         let taken_at = |now| {
-            std::iter::repeat_with(|| throttle.take(&id("one"), now))
+            std::iter::repeat_with(|| limiter.acquire(&id("one"), now))
                 .take_while(Result::is_ok)
                 .count()
         };
         assert_eq!(taken_at(now), 20);
         assert_eq!(
-            pause(throttle.take(&id("one"), now)),
+            pause(limiter.acquire(&id("one"), now)),
             Some(Duration::from_millis(100))
         );
         assert_eq!(
-            pause(throttle.take(&id("two"), now)),
+            pause(limiter.acquire(&id("two"), now)),
             None,
             "it is counted with another"
         );
@@ -178,18 +182,18 @@ mod tests {
 
     #[test]
     fn the_number_of_counts_is_bounded() {
-        let (throttle, now) = (RateLimiter::new(0, 1000), Instant::now());
-        let held = throttle.take(&id("held"), now);
+        let (limiter, now) = (RateLimiter::new(0, 1000), Instant::now());
+        let held = limiter.acquire(&id("held"), now);
         for number in 0..2 * MAX_COUNTED_TUNNELS {
-            drop(throttle.take(&id(&format!("tunnel-{number}")), now));
+            drop(limiter.acquire(&id(&format!("tunnel-{number}")), now));
         }
         assert!(
-            throttle.lock().len() <= MAX_COUNTED_TUNNELS,
+            limiter.lock().len() <= MAX_COUNTED_TUNNELS,
             "{}",
-            throttle.lock().len()
+            limiter.lock().len()
         );
         assert!(
-            held.is_ok() && throttle.lock().contains_key(&id("held")),
+            held.is_ok() && limiter.lock().contains_key(&id("held")),
             "a request that is under way is not counted any more"
         );
     }

@@ -193,7 +193,7 @@ impl ReplyConnection {
             };
             match message::decode::<Relayed>(&text) {
                 Ok(Relayed { sender, message }) => {
-                    if let Some(reply) = reply(message) {
+                    if let Ok(reply) = Reply::from_message(message) {
                         self.0.replies.deliver(&sender, reply);
                     }
                 }
@@ -220,15 +220,5 @@ impl ReplyConnection {
     /// Held between awaits only.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn reply(message: FromAgent) -> Option<Reply> {
-    match message {
-        FromAgent::HttpResponse(response) => Some(response.into()),
-        FromAgent::BodyPart(part) => Some(part.into()),
-        FromAgent::Window(window) => Some(window.into()),
-        FromAgent::Error(error) => Reply::of_error(error),
-        FromAgent::Ready(_) | FromAgent::Ping | FromAgent::Release | FromAgent::Unknown => None,
     }
 }

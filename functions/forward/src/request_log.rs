@@ -1,4 +1,4 @@
-//! What is told of a request when it is over: one line with its figures. In Lambda the line is in CloudWatch's embedded metric
+//! What is logged of a request when it is over: one line with its figures. In Lambda the line is in CloudWatch's embedded metric
 //! format, from which CloudWatch makes the metrics of the dashboard ("Embedded metric format specification" in its user guide).
 //!
 //! Never in it: bodies, header fields, paths and queries. They are the visitor's.
@@ -13,47 +13,52 @@ use std::{
 };
 
 use serde_json::json;
-use tracing::info;
+use tracing::{Span, error_span, field, info};
 use tunnel_protocol::id::{ConnectionId, RequestId, TunnelId};
 use tunnel_service::now;
 
-use crate::{error::ForwardError, rate_limit::Permit};
+use crate::error::ForwardError;
 
-/// The figures of one request. Dropped, it is told.
+/// The figures of one request, logged when this is dropped.
 #[derive(Debug)]
 pub(crate) struct RequestLog {
-    /// The Lambda function, for whose metrics the line is meant; none outside Lambda.
+    /// The Lambda function, for whose metrics the line is meant; `None` outside Lambda.
     function: Option<String>,
     tunnel: TunnelId,
     started: Instant,
     outcome: &'static str,
-    /// Its place among the tunnel's requests, which is free again once this is dropped.
-    pub(crate) place: Option<Permit>,
     /// The connection that served it.
-    pub(crate) connection: Option<ConnectionId>,
-    /// Its id.
-    pub(crate) request: Option<RequestId>,
+    connection: Option<ConnectionId>,
+    request: Option<RequestId>,
     /// The local service's status.
-    pub(crate) status: Option<u16>,
+    status: Option<u16>,
     /// Bytes of the request's body that were sent on.
-    pub(crate) request_bytes: Arc<AtomicU64>,
+    request_bytes: Arc<AtomicU64>,
     /// Bytes of the response's body that were taken.
-    pub(crate) response_bytes: u64,
+    response_bytes: u64,
     /// Parts the reply came in.
-    pub(crate) parts: u32,
+    parts: u32,
     /// From the start to the reply's first part, in milliseconds.
     reply_ms: Option<u64>,
+    /// Carries the ids for whatever is logged about the request.
+    span: Span,
 }
 
 impl RequestLog {
     pub(crate) fn new(function: Option<String>, tunnel: TunnelId) -> Self {
+        // At the level of errors, so that none is logged without it.
+        let span = error_span!(
+            "request",
+            %tunnel,
+            connection = field::Empty,
+            request = field::Empty
+        );
         Self {
             function,
             tunnel,
             started: Instant::now(),
             // Until something else is known: the visitor did not wait for the end.
             outcome: "visitor_left",
-            place: None,
             connection: None,
             request: None,
             status: None,
@@ -61,7 +66,34 @@ impl RequestLog {
             response_bytes: 0,
             parts: 0,
             reply_ms: None,
+            span,
         }
+    }
+
+    /// The span in which the request is carried out.
+    pub(crate) fn span(&self) -> Span {
+        self.span.clone()
+    }
+
+    /// The request was sent over `connection`.
+    pub(crate) fn sent(&mut self, connection: &ConnectionId, request: &RequestId) {
+        if self.connection.is_none() {
+            self.span.record("connection", connection.as_str());
+            self.span.record("request", request.as_str());
+        }
+        self.connection = Some(connection.clone());
+        self.request = Some(request.clone());
+    }
+
+    /// Counts the bytes of the request's body that have been sent on.
+    pub(crate) fn request_bytes(&self) -> Arc<AtomicU64> {
+        self.request_bytes.clone()
+    }
+
+    /// The visitor gets this much more of the reply's body.
+    pub(crate) fn received(&mut self, bytes: usize) {
+        self.parts += 1;
+        self.response_bytes += bytes as u64;
     }
 
     /// The reply has begun.
@@ -126,10 +158,8 @@ impl Drop for RequestLog {
             let _ = writeln!(std::io::stdout(), "{}", self.embedded_metrics(function));
             return;
         }
+        let _entered = self.span.enter();
         info!(
-            tunnel = %self.tunnel,
-            connection = self.connection.as_ref().map(ConnectionId::as_str),
-            request = self.request.as_ref().map(RequestId::as_str),
             outcome = self.outcome,
             status = self.status,
             request_bytes = self.request_bytes.load(Ordering::Relaxed),

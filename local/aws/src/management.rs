@@ -101,7 +101,7 @@ enum ManagementError {
 impl From<PostError> for ManagementError {
     fn from(error: PostError) -> Self {
         match error {
-            PostError::Gone => Self::Gone,
+            PostError::Gone | PostError::Unknown => Self::Gone,
             PostError::Busy => Self::LimitExceeded,
             PostError::TooLarge(_) => Self::TooLarge,
             PostError::Failed { .. } => Self::Invalid,

@@ -4,24 +4,24 @@
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use aws_sdk_apigatewaymanagement::{
-    Client,
+    Client, Config,
+    config::retry::RetryConfig,
     error::{ProvideErrorMetadata, SdkError},
     primitives::Blob,
 };
 use http::uri::Uri;
 use serde::Serialize;
+use tokio::time::{Instant, sleep};
 
 use crate::routing::PublicUrl;
 use crate::{aws::sdk::SdkConfig, replies::Replies, settings::Variables};
 use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message, url::is_loopback};
 
-/// Pauses before a message is sent again that a connection could not take.
-const BUSY_RETRY_DELAYS: [Duration; 4] = [
-    Duration::from_millis(20),
-    Duration::from_millis(60),
-    Duration::from_millis(180),
-    Duration::from_millis(540),
-];
+/// Pauses before a message is posted again that @connections has failed to take.
+const RETRY_DELAYS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(200)];
+/// Pauses between tries while a connection takes no more messages double from the first to the second.
+const MIN_BUSY_DELAY: Duration = Duration::from_millis(5);
+const MAX_BUSY_DELAY: Duration = Duration::from_millis(500);
 
 /// Where @connections is served: the WebSocket API's own address with the scheme of plain HTTP requests.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -69,7 +69,10 @@ pub enum PostError {
     /// The message is over the limit.
     #[error("a message of {0} bytes is over the limit of {MAX_MESSAGE_BYTES}")]
     TooLarge(usize),
-    /// Anything else, after the SDK's own retries.
+    /// The connection is gone now, but an earlier try whose answer was lost may have reached it.
+    #[error("the connection is gone, and may have taken the message before")]
+    Unknown,
+    /// Anything else, after retries.
     #[error("@connections: {code}")]
     Failed {
         /// What the service or the SDK calls it.
@@ -162,25 +165,6 @@ impl AgentConnections {
         self.post_text(to, message::encode(message)).await
     }
 
-    /// Sends a message, again after a pause if the connection takes no more at the moment.
-    ///
-    /// # Errors
-    /// See [`PostError`].
-    pub async fn post_patiently<M: Serialize>(
-        &self,
-        to: &ConnectionId,
-        message: &M,
-    ) -> Result<(), PostError> {
-        let text = message::encode(message);
-        for pause in BUSY_RETRY_DELAYS {
-            match self.post_text(to, text.clone()).await {
-                Err(PostError::Busy) => tokio::time::sleep(pause).await,
-                outcome => return outcome,
-            }
-        }
-        self.post_text(to, text).await
-    }
-
     /// Sends a message that is encoded already.
     ///
     /// # Errors
@@ -192,15 +176,42 @@ impl AgentConnections {
         }
         match &self.0 {
             Reached::InProcess(connections) => connections.send(to, text),
-            Reached::Management(client) => {
-                let outcome = client
-                    .post_to_connection()
-                    .connection_id(to.as_str())
-                    .data(Blob::new(text))
-                    .send()
-                    .await;
-                outcome.map(drop).map_err(|error| post_error(error, length))
+            Reached::Management(client) => post_to_connection(client, to, &text).await,
+        }
+    }
+
+    /// Sends a message, see [`AgentConnections::post_text_patiently`].
+    ///
+    /// # Errors
+    /// See [`PostError`].
+    pub async fn post_patiently<M: Serialize>(
+        &self,
+        to: &ConnectionId,
+        message: &M,
+        patience: Duration,
+    ) -> Result<(), PostError> {
+        let text = message::encode(message);
+        self.post_text_patiently(to, &text, patience).await
+    }
+
+    /// Like [`AgentConnections::post_text`], but again and again for as long as `patience` while the connection takes no more: a
+    /// message that is refused so was not taken.
+    ///
+    /// # Errors
+    /// See [`PostError`].
+    pub async fn post_text_patiently(
+        &self,
+        to: &ConnectionId,
+        text: &str,
+        patience: Duration,
+    ) -> Result<(), PostError> {
+        let (deadline, mut delay) = (Instant::now() + patience, MIN_BUSY_DELAY);
+        loop {
+            match self.post_text(to, text.to_owned()).await {
+                Err(PostError::Busy) if Instant::now() < deadline => sleep(delay).await,
+                outcome => return outcome,
             }
+            delay = (2 * delay).min(MAX_BUSY_DELAY);
         }
     }
 
@@ -224,6 +235,42 @@ impl AgentConnections {
             Err(PostError::Gone) => Ok(()),
             outcome => outcome,
         }
+    }
+}
+
+/// Posts with retries of our own, in place of the SDK's: a try whose outcome is not known decides what a later 410 means.
+async fn post_to_connection(
+    client: &Client,
+    to: &ConnectionId,
+    text: &str,
+) -> Result<(), PostError> {
+    let once = Config::builder().retry_config(RetryConfig::disabled());
+    let mut may_be_taken = false;
+    let mut delays = RETRY_DELAYS.into_iter();
+    loop {
+        let outcome = client
+            .post_to_connection()
+            .connection_id(to.as_str())
+            .data(Blob::new(text))
+            .customize()
+            .config_override(once.clone())
+            .send()
+            .await;
+        let Err(error) = outcome else { return Ok(()) };
+        // What has no answer, or says that the service failed, may have been done all the same.
+        let is_unknown = error
+            .raw_response()
+            .is_none_or(|response| response.status().is_server_error());
+        let error = match post_error(error, text.len()) {
+            PostError::Gone if may_be_taken => return Err(PostError::Unknown),
+            error if is_unknown || matches!(error, PostError::Busy) => error,
+            error => return Err(error),
+        };
+        let Some(delay) = delays.next() else {
+            return Err(error);
+        };
+        may_be_taken |= is_unknown;
+        sleep(delay).await;
     }
 }
 

@@ -10,6 +10,7 @@ pub mod aws;
 pub mod replies;
 pub mod routing;
 pub mod settings;
+pub mod stopwatch;
 pub mod tables;
 pub mod telemetry;
 

@@ -1,5 +1,7 @@
-//! Replies on their way to the requests of this process that wait for them: in Lambda from a reply connection, in `local`
-//! straight from the `$default` route.
+//! Agents' replies and the way they take to the requests of a process that wait for them.
+//!
+//! [`Replies`] is where requests wait. What reaches it was sent by an agent of this process, came over a reply connection, or was
+//! found in the mailbox: [`ReplyPath`] knows which of these there are.
 
 use std::{
     collections::HashMap,
@@ -8,17 +10,28 @@ use std::{
 
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc::{self, error::TryRecvError};
-
+use tokio::{sync::Notify, time::Instant};
 use tunnel_protocol::{
-    body::{Chunk, Part, window::SendWindow, window::WindowUpdates},
+    body::{
+        BodyReceiver, Chunk, Part, ReceivedChunk,
+        budget::BodyBudget,
+        window::{SendWindow, WindowUpdates},
+    },
     headers,
     id::{ConnectionId, RequestId},
-    limits::MAX_REORDER_PARTS,
-    message::{AgentError, AgentErrorCode, BodyPart, HttpResponse, Window},
+    message::{AgentError, AgentErrorCode, BodyPart, FromAgent, HttpResponse, Window},
 };
 
-/// A piece of an agent's reply.
+use crate::{
+    agents::InProcess, aws::sdk::SdkConfig, now, settings::Variables,
+    tables::connections::ConnectionsTable, tables::dynamodb::StoreError,
+    tables::mailbox::MailboxTable,
+};
+
+/// The types of messages that are replies: those that [`Reply::from_message`] takes.
+pub const REPLY_TYPES: [&str; 4] = ["http_response", "body_part", "window", "error"];
+
+/// What a message says about a request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ReplyPart {
     /// Part 0: the response's head, and the start of its body.
@@ -48,12 +61,12 @@ pub struct ReplyHead {
     pub processing_time_ms: u64,
 }
 
-/// A piece of a reply with its place: the request it answers and its number.
+/// A message about a request: the request it answers, the part's number, and what it says.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reply {
     /// The request.
     pub request_id: RequestId,
-    /// The part's number; of no meaning for what is no part.
+    /// The part's number; without meaning for what is not a part.
     pub part: u32,
     /// What it says.
     pub content: ReplyPart,
@@ -98,105 +111,218 @@ impl From<Window> for Reply {
 }
 
 impl Reply {
-    /// What it means to a request that a message about it cannot be read.
-    pub fn unreadable(request_id: RequestId) -> Self {
-        let message =
-            "a message of it has a header, a status or a body that cannot be read".to_owned();
-        Self {
-            request_id,
-            part: 0,
-            content: ReplyPart::Failed {
-                code: AgentErrorCode::InternalError,
+    /// A message as a reply.
+    ///
+    /// # Errors
+    /// The message, when it is not about a request.
+    pub fn from_message(message: FromAgent) -> Result<Self, FromAgent> {
+        match message {
+            FromAgent::HttpResponse(response) => Ok(response.into()),
+            FromAgent::BodyPart(part) => Ok(part.into()),
+            FromAgent::Window(window) => Ok(window.into()),
+            FromAgent::Error(AgentError {
+                request_id: Some(request_id),
+                code,
                 message,
-            },
+                ..
+            }) => Ok(Self::failed(request_id, code, message)),
+            other => Err(other),
         }
     }
 
-    /// A failure of one request; `None` when the agent named none.
-    pub fn of_error(error: AgentError) -> Option<Self> {
-        let content = ReplyPart::Failed {
-            code: error.code,
-            message: error.message,
-        };
-        Some(Self {
-            request_id: error.request_id?,
+    /// What it means to a request that a message about it cannot be read.
+    pub fn unreadable(request_id: RequestId) -> Self {
+        let message = "a message has a header, a status or a body that cannot be read".to_owned();
+        Self::failed(request_id, AgentErrorCode::InternalError, message)
+    }
+
+    fn failed(request_id: RequestId, code: AgentErrorCode, message: String) -> Self {
+        Self {
+            request_id,
             part: 0,
-            content,
-        })
+            content: ReplyPart::Failed { code, message },
+        }
     }
 }
 
-/// A part with its number.
-type Numbered = (u32, ReplyPart);
+/// How replies come from the function that hears agents to the one that serves visitors.
+#[derive(Clone, Debug)]
+pub enum ReplyPath {
+    /// Both run in this process.
+    InProcess(Replies),
+    /// Through DynamoDB, for what no reply connection brings.
+    Cloud {
+        /// Where replies are left.
+        mailbox: MailboxTable,
+        /// Who is connected.
+        connections: ConnectionsTable,
+    },
+}
+
+impl ReplyPath {
+    /// Reads the names of the tables. `None` means that a fault was noted.
+    pub fn load(
+        variables: &Variables<'_>,
+        sdk: &SdkConfig,
+        in_process: Option<&InProcess>,
+    ) -> Option<Self> {
+        let mailbox = variables.required("PENDING_REQUESTS_TABLE");
+        let connections = variables.required("CONNECTIONS_TABLE");
+        let (mailbox, connections) = mailbox.zip(connections)?;
+        Some(match in_process {
+            Some(in_process) => Self::InProcess(in_process.replies.clone()),
+            None => Self::Cloud {
+                mailbox: MailboxTable::new(sdk, mailbox),
+                connections: ConnectionsTable::new(sdk, connections),
+            },
+        })
+    }
+
+    /// Leaves a reply where the request that waits for it finds it. A request that does not wait any more misses nothing.
+    ///
+    /// # Errors
+    /// When DynamoDB does not answer.
+    pub async fn leave(&self, sender: &ConnectionId, reply: Reply) -> Result<(), StoreError> {
+        match self {
+            Self::InProcess(replies) => {
+                replies.deliver(sender, reply);
+                Ok(())
+            }
+            Self::Cloud { mailbox, .. } => Box::pin(mailbox.put(sender, reply, now())).await,
+        }
+    }
+}
+
+/// Why there is no more of a reply.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum ReplyFailure {
+    /// The agent says so.
+    Agent {
+        /// What kind of failure.
+        code: AgentErrorCode,
+        /// The failure in a sentence.
+        message: String,
+    },
+    /// What the agent sent is not a reply.
+    Invalid(String),
+    /// The agent's connection has ended.
+    Lost,
+}
+
+/// A reply as far as it has arrived.
+#[derive(Debug)]
+struct Arrived {
+    head: Option<ReplyHead>,
+    body: BodyReceiver,
+    failure: Option<ReplyFailure>,
+}
 
 #[derive(Debug)]
 struct Inbox {
-    parts: mpsc::Sender<Numbered>,
+    arrived: Mutex<Arrived>,
+    changed: Notify,
     window: WindowUpdates,
 }
 
-/// The requests that wait for replies, each by the connection it was sent to: nobody else can answer it.
+impl Inbox {
+    fn take(&self, reply: ReplyPart, number: u32) {
+        let mut arrived = self.arrived();
+        match reply {
+            ReplyPart::Window(parts) => return self.window.allow(parts),
+            ReplyPart::Failed { code, message } => {
+                arrived.fail(ReplyFailure::Agent { code, message });
+            }
+            ReplyPart::Head(head, chunk) => {
+                arrived.head.get_or_insert(head);
+                arrived.insert(0, chunk);
+            }
+            ReplyPart::Body(_) if number == 0 => {
+                arrived.fail(ReplyFailure::Invalid(
+                    "its first part is not its head".to_owned(),
+                ));
+            }
+            ReplyPart::Body(chunk) => arrived.insert(number, chunk),
+        }
+        drop(arrived);
+        self.changed.notify_one();
+    }
+
+    fn fail(&self, failure: ReplyFailure) {
+        self.arrived().fail(failure);
+        self.changed.notify_one();
+    }
+
+    /// Held between awaits only.
+    fn arrived(&self) -> MutexGuard<'_, Arrived> {
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Arrived {
+    /// The first failure counts.
+    fn fail(&mut self, failure: ReplyFailure) {
+        self.failure.get_or_insert(failure);
+    }
+
+    fn insert(&mut self, number: u32, chunk: Chunk) {
+        if let Err(error) = self.body.insert(number, chunk) {
+            self.fail(ReplyFailure::Invalid(error.to_string()));
+        }
+    }
+}
+
+/// The requests that wait for replies, each by the connection it was sent to: no other can answer it.
 #[derive(Clone, Debug, Default)]
-pub struct Replies(Arc<Mutex<HashMap<(ConnectionId, RequestId), Inbox>>>);
+pub struct Replies {
+    waiting: Arc<Mutex<HashMap<(ConnectionId, RequestId), Arc<Inbox>>>>,
+    budget: BodyBudget,
+}
 
 impl Replies {
     /// Takes replies of `sender` to `request` from now on.
     pub fn expect(&self, sender: ConnectionId, request: RequestId) -> Expected {
-        // One place more than parts: for the word that there were too many.
-        let (parts, received) = mpsc::channel(MAX_REORDER_PARTS + 1);
-        let window = WindowUpdates::default();
+        let inbox = Arc::new(Inbox {
+            arrived: Mutex::new(Arrived {
+                head: None,
+                body: BodyReceiver::new(&self.budget),
+                failure: None,
+            }),
+            changed: Notify::new(),
+            window: WindowUpdates::default(),
+        });
         let key = (sender, request);
-        self.lock().insert(
-            key.clone(),
-            Inbox {
-                parts,
-                window: window.clone(),
-            },
-        );
+        self.lock().insert(key.clone(), inbox.clone());
         Expected {
             replies: self.clone(),
             key,
-            received,
-            window,
+            inbox,
         }
     }
 
     /// Hands a reply to the request that waits for it, and tells whether one does.
     pub fn deliver(&self, sender: &ConnectionId, reply: Reply) -> bool {
-        let mut waiting = self.lock();
         let key = (sender.clone(), reply.request_id);
-        let Some(inbox) = waiting.get(&key) else {
+        let Some(inbox) = self.lock().get(&key).cloned() else {
             return false;
         };
-        if let ReplyPart::Window(parts) = reply.content {
-            inbox.window.allow(parts);
-            return true;
-        }
-        if inbox.parts.capacity() > 1 {
-            // It has a place, and the lock keeps others from taking it.
-            return inbox.parts.try_send((reply.part, reply.content)).is_ok();
-        }
-        let message =
-            format!("it sends more than {MAX_REORDER_PARTS} parts ahead of what the visitor takes");
-        let _ = inbox.parts.try_send((
-            reply.part,
-            ReplyPart::Failed {
-                code: AgentErrorCode::InternalError,
-                message,
-            },
-        ));
-        waiting.remove(&key);
+        inbox.take(reply.content, reply.part);
         true
     }
 
     /// Ends the wait of all requests that were sent to `connection`: it has ended.
     pub fn lose(&self, connection: &ConnectionId) {
-        self.lock().retain(|(sender, _), _| sender != connection);
+        self.lock().retain(|(sender, _), inbox| {
+            let is_lost = sender == connection;
+            if is_lost {
+                inbox.fail(ReplyFailure::Lost);
+            }
+            !is_lost
+        });
     }
 
     /// Held between awaits only.
-    fn lock(&self) -> MutexGuard<'_, HashMap<(ConnectionId, RequestId), Inbox>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<(ConnectionId, RequestId), Arc<Inbox>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -205,8 +331,7 @@ impl Replies {
 pub struct Expected {
     replies: Replies,
     key: (ConnectionId, RequestId),
-    received: mpsc::Receiver<Numbered>,
-    window: WindowUpdates,
+    inbox: Arc<Inbox>,
 }
 
 impl Expected {
@@ -220,27 +345,57 @@ impl Expected {
         &self.key.1
     }
 
-    /// The next part to arrive, in no order; `None` once the connection is lost.
-    pub async fn recv(&mut self) -> Option<Numbered> {
-        self.received.recv().await
+    /// Waits until something may have changed since the last call.
+    pub async fn changed(&self) {
+        self.inbox.changed.notified().await;
     }
 
-    /// Like [`Expected::recv`], if there is something.
+    /// Takes what was found elsewhere, such as in the mailbox.
+    pub fn take(&self, number: u32, reply: ReplyPart) {
+        self.inbox.take(reply, number);
+    }
+
+    /// Ends the wait: the connection was found to have ended.
+    pub fn lose(&self) {
+        self.inbox.fail(ReplyFailure::Lost);
+    }
+
+    /// The head, once, when it is there.
+    pub fn take_head(&self) -> Option<ReplyHead> {
+        self.inbox.arrived().head.take()
+    }
+
+    /// The next bytes of the body, if they are there. What is in order comes before a failure.
     ///
     /// # Errors
-    /// When there is nothing, now or ever.
-    pub fn try_recv(&mut self) -> Result<Numbered, TryRecvError> {
-        self.received.try_recv()
+    /// Why nothing comes any more.
+    pub fn try_next(&self) -> Result<Option<ReceivedChunk>, ReplyFailure> {
+        let mut arrived = self.inbox.arrived();
+        match arrived.body.next() {
+            Ok(Some(chunk)) => Ok(Some(chunk)),
+            Ok(None) => arrived.failure.clone().map_or(Ok(None), Err),
+            Err(error) => Err(ReplyFailure::Invalid(error.to_string())),
+        }
+    }
+
+    /// Since when the next part has been missing while a later one is there.
+    pub fn missing_since(&self) -> Option<Instant> {
+        self.inbox.arrived().body.missing_since()
+    }
+
+    /// The number of the next part to be given out.
+    pub fn next_number(&self) -> u32 {
+        self.inbox.arrived().body.next_number()
+    }
+
+    /// Whether nothing of a response has arrived.
+    pub fn has_nothing(&self) -> bool {
+        self.inbox.arrived().body.has_nothing()
     }
 
     /// The window of the request's body.
     pub fn window(&self) -> SendWindow {
-        self.window.window()
-    }
-
-    /// Allows more of the request's body.
-    pub fn allow(&self, parts: u32) {
-        self.window.allow(parts);
+        self.inbox.window.window()
     }
 }
 
@@ -252,73 +407,128 @@ impl Drop for Expected {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
+    use futures_util::FutureExt;
+    use serde_json::json;
+    use tunnel_protocol::limits::MAX_REORDER_PARTS;
 
     use super::*;
 
     fn part(request: &RequestId, part: u32) -> Reply {
-        let chunk = Chunk {
-            bytes: Bytes::new(),
-            encoding: None,
-            more: true,
-        };
         Reply {
             request_id: request.clone(),
             part,
-            content: ReplyPart::Body(chunk),
+            content: ReplyPart::Body(Chunk {
+                bytes: format!("{part} ").into(),
+                encoding: None,
+                more: true,
+            }),
         }
+    }
+
+    fn head(request: &RequestId) -> Reply {
+        let response = json!({ "request_id": request, "status_code": 200, "more": true });
+        serde_json::from_value::<HttpResponse>(response)
+            .expect("a response")
+            .into()
     }
 
     fn id(text: &str) -> ConnectionId {
         text.parse().expect("an id")
     }
 
-    #[tokio::test]
-    async fn only_the_connection_that_was_asked_can_answer() {
+    #[test]
+    fn only_the_connection_that_was_asked_can_answer() {
         let (replies, request) = (Replies::default(), RequestId::generate());
-        let mut expected = replies.expect(id("asked"), request.clone());
-        assert!(!replies.deliver(&id("other"), part(&request, 0)));
-        assert!(
-            !replies.deliver(&id("asked"), part(&RequestId::generate(), 0)),
-            "a request that nobody made"
-        );
-        assert!(replies.deliver(&id("asked"), part(&request, 7)));
-        assert_eq!(expected.recv().await.map(|(number, _)| number), Some(7));
+        let expected = replies.expect(id("asked"), request.clone());
+        assert!(!replies.deliver(&id("other"), head(&request)));
+        assert!(!replies.deliver(&id("asked"), head(&RequestId::generate())));
+        assert!(expected.has_nothing());
+        assert!(replies.deliver(&id("asked"), head(&request)));
+        assert!(!expected.has_nothing());
         drop(expected);
-        assert!(
-            !replies.deliver(&id("asked"), part(&request, 8)),
-            "nobody waits any more"
-        );
+        assert!(!replies.deliver(&id("asked"), part(&request, 1)));
     }
 
-    #[tokio::test]
-    async fn an_agent_that_sends_without_end_is_cut_off_and_its_visitor_told() {
+    #[test]
+    fn an_agent_that_sends_without_end_is_cut_off_behind_what_it_sent() {
         let (replies, request) = (Replies::default(), RequestId::generate());
-        let mut expected = replies.expect(id("c"), request.clone());
-        let taken = (0..1000)
-            .filter(|number| replies.deliver(&id("c"), part(&request, *number)))
-            .count();
-        assert_eq!(taken, MAX_REORDER_PARTS + 1);
-        for _ in 0..MAX_REORDER_PARTS {
-            assert!(matches!(
-                expected.recv().await,
-                Some((_, ReplyPart::Body(_)))
-            ));
+        let expected = replies.expect(id("c"), request.clone());
+        replies.deliver(&id("c"), head(&request));
+        for number in 1..1000 {
+            replies.deliver(&id("c"), part(&request, number));
+        }
+        for number in 0..MAX_REORDER_PARTS {
+            let chunk = expected.try_next().expect("in order").expect("there");
+            let sent = if number == 0 {
+                String::new()
+            } else {
+                format!("{number} ")
+            };
+            assert_eq!(chunk.bytes, sent);
+        }
+        assert!(matches!(expected.try_next(), Err(ReplyFailure::Invalid(_))));
+    }
+
+    #[test]
+    fn a_body_without_a_head_is_not_a_reply() {
+        let (replies, request) = (Replies::default(), RequestId::generate());
+        let expected = replies.expect(id("c"), request.clone());
+        replies.deliver(&id("c"), part(&request, 0));
+        assert!(matches!(expected.try_next(), Err(ReplyFailure::Invalid(_))));
+    }
+
+    #[test]
+    fn what_overtakes_is_given_out_in_order_and_before_a_failure() {
+        let (replies, request) = (Replies::default(), RequestId::generate());
+        let expected = replies.expect(id("c"), request.clone());
+        replies.deliver(&id("c"), part(&request, 1));
+        let error =
+            json!({ "type": "error", "request_id": request, "code": "timeout", "message": "" });
+        let error = Reply::from_message(serde_json::from_value(error).expect("a message"));
+        replies.deliver(&id("c"), error.expect("about a request"));
+        replies.deliver(&id("c"), head(&request));
+        assert_eq!(expected.take_head().map(|head| head.status_code), Some(200));
+        for bytes in ["", "1 "] {
+            let chunk = expected.try_next().expect("in order").expect("there");
+            assert_eq!(chunk.bytes, bytes);
         }
         assert!(matches!(
-            expected.recv().await,
-            Some((_, ReplyPart::Failed { .. }))
+            expected.try_next(),
+            Err(ReplyFailure::Agent {
+                code: AgentErrorCode::Timeout,
+                ..
+            })
         ));
-        assert_eq!(expected.recv().await, None);
     }
 
-    #[tokio::test]
-    async fn a_lost_connection_ends_the_wait_for_it_and_no_other() {
+    #[test]
+    fn a_lost_connection_ends_the_wait_for_it_and_no_other() {
         let replies = Replies::default();
-        let mut lost = replies.expect(id("lost"), RequestId::generate());
-        let mut other = replies.expect(id("other"), RequestId::generate());
+        let lost = replies.expect(id("lost"), RequestId::generate());
+        let other = replies.expect(id("other"), RequestId::generate());
         replies.lose(&id("lost"));
-        assert_eq!(lost.recv().await, None);
-        assert_eq!(other.try_recv(), Err(TryRecvError::Empty));
+        assert_eq!(lost.changed().now_or_never(), Some(()));
+        assert_eq!(lost.try_next(), Err(ReplyFailure::Lost));
+        assert_eq!(other.changed().now_or_never(), None);
+        assert_eq!(other.try_next(), Ok(None));
+    }
+
+    #[test]
+    fn every_message_about_a_request_is_a_reply_and_no_other_is() {
+        let request = RequestId::generate();
+        for kind in ["ready", "ping", "release", "unheard_of"]
+            .iter()
+            .chain(&REPLY_TYPES)
+        {
+            let message = json!({
+                "type": kind, "request_id": request, "status_code": 200, "part": 1, "parts": 1, "code": "busy",
+            });
+            let message = serde_json::from_value(message).expect("a message");
+            assert_eq!(
+                Reply::from_message(message).is_ok(),
+                REPLY_TYPES.contains(kind),
+                "{kind}"
+            );
+        }
     }
 }

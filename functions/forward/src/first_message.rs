@@ -1,0 +1,136 @@
+//! A visitor's request as its agent gets it: the first message, and the body that does not fit into it.
+
+use http::{HeaderMap, HeaderValue, Method, header};
+use tunnel_protocol::{
+    body::{BodySender, Mode, compression},
+    headers,
+    headers::{FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO},
+    id::RequestId,
+    limits::MAX_HEADER_FIELDS,
+    message::{Body, Feature, HttpRequest},
+};
+use tunnel_service::{now, tables::tunnels::Online};
+
+use crate::{
+    TunnelPath,
+    error::ForwardError,
+    request::{VisitorBody, VisitorRequest},
+};
+
+/// A request, ready to be sent.
+pub(crate) struct FirstMessage {
+    /// The head, and as much of the body as has come and fits.
+    pub(crate) message: HttpRequest,
+    /// How many bytes of the body it carries, counted before compression.
+    pub(crate) body_bytes: u64,
+    /// The rest of the body.
+    pub(crate) rest: Option<BodySender<VisitorBody>>,
+    /// Whether there is a rest, or was until it was taken.
+    pub(crate) has_rest: bool,
+}
+
+impl FirstMessage {
+    /// Builds the message for the agent of `online`.
+    ///
+    /// # Errors
+    /// When the request is too large for the tunnel, or breaks off.
+    pub(crate) async fn build(
+        request: VisitorRequest,
+        path: &TunnelPath,
+        online: &Online,
+        use_compression: bool,
+    ) -> Result<Self, ForwardError> {
+        let compress = use_compression
+            && online.features.contains(&Feature::Zstd)
+            && compression::is_compressible(&request.headers);
+        let mut message = head(&request, path);
+        if message.headers.len() > MAX_HEADER_FIELDS {
+            return Err(ForwardError::TooLarge(format!(
+                "The request has more than {MAX_HEADER_FIELDS} header fields."
+            )));
+        }
+        let room = message.room().ok_or_else(|| {
+            ForwardError::TooLarge(
+                "The request's header is longer than a tunnel can carry.".to_owned(),
+            )
+        })?;
+        let mut body = BodySender::new(request.body, Mode::Coalesced { compress });
+        let chunk = if online.features.contains(&Feature::BodyParts) {
+            body.first_chunk(room).await.map_err(broken_off)?
+        } else {
+            let whole = body.whole(room).await.map_err(broken_off)?;
+            whole.ok_or_else(|| {
+                ForwardError::TooLarge(format!(
+                    "This tunnel's agent is too old for request bodies over {room} bytes. Update it."
+                ))
+            })?
+        };
+        message.set_chunk(chunk);
+        Ok(Self {
+            body_bytes: body.sent_bytes(),
+            has_rest: message.more,
+            rest: message.more.then_some(body),
+            message,
+        })
+    }
+
+    /// Whether the request changes nothing (RFC 9110, 9.2.1) and has no body, so that it may be carried out twice.
+    pub(crate) fn may_repeat(&self) -> bool {
+        let method = self.message.method.as_bytes();
+        !self.has_rest
+            && self.message.body.0.is_empty()
+            && [Method::GET, Method::HEAD, Method::OPTIONS]
+                .iter()
+                .any(|safe| safe.as_str().as_bytes() == method)
+    }
+
+    /// Whether an agent with these features can read the message.
+    pub(crate) fn is_readable_with(&self, features: &[Feature]) -> bool {
+        (!self.has_rest || features.contains(&Feature::BodyParts))
+            && (self.message.encoding.is_none() || features.contains(&Feature::Zstd))
+    }
+}
+
+/// Why an upload ends before its end.
+pub(crate) fn broken_off(error: impl std::fmt::Display) -> ForwardError {
+    ForwardError::BadRequest(format!("its body broke off: {error}"))
+}
+
+fn head(request: &VisitorRequest, path: &TunnelPath) -> HttpRequest {
+    HttpRequest {
+        request_id: RequestId::generate(),
+        method: request.method.to_string(),
+        uri: match &request.query {
+            Some(query) => format!("{}?{query}", path.path),
+            None => path.path.clone(),
+        },
+        headers: forwarded(request, &path.prefix),
+        body: Body::default(),
+        encoding: None,
+        timestamp: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
+        more: false,
+        deadline_ms: u64::try_from(request.response_timeout.as_millis()).unwrap_or(u64::MAX),
+        reply_to: None,
+    }
+}
+
+/// The fields that the local service gets: the visitor's own, and ours about where the request comes from.
+fn forwarded(request: &VisitorRequest, prefix: &str) -> HeaderMap {
+    let mut fields = request.headers.clone();
+    headers::remove_hop_by_hop(&mut fields);
+    headers::remove_forwarding(&mut fields);
+    fields.remove(header::EXPECT);
+    for (name, value) in [
+        (FORWARDED_FOR, &*request.source_ip),
+        (FORWARDED_PROTO, &*request.scheme),
+        (FORWARDED_HOST, &*request.host),
+        (FORWARDED_PREFIX, prefix),
+    ] {
+        if let Ok(value) = HeaderValue::from_str(value)
+            && !(name == FORWARDED_PREFIX && prefix.is_empty())
+        {
+            fields.insert(name, value);
+        }
+    }
+    fields
+}
