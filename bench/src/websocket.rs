@@ -17,7 +17,6 @@ use axum::{
 use futures_util::StreamExt;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use local::front::agents;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_tungstenite::{
@@ -116,7 +115,7 @@ impl AgentConnections {
     async fn connect(self: &Arc<Self>, mut request: Request) -> Response {
         let _under_way = self.meter.begin();
         self.latency.pause(latency::HANDSHAKE).await;
-        let Some(accept) = agents::accept_key(request.headers()) else {
+        let Some(accept) = local::accept_key(request.headers()) else {
             return StatusCode::UPGRADE_REQUIRED.into_response();
         };
         let id = RequestId::generate().to_string();
@@ -211,7 +210,7 @@ impl AgentConnections {
                 },
                 Some(command) = queue.recv() => match command {
                     ConnectionCommand::Send(text) => {
-                        if agents::send(&mut socket, text).await.is_err() {
+                        if local::send(&mut socket, text).await.is_err() {
                             return;
                         }
                     }

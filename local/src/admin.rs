@@ -1,27 +1,28 @@
-//! What whoever runs the service does to its tables: agent tokens and tunnel names, of a deployment or of a data directory.
+//! What an operator does to the tables of a service: agent tokens and tunnel names, of a deployment or of a data directory.
 
 use std::{io::Write, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail};
 use aws_sdk_dynamodb::Client;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tunnel_local_aws::{caller::AccessKey, dynamodb};
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
     auth::{owner::Owner, token},
     aws::sdk,
-    aws::sdk::SdkConfig,
     now,
     settings::Variables,
-    tables::tokens::TokensTable,
-    tables::tunnels::TunnelsTable,
+    tables::{tokens::TokensTable, tunnels::TunnelsTable},
 };
 
-use crate::cli::fail;
-use tunnel_local_aws::{caller::AccessKey, dynamodb};
+use crate::console::{escape, fail};
 
-/// Looks after agent tokens and tunnel names.
+/// Longest life that a token can be given.
+const MAX_TOKEN_LIFE: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// Manages agent tokens and tunnel names.
 #[derive(Debug, Parser)]
 #[command(name = "tunnel-admin", version)]
 struct Cli {
@@ -32,24 +33,25 @@ struct Cli {
     #[arg(long, global = true, value_name = "DIR")]
     data: Option<PathBuf>,
     #[command(subcommand)]
-    command: ConnectionCommand,
+    command: AdminCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum ConnectionCommand {
-    /// Make a token and print it, this once; only its hash is kept
+enum AdminCommand {
+    /// Create a token and print it; it cannot be shown again, because only its hash is kept
     CreateToken {
-        /// Whom it is for
+        /// Who it is for
+        #[arg(value_parser = token_name)]
         name: String,
-        /// How long it is good, such as 90d [default: until it is revoked]
-        #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+        /// How long it is valid, such as 90d [default: until it is revoked]
+        #[arg(long, value_parser = token_life, value_name = "TIME")]
         expires: Option<Duration>,
     },
-    /// List tokens: name, start of the hash, and whether they are good
+    /// List tokens: name, start of the hash, and whether they are valid
     ListTokens,
-    /// Let agents with the tokens of this name in no longer
+    /// Revoke all tokens with this name
     RevokeToken {
-        /// Whom they were made for
+        /// Who they were made for
         name: String,
     },
     /// List tunnels: id, state, and the token that owns them
@@ -59,6 +61,21 @@ enum ConnectionCommand {
         /// The tunnel's id
         id: TunnelId,
     },
+}
+
+fn token_name(name: &str) -> Result<String, String> {
+    if name.trim().is_empty() || name.chars().any(char::is_control) {
+        return Err("must not be empty or contain control characters".to_owned());
+    }
+    Ok(name.to_owned())
+}
+
+fn token_life(text: &str) -> Result<Duration, String> {
+    let life = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if life.is_zero() || life > MAX_TOKEN_LIFE {
+        return Err("must be more than nothing and at most 100 years".to_owned());
+    }
+    Ok(life)
 }
 
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
@@ -74,138 +91,33 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {
-    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    let (sdk, tokens, tunnels) = match (cli.stack, cli.data) {
-        (Some(stack), _) => deployed(&stack).await?,
-        (None, Some(directory)) if !dynamodb::has_data(&directory) => {
-            bail!("{} holds no tunnel-local's data", directory.display())
-        }
-        (None, Some(directory)) => {
-            let listener = TcpListener::bind("127.0.0.1:0")
-                .await
-                .context("no loopback port for DynamoDB")?;
-            let access_key = token::generate_token();
-            let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr()?), &access_key);
-            dynamodb::serve(
-                dynamodb::open(Some(&directory))?,
-                listener,
-                AccessKey::only(&access_key),
-                &tasks,
-                &stop,
-            );
-            dynamodb::create_tables(&Client::new(&sdk)).await?;
-            (
-                sdk,
-                dynamodb::TOKENS.to_owned(),
-                dynamodb::TUNNELS.to_owned(),
+    let service = match (cli.stack, cli.data) {
+        (Some(stack), _) => Service::deployed(&stack)?,
+        (None, Some(directory)) => Service::in_directory(&directory).await?,
+        (None, None) => Cli::command()
+            .error(
+                ErrorKind::MissingRequiredArgument,
+                "specify the service: --stack NAME or --data DIR",
             )
-        }
-        (None, None) => bail!("say of which service: --stack NAME or --data DIR"),
+            .exit(),
     };
-    let outcome = carry_out(
-        cli.command,
-        &TokensTable::new(&sdk, tokens),
-        &TunnelsTable::new(&sdk, tunnels),
-    )
-    .await;
-    stop.cancel();
-    outcome
-}
-
-/// The tables of a deployment, as its outputs name them.
-async fn deployed(stack: &str) -> anyhow::Result<(SdkConfig, String, String)> {
-    let output = std::process::Command::new("sam")
-        .args([
-            "list",
-            "stack-outputs",
-            "--output",
-            "json",
-            "--stack-name",
-            stack,
-        ])
-        .output()
-        .context("sam is needed to look the deployment up: pip install aws-sam-cli")?;
-    if !output.status.success() {
-        bail!(
-            "sam list stack-outputs failed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    let outputs: Vec<serde_json::Value> =
-        serde_json::from_slice(&output.stdout).context("sam list stack-outputs printed no JSON")?;
-    let table = |key: &str| {
-        let found = outputs
-            .iter()
-            .find(|output| output["OutputKey"] == key)
-            .and_then(|output| output["OutputValue"].as_str());
-        found
-            .map(str::to_owned)
-            .with_context(|| format!("the stack {stack} has no output {key}"))
-    };
-    Ok((
-        sdk::from_environment(Variables::of_process())
-            .context("credentials of AWS are needed in the environment: eval \"$(aws configure export-credentials --format env)\"")?,
-        table("TokensTable")?,
-        table("TunnelsTable")?,
-    ))
-}
-
-async fn carry_out(
-    command: ConnectionCommand,
-    tokens: &TokensTable,
-    tunnels: &TunnelsTable,
-) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    match command {
-        ConnectionCommand::CreateToken { name, expires } => {
-            writeln!(out, "{}", tokens.create(&name, expires, now()).await?)?;
+    match cli.command {
+        AdminCommand::CreateToken { name, expires } => {
+            let token = service.tokens.create(&name, expires, now()).await?;
+            writeln!(out, "{token}")?;
         }
-        ConnectionCommand::ListTokens => {
-            for token in tokens.list().await? {
-                let is_expired = token.expires_at.is_some_and(|at| at <= now().as_secs());
-                let state = match (token.revoked, is_expired) {
-                    (true, _) => "revoked",
-                    (false, true) => "expired",
-                    (false, false) => "good",
-                };
-                writeln!(
-                    out,
-                    "{}\t{}\t{state}",
-                    token.name,
-                    short(&token.hash.to_string())
-                )?;
-            }
-        }
-        ConnectionCommand::RevokeToken { name } => {
-            let revoked = tokens.revoke(&name).await?;
+        AdminCommand::ListTokens => service.list_tokens(&mut out).await?,
+        AdminCommand::RevokeToken { name } => {
+            let revoked = service.tokens.revoke(&name).await?;
             if revoked == 0 {
-                bail!("there is no good token of the name {name}");
+                bail!("there is no valid token with the name {name}");
             }
             writeln!(out, "revoked {revoked}")?;
         }
-        ConnectionCommand::ListTunnels => {
-            let names = tokens.list().await?;
-            for (id, tunnel) in tunnels.list(now()).await? {
-                let owner = names
-                    .iter()
-                    .find(|token| tunnel.identity.owner == Owner::Token(token.hash.clone()));
-                let owner = owner.map_or_else(
-                    || short(&tunnel.identity.owner.to_string()).to_owned(),
-                    |token| token.name.clone(),
-                );
-                writeln!(
-                    out,
-                    "{id}\t{}\t{owner}",
-                    if tunnel.online.is_some() {
-                        "online"
-                    } else {
-                        "offline"
-                    }
-                )?;
-            }
-        }
-        ConnectionCommand::ReleaseTunnel { id } => {
-            if !tunnels.release(&id).await? {
+        AdminCommand::ListTunnels => service.list_tunnels(&mut out).await?,
+        AdminCommand::ReleaseTunnel { id } => {
+            if !service.tunnels.release(&id).await? {
                 bail!("there is no tunnel {id}");
             }
             writeln!(out, "released {id}")?;
@@ -214,6 +126,127 @@ async fn carry_out(
     Ok(())
 }
 
+/// The tables of a service.
+struct Service {
+    tokens: TokensTable,
+    tunnels: TunnelsTable,
+    /// Ends the engine that serves the tables of a data directory.
+    _engine: Option<tokio_util::sync::DropGuard>,
+}
+
+impl Service {
+    /// Those of a data directory, whether a server is running on it or not.
+    async fn in_directory(directory: &std::path::Path) -> anyhow::Result<Self> {
+        if !dynamodb::has_data(directory) {
+            bail!("{} contains no data of a tunnel-local", directory.display());
+        }
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .context("no loopback port for DynamoDB")?;
+        let access_key = token::generate_token();
+        let sdk = sdk::for_loopback(&format!("http://{}", listener.local_addr()?), &access_key);
+        let stop = CancellationToken::new();
+        dynamodb::serve(
+            dynamodb::open(Some(directory))?,
+            listener,
+            AccessKey::only(&access_key),
+            &TaskTracker::new(),
+            &stop,
+        );
+        dynamodb::create_tables(&Client::new(&sdk)).await?;
+        Ok(Self {
+            tokens: TokensTable::new(&sdk, dynamodb::TOKENS.to_owned()),
+            tunnels: TunnelsTable::new(&sdk, dynamodb::TUNNELS.to_owned()),
+            _engine: Some(stop.drop_guard()),
+        })
+    }
+
+    /// Those of a deployment, as its outputs name them.
+    fn deployed(stack: &str) -> anyhow::Result<Self> {
+        let output = std::process::Command::new("sam")
+            .args(["list", "stack-outputs", "--output", "json", "--stack-name"])
+            .arg(stack)
+            .output()
+            .context("sam is needed to look the deployment up: pip install aws-sam-cli")?;
+        if !output.status.success() {
+            bail!(
+                "sam list stack-outputs failed: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        let outputs: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout)
+            .context("sam list stack-outputs printed no JSON")?;
+        let table = |key: &str| {
+            let found = outputs
+                .iter()
+                .find(|output| output["OutputKey"] == key)
+                .and_then(|output| output["OutputValue"].as_str());
+            found
+                .map(str::to_owned)
+                .with_context(|| format!("the stack {stack} has no output {key}"))
+        };
+        let sdk = sdk::from_environment(Variables::of_process()).context(
+            "AWS credentials are needed in the environment: eval \"$(aws configure export-credentials --format env)\"",
+        )?;
+        Ok(Self {
+            tokens: TokensTable::new(&sdk, table("TokensTable")?),
+            tunnels: TunnelsTable::new(&sdk, table("TunnelsTable")?),
+            _engine: None,
+        })
+    }
+
+    async fn list_tokens(&self, out: &mut impl Write) -> anyhow::Result<()> {
+        for token in self.tokens.list().await? {
+            let is_expired = token.expires_at.is_some_and(|at| at <= now().as_secs());
+            let state = match (token.revoked, is_expired) {
+                (true, _) => "revoked",
+                (false, true) => "expired",
+                (false, false) => "good",
+            };
+            let name = escape(&token.name);
+            writeln!(out, "{name}\t{}\t{state}", short(&token.hash.to_string()))?;
+        }
+        Ok(())
+    }
+
+    async fn list_tunnels(&self, out: &mut impl Write) -> anyhow::Result<()> {
+        let tokens = self.tokens.list().await?;
+        for (id, tunnel) in self.tunnels.list(now()).await? {
+            let owner = tokens
+                .iter()
+                .find(|token| tunnel.identity.owner == Owner::Token(token.hash.clone()))
+                .map_or_else(
+                    || short(&tunnel.identity.owner.to_string()).to_owned(),
+                    |token| token.name.clone(),
+                );
+            let state = match tunnel.online {
+                Some(_) => "online",
+                None => "offline",
+            };
+            writeln!(out, "{id}\t{state}\t{}", escape(&owner))?;
+        }
+        Ok(())
+    }
+}
+
 fn short(text: &str) -> &str {
     text.get(..18).unwrap_or(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_would_break_a_listing_and_lives_that_cannot_be_are_refused() {
+        Cli::command().debug_assert();
+        for name in ["", " ", "a\tb", "a\nb", "\u{1b}[31m"] {
+            assert!(token_name(name).is_err(), "{name:?}");
+        }
+        assert_eq!(token_name("alice b").as_deref(), Ok("alice b"));
+        for life in ["0s", "18446744073709551615s", "101years", "x"] {
+            assert!(token_life(life).is_err(), "{life}");
+        }
+        assert_eq!(token_life("90d"), Ok(Duration::from_secs(90 * 86_400)));
+    }
 }

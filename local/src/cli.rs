@@ -1,19 +1,32 @@
 //! The command line of `tunnel-local`.
 
-use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
-use clap::{Parser, ValueEnum};
+use clap::{
+    CommandFactory, Parser,
+    builder::{PossibleValuesParser, TypedValueParser},
+    error::ErrorKind,
+};
 use tokio::runtime::Runtime;
-use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::filter::Targets;
 use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
+use tunnel_local_aws::quotas::Quotas;
 use tunnel_protocol::{cidr::Cidr, limits::WEBSOCKET_LIFETIME};
 use tunnel_service::{
     auth::AuthMode,
     routing::{PublicUrl, Routing},
 };
 
-use crate::{Options, Server, sam_invoke, server::JwtIssuer};
-use tunnel_local_aws::quotas::Quotas;
+use crate::{
+    Options, Server, ServerError,
+    console::{fail, interrupted, raise_open_files, say, start_log},
+    front::listener::MAX_OPEN_CONNECTIONS,
+    options::JwtIssuer,
+    sam_invoke,
+};
+
+/// Files that are open besides connections, with room to spare: the database, the log, sockets of the process's own.
+const OTHER_OPEN_FILES: u64 = 256;
 
 /// Runs the whole tunnel on this machine: visitors and agents connect to one address.
 #[derive(Parser)]
@@ -27,25 +40,26 @@ struct Cli {
         value_name = "ADDRESS"
     )]
     listen: SocketAddr,
-    /// Where visitors reach it, if not under that address
+    /// Where visitors reach the server, if not at that address
     #[arg(long, env = "TUNNEL_PUBLIC_URL", value_name = "URL")]
     public_url: Option<PublicUrl>,
     /// Keep names and tokens in this directory instead of forgetting them
     #[arg(long, env = "TUNNEL_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
-    /// How agents prove who they are [default: open if only this machine can connect, token otherwise]
-    #[arg(long, env = "TUNNEL_AUTH")]
-    auth: Option<AuthWord>,
-    /// With --auth jwt: who makes agents' JSON Web Tokens, their `iss`
+    /// How agents prove who they are: not at all, with a token (the first is created on the first start), or with a JSON Web Token
+    /// [default: open if only this machine can connect, token otherwise]
+    #[arg(long, env = "TUNNEL_AUTH", value_parser = words::<AuthMode>(&["open", "token", "jwt"]))]
+    auth: Option<AuthMode>,
+    /// With --auth jwt: the issuer of agents' JSON Web Tokens, their `iss`
     #[arg(long, env = "TUNNEL_JWT_ISSUER", value_name = "TEXT")]
     jwt_issuer: Option<String>,
-    /// With --auth jwt: whom they are for, their `aud`
+    /// With --auth jwt: the audience of those tokens, their `aud`
     #[arg(long, env = "TUNNEL_JWT_AUDIENCE", value_name = "TEXT")]
     jwt_audience: Option<String>,
     /// With --auth jwt: where the issuer publishes its keys
     #[arg(long, env = "TUNNEL_JWT_JWKS_URL", value_name = "URL")]
     jwt_jwks_url: Option<String>,
-    /// With --auth jwt: what the issuer signs with instead, at least 32 bytes; better in the environment than on the command line
+    /// With --auth jwt: the secret that the issuer signs with instead, at least 32 bytes; other users of this machine can see it on the command line, so prefer the environment
     #[arg(
         long,
         env = "TUNNEL_JWT_SECRET",
@@ -53,10 +67,13 @@ struct Cli {
         value_name = "SECRET"
     )]
     jwt_secret: Option<String>,
-    /// How visitors name a tunnel
-    #[arg(long, env = "TUNNEL_ROUTING", value_enum, default_value = "path")]
-    routing: RoutingWord,
-    /// How long an agent's connection may live: agents open the next one in time [default: 2h, as in AWS]
+    /// How visitors name a tunnel: by the first path segment, or by a subdomain of the public URL's host
+    #[arg(long, env = "TUNNEL_ROUTING", value_parser = words::<Routing>(&["path", "subdomain"]), default_value = "path")]
+    routing: Routing,
+    /// Serve visitors whatever host they ask for, and pass that host on to local services as ours
+    #[arg(long, env = "TUNNEL_ANY_HOST")]
+    any_host: bool,
+    /// How long an agent's connection may live; agents open the next one in time [default: 2h, as in AWS]
     #[arg(long, env = "TUNNEL_MAX_CONNECTION_AGE", value_parser = connection_age, value_name = "TIME")]
     max_connection_age: Option<Duration>,
     /// Most requests of one tunnel at once; 0 is no limit
@@ -70,10 +87,10 @@ struct Cli {
         value_name = "N"
     )]
     max_requests_per_second: u32,
-    /// Most agents that may be connected with one token; without tokens, in all
+    /// Most agents that one owner, a token or a JSON Web Token's subject, may have connected; with --auth open, all agents together
     #[arg(long, env = "TUNNEL_MAX_AGENTS_PER_TOKEN", default_value_t = Quotas::default().agents_of_one, value_name = "N")]
     max_agents_per_token: usize,
-    /// Believe X-Forwarded-For, -Proto and -Host of a proxy with an address in this network; may be repeated [default: none]
+    /// Trust X-Forwarded-For, -Proto and -Host from reverse proxies in this network; may be repeated [default: none]
     #[arg(
         long,
         env = "TUNNEL_TRUST_PROXY",
@@ -81,7 +98,7 @@ struct Cli {
         value_name = "CIDR"
     )]
     trust_proxy: Vec<Cidr>,
-    /// Be the other side of the events in events/ instead: for `sam local invoke`
+    /// Serve a stand-in DynamoDB and @connections for `sam local invoke` instead
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
     samples: bool,
     /// What is logged on stderr: error, warn, info, debug, or a list such as warn,local=debug
@@ -91,58 +108,44 @@ struct Cli {
         default_value = "warn",
         value_name = "LEVEL"
     )]
-    log_level: String,
+    log_level: Targets,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum AuthWord {
-    /// Everybody may connect; on loopback only
-    Open,
-    /// With a token; the first one is made and printed on the first start
-    Token,
-    /// With a JSON Web Token
-    Jwt,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum RoutingWord {
-    /// By the first path segment
-    Path,
-    /// By host name, below that of the public URL
-    Subdomain,
+/// Words that are parsed as `T`.
+fn words<
+    T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+>(
+    words: &'static [&'static str],
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(words).try_map(|word| word.parse::<T>())
 }
 
 impl Cli {
     fn options(&self) -> Options {
-        let auth = match self.auth {
-            Some(AuthWord::Open) => AuthMode::Open,
-            Some(AuthWord::Token) => AuthMode::Token,
-            Some(AuthWord::Jwt) => AuthMode::Jwt,
-            None if self.listen.ip().is_loopback()
-                && self.public_url.as_ref().is_none_or(PublicUrl::is_loopback) =>
-            {
-                AuthMode::Open
-            }
-            None => AuthMode::Token,
-        };
-        let routing = match self.routing {
-            RoutingWord::Path => Routing::Path,
-            RoutingWord::Subdomain => Routing::Subdomain,
+        let is_private = Options::is_private(self.listen, self.public_url.as_ref());
+        let default_auth = if is_private {
+            AuthMode::Open
+        } else {
+            AuthMode::Token
         };
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
-        let jwt = JwtIssuer {
-            issuer: text(&self.jwt_issuer),
-            audience: text(&self.jwt_audience),
-            jwks_url: text(&self.jwt_jwks_url),
-            secret: text(&self.jwt_secret),
-        };
         Options {
             listen: self.listen,
             public_url: self.public_url.clone(),
             data: self.data.clone(),
-            auth,
-            jwt: Some(jwt),
-            routing,
+            auth: self.auth.unwrap_or(default_auth),
+            jwt: Some(JwtIssuer {
+                issuer: text(&self.jwt_issuer),
+                audience: text(&self.jwt_audience),
+                jwks_url: text(&self.jwt_jwks_url),
+                secret: text(&self.jwt_secret),
+            }),
+            routing: self.routing,
+            any_host: self.any_host,
             quotas: Quotas {
                 life: self.max_connection_age.unwrap_or(WEBSOCKET_LIFETIME),
                 agents_of_one: self.max_agents_per_token,
@@ -174,72 +177,86 @@ pub fn main() -> ExitCode {
 
 async fn run() -> ExitCode {
     let cli = Cli::parse();
-    let filter = match cli.log_level.parse::<Targets>() {
-        Ok(filter) => filter,
-        Err(error) => return fail(2, &format!("log level {}: {error}", cli.log_level)),
-    };
-    tracing_subscriber::registry()
-        .with(fmt::layer().with_writer(std::io::stderr))
-        .with(filter)
-        .init();
+    start_log(cli.log_level.clone());
+    let wanted = MAX_OPEN_CONNECTIONS as u64 + OTHER_OPEN_FILES;
+    if let Some(limit) = raise_open_files(wanted) {
+        say(&format!(
+            "warning: this process may open {limit} files; {MAX_OPEN_CONNECTIONS} connections need {wanted}. Raise the limit with ulimit -n or LimitNOFILE="
+        ));
+    }
     if cli.samples {
         return match sam_invoke::run(interrupted()).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(1, &format!("{error:#}")),
         };
     }
-    let stack = match Server::start(cli.options()).await {
-        Ok(stack) => stack,
-        Err(error) => return fail(1, &format!("{error:#}")),
+    let server = match Server::start(cli.options()).await {
+        Ok(server) => server,
+        Err(ServerError::Options(error)) => Cli::command()
+            .error(ErrorKind::ArgumentConflict, error)
+            .exit(),
+        Err(error) => return fail(1, &error),
     };
-    say(&format!(
-        "ready: visitors at {}, agents at {}",
-        stack.public_url, stack.endpoint
-    ));
-    let token = stack
-        .first_token
-        .as_ref()
-        .map(|token| format!("TTF_TOKEN={token} "))
-        .unwrap_or_default();
-    if stack.first_token.is_some() {
-        say("a first agent token was made; it is shown this once:");
-    }
-    say(&format!(
-        "open a tunnel with: {token}ttf http 3000 --endpoint {}",
-        stack.endpoint
-    ));
+    announce(&server);
     interrupted().await;
-    say("stopping");
+    say("stopping; press Ctrl-C again to stop now");
     tokio::select! {
-        () = stack.stop() => ExitCode::SUCCESS,
-        // A second signal ends at once.
+        () = server.stop() => ExitCode::SUCCESS,
         () = interrupted() => ExitCode::FAILURE,
     }
 }
 
-pub(crate) fn fail(code: u8, text: &str) -> ExitCode {
-    say(&format!("error: {text}"));
-    ExitCode::from(code)
+/// Says where the server is, and how to open a tunnel.
+fn announce(server: &Server) {
+    let Server {
+        public_url,
+        endpoint,
+        first_token,
+        ..
+    } = server;
+    say(&format!(
+        "ready: visitors at {public_url}, agents at {endpoint}"
+    ));
+    let token = first_token
+        .as_ref()
+        .map(|token| format!("TTF_TOKEN={token} "))
+        .unwrap_or_default();
+    if first_token.is_some() {
+        say("created the first agent token; it is shown only this once:");
+    }
+    say(&format!(
+        "open a tunnel with: {token}ttf http 3000 --endpoint {endpoint}"
+    ));
 }
 
-/// Writes a line to stderr.
-pub(crate) fn say(line: &str) {
-    // Without stderr there is nobody to tell.
-    let _ = writeln!(std::io::stderr(), "{line}");
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Waits for Ctrl-C or a request to terminate.
-async fn interrupted() {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-            return;
+    #[test]
+    fn the_command_line_is_consistent_and_defaults_to_this_machine() {
+        Cli::command().debug_assert();
+        let parse = |arguments: &[&str]| {
+            Cli::try_parse_from(std::iter::once(&"tunnel-local").chain(arguments))
+                .expect("valid arguments")
+                .options()
+        };
+        assert_eq!(parse(&[]).auth, AuthMode::Open);
+        assert_eq!(parse(&["--listen", "0.0.0.0:80"]).auth, AuthMode::Token);
+        assert_eq!(
+            parse(&["--public-url", "https://t.example.com"]).auth,
+            AuthMode::Token
+        );
+        assert_eq!(
+            parse(&["--routing", "subdomain"]).routing,
+            Routing::Subdomain
+        );
+        for wrong in [
+            ["--auth", "none"],
+            ["--routing", "host"],
+            ["--log-level", "x=y=z"],
+        ] {
+            assert!(Cli::try_parse_from(["tunnel-local", wrong[0], wrong[1]]).is_err());
         }
     }
-    let _ = tokio::signal::ctrl_c().await;
 }

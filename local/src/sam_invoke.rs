@@ -26,7 +26,7 @@ use tunnel_service::{
     tables::tunnels::{Online, TunnelsTable},
 };
 
-use crate::cli::say;
+use crate::console::say;
 use tunnel_local_aws::{
     caller::AccessKey,
     dynamodb,
@@ -56,7 +56,7 @@ const TOKEN: &str = "sample";
 ///
 /// # Errors
 /// When the ports are taken.
-pub async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
+pub(crate) async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let database = dynamodb::open(None)?;
     for listener in listeners(DYNAMODB_PORT).await? {

@@ -247,6 +247,8 @@ struct Endpoint {
 enum DynamoDbError {
     /// Signed by somebody else.
     Unauthorized,
+    /// The process is ending.
+    Unavailable,
     /// Not a call that the tunnel makes.
     Unknown,
     /// Not the JSON of the call.
@@ -267,6 +269,10 @@ impl IntoResponse for DynamoDbError {
             Self::Unauthorized => (
                 400,
                 r#"{"__type":"com.amazon.coral.service#UnrecognizedClientException"}"#.to_owned(),
+            ),
+            Self::Unavailable => (
+                503,
+                r#"{"__type":"com.amazon.coral.availability#ServiceUnavailable"}"#.to_owned(),
             ),
             Self::Unknown => (
                 400,
@@ -312,7 +318,12 @@ async fn answer(
     // The engine works where it is called, on disk if it keeps data.
     let answered =
         tokio::task::spawn_blocking(move || carry_out(&endpoint.database, &operation, &body)).await;
-    let json = answered.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
+    let json = match answered {
+        Ok(answered) => answered?,
+        Err(failed) if failed.is_panic() => std::panic::resume_unwind(failed.into_panic()),
+        // The process is ending.
+        Err(_) => return Err(DynamoDbError::Unavailable),
+    };
     Ok(([(header::CONTENT_TYPE, JSON)], json).into_response())
 }
 

@@ -4,11 +4,11 @@
 //! not wait for it.
 
 use std::{
-    collections::HashMap,
+    borrow::Cow,
     future::poll_fn,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     task::Poll,
@@ -21,7 +21,7 @@ use futures_util::{
     Sink, SinkExt, StreamExt,
     stream::{SplitSink, SplitStream},
 };
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use rand::RngExt;
@@ -33,7 +33,6 @@ use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
         self, Message,
-        handshake::derive_accept_key,
         protocol::{
             CloseFrame, Role, WebSocketConfig,
             frame::{
@@ -45,22 +44,24 @@ use tokio_tungstenite::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, warn};
-use tunnel_connect::Connect;
+use tunnel_connect::{
+    Admission, Caller, Connect, ConnectError, Handshake, HandshakeRefusal, Purpose,
+};
 use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::response::{self, ResponseBody};
 use tunnel_protocol::{frames, id::ConnectionId, limits::MAX_FRAME_BYTES};
-use tunnel_service::{
-    auth::{
-        AuthMode,
-        owner::Owner,
-        token::{self, TokenHash},
-    },
-    now,
-    replies::Replies,
-};
+use tunnel_service::{aws::route_event::RouteResponse, now, replies::Replies};
 
-use crate::{front::visitors::say, server::Transport};
+use crate::{
+    front::{
+        agent_limit::{AgentLimit, AgentPermit},
+        handshake,
+        listener::ConnectionPermit,
+        response::text,
+    },
+    options::Transport,
+};
 use tunnel_local_aws::{
     events::EventSource,
     management::{ConnectionCommand, ConnectionRegistry, STAGE},
@@ -68,7 +69,7 @@ use tunnel_local_aws::{
 };
 
 /// Where agents connect.
-pub const PATH: &str = "/_ws";
+pub(crate) const PATH: &str = "/_ws";
 /// How often an agent is asked whether it is still there.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// An agent that has not said anything for this long, though it was asked, is gone.
@@ -81,10 +82,14 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// The WebSocket API beside its @connections, as in AWS: for the reply connections of functions on this machine.
-pub fn router(front: &Arc<AgentFront>) -> axum::Router {
-    let accept = async |State(front): State<Arc<AgentFront>>, request: axum::extract::Request| {
+pub(crate) fn router(front: &Arc<AgentFront>) -> axum::Router {
+    let accept = |State(front): State<Arc<AgentFront>>, request: axum::extract::Request| async {
         front
-            .accept(request, SocketAddr::from(([127, 0, 0, 1], 0)))
+            .accept(
+                request,
+                SocketAddr::from(([127, 0, 0, 1], 0)),
+                ConnectionPermit::internal(),
+            )
             .await
             .map(axum::body::Body::new)
     };
@@ -95,58 +100,38 @@ pub fn router(front: &Arc<AgentFront>) -> axum::Router {
 
 /// The WebSocket API.
 #[derive(Debug)]
-pub struct AgentFront {
+pub(crate) struct AgentFront {
     /// Whether messages take every step that they take in AWS.
-    pub shape: Transport,
-    /// How agents prove who they are.
-    pub auth: AuthMode,
+    pub(crate) transport: Transport,
     /// The function of `$connect`.
-    pub connect: Connect,
+    pub(crate) connect: Connect,
     /// The function of `$default`.
-    pub default: DefaultRoute,
+    pub(crate) default: DefaultRoute,
     /// The function of `$disconnect`.
-    pub disconnect: Disconnect,
+    pub(crate) disconnect: Disconnect,
     /// Where open connections are known.
-    pub connections: ConnectionRegistry,
+    pub(crate) connections: ConnectionRegistry,
     /// Where replies are waited for.
-    pub replies: Replies,
+    pub(crate) replies: Replies,
     /// What they may do.
-    pub quotas: Quotas,
+    pub(crate) quotas: Quotas,
     /// Whose connections are open.
-    pub open: AgentLimit,
+    pub(crate) limit: AgentLimit,
     /// Holds a task for each connection and each message being handled.
-    pub tasks: TaskTracker,
+    pub(crate) tasks: TaskTracker,
 }
 
 impl AgentFront {
     /// Answers a handshake: 101 if `$connect` lets the agent in, and what it says otherwise.
-    pub async fn accept<B: Send + 'static>(
-        self: &Arc<Self>,
+    pub(crate) async fn accept<B: Send + 'static>(
+        self: Arc<Self>,
         mut request: Request<B>,
         peer: SocketAddr,
+        connection_permit: ConnectionPermit,
     ) -> Response<ResponseBody> {
-        let Some(accept_key) = accept_key(request.headers()) else {
-            let mut response = say(
-                StatusCode::UPGRADE_REQUIRED,
-                "This is where agents connect with a WebSocket.\n",
-            );
-            response
-                .headers_mut()
-                .insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-            return response;
-        };
-        if request.headers().contains_key(header::ORIGIN) {
-            // Only browsers send it: a page that the user visits must not open tunnels on the user's machine.
-            return say(StatusCode::FORBIDDEN, "Web pages cannot be agents.\n");
-        }
-        let Some(place) = self
-            .open
-            .take(self.owner(request.headers()), self.quotas.agents_of_one)
-        else {
-            return say(
-                StatusCode::TOO_MANY_REQUESTS,
-                "Too many agents are connected with this token.\n",
-            );
+        let accept_key = match handshake::check(&request) {
+            Ok(accept_key) => accept_key,
+            Err(refusal) => return refusal.into_response(),
         };
         let source = EventSource {
             connection_id: connection_id(),
@@ -154,28 +139,11 @@ impl AgentFront {
             source_ip: peer.ip().to_string(),
             stage: STAGE,
         };
-        let outcome = self
-            .connect
-            .handle(source.connect(request.headers(), request.uri()))
-            .await;
-        let route = match outcome {
-            Ok(route) => route,
-            Err(error) => {
-                error!(error = &error as &dyn std::error::Error, "$connect failed");
-                return say(StatusCode::INTERNAL_SERVER_ERROR, "Internal server error\n");
-            }
-        };
-        if !(200..300).contains(&route.status_code) {
-            let mut response = Response::new(response::whole(route.body.unwrap_or_default()));
-            *response.status_mut() = StatusCode::from_u16(route.status_code)
-                .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            response.headers_mut().insert(
-                header::CONTENT_TYPE,
-                HeaderValue::from_static("application/json"),
-            );
-            return response;
-        }
         let upgrade = hyper::upgrade::on(&mut request);
+        let agent_permit = match self.admit(request.headers(), request.uri(), &source).await {
+            Ok(agent_permit) => agent_permit,
+            Err(refusal) => return refusal,
+        };
         let front = self.clone();
         self.tasks.spawn(async move {
             match upgrade.await {
@@ -188,22 +156,73 @@ impl AgentFront {
                     front.disconnected(&source, 1006, "").await;
                 }
             }
-            drop(place);
+            drop((agent_permit, connection_permit));
         });
-        let mut response = Response::new(response::whole(Bytes::new()));
-        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        let headers = response.headers_mut();
-        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept_key);
-        response
+        handshake::switching_protocols(accept_key)
     }
 
-    /// Whose connection it will be, if `$connect` lets it in.
-    fn owner(&self, headers: &HeaderMap) -> String {
-        match (self.auth, token::bearer(headers)) {
-            (AuthMode::Token, Some(token)) => Owner::Token(TokenHash::of(token)).to_string(),
-            _ => Owner::Open.to_string(),
+    /// Asks `$connect`. Lets a connection in with a place among its owner's, or returns why not; one that is no agent's needs no
+    /// place.
+    async fn admit(
+        &self,
+        headers: &HeaderMap,
+        uri: &Uri,
+        source: &EventSource,
+    ) -> Result<Option<AgentPermit>, Response<ResponseBody>> {
+        let query: Vec<(Cow<'_, str>, Cow<'_, str>)> =
+            form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).collect();
+        let first = |name: &str| {
+            let found = query.iter().find(|(key, _)| key == name);
+            found.map(|(_, value)| &**value)
+        };
+        let handshake = Handshake {
+            connection: source.connection_id.clone(),
+            connected_at: Duration::from_millis(source.connected_at),
+            headers: headers.clone(),
+            purpose: Purpose::of_query(first),
+        };
+        let failed = |error: ConnectError| {
+            error!(error = &error as &dyn std::error::Error, "$connect failed");
+            text(StatusCode::INTERNAL_SERVER_ERROR, "Internal server error\n")
+        };
+        let Some(caller) = self.connect.identify(&handshake).await.map_err(failed)? else {
+            return Err(refused(HandshakeRefusal::NotAuthorized.into()));
+        };
+        let permit = match &caller {
+            Caller::Agent(identity) => {
+                let owner = identity.owner.clone();
+                let permit = self.limit.acquire(owner, self.quotas.agents_of_one);
+                Some(permit.ok_or_else(|| {
+                    text(
+                        StatusCode::TOO_MANY_REQUESTS,
+                        "Too many agents of this owner are connected.\n",
+                    )
+                })?)
+            }
+            Caller::TicketHolder(_) => None,
+        };
+        let answer: RouteResponse = match self.transport {
+            Transport::InProcess => {
+                match self
+                    .connect
+                    .admit(&handshake, caller)
+                    .await
+                    .map_err(failed)?
+                {
+                    Admission::Refused(refusal) => refusal.into(),
+                    Admission::Agent { .. } | Admission::ReplyConnection => RouteResponse::ok(),
+                }
+            }
+            Transport::Emulated => self
+                .connect
+                .handle(source.connect(headers, uri))
+                .await
+                .map_err(failed)?,
+        };
+        if (200..300).contains(&answer.status_code) {
+            Ok(permit)
+        } else {
+            Err(refused(answer))
         }
     }
 
@@ -324,7 +343,7 @@ impl AgentFront {
 
     /// Checks the open connections again and again until `stop` is cancelled, so that one whose token was revoked ends though it
     /// says nothing and nobody visits it.
-    pub async fn recheck(self: Arc<Self>, stop: CancellationToken) {
+    pub(crate) async fn recheck(self: Arc<Self>, stop: CancellationToken) {
         let mut due = interval(self.quotas.recheck.max(MIN_RECHECK_INTERVAL));
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -346,7 +365,7 @@ impl AgentFront {
         text: &str,
         commands: &mpsc::Sender<ConnectionCommand>,
     ) {
-        let outcome = match self.shape {
+        let outcome = match self.transport {
             Transport::InProcess => self.default.message(&source.connection_id, text).await,
             Transport::Emulated => self.default.handle(source.message(text.to_owned())).await,
         };
@@ -364,43 +383,6 @@ impl AgentFront {
             .await
         {
             error!(connection = %source.connection_id, error = &error as &dyn std::error::Error, "$disconnect failed");
-        }
-    }
-}
-
-/// How many connections each owner has open. Clones share it.
-#[derive(Clone, Debug, Default)]
-pub struct AgentLimit(Arc<Mutex<HashMap<String, usize>>>);
-
-/// A connection's place among its owner's. Dropped, it is free again.
-#[derive(Debug)]
-struct AgentPermit(AgentLimit, String);
-
-impl AgentLimit {
-    /// Takes a place, if `owner` has less than `limit`.
-    fn take(&self, owner: String, limit: usize) -> Option<AgentPermit> {
-        let mut open = self.lock();
-        if open.get(&owner).is_some_and(|open| *open >= limit) {
-            return None;
-        }
-        *open.entry(owner.clone()).or_default() += 1;
-        Some(AgentPermit(self.clone(), owner))
-    }
-
-    /// Held between awaits only.
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for AgentPermit {
-    fn drop(&mut self) {
-        let mut open = self.0.lock();
-        if let Some(count) = open.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                open.remove(&self.1);
-            }
         }
     }
 }
@@ -432,23 +414,16 @@ impl LastUsed {
     }
 }
 
-/// The answer to a handshake's key; none when the request is no WebSocket handshake (RFC 6455, 4.2.1).
-pub fn accept_key(headers: &HeaderMap) -> Option<HeaderValue> {
-    let has = |name, word: &str| {
-        headers
-            .get_all(name)
-            .iter()
-            .filter_map(|value: &HeaderValue| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .any(|part| part.trim().eq_ignore_ascii_case(word))
-    };
-    let is_handshake = has(header::UPGRADE, "websocket")
-        && has(header::CONNECTION, "upgrade")
-        && has(header::SEC_WEBSOCKET_VERSION, "13");
-    let key = headers
-        .get(header::SEC_WEBSOCKET_KEY)
-        .filter(|_| is_handshake)?;
-    HeaderValue::from_str(&derive_accept_key(key.as_bytes())).ok()
+/// What an agent sees of `$connect`'s refusal.
+fn refused(answer: RouteResponse) -> Response<ResponseBody> {
+    let mut response = Response::new(response::whole(answer.body.unwrap_or_default()));
+    *response.status_mut() =
+        StatusCode::from_u16(answer.status_code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
+    response
 }
 
 /// An id that nobody can guess, in the form of API Gateway's.

@@ -13,28 +13,28 @@ const UNKNOWN: &str = "unknown";
 
 /// The proxies whose word counts.
 #[derive(Clone, Debug, Default)]
-pub struct TrustedProxies(Vec<Cidr>);
+pub(crate) struct TrustedProxies(Vec<Cidr>);
 
 /// Where a request comes from.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct VisitorOrigin {
+pub(crate) struct VisitorOrigin {
     /// The visitor's address.
-    pub address: String,
+    pub(crate) address: String,
     /// The scheme the visitor used, if a proxy tells it.
-    pub scheme: Option<String>,
+    pub(crate) scheme: Option<String>,
     /// The host the visitor used, if a proxy tells it.
-    pub host: Option<String>,
+    pub(crate) host: Option<String>,
 }
 
 impl TrustedProxies {
     /// Those with an address in one of these networks.
-    pub fn new(networks: Vec<Cidr>) -> Self {
+    pub(crate) fn new(networks: Vec<Cidr>) -> Self {
         Self(networks)
     }
 
     /// Where a request with these fields comes from that `peer` has sent. Only what a trusted proxy has written counts: in
     /// `X-Forwarded-For`, to which each adds the address that it sees, what is right of the first address that is none of theirs.
-    pub fn origin(&self, peer: IpAddr, fields: &HeaderMap) -> VisitorOrigin {
+    pub(crate) fn origin(&self, peer: IpAddr, fields: &HeaderMap) -> VisitorOrigin {
         let mut origin = VisitorOrigin {
             address: peer.to_canonical().to_string(),
             ..VisitorOrigin::default()
@@ -88,4 +88,72 @@ fn address(text: &str) -> Option<IpAddr> {
     bare.parse()
         .ok()
         .or_else(|| text.parse::<SocketAddr>().ok().map(|address| address.ip()))
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    fn fields(pairs: &[(&'static str, &'static [u8])]) -> HeaderMap {
+        pairs
+            .iter()
+            .map(|(name, value)| {
+                let value = HeaderValue::from_bytes(value).expect("a value");
+                (HeaderName::from_static(name), value)
+            })
+            .collect()
+    }
+
+    fn origin(peer: &str, pairs: &[(&'static str, &'static [u8])]) -> VisitorOrigin {
+        let networks = ["10.0.0.0/8", "::1/128"];
+        let proxies = networks.map(|network| network.parse().expect("a network"));
+        TrustedProxies::new(proxies.to_vec())
+            .origin(peer.parse().expect("an address"), &fields(pairs))
+    }
+
+    #[test]
+    fn the_visitor_is_the_right_most_address_that_no_trusted_proxy_has() {
+        for (peer, forwarded_for, expected) in [
+            ("9.9.9.9", &b"1.1.1.1"[..], "9.9.9.9"),
+            ("10.0.0.1", b"1.1.1.1", "1.1.1.1"),
+            ("10.0.0.1", b"6.6.6.6, 1.1.1.1", "1.1.1.1"),
+            ("10.0.0.1", b"6.6.6.6, 1.1.1.1 ,10.2.2.2", "1.1.1.1"),
+            ("10.0.0.1", b"10.3.3.3", "10.3.3.3"),
+            ("10.0.0.1", b"6.6.6.6, 1.1.1.1:443", "1.1.1.1"),
+            ("::1", b"[2001:db8::1]:443", "2001:db8::1"),
+            ("::1", b"[2001:db8::1]", "2001:db8::1"),
+            ("::ffff:10.0.0.1", b"::ffff:1.1.1.1", "1.1.1.1"),
+            ("10.0.0.1", b"6.6.6.6, nonsense", "unknown"),
+            ("10.0.0.1", b"6.6.6.6,", "unknown"),
+            ("10.0.0.1", b"6.6.6.6, \xff", "unknown"),
+        ] {
+            let got = origin(peer, &[("x-forwarded-for", forwarded_for)]);
+            assert_eq!(got.address, expected, "{peer} {forwarded_for:?}");
+        }
+        let lines: &[(&str, &[u8])] = &[
+            ("x-forwarded-for", b"6.6.6.6"),
+            ("x-forwarded-for", b"1.1.1.1"),
+        ];
+        assert_eq!(origin("10.0.0.1", lines).address, "1.1.1.1");
+    }
+
+    #[test]
+    fn scheme_and_host_are_those_that_a_trusted_proxy_tells_last() {
+        let told: &[(&str, &[u8])] = &[
+            ("x-forwarded-proto", b"http, HTTPS"),
+            ("x-forwarded-host", b"a.example, b.example"),
+        ];
+        let got = origin("10.0.0.1", told);
+        assert_eq!(got.scheme.as_deref(), Some("https"));
+        assert_eq!(got.host.as_deref(), Some("b.example"));
+        let stranger = origin("9.9.9.9", told);
+        assert_eq!((stranger.scheme, stranger.host), (None, None));
+        let odd = origin(
+            "10.0.0.1",
+            &[("x-forwarded-proto", b"gopher"), ("x-forwarded-host", b"")],
+        );
+        assert_eq!((odd.scheme, odd.host), (None, None));
+    }
 }

@@ -1,6 +1,15 @@
-//! The sockets: visitors' requests and agents' connections.
+//! The sockets. `listener` accepts connections; on each, `request_stream` and `request_head` check requests before hyper reads
+//! them from `socket`; `visitors` serves them, by the rules of `host` and `forwarded`. `agents` serves the connections that
+//! `handshake` and `agent_limit` let in. `response` has the answers of the front's own.
 
-pub mod agents;
-pub mod forwarded;
-pub mod length_check;
-pub mod visitors;
+pub(crate) mod agent_limit;
+pub(crate) mod agents;
+pub(crate) mod forwarded;
+pub(crate) mod handshake;
+pub(crate) mod host;
+pub(crate) mod listener;
+mod request_head;
+mod request_stream;
+mod response;
+mod socket;
+pub(crate) mod visitors;

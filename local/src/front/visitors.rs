@@ -1,82 +1,189 @@
-//! The HTTP front: visitors' requests as they come, straight to `forward`.
+//! Visitors' requests, straight to `forward`.
 //!
 //! What an event would carry is handed over as it is, because an event cannot carry a stream and payload 2.0 joins repeated
 //! fields. From there on the way is that of a function URL.
 
-use std::{net::IpAddr, sync::atomic::Ordering};
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+};
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, StatusCode, Uri, header, uri::Scheme};
+use http::{HeaderValue, Request, Response, header};
+use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use tunnel_forward::{
     Forward,
     error::ForwardError,
     request::{RequestSource, VisitorRequest, wants_html},
-    response::{self, ResponseBody},
+    response::{ResponseBody, ResponseBodyError},
 };
 
-use crate::{front::forwarded::TrustedProxies, front::length_check::TrackedBody};
+use crate::front::{
+    forwarded::TrustedProxies,
+    host::{ForeignHostError, HostPolicy},
+    response::last,
+    socket::VisitorSocket,
+};
 
-/// Serves a visitor's request.
-pub async fn serve(
-    forward: &Forward,
-    request: Request<Incoming>,
-    peer: IpAddr,
-    proxies: &TrustedProxies,
-    scheme: &str,
-) -> Response<ResponseBody> {
-    if is_absolute(request.uri()) {
-        return refuse(&request, "its target is a whole address, as for a proxy");
+/// Serves visitors.
+#[derive(Clone, Debug)]
+pub(crate) struct VisitorFront {
+    /// The function.
+    pub(crate) forward: Forward,
+    /// Whose forwarding fields are believed.
+    pub(crate) proxies: Arc<TrustedProxies>,
+    /// Which hosts are served.
+    pub(crate) hosts: HostPolicy,
+    /// The scheme of visitors that come without a proxy.
+    pub(crate) scheme: Arc<str>,
+}
+
+impl VisitorFront {
+    /// Serves a request that came over `socket`.
+    pub(crate) async fn serve(
+        &self,
+        request: Request<Incoming>,
+        socket: &Arc<VisitorSocket>,
+    ) -> Response<ResponseBody> {
+        let wants_html = wants_html(request.headers());
+        let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
+        let response = match self.visit(request, socket, is_read.clone()) {
+            Ok(visit) => self.forward.serve(visit).await,
+            Err(error) => ForwardError::from(error).into_response(wants_html),
+        };
+        if is_read.load(Ordering::Relaxed) {
+            response
+        } else {
+            // What is left of the request's body would look like the next request.
+            last(response)
+        }
     }
-    let (head, body) = request.into_parts();
-    let (body, is_read) = TrackedBody::new(body);
-    let origin = proxies.origin(peer, &head.headers);
-    let host = head
-        .headers
-        .get(header::HOST)
-        .and_then(|host| host.to_str().ok())
-        .unwrap_or_default()
-        .to_owned();
-    let source = RequestSource {
-        address: origin.address,
-        scheme: origin.scheme.unwrap_or_else(|| scheme.to_owned()),
-        host: origin.host.unwrap_or(host),
-    };
-    let visit = VisitorRequest::from_http(head, body.map_err(Into::into).boxed_unsync(), source);
-    let mut response = forward.serve(visit).await;
-    if !is_read.load(Ordering::Relaxed) {
-        response
-            .headers_mut()
-            .insert(header::CONNECTION, HeaderValue::from_static("close"));
+
+    fn visit(
+        &self,
+        request: Request<Incoming>,
+        socket: &VisitorSocket,
+        is_read: Arc<AtomicBool>,
+    ) -> Result<VisitorRequest, ForeignHostError> {
+        let (mut head, body) = request.into_parts();
+        let origin = self.proxies.origin(socket.peer.ip(), &head.headers);
+        let host = match origin.host {
+            Some(host) => host,
+            None => {
+                let asked = head.headers.get(header::HOST);
+                self.hosts.host(asked.and_then(|host| host.to_str().ok()))?
+            }
+        };
+        // The local service sees no other host than the one that counts.
+        if let Ok(value) = HeaderValue::from_str(&host) {
+            head.headers.insert(header::HOST, value);
+        }
+        let source = RequestSource {
+            address: origin.address,
+            scheme: origin.scheme.unwrap_or_else(|| self.scheme.to_string()),
+            host,
+        };
+        let body = RequestBody { body, is_read };
+        let body = body.map_err(Into::into).boxed_unsync();
+        Ok(VisitorRequest::from_http(head, body, source))
     }
-    response
 }
 
-/// Refuses a request that is not to be served, and closes the connection: what follows on it may be part of the same.
-pub fn refuse(request: &Request<Incoming>, why: &str) -> Response<ResponseBody> {
-    let mut response =
-        ForwardError::BadRequest(why.to_owned()).into_response(wants_html(request.headers()));
-    response
-        .headers_mut()
-        .insert(header::CONNECTION, HeaderValue::from_static("close"));
-    response
+/// A request's body that notes when it has been read to its end.
+#[derive(Debug)]
+struct RequestBody {
+    body: Incoming,
+    is_read: Arc<AtomicBool>,
 }
 
-/// Whether a request's target is in absolute-form or authority-form, which only proxies take.
-fn is_absolute(uri: &Uri) -> bool {
-    uri.scheme() == Some(&Scheme::HTTP)
-        || uri.scheme() == Some(&Scheme::HTTPS)
-        || uri.authority().is_some()
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.is_read.store(true, Ordering::Relaxed);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
-/// A short answer of the front's own.
-pub fn say(status: StatusCode, text: &'static str) -> Response<ResponseBody> {
-    let mut response = Response::new(response::whole(Bytes::from_static(text.as_bytes())));
-    *response.status_mut() = status;
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/plain; charset=utf-8"),
-    );
-    response
+/// A response's body. If it breaks off, it does so once all before the break has been sent, and in a way that the visitor sees.
+#[derive(Debug)]
+pub(crate) struct VisitorBody {
+    body: ResponseBody,
+    socket: Arc<VisitorSocket>,
+    broken: Option<ResponseBodyError>,
+}
+
+impl VisitorBody {
+    /// The body of a response that is sent over `socket`.
+    pub(crate) fn new(body: ResponseBody, socket: Arc<VisitorSocket>) -> Self {
+        socket.begin_response();
+        Self {
+            body,
+            socket,
+            broken: None,
+        }
+    }
+}
+
+impl Body for VisitorBody {
+    type Data = Bytes;
+    type Error = ResponseBodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ResponseBodyError>>> {
+        let this = self.get_mut();
+        if this.broken.is_none() {
+            match ready!(Pin::new(&mut this.body).poll_frame(context)) {
+                Some(Err(error)) => {
+                    this.broken = Some(error);
+                    this.socket.expect_flush();
+                }
+                frame => return Poll::Ready(frame),
+            }
+        }
+        // hyper drops what it has not sent when a body fails.
+        ready!(this.socket.poll_sent(context));
+        let Some(error) = this.broken.take() else {
+            return Poll::Ready(None);
+        };
+        this.socket.break_off();
+        Poll::Ready(Some(Err(error)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.broken.is_none() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for VisitorBody {
+    fn drop(&mut self) {
+        self.socket.end_response();
+    }
 }

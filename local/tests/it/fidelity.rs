@@ -1,10 +1,11 @@
 //! Every byte arrives as sent.
 
 use http::{Method, Request, StatusCode};
+use local::Options;
 use tunnel_protocol::limits::MAX_PART_BYTES;
 
 use crate::harness::{
-    Agent, Origin, agent, get, post, raw, reply, reply_with, settings, stack, visit,
+    Agent, Origin, agent, get, post, raw, reply, reply_with, settings, stack, stack_with, visit,
 };
 
 #[tokio::test]
@@ -200,7 +201,11 @@ async fn redirects_are_passed_on_and_point_where_the_visitor_can_go() {
 
 #[tokio::test]
 async fn the_local_service_learns_where_a_request_comes_from_and_nothing_a_visitor_made_up() {
-    let (stack, origin) = (stack().await, Origin::echo().await);
+    let any_host = Options {
+        any_host: true,
+        ..Options::default()
+    };
+    let (stack, origin) = (stack_with(any_host).await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
 
     let request = Request::get(format!("{}/", agent.url))
@@ -229,7 +234,11 @@ async fn the_local_service_learns_where_a_request_comes_from_and_nothing_a_visit
 
 #[tokio::test]
 async fn the_visitors_host_is_kept_where_that_is_set() {
-    let (stack, origin) = (stack().await, Origin::echo().await);
+    let any_host = Options {
+        any_host: true,
+        ..Options::default()
+    };
+    let (stack, origin) = (stack_with(any_host).await, Origin::echo().await);
     let mut settings = settings(&stack, origin.address);
     settings.host_header = forwarder::settings::HostHeader::Preserve;
     let agent = Agent::online(settings).await;

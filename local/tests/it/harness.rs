@@ -15,7 +15,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
-use local::{Options, Server, server::Transport};
+use local::{Options, Server, Transport};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -51,7 +51,7 @@ pub(crate) async fn stack_with(options: Options) -> Server {
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
     Server::start(Options {
         listen,
-        shape: shape(),
+        transport: shape(),
         ..options
     })
     .await

@@ -1,7 +1,7 @@
 //! Agents and services that do what they must not: what becomes of the requests concerned, and that all others go on.
 
 use http::StatusCode;
-use local::{Options, Server, server::Transport};
+use local::{Options, Server, Transport};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tunnel_protocol::limits::MAX_REORDER_PARTS;
@@ -174,7 +174,7 @@ async fn an_agent_that_sends_a_thousand_parts_to_a_visitor_who_does_not_read_los
     let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
     let stack = Server::start(Options {
         listen,
-        shape: Transport::InProcess,
+        transport: Transport::InProcess,
         ..Options::default()
     })
     .await

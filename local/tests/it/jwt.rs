@@ -12,7 +12,7 @@ use std::{
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use forwarder::{settings::Secret, tunnel::TunnelError};
-use local::{Options, server::JwtIssuer};
+use local::{JwtIssuer, Options};
 use ring::{
     hmac,
     rand::SystemRandom,

@@ -7,6 +7,7 @@ mod access;
 mod events;
 mod faults;
 mod fidelity;
+mod front;
 mod harness;
 mod hostile;
 mod jwt;

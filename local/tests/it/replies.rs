@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::{Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
-use local::{Options, Server, server::Transport};
+use local::{Options, Server, Transport};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tunnel_protocol::id::ConnectionId;
@@ -23,7 +23,7 @@ async fn as_in_aws() -> Server {
     let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
     Server::start(Options {
         listen,
-        shape: Transport::Emulated,
+        transport: Transport::Emulated,
         ..Options::default()
     })
     .await

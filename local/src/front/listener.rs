@@ -1,0 +1,160 @@
+//! The listening socket: connections are accepted up to a limit, and each is served to its end.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use http::{Request, Response};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::TcpListener,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{MissedTickBehavior, interval},
+};
+use tracing::{debug, warn};
+use tunnel_forward::{error::ForwardError, request::wants_html};
+use tunnel_protocol::limits::MAX_HEADER_FIELDS;
+
+use crate::{
+    front::{
+        agents::{self, AgentFront},
+        request_head::MAX_HEAD_BYTES,
+        response::last,
+        socket::{VisitorSocket, VisitorStream},
+        visitors::{VisitorBody, VisitorFront},
+    },
+    subsystem::Subsystem,
+};
+
+/// Most open connections of visitors and agents together; more wait to be accepted.
+pub(crate) const MAX_OPEN_CONNECTIONS: usize = 4096;
+/// How long a visitor may take to send a request's head, and how long a connection without a request is kept.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long accepting rests after it failed.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+/// How often a visitor that waits for its response is looked after.
+const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// What a connection is served with.
+#[derive(Clone, Debug)]
+pub(crate) struct Front {
+    pub(crate) visitors: VisitorFront,
+    pub(crate) agents: Arc<AgentFront>,
+}
+
+/// An open connection's place among [`MAX_OPEN_CONNECTIONS`]. It is free when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub(crate) struct ConnectionPermit {
+    _permit: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+impl ConnectionPermit {
+    /// Of a connection within this process, which is not counted.
+    pub(crate) fn internal() -> Self {
+        Self { _permit: None }
+    }
+}
+
+/// Accepts connections until the subsystem is stopped.
+pub(crate) async fn listen(listener: TcpListener, front: Front, visitors: Subsystem) {
+    let open = Arc::new(Semaphore::new(MAX_OPEN_CONNECTIONS));
+    loop {
+        let Ok(permit) = open.clone().acquire_owned().await else {
+            return;
+        };
+        let accepted = tokio::select! {
+            () = visitors.stopping().cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let permit = ConnectionPermit {
+                    _permit: Some(Arc::new(permit)),
+                };
+                let socket = Arc::new(VisitorSocket::new(stream, peer));
+                visitors.spawn(serve(socket, front.clone(), permit, visitors.clone()));
+            }
+            Err(error) => {
+                // Out of file descriptors, most likely: connections that end will free some.
+                warn!(%error, "cannot accept");
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
+            }
+        }
+    }
+}
+
+/// Serves a connection until it ends, becomes an agent's, or its visitor has gone.
+async fn serve(
+    socket: Arc<VisitorSocket>,
+    front: Front,
+    permit: ConnectionPermit,
+    visitors: Subsystem,
+) {
+    let service = {
+        let (socket, permit) = (socket.clone(), permit.clone());
+        service_fn(move |request| {
+            let (front, socket, permit) = (front.clone(), socket.clone(), permit.clone());
+            // Boxed, because hyper moves it about.
+            Box::pin(async move { Ok::<_, Infallible>(front.serve(request, socket, permit).await) })
+        })
+    };
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .half_close(true)
+        // Heads grow where characters of the target are escaped.
+        .max_buf_size(2 * MAX_HEAD_BYTES)
+        .max_headers(MAX_HEADER_FIELDS);
+    let stream = TokioIo::new(VisitorStream::new(socket.clone()));
+    let mut connection = std::pin::pin!(http.serve_connection(stream, service).with_upgrades());
+    let mut check = interval(DEPARTURE_CHECK_INTERVAL);
+    check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut is_stopping = false;
+    let peer = socket.peer;
+    let outcome = loop {
+        tokio::select! {
+            outcome = connection.as_mut() => break outcome,
+            () = visitors.stopping().cancelled(), if !is_stopping => {
+                is_stopping = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            _ = check.tick() => if let Some(departure) = socket.departure() {
+                debug!(%peer, %departure, "connection cut");
+                socket.reset();
+                return;
+            },
+        }
+    };
+    if let Err(error) = outcome {
+        debug!(%peer, error = &error as &dyn std::error::Error, "connection ended");
+    }
+    if !socket.is_upgraded() {
+        socket.finish().await;
+    }
+}
+
+impl Front {
+    async fn serve(
+        &self,
+        request: Request<Incoming>,
+        socket: Arc<VisitorSocket>,
+        permit: ConnectionPermit,
+    ) -> Response<VisitorBody> {
+        let response = match socket.begin_request(request.version()) {
+            Err(error) => {
+                last(ForwardError::from(error).into_response(wants_html(request.headers())))
+            }
+            Ok(()) if request.uri().path() == agents::PATH => {
+                let peer = socket.peer;
+                let response = self.agents.clone().accept(request, peer, permit).await;
+                if response.status() == http::StatusCode::SWITCHING_PROTOCOLS {
+                    socket.upgrade();
+                    response
+                } else {
+                    last(response)
+                }
+            }
+            Ok(()) => self.visitors.serve(request, &socket).await,
+        };
+        response.map(|body| VisitorBody::new(body, socket))
+    }
+}

@@ -1,0 +1,214 @@
+//! What to start: the settings of a server, and which of them cannot be.
+
+use std::{fmt, net::SocketAddr, path::PathBuf};
+
+use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
+use tunnel_local_aws::quotas::Quotas;
+use tunnel_protocol::cidr::Cidr;
+use tunnel_service::{
+    auth::AuthMode,
+    routing::{PublicUrl, Routing},
+};
+
+/// The settings of a server.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where visitors and agents connect; port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// Where visitors reach `listen`, if not under its own address.
+    pub public_url: Option<PublicUrl>,
+    /// Where data is kept; without a directory it is forgotten at the end.
+    pub data: Option<PathBuf>,
+    /// How agents prove who they are.
+    pub auth: AuthMode,
+    /// Who issues agents' JSON Web Tokens, with [`AuthMode::Jwt`].
+    pub jwt: Option<JwtIssuer>,
+    /// How visitors name a tunnel.
+    pub routing: Routing,
+    /// Serve visitors whatever host they ask for, and believe them that it is ours.
+    pub any_host: bool,
+    /// What agents' connections may do.
+    pub quotas: Quotas,
+    /// Most requests of one tunnel at once; 0 is no limit.
+    pub max_concurrent_requests: u32,
+    /// Most new requests of one tunnel in a second, and twice that at once after a pause; 0 is no limit.
+    pub max_requests_per_second: u32,
+    /// Reverse proxies in front of this process whose forwarding fields are believed.
+    pub trusted_proxies: Vec<Cidr>,
+    /// How the functions reach each other and agents.
+    pub transport: Transport,
+}
+
+/// Who issues agents' JSON Web Tokens, and how its signatures are checked.
+#[derive(Clone)]
+pub struct JwtIssuer {
+    /// `iss` of its tokens.
+    pub issuer: String,
+    /// What `aud` of tokens for this service contains.
+    pub audience: String,
+    /// Where it publishes its keys; empty if it signs with the secret.
+    pub jwks_url: String,
+    /// What it signs with; empty if it publishes keys.
+    pub secret: String,
+}
+
+impl fmt::Debug for JwtIssuer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "JwtIssuer({})", self.issuer)
+    }
+}
+
+/// How much of AWS requests see on their way.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Transport {
+    /// The functions speak to each other and to agents within the process. What else they do is the same.
+    #[default]
+    InProcess,
+    /// Every step is as in AWS: agents' messages are events, agents are posted to through @connections, and replies come back
+    /// over a reply connection or through the mailbox. For tests of what runs in Lambda.
+    Emulated,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            public_url: None,
+            data: None,
+            auth: AuthMode::Open,
+            jwt: None,
+            routing: Routing::Path,
+            any_host: false,
+            quotas: Quotas::default(),
+            max_concurrent_requests: MAX_CONCURRENT_REQUESTS,
+            max_requests_per_second: 0,
+            trusted_proxies: Vec::new(),
+            transport: Transport::default(),
+        }
+    }
+}
+
+/// Settings that contradict each other.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum OptionsError {
+    /// Agents need not authenticate, and others than this machine can connect.
+    #[error(
+        "refusing to serve other machines without authentication: use --auth token or --auth jwt"
+    )]
+    Unauthenticated,
+    /// The listening address is none that a visitor could use.
+    #[error("visitors cannot reach {0}: set --public-url to the address that they use")]
+    NoPublicUrl(SocketAddr),
+    /// JSON Web Tokens are asked for and nothing says how they are checked.
+    #[error(
+        "--auth jwt needs --jwt-issuer, --jwt-audience, and either --jwt-jwks-url or --jwt-secret (in the environment: TUNNEL_JWT_...)"
+    )]
+    IncompleteJwt,
+}
+
+impl Options {
+    /// Whether only this machine can connect, as far as the settings tell.
+    pub fn is_private(listen: SocketAddr, public_url: Option<&PublicUrl>) -> bool {
+        listen.ip().is_loopback() && public_url.is_none_or(PublicUrl::is_loopback)
+    }
+
+    /// Checks what can be checked before anything is opened.
+    ///
+    /// # Errors
+    /// When the settings contradict each other.
+    pub fn validate(&self) -> Result<(), OptionsError> {
+        let is_private = Self::is_private(self.listen, self.public_url.as_ref());
+        if self.auth == AuthMode::Open && !is_private {
+            return Err(OptionsError::Unauthenticated);
+        }
+        if self.public_url.is_none() && self.listen.ip().is_unspecified() {
+            return Err(OptionsError::NoPublicUrl(self.listen));
+        }
+        if self.auth == AuthMode::Jwt && !self.jwt.as_ref().is_some_and(JwtIssuer::is_complete) {
+            return Err(OptionsError::IncompleteJwt);
+        }
+        Ok(())
+    }
+}
+
+impl JwtIssuer {
+    fn is_complete(&self) -> bool {
+        !self.issuer.is_empty()
+            && !self.audience.is_empty()
+            && (self.jwks_url.is_empty() != self.secret.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_let_strangers_in_or_cannot_work_are_refused_before_anything_is_opened() {
+        let public = |url: &str| Some(url.parse().expect("a URL"));
+        let issuer = |jwks_url: &str, secret: &str| JwtIssuer {
+            issuer: "i".to_owned(),
+            audience: "a".to_owned(),
+            jwks_url: jwks_url.to_owned(),
+            secret: secret.to_owned(),
+        };
+        let any = SocketAddr::from(([0, 0, 0, 0], 80));
+        for (what, options, expected) in [
+            ("the default", Options::default(), Ok(())),
+            (
+                "open on all addresses",
+                Options {
+                    listen: any,
+                    public_url: public("http://localhost"),
+                    ..Options::default()
+                },
+                Err(OptionsError::Unauthenticated),
+            ),
+            (
+                "open behind a proxy",
+                Options {
+                    public_url: public("https://t.example.com"),
+                    ..Options::default()
+                },
+                Err(OptionsError::Unauthenticated),
+            ),
+            (
+                "no address for visitors",
+                Options {
+                    listen: any,
+                    auth: AuthMode::Token,
+                    ..Options::default()
+                },
+                Err(OptionsError::NoPublicUrl(any)),
+            ),
+            (
+                "no issuer",
+                Options {
+                    auth: AuthMode::Jwt,
+                    ..Options::default()
+                },
+                Err(OptionsError::IncompleteJwt),
+            ),
+            (
+                "keys and a secret",
+                Options {
+                    auth: AuthMode::Jwt,
+                    jwt: Some(issuer("https://i/keys", "s")),
+                    ..Options::default()
+                },
+                Err(OptionsError::IncompleteJwt),
+            ),
+            (
+                "a secret",
+                Options {
+                    auth: AuthMode::Jwt,
+                    jwt: Some(issuer("", "s")),
+                    ..Options::default()
+                },
+                Ok(()),
+            ),
+        ] {
+            assert_eq!(options.validate(), expected, "{what}");
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! The socket between visitors and the service: who leaves, who stays, and what breaks is seen.
+
+use std::{io::ErrorKind, time::Duration};
+
+use local::{Options, Server};
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use crate::harness::{Origin, ScriptedAgent, agent, raw, stack, stack_with, within};
+
+const ASK: &str = "GET /my-app/x HTTP/1.1\r\nhost: localhost\r\n\r\n";
+
+async fn visitor(stack: &Server, request: &[u8]) -> TcpStream {
+    let authority = stack.public_url.to_string().split_off("http://".len());
+    let mut stream = TcpStream::connect(authority).await.expect("a connection");
+    stream.write_all(request).await.expect("sent");
+    stream
+}
+
+/// An agent that can be told that visitors have left.
+async fn online(stack: &Server) -> ScriptedAgent {
+    let mut agent = ScriptedAgent::connect(stack, "?tunnel_id=my-app").await;
+    agent
+        .ready(&json!({ "type": "ready", "features": ["body_parts", "cancel", "window"] }))
+        .await;
+    agent
+}
+
+async fn request_id(agent: &mut ScriptedAgent) -> String {
+    let request = agent.hear().await;
+    assert_eq!(request["type"], "http_request", "{request}");
+    request["request_id"].as_str().expect("an id").to_owned()
+}
+
+#[tokio::test]
+async fn a_visitor_that_leaves_is_noticed_whatever_it_sent_before() {
+    let stack = stack().await;
+    let mut agent = online(&stack).await;
+    for (what, behind) in [
+        ("nothing", Vec::new()),
+        ("one byte", b"X".to_vec()),
+        ("a request", ASK.into()),
+        ("more than a buffer", vec![b'A'; 300_000]),
+    ] {
+        for by_reset in [false, true] {
+            let mut stream = visitor(&stack, ASK.as_bytes()).await;
+            let id = request_id(&mut agent).await;
+            // More than the system buffers is not taken.
+            let _ =
+                tokio::time::timeout(Duration::from_millis(200), stream.write_all(&behind)).await;
+            if by_reset {
+                stream.set_zero_linger().expect("set");
+            }
+            drop(stream);
+            let heard = agent.hear().await;
+            assert_eq!(
+                heard,
+                json!({ "type": "cancel", "request_id": id }),
+                "{what} behind, by reset: {by_reset}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_visitor_that_ends_its_side_behind_its_request_gets_its_answer() {
+    let stack = stack().await;
+    let mut agent = online(&stack).await;
+    for request in [ASK, "GET /my-app/x HTTP/1.0\r\n\r\n"] {
+        let mut stream = visitor(&stack, request.as_bytes()).await;
+        stream.shutdown().await.expect("ended");
+        let id = request_id(&mut agent).await;
+        // Long enough for the front to ask whether it is still there.
+        tokio::time::sleep(Duration::from_millis(1_300)).await;
+        agent
+            .say(&json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": { "content-length": ["5"] }, "body": "aGVsbG8=" }))
+            .await;
+        let mut answer = String::new();
+        within("the answer", stream.read_to_string(&mut answer))
+            .await
+            .expect("an answer");
+        assert!(answer.ends_with("\r\n\r\nhello"), "{answer}");
+        let last = answer.rfind("HTTP/1.").expect("a head");
+        assert!(answer[last..].contains(" 200 OK"), "{answer}");
+    }
+}
+
+/// Answers each request with a head and `body`, and then with an error.
+async fn broken_response(
+    stack: &Server,
+    request: &str,
+    headers: serde_json::Value,
+) -> (Vec<u8>, std::io::Result<()>) {
+    let mut agent = online(stack).await;
+    let mut stream = visitor(stack, request.as_bytes()).await;
+    let id = request_id(&mut agent).await;
+    agent
+        .say(&json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": headers, "body": "aGVsbG8=", "more": true }))
+        .await;
+    agent
+        .say(&json!({ "type": "error", "request_id": id, "code": "local_service_unavailable", "message": "it broke off" }))
+        .await;
+    let mut got = Vec::new();
+    let end = loop {
+        match within("the end", stream.read_buf(&mut got)).await {
+            Ok(0) => break Ok(()),
+            Ok(_) => {}
+            Err(error) => break Err(error),
+        }
+    };
+    (got, end)
+}
+
+#[tokio::test]
+async fn a_response_that_breaks_off_arrives_as_far_as_it_came_and_is_seen_to_be_broken() {
+    let stack = stack().await;
+    let (got, _) = broken_response(&stack, ASK, json!({})).await;
+    let got = String::from_utf8(got).expect("text");
+    assert!(got.starts_with("HTTP/1.1 200 OK\r\n"), "{got}");
+    assert!(
+        got.ends_with("\r\n\r\n5\r\nhello\r\n"),
+        "no last chunk: {got}"
+    );
+
+    let (got, _) = broken_response(&stack, ASK, json!({ "content-length": ["50"] })).await;
+    let got = String::from_utf8(got).expect("text");
+    assert!(got.contains("content-length: 50"), "{got}");
+    assert!(got.ends_with("\r\n\r\nhello"), "{got}");
+
+    let (got, end) = broken_response(&stack, "GET /my-app/x HTTP/1.0\r\n\r\n", json!({})).await;
+    let got = String::from_utf8(got).expect("text");
+    assert!(got.ends_with("\r\n\r\nhello"), "{got}");
+    let error = end.expect_err("only a reset shows an HTTP/1.0 visitor that this is not all");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn what_this_front_cannot_serve_is_answered_with_a_code() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let _agent = agent(&stack, &origin).await;
+    for (request, status, code) in [
+        ("GET /my-app/ HTTP/1.1\r\n\r\n", 400, "bad_request"),
+        (
+            "GET /my-app/ HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
+            400,
+            "bad_request",
+        ),
+        (
+            "GET /my-app/ HTTP/1.1\r\nhost: a b/c\r\n\r\n",
+            400,
+            "bad_request",
+        ),
+        (
+            "GET /my-app/ HTTP/1.1\r\nhost: evil.example\r\n\r\n",
+            421,
+            "foreign_host",
+        ),
+        (
+            "GET /_status/my-app HTTP/1.1\r\nhost: evil.example\r\n\r\n",
+            421,
+            "foreign_host",
+        ),
+        (
+            "POST /my-app/ HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
+            501,
+            "unsupported_encoding",
+        ),
+        (
+            "POST /my-app/ HTTP/1.1\r\nhost: x\r\ncontent-length: 18446744073709551615\r\n\r\n",
+            413,
+            "too_large",
+        ),
+        (
+            "GET /my-app/ HTTP/2.0\r\nhost: x\r\n\r\n",
+            400,
+            "bad_request",
+        ),
+    ] {
+        let request = request.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+        let answer = raw(&stack, request.as_bytes()).await;
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{request}: {answer}"
+        );
+        assert!(
+            answer.contains(&format!("x-tunnel-error: {code}\r\n")),
+            "{request}: {answer}"
+        );
+        assert!(answer.contains("connection: close"), "{request}: {answer}");
+    }
+    let long = format!(
+        "GET /my-app/ HTTP/1.1\r\nhost: x\r\na: {}\r\n\r\n",
+        "a".repeat(70_000)
+    );
+    let answer = raw(&stack, long.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    assert!(
+        answer.contains("x-tunnel-error: head_too_large"),
+        "{answer}"
+    );
+    assert_eq!(origin.count(), 0);
+}
+
+#[tokio::test]
+async fn every_request_of_a_connection_is_checked_also_those_sent_ahead() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let _agent = agent(&stack, &origin).await;
+    let post = "POST /my-app/ HTTP/1.1\r\nhost: x\r\n";
+    let good = format!("{post}transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n");
+    let split = format!("{post}content-length: 5\r\nx: ");
+    let rest = "y\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n";
+
+    let mut stream = visitor(&stack, format!("{good}{good}{split}").as_bytes()).await;
+    let mut answers = Vec::new();
+    while String::from_utf8_lossy(&answers).matches("hello").count() < 2 {
+        within("two answers", stream.read_buf(&mut answers))
+            .await
+            .expect("open");
+    }
+    stream.write_all(rest.as_bytes()).await.expect("sent");
+    within("the end", stream.read_to_end(&mut answers))
+        .await
+        .expect("closed");
+    let answers = String::from_utf8_lossy(&answers);
+
+    assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 2, "{answers}");
+    assert_eq!(answers.matches("HTTP/1.1 400").count(), 1, "{answers}");
+    assert_eq!(origin.count(), 2);
+}
+
+#[tokio::test]
+async fn characters_that_no_address_can_hold_arrive_escaped() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let _agent = agent(&stack, &origin).await;
+    let request = "GET /my-app/<a>\u{e9}?q={job=\"x\"}&\u{e9} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    let answer = raw(&stack, request.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert_eq!(origin.last().uri, "/%3Ca%3E%C3%A9?q={job=%22x%22}&%C3%A9");
+}
+
+#[tokio::test]
+async fn on_a_public_server_a_foreign_host_reaches_no_local_service() {
+    let public = Options {
+        public_url: Some("http://t.example.com:8080".parse().expect("a URL")),
+        auth: tunnel_service::auth::AuthMode::Token,
+        ..Options::default()
+    };
+    let mut stack = stack_with(public).await;
+    let token = stack.first_token.take().expect("a first token");
+    let origin = Origin::echo().await;
+    let address = stack.address;
+    let mut settings = crate::harness::settings_for(&format!("ws://{address}/_ws"), origin.address);
+    settings.token = Some(token.into());
+    let _agent = crate::harness::Agent::online(settings).await;
+
+    for host in ["evil.example", "T.Example.com."] {
+        let request = format!("GET /my-app/ HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+        let mut stream = TcpStream::connect(address).await.expect("a connection");
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        let mut answer = String::new();
+        within("the answer", stream.read_to_string(&mut answer))
+            .await
+            .expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        let expected = if host == "evil.example" {
+            "t.example.com:8080"
+        } else {
+            host
+        };
+        assert_eq!(
+            origin.last().header("x-forwarded-host"),
+            Some(expected),
+            "{host}"
+        );
+    }
+}
