@@ -25,6 +25,7 @@ use tunnel_protocol::{
         AgentError, AgentErrorCode, Body, BodyPart, Feature, FromAgent, HttpRequest, HttpResponse,
         Window,
     },
+    writer::MessageSender,
 };
 
 use crate::{
@@ -42,7 +43,7 @@ pub struct Context {
     /// The local service.
     pub origin: Origin,
     /// Takes encoded messages to the service.
-    pub outgoing: mpsc::Sender<String>,
+    pub outgoing: MessageSender,
     timeout: Duration,
     /// The service takes bodies in parts.
     parts: bool,
@@ -58,7 +59,7 @@ impl Context {
         settings: &Settings,
         origin: &Origin,
         features: &[Feature],
-        outgoing: mpsc::Sender<String>,
+        outgoing: MessageSender,
     ) -> Self {
         Self {
             origin: origin.clone(),
@@ -245,16 +246,30 @@ impl UploadProgress {
 /// What an exchange says to the service.
 #[derive(Clone, Debug)]
 struct Outgoing {
-    messages: mpsc::Sender<String>,
+    messages: MessageSender,
     request_id: RequestId,
     reply_to: Option<ConnectionId>,
 }
 
 impl Outgoing {
-    /// Waits for room on the connection, which is what slows a fast local service down. When the connection has ended the
-    /// exchange is about to be dropped with it.
+    /// Waits for room on the connection, which is what slows a fast local service down, and with an exchange's last message until
+    /// the socket has taken it. When the connection has ended the exchange is about to be dropped with it.
     async fn send(&self, message: FromAgent) {
-        let _ = self.messages.send(message::encode(&message)).await;
+        let text = message::encode(&message);
+        let is_last = match &message {
+            FromAgent::HttpResponse(response) => !response.more,
+            FromAgent::BodyPart(part) => !part.more,
+            FromAgent::Error(_) => true,
+            _ => false,
+        };
+        let queued = match message {
+            // An error must not overtake the parts before it.
+            FromAgent::BodyPart(_) | FromAgent::Error(_) => self.messages.body(text).await,
+            _ => self.messages.send(text).await,
+        };
+        if is_last && let Ok(receipt) = queued {
+            let _ = receipt.taken().await;
+        }
     }
 
     async fn window(&self, parts: u32) {

@@ -1,9 +1,10 @@
 //! Opening a connection to the service: TCP, TLS, the WebSocket upgrade, and the first words of both sides.
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, StatusCode, header};
+use hyper_util::client::legacy::connect::HttpConnector;
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout},
@@ -12,6 +13,7 @@ use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream, client_async_tls_with_config,
     tungstenite::{self, Message, client::IntoClientRequest},
 };
+use tower_service::Service;
 use tracing::debug;
 use tunnel_protocol::{
     frames,
@@ -24,12 +26,17 @@ use tunnel_protocol::{
 
 use crate::settings::Settings;
 
-/// How long reaching the service's machine may take. Short, because a network that has just come back is found by the next try.
+/// How long reaching the service's machine may take, over IPv6 and over IPv4, shared by the addresses of each. Short, because a
+/// network that has just come back is found by the next try.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the addresses of the family that the resolver prefers are tried alone (RFC 8305, 5).
+const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
 /// How long saying goodbye may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long all of it may take. Functions of the service may be starting cold.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
+/// Most bytes of messages that are kept because they came before `connection_established`.
+const MAX_EARLY_BYTES: usize = 4 * 1024 * 1024;
 
 /// A connection over which messages go.
 pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
@@ -41,6 +48,8 @@ pub struct Opened {
     pub socket: Socket,
     /// The service's first words.
     pub established: ConnectionEstablished,
+    /// What overtook them: messages come in any order.
+    pub early: Vec<String>,
     /// When it was opened.
     pub at: Instant,
 }
@@ -94,7 +103,8 @@ pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, 
             .await
             .map_err(failed)?;
         loop {
-            if let ToAgent::Released { existed, .. } = first_word(&mut socket).await? {
+            let text = next_text(&mut socket).await?;
+            if let Some(ToAgent::Released { existed, .. }) = read(&text)? {
                 return Ok(existed);
             }
         }
@@ -130,18 +140,41 @@ async fn shake_hands(
         .send(Message::text(message::encode(&FromAgent::Ready(ready))))
         .await
         .map_err(failed)?;
+    let mut early = Vec::new();
+    let established = established(&mut socket, &mut early).await?;
+    if access.is_some() && !established.features.contains(&Feature::Access) {
+        // No request is taken from a service that has not read the rules.
+        let _ = timeout(CLOSE_TIMEOUT, socket.close(None)).await;
+        return Err(HandshakeError::Unprotected);
+    }
+    Ok(Opened {
+        socket,
+        established,
+        early,
+        at: Instant::now(),
+    })
+}
+
+/// Waits for `connection_established`, and keeps what comes before it.
+async fn established(
+    socket: &mut Socket,
+    early: &mut Vec<String>,
+) -> Result<ConnectionEstablished, HandshakeError> {
+    let mut early_bytes = 0;
     loop {
-        if let ToAgent::ConnectionEstablished(established) = first_word(&mut socket).await? {
-            if access.is_some() && !established.features.contains(&Feature::Access) {
-                // No request is taken from a service that has not read the rules.
-                let _ = timeout(CLOSE_TIMEOUT, socket.close(None)).await;
-                return Err(HandshakeError::Unprotected);
+        let text = next_text(socket).await?;
+        match read(&text)? {
+            Some(ToAgent::ConnectionEstablished(established)) => return Ok(established),
+            Some(_) => {
+                early_bytes += text.len();
+                early.push(text);
             }
-            return Ok(Opened {
-                socket,
-                established,
-                at: Instant::now(),
-            });
+            None => {}
+        }
+        if early_bytes > MAX_EARLY_BYTES {
+            return Err(HandshakeError::Unreachable(
+                "the service sent requests, but not that the tunnel is open".to_owned(),
+            ));
         }
     }
 }
@@ -160,20 +193,7 @@ async fn connect(settings: &Settings, address: String) -> Result<Socket, Handsha
         value.set_sensitive(true);
         request.headers_mut().insert(header::AUTHORIZATION, value);
     }
-    let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(endpoint.address()))
-        .await
-        .unwrap_or_else(|_| {
-            Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("it did not answer within {CONNECT_TIMEOUT:?}"),
-            ))
-        })
-        .map_err(|error| {
-            HandshakeError::Unreachable(format!(
-                "cannot connect to {}: {error}",
-                endpoint.address()
-            ))
-        })?;
+    let stream = dial(&endpoint.address()).await?;
     writer::tune(&stream);
     let (socket, _) =
         client_async_tls_with_config(request, stream, Some(frames::client_config()), None)
@@ -182,15 +202,56 @@ async fn connect(settings: &Settings, address: String) -> Result<Socket, Handsha
     Ok(socket)
 }
 
-/// The next message of a service that has not answered yet.
-async fn first_word(socket: &mut Socket) -> Result<ToAgent, HandshakeError> {
+/// Connects to `address`, a host and a port, over whichever of its addresses answers first (RFC 8305).
+async fn dial(address: &str) -> Result<TcpStream, HandshakeError> {
+    let cannot_connect = |error: &dyn std::error::Error| {
+        HandshakeError::Unreachable(format!(
+            "cannot connect to {address}: {}",
+            root_cause(error)
+        ))
+    };
+    let uri = http::Uri::builder()
+        .scheme("http")
+        .authority(address)
+        .path_and_query("/")
+        .build()
+        .map_err(|error| cannot_connect(&error))?;
+    let mut connector = HttpConnector::new();
+    connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    connector.set_happy_eyeballs_timeout(Some(HAPPY_EYEBALLS_DELAY));
+    let stream = connector
+        .call(uri)
+        .await
+        .map_err(|error| cannot_connect(&error))?;
+    Ok(stream.into_inner())
+}
+
+/// What is behind an error that only says which step failed.
+fn root_cause(error: &dyn std::error::Error) -> &dyn std::error::Error {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause
+}
+
+/// Reads a message of a service that has not answered yet; `None` if it is not one.
+fn read(text: &str) -> Result<Option<ToAgent>, HandshakeError> {
+    match message::decode(text) {
+        Ok(ToAgent::Error { message }) => Err(HandshakeError::Unreachable(message)),
+        Ok(message) => Ok(Some(message)),
+        Err(error) => {
+            debug!(error = &error as &dyn std::error::Error, "message ignored");
+            Ok(None)
+        }
+    }
+}
+
+/// The next text of a service that has not answered yet.
+async fn next_text(socket: &mut Socket) -> Result<String, HandshakeError> {
     loop {
         match socket.next().await {
-            Some(Ok(Message::Text(text))) => match message::decode(&text) {
-                Ok(ToAgent::Error { message }) => return Err(HandshakeError::Unreachable(message)),
-                Ok(message) => return Ok(message),
-                Err(error) => debug!(error = &error as &dyn std::error::Error, "message ignored"),
-            },
+            Some(Ok(Message::Text(text))) => return Ok(text.as_str().to_owned()),
             Some(Ok(Message::Close(frame))) => {
                 let reason = frame
                     .map(|frame| format!(" ({}: {})", frame.code, frame.reason))

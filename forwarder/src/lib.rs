@@ -16,9 +16,11 @@ pub mod exchange;
 pub mod exit;
 mod failure;
 pub mod handshake;
+mod liveness;
 pub mod origin;
 #[cfg(test)]
 mod scripted;
+mod seen_requests;
 pub mod session;
 pub mod settings;
 pub mod target;
@@ -31,6 +33,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tunnel_protocol::body::budget::BodyBudget;
 
 use crate::{event::Event, settings::Settings, tunnel::TunnelError};
 
@@ -47,9 +50,10 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<(), TunnelError> {
     let stop = stop.child_token();
+    let budget = BodyBudget::default();
     let mut running: JoinSet<Result<(), TunnelError>> = tunnels
         .into_iter()
-        .map(|settings| tunnel::run(settings, observer.clone(), stop.clone()))
+        .map(|settings| tunnel::run(settings, observer.clone(), budget.clone(), stop.clone()))
         .collect();
     let mut outcome = Ok(());
     while let Some(ended) = running.join_next().await {

@@ -1,86 +1,75 @@
 //! One connection to the service, from its first request to its end.
 
-use std::{
-    collections::{HashMap, HashSet, VecDeque},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use futures_util::{SinkExt, StreamExt, stream::SplitSink};
+use futures_util::{StreamExt, stream::SplitStream};
+use http::Method;
 use tokio::{
-    sync::mpsc::{self, error::TrySendError},
-    task::{AbortHandle, JoinSet},
-    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
-};
-use tokio_tungstenite::tungstenite::{
-    self, Message,
-    protocol::frame::{
-        Frame,
-        coding::{Data, OpCode},
+    sync::{
+        OwnedSemaphorePermit, Semaphore,
+        mpsc::{self, error::TrySendError},
     },
+    task::{AbortHandle, JoinSet},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout_at},
 };
+use tokio_tungstenite::tungstenite::{self, Message, error::ProtocolError};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{Instrument, debug, info_span, warn};
 use tunnel_protocol::{
-    body::{reorder::Reorder, window::WindowUpdates},
-    frames,
+    body::{
+        budget::{BodyBudget, BudgetShare},
+        reorder::Reorder,
+        window::WindowUpdates,
+    },
     id::{ConnectionId, RequestId},
     limits::MAX_REORDER_PARTS,
     message,
     message::{
-        AgentError, AgentErrorCode, BodyPart, ConnectionEstablished, FromAgent, HttpRequest,
-        Subject, ToAgent,
+        AgentError, AgentErrorCode, BodyPart, Feature, FromAgent, HttpRequest, Subject, ToAgent,
     },
+    writer::MessageWriter,
 };
 
+pub use crate::liveness::{PING_MESSAGE_INTERVAL, SOLE_PING_MESSAGE_INTERVAL};
 use crate::{
     Observer,
     event::Event,
     exchange::{self, Context},
-    handshake::Socket,
+    handshake::{Opened, Socket},
+    liveness::{LIVENESS_TICK, Liveness},
     origin::Origin,
+    seen_requests::SeenRequests,
     settings::Settings,
 };
 
-/// How often a ping frame asks whether the service is still there.
-const PING_FRAME_INTERVAL: Duration = Duration::from_secs(5);
-/// How often a `ping` message does so where pings are answered: under API Gateway's 10 minutes without a message.
-pub const PING_MESSAGE_INTERVAL: Duration = Duration::from_secs(5 * 60);
-/// How often a `ping` message does so where ping frames are not answered. Each is billed, so no more often than it takes to
-/// notice a dead connection within half a minute.
-pub const SOLE_PING_MESSAGE_INTERVAL: Duration = Duration::from_secs(15);
-/// A connection on which nothing was heard for this long, though it was asked, is dead.
-const MAX_SILENCE: Duration = Duration::from_secs(20);
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
 /// connection serves a tunnel, so that none is sent here in vain.
 const HANDOVER_TIME: Duration = Duration::from_secs(7);
-/// How long requests in flight may take to finish once the agent is told to stop.
+/// How long a connection may take to end once the agent is told to stop: requests in flight, what is on its way, and the service's
+/// goodbye together.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// Messages on their way out. Each is up to 128 KiB long; more wait where they are made.
-const MAX_QUEUED_MESSAGES: usize = 32;
-/// Refusals that wait for room among them; with more, no messages are read until the service has taken some.
+/// How long the service's goodbye may take on a connection that has carried nothing for [`DRAIN_TIMEOUT`].
+const IDLE_CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long it may take in any case, also when a request used up all other time.
+const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+/// Refusals that wait for room on the connection; with more, no messages are read until the service has taken some.
 const MAX_QUEUED_REFUSALS: usize = 1024;
-/// How many ended requests are remembered, so that one that comes twice is not carried out twice.
-const MAX_ENDED_REQUESTS: usize = 1024;
 
-/// Requests that have ended, the last [`MAX_ENDED_REQUESTS`] of them.
-#[derive(Debug, Default)]
-struct Ended {
-    known: HashSet<RequestId>,
-    in_order: VecDeque<RequestId>,
-}
-
-impl Ended {
-    fn insert(&mut self, id: RequestId) {
-        if self.in_order.len() == MAX_ENDED_REQUESTS
-            && let Some(oldest) = self.in_order.pop_front()
-        {
-            self.known.remove(&oldest);
-        }
-        if self.known.insert(id.clone()) {
-            self.in_order.push_back(id);
-        }
-    }
+/// What all connections of a tunnel share.
+#[derive(Clone)]
+pub struct TunnelContext {
+    /// What to do.
+    pub settings: Arc<Settings>,
+    /// The local service.
+    pub origin: Origin,
+    /// Learns of every request.
+    pub observer: Observer,
+    /// One for each request in flight: during a move both connections have some.
+    pub permits: Arc<Semaphore>,
+    /// What has been carried out.
+    pub seen: SeenRequests,
+    /// For the parts of bodies that this process holds.
+    pub budget: BodyBudget,
 }
 
 /// How a session ended.
@@ -98,169 +87,332 @@ pub enum SessionEnd {
 #[derive(Debug)]
 struct InFlight {
     task: AbortHandle,
-    body: Option<UploadedBody>,
-    /// Which parts of the response may be sent.
+    upload: Option<Upload>,
+    /// How many parts of the response may be sent.
     window: WindowUpdates,
+    line: RequestLine,
     reply_to: Option<ConnectionId>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// What a user sees of a request.
+#[derive(Clone, Debug)]
+struct RequestLine {
+    method: Method,
+    uri: String,
+    started: Instant,
+}
+
+impl RequestLine {
+    fn of(request: &HttpRequest) -> Self {
+        Self {
+            method: request.method.parse().unwrap_or_default(),
+            uri: request.uri.clone(),
+            started: Instant::now(),
+        }
+    }
+
+    fn failed(self, message: &str) -> Event {
+        Event::Request {
+            method: self.method,
+            uri: self.uri,
+            outcome: Err(message.to_owned()),
+            bytes: 0,
+            took: self.started.elapsed(),
+        }
+    }
 }
 
 /// The rest of a request's body, on its way to the local service.
 #[derive(Debug)]
-struct UploadedBody {
+struct Upload {
     parts: Reorder<BodyPart>,
+    held: BudgetShare,
     to_origin: mpsc::Sender<BodyPart>,
 }
 
 /// Why no more requests are taken.
 #[derive(Clone, Debug, Eq, PartialEq)]
-enum Leaving {
+enum Departure {
     /// The agent was told to stop.
     Stopped,
     /// Another connection of this agent serves the tunnel.
-    Retired,
+    Moved,
     /// A connection of another agent serves it, as the service says.
     Replaced(String),
 }
 
+/// How far a connection is from its end.
+#[derive(Debug)]
+enum Phase {
+    Serving,
+    /// Another connection of this agent has taken over. Requests that are on their way here still count.
+    HandingOver {
+        until: Instant,
+    },
+    Leaving {
+        departure: Departure,
+        deadline: Option<Instant>,
+    },
+}
+
+/// Who has the tunnel, where the service says that another connection does.
+#[derive(Debug)]
+struct Doubt {
+    reason: String,
+    /// How many `pong` must come before one of them answers the `ping` that asked.
+    pongs: u32,
+}
+
 /// A connection that serves a tunnel.
 pub struct Session {
+    tunnel: TunnelContext,
     context: Context,
-    /// The other end of what the context sends.
-    queue: Option<mpsc::Receiver<String>>,
-    name: String,
-    observer: Observer,
-    max_concurrent: usize,
+    connection: ConnectionId,
+    stream: SplitStream<Socket>,
+    writer: JoinSet<Result<(), tungstenite::Error>>,
+    early: Vec<String>,
     requests: HashMap<RequestId, InFlight>,
     running: JoinSet<(RequestId, Event)>,
-    ended: Ended,
-    /// On their way to the queue of what the context sends.
-    refusals: VecDeque<String>,
-    leaving: Option<Leaving>,
+    refusals: JoinSet<()>,
+    liveness: Liveness,
+    tick: Interval,
+    phase: Phase,
+    /// When a request was last in flight.
+    busy: Option<Instant>,
+    end_of_life: Option<Instant>,
+    /// The service answers a `ping` of a connection that it has replaced with `replaced`.
+    confirms_replaced: bool,
+    doubt: Option<Doubt>,
+    unanswered_pings: u32,
+    /// Cancelled when another agent has taken the tunnel over for good.
+    replaced: CancellationToken,
 }
 
 impl Session {
-    /// A session that has not served yet.
-    pub fn new(
-        settings: &Settings,
-        origin: &Origin,
-        observer: Observer,
-        established: &ConnectionEstablished,
-    ) -> Self {
-        let (outgoing, queue) = mpsc::channel(MAX_QUEUED_MESSAGES);
+    /// A session over a connection that was opened just now.
+    pub fn new(tunnel: TunnelContext, opened: Opened) -> Self {
+        let established = opened.established;
+        let (sink, stream) = opened.socket.split();
+        let (sender, writer) = MessageWriter::new(sink, Some(LIVENESS_TICK));
+        let mut writing = JoinSet::new();
+        writing.spawn(async move { writer.run().await.map(drop) }.in_current_span());
+        let mut tick = interval_at(Instant::now() + LIVENESS_TICK, LIVENESS_TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
-            context: Context::new(settings, origin, &established.features, outgoing),
-            queue: Some(queue),
-            name: settings.name.clone(),
-            observer,
-            max_concurrent: settings.max_concurrent,
+            context: Context::new(
+                &tunnel.settings,
+                &tunnel.origin,
+                &established.features,
+                sender,
+            ),
+            tunnel,
+            connection: established.connection_id,
+            stream,
+            writer: writing,
+            early: opened.early,
             requests: HashMap::new(),
             running: JoinSet::new(),
-            ended: Ended::default(),
-            refusals: VecDeque::new(),
-            leaving: None,
+            refusals: JoinSet::new(),
+            liveness: Liveness::new(),
+            tick,
+            phase: Phase::Serving,
+            busy: None,
+            end_of_life: established
+                .life_ms
+                .and_then(|life| opened.at.checked_add(Duration::from_millis(life))),
+            confirms_replaced: established.features.contains(&Feature::ConfirmReplaced),
+            doubt: None,
+            unanswered_pings: 0,
+            replaced: CancellationToken::new(),
         }
     }
 
-    /// Serves until the connection ends, or `stop` or `notify_replaced` are cancelled and the requests in flight have finished.
-    pub async fn serve(
-        mut self,
-        socket: Socket,
-        stop: CancellationToken,
-        notify_replaced: CancellationToken,
-    ) -> SessionEnd {
-        let (sink, mut stream) = socket.split();
-        let (ping, pings) = mpsc::channel(1);
-        let mut writer = JoinSet::new();
-        writer.spawn(write(
-            sink,
-            self.queue.take().expect("a session serves once"),
-            pings,
-        ));
-        let opened = Instant::now();
-        let (mut heard, mut pinged, mut answers_pings) = (opened, opened, false);
-        // When nothing new is taken any more, and when nothing is waited for any more.
-        let (mut leave_at, mut release_owned): (Option<Instant>, Option<Instant>) = (None, None);
-        let outgoing = self.context.outgoing.clone();
-        let mut tick = interval(PING_FRAME_INTERVAL);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let ended = loop {
-            tokio::select! {
-                message = stream.next(), if self.refusals.len() < MAX_QUEUED_REFUSALS => {
-                    heard = Instant::now();
-                    match message {
-                        Some(Ok(Message::Text(text))) => self.take(&text),
-                        Some(Ok(Message::Pong(_))) => answers_pings = true,
-                        Some(Ok(Message::Close(frame))) => {
-                            let reason = frame.map(|frame| format!(" ({})", frame.code)).unwrap_or_default();
-                            break SessionEnd::Lost(format!("the service closed the connection{reason}"));
-                        }
-                        Some(Ok(_)) => {}
-                        Some(Err(error)) => break SessionEnd::Lost(error.to_string()),
-                        None => break SessionEnd::Lost("the connection broke".to_owned()),
-                    }
-                }
-                Some(done) = self.running.join_next() => self.finish(done),
-                Ok(room) = outgoing.reserve(), if !self.refusals.is_empty() => {
-                    if let Some(refusal) = self.refusals.pop_front() {
-                        room.send(refusal);
-                    }
-                }
-                Some(failed) = writer.join_next() => {
-                    break SessionEnd::Lost(failed.ok().flatten().unwrap_or_else(|| "the connection broke".to_owned()));
-                }
-                now = tick.tick() => {
-                    if heard.elapsed() > MAX_SILENCE && (answers_pings || pinged > heard) {
-                        break SessionEnd::Lost(format!("nothing was heard for {} s", heard.elapsed().as_secs()));
-                    }
-                    // A full queue means that the writer has not got round to the last one.
-                    let _ = ping.try_send(());
-                    if now - pinged >= if answers_pings { PING_MESSAGE_INTERVAL } else { SOLE_PING_MESSAGE_INTERVAL } {
-                        pinged = now;
-                        let _ = self.context.outgoing.try_send(message::encode(&FromAgent::Ping));
-                    }
-                }
-                () = stop.cancelled(), if self.leaving != Some(Leaving::Stopped) => {
-                    self.leaving = Some(Leaving::Stopped);
-                    self.observe(Event::Draining { in_flight: self.requests.len() });
-                }
-                () = notify_replaced.cancelled(), if self.leaving.is_none() && leave_at.is_none() => leave_at = Some(Instant::now() + HANDOVER_TIME),
-                () = sleep_until(leave_at.unwrap_or(opened)), if self.leaving.is_none() && leave_at.is_some() => {
-                    self.leaving = Some(Leaving::Retired);
-                }
-                () = sleep_until(release_owned.unwrap_or(opened)), if release_owned.is_some() => break self.left(),
-            }
-            match &self.leaving {
-                Some(_) if self.requests.is_empty() && self.refusals.is_empty() => {
-                    break self.left();
-                }
-                // Who was taken over from by this agent's own next connection has as long as the connection lives.
-                Some(Leaving::Stopped | Leaving::Replaced(_)) if release_owned.is_none() => {
-                    release_owned = Some(Instant::now() + DRAIN_TIMEOUT)
-                }
-                _ => {}
+    /// Is cancelled when another agent has taken the tunnel over for good, before the session has ended.
+    pub fn replaced(&self) -> CancellationToken {
+        self.replaced.clone()
+    }
+
+    /// Serves until the connection ends, or `stop` or `moved` are cancelled and all that was promised has been delivered.
+    pub async fn serve(mut self, stop: CancellationToken, moved: CancellationToken) -> SessionEnd {
+        for text in std::mem::take(&mut self.early) {
+            self.receive(&text);
+        }
+        let end = loop {
+            if let Some(end) = self.step(&stop, &moved).await {
+                break end;
             }
         };
         self.running.shutdown().await;
-        drop((self, ping, outgoing));
-        // With all senders gone the writer sends what is queued, closes and ends.
-        if !matches!(ended, SessionEnd::Lost(_)) {
-            let _ = timeout(Duration::from_secs(2), writer.join_next()).await;
+        self.refusals.shutdown().await;
+        if !matches!(end, SessionEnd::Lost(_)) {
+            self.close().await;
         }
-        ended
+        end
+    }
+
+    /// Waits for what happens next. Returns the end if that is it.
+    async fn step(
+        &mut self,
+        stop: &CancellationToken,
+        moved: &CancellationToken,
+    ) -> Option<SessionEnd> {
+        let is_serving = matches!(self.phase, Phase::Serving);
+        let due = self.due();
+        tokio::select! {
+            message = self.stream.next(), if self.refusals.len() < MAX_QUEUED_REFUSALS => {
+                if let Some(reason) = self.on_message(message) {
+                    return Some(self.lost(reason));
+                }
+            }
+            Some(done) = self.running.join_next() => self.finish(done),
+            Some(_) = self.refusals.join_next() => {}
+            Some(ended) = self.writer.join_next() => return Some(self.lost(why_not_written(ended))),
+            _ = self.tick.tick() => {
+                if let Some(silence) = self.on_tick() {
+                    return Some(self.lost(format!("nothing was heard for {} s", silence.as_secs())));
+                }
+            }
+            () = stop.cancelled(), if !self.is_stopping() => {
+                self.leave(Departure::Stopped);
+                self.observe(Event::Draining { in_flight: self.requests.len() });
+            }
+            () = moved.cancelled(), if is_serving => {
+                self.phase = Phase::HandingOver { until: Instant::now() + HANDOVER_TIME };
+            }
+            () = sleep_until_some(due) => match self.phase {
+                Phase::HandingOver { .. } => self.leave(Departure::Moved),
+                _ => return Some(self.left()),
+            }
+        }
+        let has_left = matches!(self.phase, Phase::Leaving { .. })
+            && self.requests.is_empty()
+            && self.refusals.is_empty();
+        has_left.then(|| self.left())
+    }
+
+    /// When the phase ends by itself.
+    fn due(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Serving => None,
+            Phase::HandingOver { until } => Some(until),
+            Phase::Leaving { deadline, .. } => deadline,
+        }
+    }
+
+    fn is_stopping(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Leaving {
+                departure: Departure::Stopped,
+                ..
+            }
+        )
+    }
+
+    fn leave(&mut self, departure: Departure) {
+        // A connection that this agent's own next one took over from has as long as it lives.
+        let deadline = match departure {
+            Departure::Moved => self.end_of_life,
+            Departure::Stopped | Departure::Replaced(_) => Some(Instant::now() + DRAIN_TIMEOUT),
+        };
+        self.phase = Phase::Leaving {
+            departure,
+            deadline,
+        };
+    }
+
+    /// Has what is queued written, says goodbye, and goes on reading until the service has closed the connection: one that is
+    /// closed with bytes unread is reset, and what is on its way would be lost.
+    async fn close(&mut self) {
+        self.context.outgoing.close(1000, "");
+        let now = Instant::now();
+        let is_idle = self
+            .busy
+            .is_none_or(|busy| now.duration_since(busy) >= DRAIN_TIMEOUT);
+        let patience = if is_idle {
+            IDLE_CLOSE_TIMEOUT
+        } else {
+            DRAIN_TIMEOUT
+        };
+        let latest = now + patience;
+        let deadline = self.due().map_or(latest, |due| due.min(latest));
+        let deadline = deadline.max(now + MIN_CLOSE_TIMEOUT);
+        let read = async {
+            while let Some(Ok(_)) = self.stream.next().await {}
+            self.writer.join_next().await
+        };
+        if timeout_at(deadline, read).await.is_err() {
+            debug!("the service did not close the connection in time");
+        }
+        self.writer.abort_all();
+    }
+
+    /// The end of a connection that broke. One that was about to end for another reason ends for that.
+    fn lost(&self, reason: String) -> SessionEnd {
+        match self.phase {
+            Phase::Leaving {
+                departure: Departure::Replaced(_),
+                ..
+            } => self.left(),
+            _ => SessionEnd::Lost(reason),
+        }
     }
 
     fn left(&self) -> SessionEnd {
-        match &self.leaving {
-            Some(Leaving::Replaced(reason)) => SessionEnd::Replaced(reason.clone()),
+        match &self.phase {
+            Phase::Leaving {
+                departure: Departure::Replaced(reason),
+                ..
+            } => SessionEnd::Replaced(reason.clone()),
             _ => SessionEnd::Stopped,
         }
     }
 
     fn observe(&self, event: Event) {
-        (self.observer)(&self.name, event);
+        (self.tunnel.observer)(&self.tunnel.settings.name, event);
     }
 
-    fn take(&mut self, text: &str) {
+    /// Looks whether the service is still there, and asks. Returns for how long nothing was heard if it is not.
+    fn on_tick(&mut self) -> Option<Duration> {
+        let silence = self.liveness.tick(self.context.outgoing.progress());
+        if silence.is_none() && self.liveness.is_ping_message_due() {
+            self.ping();
+        }
+        silence
+    }
+
+    fn ping(&mut self) {
+        let ping = message::encode(&FromAgent::Ping);
+        if let Ok(receipt) = self.context.outgoing.try_control(ping) {
+            self.liveness.ping_message_queued(receipt);
+            self.unanswered_pings += 1;
+        }
+    }
+
+    /// Takes what the socket brings. Returns why the connection has ended if it has.
+    fn on_message(
+        &mut self,
+        message: Option<Result<Message, tungstenite::Error>>,
+    ) -> Option<String> {
+        self.liveness.heard(self.context.outgoing.progress());
+        match message {
+            Some(Ok(Message::Text(text))) => self.receive(&text),
+            Some(Ok(Message::Pong(_))) => self.liveness.ping_frame_answered(),
+            Some(Ok(Message::Close(frame))) => {
+                let code = frame
+                    .map(|frame| format!(" ({})", frame.code))
+                    .unwrap_or_default();
+                return Some(format!("the service closed the connection{code}"));
+            }
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Some(error.to_string()),
+            None => return Some("the connection broke".to_owned()),
+        }
+        None
+    }
+
+    fn receive(&mut self, text: &str) {
         match message::decode(text) {
             Ok(ToAgent::HttpRequest(request)) => self.start(request),
             Ok(ToAgent::BodyPart(part)) => self.body_part(part),
@@ -269,14 +421,9 @@ impl Session {
                     request.window.allow(window.parts);
                 }
             }
-            Ok(ToAgent::Cancel { request_id }) => {
-                if let Some(request) = self.requests.remove(&request_id) {
-                    debug!(request = %request_id, "cancelled");
-                    request.task.abort();
-                    self.ended.insert(request_id);
-                }
-            }
-            Ok(ToAgent::Replaced { reason }) => self.leaving = Some(Leaving::Replaced(reason)),
+            Ok(ToAgent::Cancel { request_id }) => self.cancel(&request_id),
+            Ok(ToAgent::Pong) => self.on_pong(),
+            Ok(ToAgent::Replaced { reason }) => self.on_replaced(reason),
             Ok(ToAgent::UrlUpdated { public_url }) => {
                 self.observe(Event::Online {
                     public_url,
@@ -284,77 +431,123 @@ impl Session {
                 });
             }
             Ok(ToAgent::Error { message }) => warn!(message, "the service refused a message"),
-            Ok(
-                ToAgent::Pong
-                | ToAgent::ConnectionEstablished(_)
-                | ToAgent::Released { .. }
-                | ToAgent::Unknown,
-            ) => {}
+            Ok(ToAgent::ConnectionEstablished(_) | ToAgent::Released { .. } | ToAgent::Unknown) => {
+            }
             // API Gateway itself may speak up: {"message": "Internal server error", ..}
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "message ignored");
                 if let Ok(Subject { request_id }) = message::decode(text) {
-                    self.refuse(
-                        request_id,
-                        None,
-                        AgentErrorCode::InvalidRequest,
-                        "the agent cannot read it",
-                    );
+                    let code = AgentErrorCode::InvalidRequest;
+                    self.refuse(request_id, None, code, "the agent cannot read it");
                 }
+            }
+        }
+    }
+
+    /// The service says that another connection has taken the tunnel over. Messages overtake each other, so a service that can is
+    /// asked again: it answers `replaced` once more if that is so, and `pong` if this connection serves after all.
+    fn on_replaced(&mut self, reason: String) {
+        if self.confirms_replaced && self.doubt.is_none() {
+            self.ping();
+            self.doubt = Some(Doubt {
+                reason,
+                pongs: self.unanswered_pings,
+            });
+            return;
+        }
+        self.replaced.cancel();
+        self.leave(Departure::Replaced(reason));
+    }
+
+    fn on_pong(&mut self) {
+        self.unanswered_pings = self.unanswered_pings.saturating_sub(1);
+        if let Some(doubt) = &mut self.doubt {
+            doubt.pongs = doubt.pongs.saturating_sub(1);
+            if doubt.pongs == 0 {
+                debug!(doubt.reason, "this connection serves the tunnel after all");
+                self.doubt = None;
             }
         }
     }
 
     fn start(&mut self, request: HttpRequest) {
         let id = request.request_id.clone();
-        if self.requests.contains_key(&id) || self.ended.known.contains(&id) {
+        if self.requests.contains_key(&id) {
             debug!(request = %id, "request came twice");
             return;
         }
-        let refusal = match &self.leaving {
-            None if self.requests.len() < self.max_concurrent => None,
-            None => Some((
-                AgentErrorCode::Busy,
-                "the agent takes no more requests at once",
-            )),
-            Some(Leaving::Stopped) => Some((AgentErrorCode::Busy, "the agent is stopping")),
-            Some(Leaving::Retired | Leaving::Replaced(_)) => Some((
+        let permit = match self.permit() {
+            Ok(permit) => permit,
+            Err((code, message)) => {
+                self.observe(RequestLine::of(&request).failed(message));
+                return self.refuse(id, request.reply_to, code, message);
+            }
+        };
+        match self.tunnel.seen.insert(&id, &self.connection) {
+            None => self.carry_out(request, permit),
+            Some(before) if before == self.connection => {
+                debug!(request = %id, "request came twice");
+            }
+            // Its answer went to a connection that the service no longer listens to.
+            Some(_) => self.refuse(
+                id,
+                request.reply_to,
+                AgentErrorCode::InternalError,
+                "the request was carried out over another connection",
+            ),
+        }
+    }
+
+    /// Room for one more request, or why none is taken.
+    fn permit(&self) -> Result<OwnedSemaphorePermit, (AgentErrorCode, &'static str)> {
+        match &self.phase {
+            Phase::Serving | Phase::HandingOver { .. } => self
+                .tunnel
+                .permits
+                .clone()
+                .try_acquire_owned()
+                .map_err(|_| {
+                    let message = "the agent takes no more requests at once";
+                    (AgentErrorCode::Busy, message)
+                }),
+            Phase::Leaving {
+                departure: Departure::Stopped,
+                ..
+            } => Err((AgentErrorCode::Busy, "the agent is stopping")),
+            Phase::Leaving { .. } => Err((
                 AgentErrorCode::Replaced,
                 "another connection serves the tunnel",
             )),
-        };
-        if let Some((code, message)) = refusal {
-            return self.refuse(id, request.reply_to, code, message);
         }
-        let (body, more) = if request.more {
-            let (to_origin, parts) = mpsc::channel(MAX_REORDER_PARTS);
-            (
-                Some(UploadedBody {
-                    parts: Reorder::starting_at(1),
-                    to_origin,
-                }),
-                Some(parts),
-            )
-        } else {
-            (None, None)
-        };
+    }
+
+    fn carry_out(&mut self, request: HttpRequest, permit: OwnedSemaphorePermit) {
+        let id = request.request_id.clone();
+        let (to_origin, parts) = mpsc::channel(MAX_REORDER_PARTS);
+        let upload = request.more.then(|| Upload {
+            parts: Reorder::starting_at(1),
+            held: self.tunnel.budget.share(),
+            to_origin,
+        });
+        let parts = upload.is_some().then_some(parts);
         let window = WindowUpdates::default();
-        let may_send = window.window();
+        let line = RequestLine::of(&request);
         let reply_to = request.reply_to.clone();
-        let context = self.context.clone();
+        let exchange = exchange::run(self.context.clone(), request, parts, window.window());
+        let span = info_span!("request", %id);
         let task = self.running.spawn({
             let id = id.clone();
-            async move { (id, exchange::run(context, request, more, may_send).await) }
+            async move { (id, exchange.await) }.instrument(span)
         });
-        self.requests.insert(
-            id,
-            InFlight {
-                task,
-                body,
-                window,
-                reply_to,
-            },
-        );
+        let in_flight = InFlight {
+            task,
+            upload,
+            window,
+            line,
+            reply_to,
+            _permit: permit,
+        };
+        self.requests.insert(id, in_flight);
     }
 
     /// Hands a part to the local service. A request whose part cannot be handed on is dropped: its body would be cut.
@@ -362,27 +555,24 @@ impl Session {
         let Some(request) = self.requests.get_mut(&part.request_id) else {
             return;
         };
-        let Some(body) = &mut request.body else {
+        let Some(upload) = &mut request.upload else {
             return;
         };
         let id = part.request_id.clone();
-        if let Err(error) = body.parts.insert(part.part, part) {
-            return self.drop_request(id, &error.to_string());
+        match upload.take(part) {
+            Ok(true) => {}
+            Ok(false) => request.upload = None,
+            Err(reason) => self.drop_request(id, &reason),
         }
-        while let Some(part) = body.parts.take_next() {
-            let more = part.more;
-            match body.to_origin.try_send(part) {
-                // The local service has answered without reading all; that is its right.
-                Ok(()) | Err(TrySendError::Closed(_)) => {}
-                // Only a service that does not heed `window` sends more than fits.
-                Err(TrySendError::Full(_)) => {
-                    return self.drop_request(id, "the local service reads the request too slowly");
-                }
-            }
-            if !more {
-                request.body = None;
-                return;
-            }
+    }
+
+    /// The visitor is gone.
+    fn cancel(&mut self, id: &RequestId) {
+        if let Some(request) = self.requests.remove(id) {
+            debug!(request = %id, "cancelled");
+            request.task.abort();
+            self.busy = Some(Instant::now());
+            self.observe(request.line.failed("the visitor left"));
         }
     }
 
@@ -393,7 +583,7 @@ impl Session {
             return;
         };
         request.task.abort();
-        self.ended.insert(id.clone());
+        self.observe(request.line.failed(message));
         self.refuse(id, request.reply_to, AgentErrorCode::Busy, message);
     }
 
@@ -405,67 +595,82 @@ impl Session {
         code: AgentErrorCode,
         message: &str,
     ) {
-        let error = AgentError {
+        let error = message::encode(&FromAgent::Error(AgentError {
             request_id: Some(id),
             code,
             message: message.to_owned(),
             reply_to,
-        };
-        self.refusals
-            .push_back(message::encode(&FromAgent::Error(error)));
+        }));
+        self.busy = Some(Instant::now());
+        let outgoing = self.context.outgoing.clone();
+        self.refusals.spawn(async move {
+            if let Ok(receipt) = outgoing.control(error).await {
+                let _ = receipt.taken().await;
+            }
+        });
     }
 
     fn finish(&mut self, done: Result<(RequestId, Event), tokio::task::JoinError>) {
+        self.busy = Some(Instant::now());
         let (id, event) = match done {
             Ok(done) => done,
             Err(ended) => {
-                // Aborted, and removed by whoever aborted it; or ended by a bug, and not removed yet.
+                // Aborted, and removed when it was; or ended by a bug, and not removed yet.
                 self.requests
                     .retain(|_, request| request.task.id() != ended.id());
                 return;
             }
         };
         self.requests.remove(&id);
-        self.ended.insert(id);
         self.observe(event);
     }
 }
 
-/// Writes messages in frames that API Gateway takes, until all senders are gone. Returns why it could not.
-async fn write(
-    mut sink: SplitSink<Socket, Message>,
-    mut queue: mpsc::Receiver<String>,
-    mut pings: mpsc::Receiver<()>,
-) -> Option<String> {
-    loop {
-        let outcome = tokio::select! {
-            message = queue.recv() => match message {
-                Some(text) => write_text(&mut sink, text).await,
-                None => break,
-            },
-            Some(()) = pings.recv() => sink.send(Message::Ping(Bytes::new())).await,
-        };
-        if let Err(error) = outcome {
-            return Some(error.to_string());
+impl Upload {
+    /// Takes a part, and hands on what is in order now. Returns whether more is to come.
+    fn take(&mut self, part: BodyPart) -> Result<bool, String> {
+        if self.parts.has_seen(part.part) {
+            return Ok(true);
         }
+        let bytes = part.body.0.len();
+        self.held.hold(bytes).map_err(|error| error.to_string())?;
+        self.parts
+            .insert(part.part, part)
+            .map_err(|error| error.to_string())?;
+        while let Some(part) = self.parts.take_next() {
+            self.held.release(part.body.0.len());
+            let more = part.more;
+            match self.to_origin.try_send(part) {
+                // The local service has answered without reading all; that is its right.
+                Ok(()) | Err(TrySendError::Closed(_)) => {}
+                // Only a service that does not heed `window` sends more than fits.
+                Err(TrySendError::Full(_)) => {
+                    return Err("the local service reads the request too slowly".to_owned());
+                }
+            }
+            if !more {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
-    let _ = sink.close().await;
-    None
 }
 
-async fn write_text(
-    sink: &mut SplitSink<Socket, Message>,
-    text: String,
-) -> Result<(), tungstenite::Error> {
-    let mut data = Data::Text;
-    for (frame, is_last) in frames::frames(text) {
-        sink.feed(Message::Frame(Frame::message(
-            frame,
-            OpCode::Data(data),
-            is_last,
-        )))
-        .await?;
-        data = Data::Continue;
+fn why_not_written(
+    ended: Result<Result<(), tungstenite::Error>, tokio::task::JoinError>,
+) -> String {
+    match ended {
+        Ok(Err(tungstenite::Error::Protocol(ProtocolError::SendAfterClosing))) => {
+            "the service closed the connection".to_owned()
+        }
+        Ok(Err(error)) => error.to_string(),
+        Ok(Ok(())) | Err(_) => "the connection broke".to_owned(),
     }
-    sink.flush().await
+}
+
+async fn sleep_until_some(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
 }

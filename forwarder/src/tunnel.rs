@@ -1,18 +1,19 @@
 //! One tunnel, kept open over as many connections as it takes. Before a connection's life ends the next one is opened and takes
 //! over, and the old one finishes what it has.
 
-use std::time::Duration;
+use std::{future::pending, sync::Arc, time::Duration};
 
 use tokio::{
+    sync::Semaphore,
     task::{Id, JoinSet},
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{Instrument, debug, info_span, warn};
 use tunnel_protocol::{
     backoff::Backoff,
+    body::budget::BodyBudget,
     id::{ConnectionId, TunnelId},
-    message::ConnectionEstablished,
 };
 
 use crate::{
@@ -20,7 +21,8 @@ use crate::{
     event::Event,
     handshake::{self, HandshakeError, Opened},
     origin::Origin,
-    session::{Session, SessionEnd},
+    seen_requests::SeenRequests,
+    session::{Session, SessionEnd, TunnelContext},
     settings::Settings,
     tunnel_ids::TunnelIdStore,
 };
@@ -33,6 +35,10 @@ const MIN_PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_millis(2500);
 /// How long before the end of a connection's life the next one takes over: time for several tries, and for requests in flight.
 const MOVE_MARGIN: Duration = Duration::from_secs(5 * 60);
+/// A service that announces a shorter life than this is taken for one that announces this: each connection has its price.
+const MIN_LIFE: Duration = Duration::from_secs(2);
+/// Longer than any connection lives; what is announced beyond is not counted with.
+const MAX_LIFE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// Why a tunnel cannot be kept open by trying again.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -58,17 +64,16 @@ pub enum TunnelError {
     Replaced(String),
 }
 
-/// Keeps a tunnel open until `stop` is cancelled.
+/// Keeps a tunnel open until `stop` is cancelled. What it holds of bodies counts towards `budget`.
 ///
 /// # Errors
 /// When trying again would not help.
 pub async fn run(
     settings: Settings,
     observer: Observer,
+    budget: BodyBudget,
     stop: CancellationToken,
 ) -> Result<(), TunnelError> {
-    let origin = Origin::new(&settings);
-    let stop = stop.child_token();
     let memory = match &settings.memory {
         Some(file) if settings.tunnel_id.is_none() => {
             TunnelIdStore::open(file, &settings.endpoint, &settings.target).await
@@ -76,15 +81,22 @@ pub async fn run(
         _ => None,
     };
     let recalled = memory.as_ref().and_then(TunnelIdStore::tunnel_id).cloned();
-    let tunnel_id = settings.tunnel_id.clone().or(recalled.clone());
     let mut tunnel = Tunnel {
-        tunnel_id,
+        tunnel_id: settings.tunnel_id.clone().or(recalled.clone()),
         recalled,
         memory,
-        settings,
-        observer,
-        origin,
-        stop,
+        context: TunnelContext {
+            origin: Origin::new(&settings),
+            permits: Arc::new(Semaphore::new(
+                settings.max_concurrent.min(Semaphore::MAX_PERMITS),
+            )),
+            seen: SeenRequests::default(),
+            settings: Arc::new(settings),
+            observer,
+            budget,
+        },
+        stop: stop.child_token(),
+        backoff: Backoff::new(MIN_PAUSE, MAX_PAUSE),
         sessions: JoinSet::new(),
     };
     let outcome = tunnel.keep_open().await;
@@ -98,15 +110,14 @@ pub async fn run(
 }
 
 struct Tunnel {
-    settings: Settings,
-    observer: Observer,
-    origin: Origin,
+    context: TunnelContext,
     stop: CancellationToken,
     /// What is asked for: in the end what the service gave.
     tunnel_id: Option<TunnelId>,
     /// What the memory had, until the service has said whose it is.
     recalled: Option<TunnelId>,
     memory: Option<TunnelIdStore>,
+    backoff: Backoff,
     /// The one that serves the tunnel, and those it took over from.
     sessions: JoinSet<SessionEnd>,
 }
@@ -117,108 +128,133 @@ struct Current {
     connection: ConnectionId,
     opened: Instant,
     /// Cancelled when another takes over.
-    notify_replaced: CancellationToken,
+    moved: CancellationToken,
+    /// Is cancelled when another agent has taken over for good: nothing is moved any more.
+    replaced: CancellationToken,
     move_at: Option<Instant>,
+}
+
+impl Current {
+    /// Completes when it is time for the next connection.
+    async fn move_due(&self) {
+        match self.move_at {
+            Some(at) if !self.replaced.is_cancelled() => sleep_until(at).await,
+            _ => pending().await,
+        }
+    }
 }
 
 impl Tunnel {
     async fn keep_open(&mut self) -> Result<(), TunnelError> {
-        let mut backoff = Backoff::new(MIN_PAUSE, MAX_PAUSE);
-        let mut current: Option<Current> = None;
-        loop {
-            if let Some(serving) = &current {
-                tokio::select! {
-                    Some(ended) = self.sessions.join_next_with_id() => {
-                        let (task, ended) = ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
-                        if task != serving.task {
-                            continue;
-                        }
-                        if serving.opened.elapsed() >= STABLE_AFTER {
-                            backoff.reset();
-                        }
-                        current = None;
-                        match ended {
-                            SessionEnd::Stopped => return Ok(()),
-                            SessionEnd::Replaced(reason) => return Err(TunnelError::Replaced(reason)),
-                            SessionEnd::Lost(reason) => self.pause(&mut backoff, reason).await,
-                        }
-                        continue;
-                    }
-                    () = sleep_until(serving.move_at.unwrap_or(serving.opened)), if serving.move_at.is_some() => {}
-                }
-            } else {
-                self.observe(Event::Connecting {
-                    endpoint: self.settings.endpoint.to_string(),
-                });
+        while let Some(current) = self.until_online().await? {
+            match self.while_online(current).await? {
+                SessionEnd::Stopped => return Ok(()),
+                SessionEnd::Replaced(reason) => return Err(TunnelError::Replaced(reason)),
+                SessionEnd::Lost(reason) => self.pause(reason).await,
             }
-            let previous = current.as_ref().map(|serving| serving.connection.clone());
+        }
+        Ok(())
+    }
+
+    /// Tries until a connection is open; `None` when told to stop.
+    async fn until_online(&mut self) -> Result<Option<Current>, TunnelError> {
+        loop {
+            self.observe(Event::Connecting {
+                endpoint: self.context.settings.endpoint.to_string(),
+            });
             let opened = tokio::select! {
-                opened = handshake::open(&self.settings, self.tunnel_id.as_ref(), previous.as_ref()) => opened,
-                () = self.stop.cancelled() => return Ok(()),
+                opened = handshake::open(&self.context.settings, self.tunnel_id.as_ref(), None) => opened,
+                () = self.stop.cancelled() => return Ok(None),
             };
-            match (opened, &mut current) {
-                (Ok(opened), _) => {
-                    if let Some(old) = current.take() {
-                        backoff.reset();
-                        old.notify_replaced.cancel();
-                    }
-                    current = Some(self.serve(opened));
-                    self.remember().await;
+            match opened {
+                Ok(opened) => return Ok(Some(self.serve(opened).await)),
+                Err(HandshakeError::Unreachable(reason)) => self.pause(reason).await,
+                Err(HandshakeError::NameTaken) if self.recalled.take().is_some() => {
+                    self.forget().await;
                 }
-                (Err(HandshakeError::NameTaken), None) if self.recalled.take().is_some() => {
-                    self.forget().await
-                }
-                (Err(HandshakeError::Unauthorized), _) => return Err(TunnelError::Unauthorized),
-                (Err(HandshakeError::NameTaken), _) => {
-                    return Err(TunnelError::NameTaken(
-                        self.tunnel_id.take().map(String::from).unwrap_or_default(),
-                    ));
-                }
-                (Err(HandshakeError::Invalid(said)), _) => return Err(TunnelError::Invalid(said)),
-                (Err(HandshakeError::Unprotected), _) => return Err(TunnelError::Unprotected),
-                // The one that serves goes on meanwhile.
-                (Err(HandshakeError::Unreachable(_)), Some(serving)) => {
-                    serving.move_at = Some(Instant::now() + backoff.next_pause())
-                }
-                (Err(HandshakeError::Unreachable(reason)), None) => {
-                    self.pause(&mut backoff, reason).await
-                }
+                Err(error) => return Err(self.refused(error)),
             }
         }
     }
 
-    fn serve(&mut self, opened: Opened) -> Current {
-        let ConnectionEstablished {
-            connection_id,
-            tunnel_id,
-            public_url,
-            life_ms,
-            ..
-        } = opened.established.clone();
-        self.tunnel_id = Some(tunnel_id);
-        self.observe(Event::Online {
-            public_url,
-            target: self.origin.target().to_string(),
-        });
-        let notify_replaced = CancellationToken::new();
-        let at = opened.at;
-        let session = Session::new(
-            &self.settings,
-            &self.origin,
-            self.observer.clone(),
-            &opened.established,
-        );
-        let task = self
-            .sessions
-            .spawn(session.serve(opened.socket, self.stop.clone(), notify_replaced.clone()))
-            .id();
-        Current {
-            task,
-            connection: connection_id,
-            opened: at,
-            notify_replaced,
-            move_at: life_ms.map(|life| at + move_after(life)),
+    /// Lets `current` serve, and moves to the next connection before its life ends. Returns how the one that served last ended.
+    async fn while_online(&mut self, mut current: Current) -> Result<SessionEnd, TunnelError> {
+        loop {
+            tokio::select! {
+                end = session_end(&mut self.sessions, current.task) => return Ok(self.ended(&current, end)),
+                () = current.move_due() => {}
+            }
+            let opened = tokio::select! {
+                opened = handshake::open(
+                    &self.context.settings,
+                    self.tunnel_id.as_ref(),
+                    Some(&current.connection),
+                ) => opened,
+                // The next connection would take the tunnel back from the agent that has it now.
+                () = current.replaced.cancelled() => continue,
+                end = session_end(&mut self.sessions, current.task) => return Ok(self.ended(&current, end)),
+            };
+            match opened {
+                Ok(opened) => {
+                    self.backoff.reset();
+                    current.moved.cancel();
+                    current = self.serve(opened).await;
+                }
+                // The one that serves goes on meanwhile.
+                Err(HandshakeError::Unreachable(reason)) => {
+                    debug!(reason, "the next connection could not be opened");
+                    current.move_at = Some(Instant::now() + self.backoff.next_pause());
+                }
+                Err(error) => return Err(self.refused(error)),
+            }
         }
+    }
+
+    fn ended(&mut self, current: &Current, end: SessionEnd) -> SessionEnd {
+        if current.opened.elapsed() >= STABLE_AFTER {
+            self.backoff.reset();
+        }
+        end
+    }
+
+    fn refused(&mut self, error: HandshakeError) -> TunnelError {
+        match error {
+            HandshakeError::Unauthorized => TunnelError::Unauthorized,
+            HandshakeError::NameTaken => {
+                TunnelError::NameTaken(self.tunnel_id.take().map(String::from).unwrap_or_default())
+            }
+            HandshakeError::Unprotected => TunnelError::Unprotected,
+            HandshakeError::Invalid(reason) | HandshakeError::Unreachable(reason) => {
+                TunnelError::Invalid(reason)
+            }
+        }
+    }
+
+    async fn serve(&mut self, opened: Opened) -> Current {
+        let established = &opened.established;
+        self.tunnel_id = Some(established.tunnel_id.clone());
+        self.observe(Event::Online {
+            public_url: established.public_url.clone(),
+            target: self.context.origin.target().to_string(),
+        });
+        let connection = established.connection_id.clone();
+        let at = opened.at;
+        let move_at = established.life_ms.map(|life| at + move_after(life));
+        let span = info_span!("connection", id = %connection);
+        let session = span.in_scope(|| Session::new(self.context.clone(), opened));
+        let moved = CancellationToken::new();
+        let replaced = session.replaced();
+        let serving = session.serve(self.stop.clone(), moved.clone());
+        let current = Current {
+            task: self.sessions.spawn(serving.instrument(span)).id(),
+            connection,
+            opened: at,
+            moved,
+            replaced,
+            move_at,
+        };
+        self.remember().await;
+        current
     }
 
     async fn remember(&mut self) {
@@ -240,12 +276,12 @@ impl Tunnel {
         }
     }
 
-    async fn pause(&self, backoff: &mut Backoff, reason: String) {
-        let pause = backoff.next_pause();
+    async fn pause(&mut self, reason: String) {
+        let pause = self.backoff.next_pause();
         self.observe(Event::Reconnecting {
             reason,
             pause,
-            attempt: backoff.attempt(),
+            attempt: self.backoff.attempt(),
         });
         tokio::select! {
             () = self.stop.cancelled() => {}
@@ -254,13 +290,25 @@ impl Tunnel {
     }
 
     fn observe(&self, event: Event) {
-        (self.observer)(&self.settings.name, event);
+        (self.context.observer)(&self.context.settings.name, event);
+    }
+}
+
+/// The end of the session that `task` runs. Those of others are taken from the set.
+async fn session_end(sessions: &mut JoinSet<SessionEnd>, task: Id) -> SessionEnd {
+    loop {
+        match sessions.join_next_with_id().await {
+            Some(Ok((id, end))) if id == task => return end,
+            Some(Ok(_)) => {}
+            Some(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
+            None => pending().await,
+        }
     }
 }
 
 /// When in a connection's life the next one takes over.
 fn move_after(life_ms: u64) -> Duration {
-    let life = Duration::from_millis(life_ms);
+    let life = Duration::from_millis(life_ms).clamp(MIN_LIFE, MAX_LIFE);
     life - MOVE_MARGIN.min(life.mul_f64(0.7))
 }
 
@@ -275,5 +323,16 @@ mod tests {
             Duration::from_secs(115 * 60)
         );
         assert_eq!(move_after(10_000), Duration::from_secs(3));
+    }
+
+    #[test]
+    fn a_service_cannot_make_the_agent_open_connections_without_a_pause() {
+        for life_ms in [0, 1, 500] {
+            assert!(
+                move_after(life_ms) >= Duration::from_millis(500),
+                "{life_ms}"
+            );
+        }
+        assert!(move_after(u64::MAX) > Duration::from_secs(60 * 60));
     }
 }

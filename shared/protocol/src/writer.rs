@@ -1,8 +1,9 @@
 //! The one writer of a WebSocket connection, for both ends.
 //!
-//! Messages wait in two lanes. Control messages (heads without bodies, `window`, `cancel`, `error`, `replaced`, `ping`) go first.
-//! Messages with bodies take turns, and at most two of them are held: the one being written and the one after it. Whoever has
-//! more waits in line, so that a large body delays everybody else by no more than two messages and what the socket holds.
+//! Messages wait in two lanes. Short ones (`window`, `cancel`, `error`, `replaced`, `ping`, requests and responses that have next
+//! to no body) are control messages and go first. The others take turns, and at most two of them are held: the one being written
+//! and the one after it. Senders that have more wait in line. So a large body delays short messages by no more than one message
+//! and what the socket holds.
 
 use std::{
     future::pending,
@@ -33,8 +34,12 @@ use tokio_tungstenite::tungstenite::{
 
 use crate::frames;
 
-/// Control messages that wait. They are small, but for heads, which are no longer than a message may be.
+/// Longest text, in bytes, that [`MessageSender::send`] takes for a control message.
+pub const MAX_CONTROL_MESSAGE_BYTES: usize = 4 * 1024;
+/// Control messages that wait.
 const MAX_QUEUED_CONTROL_MESSAGES: usize = 64;
+/// After so many control messages in a row one with a body has its turn, so that no number of short answers stops a long one.
+const MAX_CONTROL_BURST: u32 = 16;
 /// Messages with bodies that wait behind the one being written.
 const MAX_QUEUED_BODY_MESSAGES: usize = 1;
 /// A write that was taken after at least this long shows that the peer reads. A shorter wait may only be for the lock that the
@@ -120,6 +125,19 @@ pub struct MessageSender {
 }
 
 impl MessageSender {
+    /// Queues a message in the lane that its length is for, and waits for room if need be. Of two messages the shorter may
+    /// overtake the other.
+    ///
+    /// # Errors
+    /// [`SendError::Closed`].
+    pub async fn send(&self, text: String) -> Result<Receipt, SendError> {
+        if text.len() <= MAX_CONTROL_MESSAGE_BYTES {
+            self.control(text).await
+        } else {
+            self.body(text).await
+        }
+    }
+
     /// Queues a control message, and waits for room if need be.
     ///
     /// # Errors
@@ -195,6 +213,8 @@ pub struct MessageWriter<W> {
     bodies: mpsc::Receiver<Queued>,
     close: watch::Receiver<Option<CloseFrame>>,
     ping_frames: Option<Interval>,
+    /// Control messages written since the last one with a body.
+    control_burst: u32,
     progress: Arc<ProgressCounters>,
 }
 
@@ -229,6 +249,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
             bodies: queued_bodies,
             close: close_requested,
             ping_frames,
+            control_burst: 0,
             progress,
         };
         (sender, writer)
@@ -255,6 +276,12 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
     }
 
     async fn next(&mut self) -> Next {
+        if self.control_burst >= MAX_CONTROL_BURST {
+            self.control_burst = 0;
+            if let Ok(queued) = self.bodies.try_recv() {
+                return Next::Write(queued);
+            }
+        }
         tokio::select! {
             biased;
             () = ping_frame_due(&mut self.ping_frames) => Next::PingFrame,
@@ -264,10 +291,16 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
                 self.next_queued().await
             }
             queued = self.control.recv() => match queued {
-                Some(queued) => Next::Write(queued),
+                Some(queued) => {
+                    self.control_burst += 1;
+                    Next::Write(queued)
+                }
                 None => self.next_queued().await,
             },
-            Some(queued) = self.bodies.recv() => Next::Write(queued),
+            Some(queued) = self.bodies.recv() => {
+                self.control_burst = 0;
+                Next::Write(queued)
+            }
         }
     }
 
@@ -414,6 +447,29 @@ mod tests {
         assert_eq!(next_text(&mut client).await, long("a"));
         assert_eq!(next_text(&mut client).await, "window");
         assert_eq!(next_text(&mut client).await, long("b"));
+    }
+
+    #[tokio::test]
+    async fn no_number_of_control_messages_stops_a_body() {
+        let Writing {
+            sender,
+            peer,
+            reading: _reading,
+            task: _task,
+        } = writing(1024, None).await;
+        sender.body(long("a")).await.expect("open");
+        settle().await;
+        sender.send(long("b")).await.expect("open");
+        for _ in 0..MAX_QUEUED_CONTROL_MESSAGES {
+            sender.send("short".to_owned()).await.expect("open");
+        }
+        let mut client = client(peer).await;
+        assert_eq!(next_text(&mut client).await, long("a"));
+        for _ in 0..MAX_CONTROL_BURST {
+            assert_eq!(next_text(&mut client).await, "short");
+        }
+        assert_eq!(next_text(&mut client).await, long("b"));
+        assert_eq!(next_text(&mut client).await, "short");
     }
 
     #[tokio::test]

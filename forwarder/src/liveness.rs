@@ -1,0 +1,189 @@
+//! Whether the service at the other end of a connection is still there.
+//!
+//! Signs of life are whatever is heard, and bytes that a blocked socket takes in the end. Their absence counts only while this
+//! process runs, and only after the service was asked: a process that was stopped for a minute finds its connection as it left it.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tunnel_protocol::writer::{Progress, Receipt};
+
+/// How often a connection is looked at. The writer asks with a ping frame as often.
+pub(crate) const LIVENESS_TICK: Duration = Duration::from_secs(5);
+/// How often a `ping` message asks where ping frames are answered: under API Gateway's 10 minutes without a message.
+pub const PING_MESSAGE_INTERVAL: Duration = Duration::from_secs(5 * 60);
+/// How often a `ping` message asks where ping frames are not answered. Each is billed, so no more often than it takes to notice a
+/// dead connection within half a minute.
+pub const SOLE_PING_MESSAGE_INTERVAL: Duration = Duration::from_secs(15);
+/// After this many looks without a sign of life, 20 s, a connection is dead if it was asked.
+const MAX_SILENT_TICKS: u32 = 4;
+/// How many looks an answer may take.
+const MAX_UNANSWERED_TICKS: u32 = 2;
+
+/// What is known of the service's being there.
+#[derive(Debug)]
+pub(crate) struct Liveness {
+    heard: Instant,
+    /// Looks since the last sign of life.
+    silent_ticks: u32,
+    /// Looks since the service was asked, and has not given a sign of life.
+    unanswered_ticks: u32,
+    answers_ping_frames: bool,
+    /// What the writer had done at the last sign of life.
+    seen: Progress,
+    ping_message: PingMessage,
+}
+
+#[derive(Debug)]
+struct PingMessage {
+    queued: Instant,
+    /// Until the socket has taken it.
+    receipt: Option<Receipt>,
+    /// Taken since the last sign of life.
+    is_unanswered: bool,
+}
+
+impl Liveness {
+    /// A connection that was opened just now.
+    pub(crate) fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            heard: now,
+            silent_ticks: 0,
+            unanswered_ticks: 0,
+            answers_ping_frames: false,
+            seen: Progress::default(),
+            ping_message: PingMessage {
+                queued: now,
+                receipt: None,
+                is_unanswered: false,
+            },
+        }
+    }
+
+    /// Something was heard.
+    pub(crate) fn heard(&mut self, progress: Progress) {
+        self.heard = Instant::now();
+        self.silent_ticks = 0;
+        self.unanswered_ticks = 0;
+        self.seen = progress;
+        self.ping_message.is_unanswered = false;
+    }
+
+    /// A pong frame was heard.
+    pub(crate) fn ping_frame_answered(&mut self) {
+        self.answers_ping_frames = true;
+    }
+
+    /// Whether it is time for a `ping` message.
+    pub(crate) fn is_ping_message_due(&self) -> bool {
+        let interval = if self.answers_ping_frames {
+            PING_MESSAGE_INTERVAL
+        } else {
+            SOLE_PING_MESSAGE_INTERVAL
+        };
+        self.ping_message.receipt.is_none() && self.ping_message.queued.elapsed() >= interval
+    }
+
+    /// A `ping` message was queued.
+    pub(crate) fn ping_message_queued(&mut self, receipt: Receipt) {
+        self.ping_message.queued = Instant::now();
+        self.ping_message.receipt = Some(receipt);
+    }
+
+    /// Looks at the connection, every [`LIVENESS_TICK`]. Returns for how long nothing was heard, if it is dead.
+    pub(crate) fn tick(&mut self, progress: Progress) -> Option<Duration> {
+        if progress.unblocked_writes != self.seen.unblocked_writes {
+            self.heard(progress);
+        }
+        self.silent_ticks += 1;
+        if self.was_asked(progress) {
+            self.unanswered_ticks += 1;
+        }
+        let is_dead =
+            self.silent_ticks >= MAX_SILENT_TICKS && self.unanswered_ticks >= MAX_UNANSWERED_TICKS;
+        is_dead.then(|| self.heard.elapsed())
+    }
+
+    fn was_asked(&mut self, progress: Progress) -> bool {
+        if let Some(receipt) = &mut self.ping_message.receipt {
+            if receipt.is_taken() {
+                self.ping_message.receipt = None;
+                self.ping_message.is_unanswered = true;
+            } else {
+                // The socket is blocked, which asks no less: what it holds has to be acknowledged.
+                return true;
+            }
+        }
+        let by_ping_frame =
+            self.answers_ping_frames && progress.ping_frames != self.seen.ping_frames;
+        by_ping_frame || self.ping_message.is_unanswered
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    const NOTHING: Progress = Progress {
+        unblocked_writes: 0,
+        ping_frames: 0,
+    };
+
+    fn ping_frames(ping_frames: u64) -> Progress {
+        Progress {
+            ping_frames,
+            ..NOTHING
+        }
+    }
+
+    /// Looks `times` times at a connection on which the writer got as far as `progress`.
+    async fn is_dead_after(liveness: &mut Liveness, times: u32, progress: Progress) -> bool {
+        let mut is_dead = false;
+        for _ in 0..times {
+            advance(LIVENESS_TICK).await;
+            is_dead |= liveness.tick(progress).is_some();
+        }
+        is_dead
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_answers_no_ping_frame_is_dead_within_20_s() {
+        let mut liveness = Liveness::new();
+        liveness.heard(NOTHING);
+        liveness.ping_frame_answered();
+        assert!(!is_dead_after(&mut liveness, 3, ping_frames(1)).await);
+        assert!(is_dead_after(&mut liveness, 1, ping_frames(1)).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_was_not_asked_is_never_dead() {
+        let mut liveness = Liveness::new();
+        assert!(!is_dead_after(&mut liveness, 100, ping_frames(100)).await);
+        assert!(liveness.is_ping_message_due());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_blocked_socket_takes_is_a_sign_of_life() {
+        let mut liveness = Liveness::new();
+        liveness.ping_frame_answered();
+        for unblocked_writes in 1..20 {
+            let progress = Progress {
+                unblocked_writes,
+                ping_frames: unblocked_writes,
+            };
+            assert!(!is_dead_after(&mut liveness, 3, progress).await);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_of_the_process_is_not_silence() {
+        let mut liveness = Liveness::new();
+        liveness.ping_frame_answered();
+        assert!(!is_dead_after(&mut liveness, 1, ping_frames(1)).await);
+        advance(Duration::from_secs(40)).await;
+        assert!(!is_dead_after(&mut liveness, 1, ping_frames(2)).await);
+    }
+}

@@ -1,0 +1,413 @@
+//! The agent against a service that says what a test wants it to say.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use forwarder::{
+    Observer,
+    event::Event,
+    settings::{HostHeader, MAX_CONCURRENT, Settings, TargetTls},
+    tunnel::TunnelError,
+    visitor_rules::Policy,
+};
+use futures_util::{SinkExt, StreamExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpSocket, TcpStream},
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
+use tokio_util::sync::CancellationToken;
+use tunnel_protocol::{
+    id::RequestId,
+    message::{
+        self, AgentErrorCode, ConnectionEstablished, Feature, FromAgent, HttpRequest, Ready,
+        ToAgent, Window,
+    },
+};
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A service that takes one connection after the other.
+struct Service {
+    listener: TcpListener,
+    connections: usize,
+}
+
+struct Connection {
+    socket: WebSocketStream<TcpStream>,
+    ready: Ready,
+    id: String,
+}
+
+impl Service {
+    /// Its sockets hold little, so that an agent soon notices when it does not read.
+    fn start() -> Self {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.set_recv_buffer_size(16 * 1024).expect("set");
+        socket
+            .bind(SocketAddr::from(([127, 0, 0, 1], 0)))
+            .expect("a port");
+        Self {
+            listener: socket.listen(16).expect("listening"),
+            connections: 0,
+        }
+    }
+
+    fn endpoint(&self) -> String {
+        let address = self.listener.local_addr().expect("bound");
+        format!("ws://{address}/ws")
+    }
+
+    async fn accept(&mut self) -> Connection {
+        let accepted = async {
+            let (stream, _) = self.listener.accept().await.expect("an agent");
+            tokio_tungstenite::accept_async(stream)
+                .await
+                .expect("a handshake")
+        };
+        let socket = timeout(PATIENCE, accepted).await.expect("in time");
+        self.connections += 1;
+        let mut connection = Connection {
+            socket,
+            ready: Ready::default(),
+            id: format!("c{}", self.connections),
+        };
+        match connection.hear().await {
+            FromAgent::Ready(ready) => connection.ready = ready,
+            other => panic!("{other:?}"),
+        }
+        connection
+    }
+}
+
+impl Connection {
+    async fn say(&mut self, message: &ToAgent) {
+        let text = message::encode(message);
+        self.socket.send(Message::text(text)).await.expect("sent");
+    }
+
+    async fn establish(&mut self, features: &[Feature], life: Option<Duration>) {
+        let established = ConnectionEstablished {
+            connection_id: self.id.parse().expect("an id"),
+            tunnel_id: "my-app".parse().expect("an id"),
+            public_url: "http://tunnel.example/my-app".to_owned(),
+            subdomain_url: None,
+            path_based_url: None,
+            protocol: Some(message::VERSION),
+            features: features.to_vec(),
+            life_ms: life.map(|life| u64::try_from(life.as_millis()).expect("short")),
+        };
+        self.say(&ToAgent::ConnectionEstablished(established)).await;
+    }
+
+    async fn request(&mut self, id: &str) {
+        self.say(&ToAgent::HttpRequest(HttpRequest {
+            request_id: id.parse().expect("an id"),
+            method: "GET".to_owned(),
+            uri: "/".to_owned(),
+            headers: http::HeaderMap::new(),
+            body: message::Body::default(),
+            encoding: None,
+            timestamp: 0,
+            more: false,
+            deadline_ms: 0,
+            reply_to: None,
+        }))
+        .await;
+    }
+
+    /// The agent's next message; `None` once it has said goodbye and was answered.
+    async fn next(&mut self) -> Option<FromAgent> {
+        loop {
+            let message = timeout(PATIENCE, self.socket.next())
+                .await
+                .expect("in time");
+            match message? {
+                Ok(Message::Text(text)) => return Some(message::decode(&text).expect("a message")),
+                // The library answers it when it is asked for more.
+                Ok(_) => {}
+                Err(error) => panic!("not closed but broken: {error}"),
+            }
+        }
+    }
+
+    async fn hear(&mut self) -> FromAgent {
+        self.next().await.expect("open")
+    }
+
+    async fn response(&mut self) -> RequestId {
+        match self.hear().await {
+            FromAgent::HttpResponse(response) => response.request_id,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn refusal(&mut self) -> AgentErrorCode {
+        match self.hear().await {
+            FromAgent::Error(error) => error.code,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// A local service that answers requests with as many bytes each.
+struct Origin {
+    address: SocketAddr,
+    answered: Arc<AtomicUsize>,
+    _tasks: JoinSet<()>,
+}
+
+impl Origin {
+    async fn start(bytes: usize) -> Self {
+        Self::that_answers(Semaphore::MAX_PERMITS, bytes).await
+    }
+
+    /// One that answers so many requests, and the others never.
+    async fn that_answers(requests: usize, bytes: usize) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let answered = Arc::<AtomicUsize>::default();
+        let may_answer = Arc::new(Semaphore::new(requests));
+        let mut tasks = JoinSet::new();
+        let count = answered.clone();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(answer(stream, bytes, count.clone(), may_answer.clone()));
+            }
+        });
+        Self {
+            address,
+            answered,
+            _tasks: tasks,
+        }
+    }
+
+    fn answered(&self) -> usize {
+        self.answered.load(Ordering::SeqCst)
+    }
+}
+
+async fn answer(
+    mut stream: TcpStream,
+    bytes: usize,
+    count: Arc<AtomicUsize>,
+    may_answer: Arc<Semaphore>,
+) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        match stream.read_u8().await {
+            Ok(byte) => head.push(byte),
+            Err(_) => return,
+        }
+    }
+    may_answer.acquire().await.expect("open").forget();
+    count.fetch_add(1, Ordering::SeqCst);
+    let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {bytes}\r\n\r\n");
+    let _ = stream.write_all(head.as_bytes()).await;
+    let _ = stream.write_all(&vec![b'x'; bytes]).await;
+}
+
+struct Agent {
+    events: mpsc::UnboundedReceiver<Event>,
+    stop: CancellationToken,
+    running: JoinSet<Result<(), TunnelError>>,
+}
+
+impl Agent {
+    fn start(service: &Service, origin: &Origin) -> Self {
+        Self::with(settings(service, origin))
+    }
+
+    fn with(settings: Settings) -> Self {
+        let (send, events) = mpsc::unbounded_channel();
+        let observer: Observer = Arc::new(move |_, event| {
+            let _ = send.send(event);
+        });
+        let stop = CancellationToken::new();
+        let mut running = JoinSet::new();
+        running.spawn(forwarder::run(vec![settings], observer, stop.clone()));
+        Self {
+            events,
+            stop,
+            running,
+        }
+    }
+
+    async fn end(&mut self) -> Result<(), TunnelError> {
+        timeout(PATIENCE, self.running.join_next())
+            .await
+            .expect("in time")
+            .expect("one")
+            .expect("no panic")
+    }
+
+    fn has_finished_a_request(&mut self) -> bool {
+        std::iter::from_fn(|| self.events.try_recv().ok())
+            .any(|event| matches!(event, Event::Request { .. }))
+    }
+}
+
+fn settings(service: &Service, origin: &Origin) -> Settings {
+    Settings {
+        name: "test".to_owned(),
+        endpoint: service.endpoint().parse().expect("an endpoint"),
+        token: None,
+        tunnel_id: Some("my-app".parse().expect("an id")),
+        memory: None,
+        target: origin.address.to_string().parse().expect("a target"),
+        target_tls: TargetTls::System,
+        host_header: HostHeader::Rewrite,
+        request_timeout: PATIENCE,
+        max_concurrent: MAX_CONCURRENT,
+        compression: false,
+        access: Policy::default(),
+    }
+}
+
+fn replaced() -> ToAgent {
+    ToAgent::Replaced {
+        reason: "another agent".to_owned(),
+    }
+}
+
+fn taken_over() -> Result<(), TunnelError> {
+    Err(TunnelError::Replaced("another agent".to_owned()))
+}
+
+#[tokio::test]
+async fn a_request_that_overtakes_the_first_answer_is_carried_out() {
+    let mut service = Service::start();
+    let origin = Origin::start(2).await;
+    let _agent = Agent::start(&service, &origin);
+    let mut connection = service.accept().await;
+    connection.request("early").await;
+    connection.establish(&[], None).await;
+    assert_eq!(connection.response().await.as_str(), "early");
+}
+
+#[tokio::test]
+async fn a_takeover_that_overtakes_the_first_answer_ends_the_agent() {
+    let mut service = Service::start();
+    let origin = Origin::start(2).await;
+    let mut agent = Agent::start(&service, &origin);
+    let mut connection = service.accept().await;
+    connection.say(&replaced()).await;
+    connection.establish(&[Feature::Notices], None).await;
+    assert_eq!(connection.next().await, None);
+    assert_eq!(agent.end().await, taken_over());
+}
+
+#[tokio::test]
+async fn a_takeover_is_believed_when_the_service_confirms_it() {
+    let mut service = Service::start();
+    let origin = Origin::start(2).await;
+    let mut agent = Agent::start(&service, &origin);
+    let mut connection = service.accept().await;
+    connection
+        .establish(&[Feature::Notices, Feature::ConfirmReplaced], None)
+        .await;
+    // One that was on its way for long.
+    connection.say(&replaced()).await;
+    assert_eq!(connection.hear().await, FromAgent::Ping);
+    connection.say(&ToAgent::Pong).await;
+    connection.request("still-served").await;
+    assert_eq!(connection.response().await.as_str(), "still-served");
+    // One that is true.
+    connection.say(&replaced()).await;
+    assert_eq!(connection.hear().await, FromAgent::Ping);
+    connection.request("before-the-answer").await;
+    assert_eq!(connection.response().await.as_str(), "before-the-answer");
+    connection.say(&replaced()).await;
+    assert_eq!(connection.next().await, None);
+    assert_eq!(agent.end().await, taken_over());
+}
+
+#[tokio::test]
+async fn a_request_that_comes_again_over_another_connection_is_not_carried_out_again() {
+    let mut service = Service::start();
+    let origin = Origin::start(2).await;
+    let _agent = Agent::start(&service, &origin);
+    let mut first = service.accept().await;
+    first.establish(&[], None).await;
+    first.request("once").await;
+    assert_eq!(first.response().await.as_str(), "once");
+    drop(first);
+    let mut second = service.accept().await;
+    second.establish(&[], None).await;
+    second.request("once").await;
+    assert_eq!(second.refusal().await, AgentErrorCode::InternalError);
+    assert_eq!(origin.answered(), 1);
+}
+
+#[tokio::test]
+async fn requests_of_both_connections_count_during_a_move() {
+    let mut service = Service::start();
+    let origin = Origin::that_answers(0, 2).await;
+    let _agent = Agent::with(Settings {
+        max_concurrent: 1,
+        ..settings(&service, &origin)
+    });
+    let mut old = service.accept().await;
+    old.establish(&[], Some(Duration::from_secs(2))).await;
+    old.request("a").await;
+    let mut new = service.accept().await;
+    assert_eq!(
+        new.ready.previous.as_ref().map(|id| id.as_str()),
+        Some("c1")
+    );
+    new.establish(&[], None).await;
+    new.request("b").await;
+    assert_eq!(new.refusal().await, AgentErrorCode::Busy);
+}
+
+#[tokio::test]
+async fn a_request_is_finished_when_the_socket_has_taken_it_and_stopping_loses_nothing() {
+    const BYTES: usize = 2_000_000;
+    let mut service = Service::start();
+    let origin = Origin::start(BYTES).await;
+    let mut agent = Agent::start(&service, &origin);
+    let mut connection = service.accept().await;
+    connection
+        .establish(&[Feature::BodyParts, Feature::Window], None)
+        .await;
+    connection.request("long").await;
+    let FromAgent::HttpResponse(head) = connection.hear().await else {
+        panic!("not a response");
+    };
+    let mut received = head.body.0.len();
+    agent.stop.cancel();
+    let mut ended = false;
+    while let Some(message) = connection.next().await {
+        // What the agent would leave unread, were it gone.
+        connection
+            .say(&ToAgent::Window(Window {
+                request_id: head.request_id.clone(),
+                parts: 1000,
+                reply_to: None,
+            }))
+            .await;
+        let FromAgent::BodyPart(part) = message else {
+            panic!("{message:?}");
+        };
+        if received < BYTES / 2 {
+            assert!(!agent.has_finished_a_request(), "after {received} bytes");
+        }
+        received += part.body.0.len();
+        ended |= !part.more;
+    }
+    assert!(ended);
+    assert_eq!(received, BYTES);
+    assert!(agent.has_finished_a_request());
+    assert_eq!(agent.end().await, Ok(()));
+}
