@@ -4,6 +4,7 @@
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "so does this")]
 
 mod access;
+mod compatibility;
 mod events;
 mod faults;
 mod fidelity;

@@ -1,9 +1,12 @@
 //! Agents of other versions, and agents that say what they should not.
 
 use http::StatusCode;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::harness::{ScriptedAgent, get, post, stack, stack_in_order, within};
+use crate::harness::{
+    Agent, Origin, ScriptedAgent, ScriptedService, get, post, reply, settings_for, stack,
+    stack_in_order, within,
+};
 
 #[tokio::test]
 async fn an_agent_that_speaks_only_the_first_messages_serves_small_requests() {
@@ -61,6 +64,66 @@ async fn an_old_agent_is_never_sent_what_it_did_not_announce() {
     );
 
     agent.expect_quiet("it was sent a part of that body").await;
+}
+
+#[tokio::test]
+async fn a_service_that_speaks_only_the_first_messages_is_served() {
+    let service = ScriptedService::listening().await;
+    let origin = Origin::answering(|seen| {
+        let is_long = seen.uri.path() == "/long";
+        Some(reply(
+            StatusCode::OK,
+            if is_long {
+                vec![b'x'; 1_000_000]
+            } else {
+                b"hi".to_vec()
+            },
+        ))
+    })
+    .await;
+    let mut agent = Agent::start(settings_for(&service.endpoint, origin.address));
+    let mut connection = service.accept().await;
+    connection.hear().await;
+    connection.say(&json!({ "type": "connection_established", "connection_id": "c=", "tunnel_id": "my-app", "public_url": "https://tunnel.example.com/my-app" })).await;
+    agent.until_online().await;
+
+    let request = |id: &str, uri: &str| json!({ "type": "http_request", "request_id": id, "method": "POST", "uri": uri, "headers": { "x-a": ["1"] }, "body": "aGVsbG8=", "timestamp": 0 });
+    connection.say(&request("short", "/short")).await;
+    let heard = connection.hear().await;
+    assert_eq!(
+        (
+            &heard["type"],
+            &heard["request_id"],
+            &heard["status_code"],
+            &heard["body"]
+        ),
+        (
+            &json!("http_response"),
+            &json!("short"),
+            &json!(200),
+            &json!("aGk=")
+        )
+    );
+    assert_eq!(
+        (&heard["more"], &heard["encoding"]),
+        (&Value::Null, &Value::Null)
+    );
+    assert_eq!(
+        (&origin.last().body[..], origin.last().header("x-a")),
+        (&b"hello"[..], Some("1"))
+    );
+
+    // It takes no parts, so what does not fit into one message cannot be answered.
+    connection.say(&request("long", "/long")).await;
+    let heard = connection.hear().await;
+    assert_eq!(
+        (&heard["type"], &heard["request_id"], &heard["code"]),
+        (
+            &json!("error"),
+            &json!("long"),
+            &json!("response_too_large")
+        )
+    );
 }
 
 #[tokio::test]
