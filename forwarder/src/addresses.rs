@@ -144,7 +144,7 @@ impl Addresses {
         if is_path(address) {
             return below(address, &self.prefix)
                 .filter(|_| !self.prefix.is_empty())
-                .map(|path| rooted(path));
+                .map(rooted);
         }
         let absolute = Absolute::parse(address)?;
         if !self.public.as_ref()?.has(&absolute) {
