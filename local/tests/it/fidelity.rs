@@ -200,6 +200,67 @@ async fn redirects_are_passed_on_and_point_where_the_visitor_can_go() {
 }
 
 #[tokio::test]
+async fn a_service_that_knows_only_its_own_address_or_only_the_public_host_works_by_path() {
+    let stack = stack().await;
+    // As frameworks do: forms are only taken from the service's own origin, and redirects go to the host that it believes in.
+    let origin = Origin::answering(|seen| {
+        let own = format!("http://{}", seen.header("host")?);
+        if seen.method == Method::POST && seen.header("origin") != Some(&own) {
+            return Some(reply(StatusCode::FORBIDDEN, ""));
+        }
+        let host = seen.header("x-forwarded-host").or(seen.header("host"))?;
+        let location = format!("http://{host}/login");
+        let fields = [
+            ("location", location.as_bytes()),
+            ("access-control-allow-origin", own.as_bytes()),
+            ("refresh", b"1; url=/login"),
+        ];
+        Some(reply_with(StatusCode::SEE_OTHER, &fields, ""))
+    })
+    .await;
+    let agent = agent(&stack, &origin).await;
+    let public = agent.url.strip_suffix("/my-app").expect("a tunnel by path");
+
+    for method in [Method::GET, Method::POST] {
+        let request = Request::builder()
+            .method(method.clone())
+            .uri(format!("{}/form", agent.url))
+            .header("origin", public)
+            .body("".into())
+            .expect("a request");
+        let got = visit(request).await;
+        let login = format!("{}/login", agent.url);
+        assert_eq!(got.status, StatusCode::SEE_OTHER, "{method}");
+        assert_eq!(got.header("location"), Some(login.as_str()), "{method}");
+        assert_eq!(got.header("access-control-allow-origin"), Some(public));
+        assert_eq!(got.header("refresh"), Some("1; url=/my-app/login"));
+    }
+}
+
+#[tokio::test]
+async fn a_tunnel_named_like_a_path_of_its_service_is_not_redirected_in_a_circle() {
+    let stack = stack().await;
+    let origin = Origin::answering(|seen| {
+        Some(match seen.uri.path() {
+            "/my-app/" => reply(StatusCode::OK, "arrived"),
+            _ => reply_with(StatusCode::FOUND, &[("location", b"/my-app/")], ""),
+        })
+    })
+    .await;
+    let agent = agent(&stack, &origin).await;
+
+    let got = get(&format!("{}/", agent.url)).await;
+    let location = got.header("location").expect("a redirect");
+    assert_eq!(location, "/my-app/my-app/");
+    let root = agent.url.strip_suffix("/my-app").expect("a tunnel by path");
+    let got = get(&format!("{root}{location}")).await;
+    assert_eq!(
+        (got.status, &got.body[..]),
+        (StatusCode::OK, &b"arrived"[..])
+    );
+}
+
+#[tokio::test]
 async fn the_local_service_learns_where_a_request_comes_from_and_nothing_a_visitor_made_up() {
     let any_host = Options {
         any_host: true,
