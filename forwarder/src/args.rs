@@ -54,16 +54,16 @@ enum Command {
         #[arg(id = "service", value_name = "TARGET")]
         target: Option<Target>,
     },
-    /// Open tunnels of the config file
+    /// Open tunnels from the config file
     Start {
-        /// All of them
+        /// Open every tunnel of the file
         #[arg(long, conflicts_with = "names")]
         all: bool,
-        /// These
+        /// The tunnels to open
         #[arg(value_name = "NAME")]
         names: Vec<String>,
     },
-    /// Give up a tunnel id, so that anybody may take it; the agent that serves it ends
+    /// Give up a tunnel id, so that anyone may claim it; the agent that serves it exits
     Release {
         /// The tunnel id
         #[arg(id = "released", value_name = "ID")]
@@ -78,7 +78,7 @@ struct Options {
     /// A config file in TOML
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// What is logged on stderr: error, warn, info, debug, trace, off, or a list such as warn,forwarder=debug [default: warn]
+    /// What to log on stderr: error, warn, info, debug, trace, off, or a list such as warn,forwarder=debug [default: warn]
     #[arg(long, global = true, env = "TTF_LOG_LEVEL", value_name = "LEVEL")]
     log_level: Option<String>,
 }
@@ -112,7 +112,7 @@ pub enum UsageError {
     Settings(#[from] SettingsError),
     /// Not a level, or a list of levels.
     #[error(
-        "log_level: `{0}` is neither a level (error, warn, info, debug, trace, off) nor one for a part, such as forwarder=debug; parts are {parts}",
+        "log_level: `{0}` is not a level (error, warn, info, debug, trace, off) and not TARGET=LEVEL, such as forwarder=debug; targets are {parts}",
         parts = LOG_TARGETS.join(", ")
     )]
     LogLevel(String),
@@ -137,11 +137,13 @@ pub enum UsageError {
     #[error("the tunnel {0} is named twice: name each once")]
     NamedTwice(String),
     /// A flag that only makes sense for one tunnel.
-    #[error("--tunnel-id and --target are for one tunnel: put them into the config file")]
+    #[error(
+        "--tunnel-id and --target apply to a single tunnel: set them in the config file instead"
+    )]
     ForOneTunnel,
     /// Two tunnels would take each other's place for ever.
     #[error(
-        "the tunnels {first} and {second} have the same tunnel_id {tunnel_id}: give each its own"
+        "the tunnels {first} and {second} have the same tunnel_id {tunnel_id}: give each a different one"
     )]
     SameTunnelId {
         /// One tunnel.

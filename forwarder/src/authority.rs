@@ -12,7 +12,7 @@ pub enum AuthorityError {
     #[error("leave out the user name and password")]
     UserInfo,
     /// No machine has this name.
-    #[error("the host is missing or is no host name or IP address")]
+    #[error("the host is missing or is not a host name or IP address")]
     Host,
     /// A colon without a number from 1 to 65535 behind it.
     #[error("the port must be a number from 1 to 65535")]

@@ -83,7 +83,7 @@ impl ConfigFile {
         if let Some((key, _)) = top.get_key_value("tunnel") {
             return Err(Fault {
                 line: line(text, key.span().start),
-                message: "the tables of tunnels are called [tunnels.NAME]".to_owned(),
+                message: "tables of tunnels must be named [tunnels.NAME]".to_owned(),
             });
         }
         let log_level = top.remove("log_level");
@@ -116,7 +116,7 @@ pub(crate) fn secret<'de, D: Deserializer<'de>>(
 ) -> Result<Option<Secret>, D::Error> {
     String::deserialize(deserializer)
         .map(|text| Some(text.into()))
-        .map_err(|_| D::Error::custom("must be a text in quotes"))
+        .map_err(|_| D::Error::custom("must be a string in quotes"))
 }
 
 /// A list of secrets, whose faults do not show them.
@@ -125,7 +125,7 @@ pub(crate) fn secrets<'de, D: Deserializer<'de>>(
 ) -> Result<Option<Vec<Secret>>, D::Error> {
     Vec::<String>::deserialize(deserializer)
         .map(|texts| Some(texts.into_iter().map(Secret::from).collect()))
-        .map_err(|_| D::Error::custom("must be a list of texts in quotes"))
+        .map_err(|_| D::Error::custom("must be a list of strings in quotes"))
 }
 
 /// A value with a textual form, written as that text or, as in `target = 3000`, as a number.
@@ -138,7 +138,7 @@ pub(crate) fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(
         type Value = T;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a text in quotes")
+            f.write_str("a string in quotes")
         }
 
         fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
@@ -189,14 +189,14 @@ mod tests {
             ("[tunnels.web]\nprot = 1\n", 2, "prot"),
             ("\n\ntunnel_id = 'NO'\n", 3, "tunnel id"),
             ("target = 70000\n", 1, "1 to 65535"),
-            ("target = -1\n", 1, "a target is a port (3000)"),
-            ("target = 3000.5\n", 1, "a target is a port (3000)"),
-            ("\ntarget = [3000]\n", 2, "a text in quotes"),
-            ("target = true\n", 1, "a text in quotes"),
+            ("target = -1\n", 1, "a target must be a port (3000)"),
+            ("target = 3000.5\n", 1, "a target must be a port (3000)"),
+            ("\ntarget = [3000]\n", 2, "a string in quotes"),
+            ("target = true\n", 1, "a string in quotes"),
             ("request_timeout = 30\n", 1, "time unit needed"),
             ("[tunnel.web]\n", 1, "[tunnels.NAME]"),
             ("basic_auth = 'alice:swordfish'\n", 1, "a list"),
-            ("token = ['swordfish']\n", 1, "a text"),
+            ("token = ['swordfish']\n", 1, "a string"),
             ("token = 'swordfish\n", 1, ""),
         ] {
             let fault = ConfigFile::parse(text).expect_err("a bad file");

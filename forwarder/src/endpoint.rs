@@ -15,14 +15,16 @@ const LOCAL_PATH: PathAndQuery = PathAndQuery::from_static("/_ws");
 pub enum EndpointError {
     /// Not an address at all, or one of another scheme.
     #[error(
-        "an endpoint is a wss:// address such as wss://id.execute-api.eu-west-1.amazonaws.com/dev, or ws://127.0.0.1:8080/_ws on this machine"
+        "an endpoint must be a wss:// address, such as wss://id.execute-api.eu-west-1.amazonaws.com/dev, or ws://127.0.0.1:8080/_ws on this machine"
     )]
     Address,
     /// The host or port cannot be.
-    #[error("an endpoint is an address such as wss://tunnel.example.com/_ws: {0}")]
+    #[error("an endpoint must be an address such as wss://tunnel.example.com/_ws: {0}")]
     Authority(#[from] AuthorityError),
     /// A token would travel unencrypted.
-    #[error("an unencrypted endpoint (ws:// or http://) must be on this machine: use wss://")]
+    #[error(
+        "an unencrypted endpoint (ws:// or http://) is allowed only on this machine: use wss://"
+    )]
     Unencrypted,
 }
 

@@ -314,7 +314,7 @@ impl Reply {
         let mut message = self.head(head.status, head.headers, processing_time_ms);
         let room = message.room().ok_or(OriginError::new(
             AgentErrorCode::ResponseTooLarge,
-            "the header of its response is longer than a tunnel can carry",
+            "the header of its response is too long for the tunnel",
         ))?;
         if is_head {
             self.outgoing.send(FromAgent::HttpResponse(message)).await;
@@ -358,7 +358,7 @@ impl Reply {
             .map_err(|error| broken_off(&error))?
             .ok_or(OriginError::new(
                 AgentErrorCode::ResponseTooLarge,
-                "its response is longer than this version of the service can carry",
+                "its response is too long for this version of the service",
             ))
     }
 

@@ -138,7 +138,7 @@ async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<String, Fa
         .map_err(|error| match error {
             HandshakeError::NameTaken => Failure::new(
                 Exit::NameTaken,
-                &format!("the tunnel id {tunnel_id} belongs to somebody else: only its owner can release it"),
+                &format!("the tunnel id {tunnel_id} belongs to another owner: only its owner can release it"),
             ),
             HandshakeError::Unauthorized => TunnelError::Unauthorized.into(),
             HandshakeError::Unprotected => TunnelError::Unprotected.into(),
@@ -149,7 +149,7 @@ async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<String, Fa
         tunnel_ids::forget(file, &settings.endpoint, tunnel_id).await;
     }
     Ok(if existed {
-        format!("{tunnel_id} is released: anybody may take it now")
+        format!("{tunnel_id} is released: anyone may claim it now")
     } else {
         format!("{tunnel_id} was not claimed; nothing to release")
     })
@@ -161,7 +161,7 @@ fn raise_open_files() {
     match rlimit::increase_nofile_limit(u64::MAX) {
         Ok(limit) if limit < MIN_OPEN_FILES => warn!(
             limit,
-            "few files can be open at once, so many requests at once will fail; raise the limit with `ulimit -n`"
+            "the limit of open files is low, so many requests at once may fail; raise it with `ulimit -n`"
         ),
         Ok(_) => {}
         Err(error) => warn!(

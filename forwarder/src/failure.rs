@@ -33,14 +33,14 @@ pub(crate) fn explain(error: &legacy::Error, head: &[u8], target: &Target) -> Or
                         .unwrap_or_else(|| format!("its response is not HTTP: {cause}")),
                 )
             };
-            OriginError::unavailable("what it said is not HTTP", reason)
+            OriginError::unavailable("its response is not HTTP", reason)
         }
-        _ => OriginError::unavailable("it closed the connection without an answer", None),
+        _ => OriginError::unavailable("it closed the connection without a response", None),
     }
 }
 
 fn explain_connect(error: &legacy::Error, target: &Target) -> OriginError {
-    let unreachable = |cause| OriginError::unavailable("it could not be connected to", cause);
+    let unreachable = |cause| OriginError::unavailable("cannot connect to it", cause);
     if let Some(fault) = find::<rustls::Error>(error) {
         return unreachable(Some(tls::explain(fault, target)));
     }
@@ -62,7 +62,7 @@ fn explain_connect(error: &legacy::Error, target: &Target) -> OriginError {
             OriginError::unavailable("it refused the connection", None)
         }
         io::ErrorKind::TimedOut => unreachable(Some(format!(
-            "it could not be connected to within {} s",
+            "no connection could be made within {} s",
             CONNECT_TIMEOUT.as_secs()
         ))),
         io::ErrorKind::NotFound => unreachable(Some(format!("{target} does not exist"))),
@@ -85,7 +85,7 @@ fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a 
 
 fn innermost(error: &(dyn Error + 'static)) -> Option<String> {
     let cause = causes(error).last()?;
-    Some(format!("it could not be connected to: {cause}"))
+    Some(format!("cannot connect to it: {cause}"))
 }
 
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {

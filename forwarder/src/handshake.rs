@@ -111,7 +111,7 @@ pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, 
     };
     let no_answer = || {
         HandshakeError::Unreachable(format!(
-            "the service did not answer within {HANDSHAKE_TIMEOUT:?}; it may be one that cannot release"
+            "the service did not answer within {HANDSHAKE_TIMEOUT:?}; it may be too old to release tunnel ids"
         ))
     };
     timeout(HANDSHAKE_TIMEOUT, released)
@@ -188,7 +188,9 @@ async fn connect(settings: &Settings, address: String) -> Result<Socket, Handsha
     if let Some(token) = &settings.token {
         let mut value =
             HeaderValue::from_str(&format!("Bearer {}", token.reveal())).map_err(|_| {
-                HandshakeError::Invalid("the token has characters that no token has".to_owned())
+                HandshakeError::Invalid(
+                    "the token contains characters that are not allowed in a token".to_owned(),
+                )
             })?;
         value.set_sensitive(true);
         request.headers_mut().insert(header::AUTHORIZATION, value);

@@ -153,7 +153,7 @@ impl Origin {
             .parse()
             .map_err(|_| invalid("its method is not valid"))?;
         if method == Method::CONNECT || !message.uri.starts_with('/') {
-            return Err(invalid("its address is not a path"));
+            return Err(invalid("the request target is not a path"));
         }
         let path: PathAndQuery = message
             .uri

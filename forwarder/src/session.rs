@@ -473,7 +473,7 @@ impl Session {
     fn start(&mut self, request: HttpRequest) {
         let id = request.request_id.clone();
         if self.requests.contains_key(&id) {
-            debug!(request = %id, "request came twice");
+            debug!(request = %id, "request received twice");
             return;
         }
         let permit = match self.permit() {
@@ -486,7 +486,7 @@ impl Session {
         match self.tunnel.seen.insert(&id, &self.connection) {
             None => self.carry_out(request, permit),
             Some(before) if before == self.connection => {
-                debug!(request = %id, "request came twice");
+                debug!(request = %id, "request received twice");
             }
             // Its answer went to a connection that the service no longer listens to.
             Some(_) => self.refuse(
@@ -507,7 +507,7 @@ impl Session {
                 .clone()
                 .try_acquire_owned()
                 .map_err(|_| {
-                    let message = "the agent takes no more requests at once";
+                    let message = "the agent accepts no more requests at once";
                     (AgentErrorCode::Busy, message)
                 }),
             Phase::Leaving {

@@ -79,7 +79,7 @@ pub enum HostHeader {
 /// A text that is neither a mode nor a host.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error(
-    "a host header is rewrite, preserve, or the host to send, such as app.test or app.test:8080"
+    "host_header must be rewrite, preserve, or the host to send, such as app.test or app.test:8080"
 )]
 pub struct HostHeaderError;
 
@@ -131,7 +131,7 @@ pub struct Layer {
     #[arg(short, long, global = true, env = "TTF_ENDPOINT", value_name = "URL")]
     #[serde(deserialize_with = "parsed")]
     pub endpoint: Option<Endpoint>,
-    /// The agent's token; better in the environment than on the command line
+    /// The agent's token; prefer the environment to the command line
     #[arg(
         long,
         global = true,
@@ -141,7 +141,7 @@ pub struct Layer {
     )]
     #[serde(deserialize_with = "secret")]
     pub token: Option<Secret>,
-    /// The tunnel id to ask for [default: a random one, the same each time for the same endpoint and target]
+    /// The tunnel id to request [default: a random one, the same each time for the same endpoint and target]
     #[arg(
         short = 's',
         long,
@@ -186,13 +186,13 @@ pub struct Layer {
     #[arg(long, global = true, env = "TTF_REQUEST_TIMEOUT", value_name = "TIME")]
     #[serde(deserialize_with = "parsed")]
     pub request_timeout: Option<humantime::Duration>,
-    /// How many requests are passed on at once [default: 1024]
+    /// How many requests may be in progress at once [default: 1024]
     #[arg(long, global = true, env = "TTF_MAX_CONCURRENT", value_name = "N")]
     pub max_concurrent: Option<usize>,
-    /// Compress bodies between the service and this agent where it pays [default: true]
+    /// Compress bodies between the service and this agent where that saves something [default: true]
     #[arg(long, global = true, env = "TTF_COMPRESSION", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub compression: Option<bool>,
-    /// Let in only visitors with this name and password; may be repeated, better in the environment than on the command line
+    /// Admit only visitors with this user name and password; may be repeated; prefer the environment to the command line
     #[arg(
         long,
         global = true,
@@ -202,7 +202,7 @@ pub struct Layer {
     )]
     #[serde(deserialize_with = "secrets")]
     pub basic_auth: Option<Vec<Secret>>,
-    /// Let in only visitors from this network, such as 192.0.2.0/24; may be repeated
+    /// Admit only visitors from this network, such as 192.0.2.0/24; may be repeated
     #[arg(
         long,
         global = true,
@@ -211,7 +211,7 @@ pub struct Layer {
         value_name = "CIDR"
     )]
     pub allow: Option<Vec<Cidr>>,
-    /// Keep out visitors from this network; may be repeated
+    /// Refuse visitors from this network; may be repeated
     #[arg(
         long,
         global = true,
@@ -220,7 +220,7 @@ pub struct Layer {
         value_name = "CIDR"
     )]
     pub deny: Option<Vec<Cidr>>,
-    /// Let in only requests with this header; may be repeated
+    /// Admit only requests with this header; may be repeated
     #[arg(
         long,
         global = true,
@@ -240,7 +240,7 @@ pub struct Layer {
 pub enum SettingsError {
     /// No layer has an endpoint.
     #[error(
-        "no endpoint: pass --endpoint, set TTF_ENDPOINT, or put `endpoint` into the config file (ws://127.0.0.1:8080/_ws is tunnel-local's)"
+        "no endpoint: pass --endpoint, set TTF_ENDPOINT, or put `endpoint` into the config file (for a tunnel-local on this machine: ws://127.0.0.1:8080/_ws)"
     )]
     NoEndpoint,
     /// No request could be passed on.

@@ -10,16 +10,18 @@ use crate::authority::{self, AuthorityError};
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum TargetError {
     /// Not an address, or one of another scheme.
-    #[error("a target is a port (3000), host:port, http(s)://host:port, or unix:/path")]
+    #[error("a target must be a port (3000), host:port, http(s)://host:port, or unix:/path")]
     Address,
     /// The host or port cannot be.
-    #[error("a target is a port (3000), host:port, http(s)://host:port, or unix:/path: {0}")]
+    #[error("a target must be a port (3000), host:port, http(s)://host:port, or unix:/path: {0}")]
     Authority(#[from] AuthorityError),
     /// It has a path or a query.
-    #[error("a target has no path: visitors choose it. Leave out what follows the port")]
+    #[error(
+        "a target must not have a path, because visitors choose it: leave out everything after the port"
+    )]
     Path,
     /// No path of a socket.
-    #[error("a Unix socket is written unix:/path/to/socket, with an absolute path")]
+    #[error("a Unix socket must be unix:/path/to/socket, with an absolute path")]
     Socket,
     /// This system has none.
     #[error("this system has no Unix sockets")]

@@ -123,7 +123,7 @@ pub(crate) fn explain(error: &Error, target: &Target) -> String {
     let Error::InvalidCertificate(fault) = error else {
         return match error {
             Error::InvalidMessage(_) => {
-                "it does not speak TLS; write http:// for https://".to_owned()
+                "it does not speak TLS; write http:// instead of https://".to_owned()
             }
             other => format!("TLS failed: {other}"),
         };
@@ -143,7 +143,7 @@ pub(crate) fn explain(error: &Error, target: &Target) -> String {
             "is not valid yet".to_owned()
         }
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
-            format!("is for another name than {host}")
+            format!("is not for the name {host}")
         }
         other => format!("is not valid: {other}"),
     };

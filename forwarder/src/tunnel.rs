@@ -49,14 +49,14 @@ pub enum TunnelError {
     )]
     Unauthorized,
     /// The tunnel id is somebody else's.
-    #[error("the tunnel id {0} belongs to somebody else: choose another with --tunnel-id")]
+    #[error("the tunnel id {0} belongs to another owner: choose another with --tunnel-id")]
     NameTaken(String),
     /// What the agent asked for is not valid.
-    #[error("the service does not accept what this agent asks for: {0}")]
+    #[error("the service refused the handshake: {0}")]
     Invalid(String),
     /// The service does not know rules about visitors.
     #[error(
-        "the service cannot keep visitors out of a tunnel, so none was opened: update the service, or do without --basic-auth, --allow, --deny and --require-header"
+        "the service is too old to enforce visitor rules, so no tunnel was opened: update the service, or start without --basic-auth, --allow, --deny and --require-header"
     )]
     Unprotected,
     /// The same owner has opened the tunnel elsewhere.
@@ -269,7 +269,7 @@ impl Tunnel {
         let forgotten = self.tunnel_id.take();
         warn!(
             tunnel_id = forgotten.map(String::from),
-            "the tunnel id of the last run is somebody else's now"
+            "the remembered tunnel id now belongs to another owner"
         );
         if let Some(memory) = &mut self.memory {
             memory.forget().await;

@@ -43,11 +43,11 @@ pub struct TunnelIdStore {
 enum Unusable {
     #[error("cannot be read or written")]
     Io(#[from] io::Error),
-    #[error("is no list of tunnels")]
+    #[error("is not a list of tunnels")]
     Content(#[from] toml::de::Error),
     #[error("is longer than {MAX_FILE_BYTES} bytes")]
     Length,
-    #[error("is being written by somebody else")]
+    #[error("is being written by another process")]
     Busy,
 }
 
@@ -89,7 +89,7 @@ impl TunnelIdStore {
             }
         };
         let entries = read(&file).unwrap_or_else(|error| {
-            warn!(file = %file.display(), error = &error as &dyn std::error::Error, "no tunnel id can be recalled");
+            warn!(file = %file.display(), error = &error as &dyn std::error::Error, "the remembered tunnel id cannot be read");
             Entries::default()
         });
         let known = entries

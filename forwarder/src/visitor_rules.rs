@@ -29,12 +29,12 @@ pub struct PolicyArgs {
 pub enum PolicyArgsError {
     /// Not a name with a password.
     #[error(
-        "basic_auth is USER:PASSWORD: both are there, the name has no colon, and neither has control characters"
+        "basic_auth must be USER:PASSWORD, with both parts non-empty, no colon in the user name and no control characters"
     )]
     BasicAuth,
     /// Not a header field.
     #[error(
-        "require_header is NAME: VALUE, such as X-Secret: 5ca1ab1e, with a name and a value that HTTP allows"
+        "require_header must be NAME: VALUE, such as X-Secret: 5ca1ab1e, with a name and a value that HTTP allows"
     )]
     RequireHeader,
     /// What the service would not accept.

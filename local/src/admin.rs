@@ -26,7 +26,7 @@ const MAX_TOKEN_LIFE: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 #[derive(Debug, Parser)]
 #[command(name = "tunnel-admin", version)]
 struct Cli {
-    /// The deployment: a stack's name. Needs sam, and AWS credentials and region in the environment
+    /// The name of a deployment's stack. Needs sam, and AWS credentials and region in the environment
     #[arg(long, global = true, value_name = "NAME", conflicts_with = "data")]
     stack: Option<String>,
     /// The data directory of a tunnel-local
@@ -56,7 +56,7 @@ enum AdminCommand {
     },
     /// List tunnels: id, state, and the token that owns them
     ListTunnels,
-    /// Make a tunnel id free for anybody
+    /// Release a tunnel id, so that anyone may claim it
     ReleaseTunnel {
         /// The tunnel's id
         id: TunnelId,
@@ -167,7 +167,7 @@ impl Service {
             .args(["list", "stack-outputs", "--output", "json", "--stack-name"])
             .arg(stack)
             .output()
-            .context("sam is needed to look the deployment up: pip install aws-sam-cli")?;
+            .context("sam is needed to find the tables of the deployment: pip install aws-sam-cli")?;
         if !output.status.success() {
             bail!(
                 "sam list stack-outputs failed: {}",
@@ -175,7 +175,7 @@ impl Service {
             );
         }
         let outputs: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout)
-            .context("sam list stack-outputs printed no JSON")?;
+            .context("sam list stack-outputs did not print JSON")?;
         let table = |key: &str| {
             let found = outputs
                 .iter()

@@ -43,7 +43,7 @@ struct Cli {
     /// Where visitors reach the server, if not at that address
     #[arg(long, env = "TUNNEL_PUBLIC_URL", value_name = "URL")]
     public_url: Option<PublicUrl>,
-    /// Keep names and tokens in this directory instead of forgetting them
+    /// Store names and tokens in this directory; without it they are lost when the server stops
     #[arg(long, env = "TUNNEL_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
     /// How agents prove who they are: not at all, with a token (the first is created on the first start), or with a JSON Web Token
@@ -67,7 +67,7 @@ struct Cli {
         value_name = "SECRET"
     )]
     jwt_secret: Option<String>,
-    /// How visitors name a tunnel: by the first path segment, or by a subdomain of the public URL's host
+    /// How public addresses name a tunnel: by the first path segment, or by a subdomain of the public URL's host
     #[arg(long, env = "TUNNEL_ROUTING", value_parser = words::<Routing>(&["path", "subdomain"]), default_value = "path")]
     routing: Routing,
     /// Serve visitors whatever host they ask for, and pass that host on to local services as ours
@@ -76,10 +76,10 @@ struct Cli {
     /// How long an agent's connection may live; agents open the next one in time [default: 2h, as in AWS]
     #[arg(long, env = "TUNNEL_MAX_CONNECTION_AGE", value_parser = connection_age, value_name = "TIME")]
     max_connection_age: Option<Duration>,
-    /// Most requests of one tunnel at once; 0 is no limit
+    /// Most requests of one tunnel at once; 0 means no limit
     #[arg(long, env = "TUNNEL_MAX_CONCURRENT_REQUESTS", default_value_t = MAX_CONCURRENT_REQUESTS, value_name = "N")]
     max_concurrent_requests: u32,
-    /// Most new requests of one tunnel in a second, and twice that after a pause; 0 is no limit
+    /// Most new requests of one tunnel per second, and twice as many after a pause; 0 means no limit
     #[arg(
         long,
         env = "TUNNEL_MAX_REQUESTS_PER_SECOND",
@@ -101,7 +101,7 @@ struct Cli {
     /// Serve a stand-in DynamoDB and @connections for `sam local invoke` instead
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
     samples: bool,
-    /// What is logged on stderr: error, warn, info, debug, or a list such as warn,local=debug
+    /// What to log on stderr: error, warn, info, debug, or a list such as warn,local=debug
     #[arg(
         long,
         env = "TUNNEL_LOG_LEVEL",

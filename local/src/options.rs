@@ -23,13 +23,13 @@ pub struct Options {
     pub auth: AuthMode,
     /// Who issues agents' JSON Web Tokens, with [`AuthMode::Jwt`].
     pub jwt: Option<JwtIssuer>,
-    /// How visitors name a tunnel.
+    /// How public addresses name a tunnel.
     pub routing: Routing,
     /// Serve visitors whatever host they ask for, and believe them that it is ours.
     pub any_host: bool,
     /// What agents' connections may do.
     pub quotas: Quotas,
-    /// Most requests of one tunnel at once; 0 is no limit.
+    /// Most requests of one tunnel at once; 0 means no limit.
     pub max_concurrent_requests: u32,
     /// Most new requests of one tunnel in a second, and twice that at once after a pause; 0 is no limit.
     pub max_requests_per_second: u32,

@@ -89,7 +89,7 @@ pub(crate) async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()>
         "ready: DynamoDB on port {DYNAMODB_PORT}, @connections on port {CONNECTIONS_PORT}"
     ));
     say(
-        "what is sent to the sample connection is printed here; try: sam local invoke -e events/ready.json",
+        "messages to the sample connection are printed here; try: sam local invoke -e events/ready.json",
     );
     stopped.await;
     stop.cancel();
@@ -110,7 +110,7 @@ async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
                     && !address.is_loopback() =>
             {
                 say(&format!(
-                    "{address} is not there, so containers cannot reach port {port}: start Docker first if they should"
+                    "{address} does not exist, so containers cannot reach port {port}: start Docker first if they need it"
                 ));
             }
             Err(error) => {

@@ -158,7 +158,7 @@ async fn a_released_tunnel_id_is_said_on_stdout() {
     assert_eq!(ended.code, Some(0), "{:?}", ended.stderr);
     assert_eq!(
         ended.stdout,
-        ["my-app is released: anybody may take it now"]
+        ["my-app is released: anyone may claim it now"]
     );
 }
 

@@ -177,7 +177,7 @@ impl fmt::Display for HandshakeRefusal {
             Self::InvalidTunnelId(error) => error.fmt(f),
             Self::NameTaken(id) => write!(
                 f,
-                "the tunnel id {id} belongs to somebody else; choose another"
+                "the tunnel id {id} belongs to another owner; choose another"
             ),
             Self::TooManyTunnelIds(limit) => write!(
                 f,

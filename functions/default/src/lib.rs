@@ -280,7 +280,7 @@ impl DefaultRoute {
                 return Ok(RouteResponse::refused(
                     409,
                     "name_taken",
-                    "the tunnel belongs to somebody else by now",
+                    "the tunnel belongs to another owner by now",
                 ));
             }
             Standing::Ended => return self.refuse_unknown(id).await,
@@ -294,7 +294,7 @@ impl DefaultRoute {
         sender: &ConnectionId,
         fault: &serde_json::Error,
     ) -> Result<RouteResponse, DefaultRouteError> {
-        let message = format!("the service cannot keep to the rules in access: {fault}");
+        let message = format!("the service cannot enforce the visitor rules in access: {fault}");
         warn!(connection = %sender, message, "refused");
         self.post(
             sender,
@@ -399,7 +399,7 @@ impl DefaultRoute {
         if opened.public_url == public_url || !opened.features.contains(&Feature::Notices) {
             return Ok(());
         }
-        info!(connection = %serving.id, tunnel = %serving.agent.tunnel_id, "told the new address");
+        info!(connection = %serving.id, tunnel = %serving.agent.tunnel_id, "sent the new address");
         let updated = ToAgent::UrlUpdated {
             public_url: public_url.clone(),
         };
@@ -467,7 +467,7 @@ impl DefaultRoute {
     async fn post(&self, to: &ConnectionId, message: &ToAgent) -> Result<(), PostError> {
         match self.agents().post(to, message).await {
             Err(PostError::Gone) => {
-                info!(connection = %to, "gone before it could be answered");
+                info!(connection = %to, "the connection closed before it could be answered");
                 Ok(())
             }
             outcome => outcome,

@@ -29,7 +29,7 @@ const ATTEMPTS: u32 = 5;
 /// What a connection that lost its tunnel to another one is told.
 pub(crate) const TAKEN_OVER: &str = "another connection of the tunnel's owner has taken it over";
 /// What a connection is told whose tunnel id was released.
-pub(crate) const RELEASED: &str = "the tunnel id was released: it is this agent's no longer";
+pub(crate) const RELEASED: &str = "the tunnel id was released and no longer belongs to this agent";
 
 /// The tables and connections that decide who serves a tunnel.
 #[derive(Clone, Debug)]

@@ -24,20 +24,22 @@ pub enum ForwardError {
     NoSuchTunnel,
     /// Whoever asks for a tunnel's status does not say who that is.
     #[error(
-        "Only the tunnel's owner may see this. Ask with its token, in a header: Authorization: Bearer TOKEN"
+        "Only the tunnel's owner can see this. Send the owner's token in a header: Authorization: Bearer TOKEN"
     )]
     NotTheOwner,
     /// The tunnel exists, but no agent is connected.
-    #[error("The tunnel exists, but its agent is not connected now. It may be back in a moment.")]
+    #[error(
+        "The tunnel exists, but its agent is not connected right now. Try again in a few seconds."
+    )]
     Offline,
     /// The tunnel asks for a name and a password, and the visitor has sent none that it knows.
-    #[error("This tunnel asks for a name and a password.")]
+    #[error("This tunnel requires a user name and a password.")]
     Unauthorized(TunnelId),
     /// The tunnel does not let this visitor in.
-    #[error("This tunnel does not let this request in: {0}.")]
+    #[error("Access denied: {0}.")]
     Forbidden(&'static str),
     /// The tunnel has as many requests as the service lets it have. The next may come after this time.
-    #[error("This tunnel has more requests than the service lets it have. Try again in {} s.", seconds(*.0))]
+    #[error("Too many requests for this tunnel. Try again in {} s.", seconds(*.0))]
     RateLimited(Duration),
     /// The agent has not taken the request, because another connection serves the tunnel now.
     #[error("The tunnel has just moved to another connection of its agent. Try again.")]
@@ -48,7 +50,7 @@ pub enum ForwardError {
     )]
     AgentLost,
     /// The agent takes no more requests.
-    #[error("The agent has as many requests as it can take. Try again in a moment.")]
+    #[error("The agent cannot take more requests right now. Try again in a moment.")]
     AgentBusy,
     /// The agent could not reach the local service, or it broke off.
     #[error("The agent is connected, but the local service did not answer: {0}")]
@@ -57,7 +59,7 @@ pub enum ForwardError {
     #[error("The local service did not answer in time.")]
     LocalTimeout,
     /// What the agent replied is no response.
-    #[error("The agent's reply is no valid HTTP response: {0}")]
+    #[error("The agent's reply is not a valid HTTP response: {0}")]
     InvalidReply(String),
     /// A body is over a limit.
     #[error("{0}")]
@@ -69,13 +71,13 @@ pub enum ForwardError {
     #[error("{0}")]
     ForeignHost(String),
     /// The visitor's request line and headers are too long.
-    #[error("The request is not served: {0}")]
+    #[error("The request was refused: {0}")]
     HeadTooLarge(String),
     /// The request's body is coded in a way that is not undone here.
-    #[error("The request is not served: {0}")]
+    #[error("The request was refused: {0}")]
     UnsupportedEncoding(String),
     /// A fault of ours; the cause is for the log.
-    #[error("The tunnel service failed. Its log tells why.")]
+    #[error("The tunnel service failed. Its log says why.")]
     Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -205,8 +207,10 @@ impl ForwardError {
     pub fn of_denied(denied: DeniedError, tunnel: &TunnelId) -> Self {
         match denied {
             DeniedError::Unauthorized => Self::Unauthorized(tunnel.clone()),
-            DeniedError::Address => Self::Forbidden("it comes from an address that may not"),
-            DeniedError::Field => Self::Forbidden("a header that is asked for is missing or wrong"),
+            DeniedError::Address => {
+                Self::Forbidden("your IP address is not allowed by this tunnel")
+            }
+            DeniedError::Field => Self::Forbidden("a required header is missing or wrong"),
         }
     }
 }

@@ -51,7 +51,7 @@ impl FirstMessage {
         }
         let room = message.room().ok_or_else(|| {
             ForwardError::TooLarge(
-                "The request's header is longer than a tunnel can carry.".to_owned(),
+                "The header of the request is too long for the tunnel.".to_owned(),
             )
         })?;
         let mut body = BodySender::new(request.body, Mode::Coalesced { compress });

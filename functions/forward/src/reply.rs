@@ -81,9 +81,10 @@ impl PendingReply {
         until: Instant,
     ) -> Result<(ReplyHead, ReceivedChunk), ForwardError> {
         let chunk = self.next(Some(until)).await?;
-        let head = self.expected.take_head().ok_or_else(|| {
-            ForwardError::InvalidReply("its first part is not its head".to_owned())
-        })?;
+        let head = self
+            .expected
+            .take_head()
+            .ok_or_else(|| ForwardError::InvalidReply("its first part has no head".to_owned()))?;
         Ok((head, chunk))
     }
 

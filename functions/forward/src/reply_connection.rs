@@ -182,7 +182,7 @@ impl ReplyConnection {
                 return Ok((sender, stream));
             }
         }
-        Err("it was closed before it was told its id".into())
+        Err("it was closed before it received its id".into())
     }
 
     /// Hands replies to the requests that wait for them, until the connection ends.

@@ -91,7 +91,7 @@ pub enum EventError {
     #[error("not an event of an HTTP API or a function URL")]
     Kind,
     /// A body that claims to be base64 and is not.
-    #[error("the body is not the base64 it is said to be")]
+    #[error("the body is marked as base64 but is not valid base64")]
     Body(#[from] base64::DecodeError),
 }
 

@@ -134,7 +134,7 @@ fn too_large(streaming_url: Option<&PublicUrl>) -> ForwardError {
         None => "the deployment's streaming URL".to_owned(),
     };
     ForwardError::TooLarge(format!(
-        "The response is over the {MAX_LAMBDA_PAYLOAD_BYTES} bytes that Lambda takes in one piece. Fetch it through {other_way}."
+        "The response is longer than the {MAX_LAMBDA_PAYLOAD_BYTES} bytes that this address can return. Use {other_way}."
     ))
 }
 
@@ -156,7 +156,7 @@ fn json_length(answer: &BufferedResponse) -> usize {
     }
     let mut count = Count(0);
     serde_json::to_writer(&mut count, answer)
-        .expect("strings, numbers and maps with string keys have a JSON text");
+        .expect("strings, numbers and maps with string keys can always be encoded as JSON");
     count.0
 }
 

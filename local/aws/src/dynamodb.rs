@@ -93,7 +93,7 @@ pub enum DataError {
         source: DynoxideError,
     },
     /// The engine does not work in memory.
-    #[error("the database engine does not start: {0}")]
+    #[error("the database engine cannot start: {0}")]
     Memory(DynoxideError),
     /// A table cannot be made.
     #[error("cannot create the table {table}: {cause}")]

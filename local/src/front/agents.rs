@@ -328,7 +328,7 @@ impl AgentFront {
                     );
                 }
                 Some(Err(tungstenite::Error::Capacity(_))) => {
-                    return close(1009, "over the frame or message limit").await;
+                    return close(1009, "frame or message too long").await;
                 }
                 Some(Err(tungstenite::Error::Utf8(_))) => {
                     return close(1007, "text that is not UTF-8").await;

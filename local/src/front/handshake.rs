@@ -77,13 +77,13 @@ impl HandshakeError {
             Self::NotWebSocket => {
                 let mut response = text(
                     StatusCode::UPGRADE_REQUIRED,
-                    "This is where agents connect with a WebSocket.\n",
+                    "Agents connect here with a WebSocket.\n",
                 );
                 let upgrade = HeaderValue::from_static("websocket");
                 response.headers_mut().insert(header::UPGRADE, upgrade);
                 response
             }
-            Self::WebPage => text(StatusCode::FORBIDDEN, "Web pages cannot be agents.\n"),
+            Self::WebPage => text(StatusCode::FORBIDDEN, "Web pages cannot act as agents.\n"),
             Self::SeveralCredentials => text(
                 StatusCode::BAD_REQUEST,
                 "Send one Authorization header, not several.\n",

@@ -64,7 +64,7 @@ pub enum PostError {
     #[error("the connection is gone")]
     Gone,
     /// The agent reads too slowly, or too many messages are on their way.
-    #[error("the connection takes no more messages now")]
+    #[error("the connection accepts no more messages now")]
     Busy,
     /// The message is over the limit.
     #[error("a message of {0} bytes is over the limit of {MAX_MESSAGE_BYTES}")]

@@ -238,7 +238,7 @@ impl Inbox {
             }
             ReplyPart::Body(_) if number == 0 => {
                 arrived.fail(ReplyFailure::Invalid(
-                    "its first part is not its head".to_owned(),
+                    "its first part has no head".to_owned(),
                 ));
             }
             ReplyPart::Body(chunk) => arrived.insert(number, chunk),

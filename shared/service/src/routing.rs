@@ -29,7 +29,7 @@ const NOT_IN_STRICT_PATH: &AsciiSet = &NOT_IN_PATH
 /// What a query cannot hold as it is, whatever else its sender wrote.
 const NOT_IN_QUERY: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'#').add(b'<').add(b'>');
 
-/// How visitors name a tunnel.
+/// How public addresses name a tunnel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Routing {
     /// By the first path segment: `https://domain/{tunnel_id}/rest`.

@@ -25,10 +25,10 @@ pub fn connection_of(
     let wrong = |fault| RouteEventError { expected, fault };
     match event_type {
         Some(kind) if kind == expected => connection_id
-            .ok_or(wrong("it names no connection"))?
+            .ok_or(wrong("connectionId is missing"))?
             .parse()
-            .map_err(|_| wrong("its connectionId is none")),
-        _ => Err(wrong("its eventType is another")),
+            .map_err(|_| wrong("invalid connectionId")),
+        _ => Err(wrong("unexpected eventType")),
     }
 }
 

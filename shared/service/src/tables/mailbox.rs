@@ -104,7 +104,7 @@ fn key(sender: &ConnectionId, request: &RequestId) -> String {
 
 fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value)
-        .expect("strings, numbers and maps with string keys have a JSON text")
+        .expect("strings, numbers and maps with string keys can always be encoded as JSON")
 }
 
 fn with_chunk(

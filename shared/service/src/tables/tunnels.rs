@@ -441,7 +441,9 @@ pub(super) fn features_of_text(text: &str) -> Vec<Feature> {
 }
 
 pub(super) fn access_to_text(access: &VisitorPolicy) -> AttributeValue {
-    AttributeValue::S(serde_json::to_string(access).expect("lists of texts have a JSON text"))
+    AttributeValue::S(
+        serde_json::to_string(access).expect("lists of texts can always be encoded as JSON"),
+    )
 }
 
 /// The rules of an item, which another version may have written: what cannot be read lets nobody in.
@@ -451,7 +453,7 @@ pub(super) fn access_of(rules: &AttributeValue) -> VisitorPolicy {
         .ok()
         .and_then(|text| serde_json::from_str(text).ok());
     read.unwrap_or_else(|| {
-        error!("the access rules of a tunnel cannot be read; no visitor is let in until its agent connects again");
+        error!("the visitor policy of a tunnel cannot be read; no visitor is admitted until its agent connects again");
         VisitorPolicy::nobody()
     })
 }
