@@ -167,7 +167,9 @@ impl Service {
             .args(["list", "stack-outputs", "--output", "json", "--stack-name"])
             .arg(stack)
             .output()
-            .context("sam is needed to find the tables of the deployment: pip install aws-sam-cli")?;
+            .context(
+                "sam is needed to find the tables of the deployment: pip install aws-sam-cli",
+            )?;
         if !output.status.success() {
             bail!(
                 "sam list stack-outputs failed: {}",
