@@ -300,6 +300,8 @@ impl<T: Read + Unpin> Read for Recorded<T> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.record.lock().is_complete {
+            // Most connections are idle most of the time.
+            this.buffer = Vec::new();
             return Pin::new(&mut this.stream).poll_read(cx, cursor);
         }
         let room = cursor.remaining().min(MAX_RECORDED_BYTES);

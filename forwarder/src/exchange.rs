@@ -46,11 +46,11 @@ pub struct Context {
     pub outgoing: MessageSender,
     timeout: Duration,
     /// The service takes bodies in parts.
-    parts: bool,
-    /// The service allows parts with `window`, and waits for being allowed.
-    windows: bool,
-    /// Bodies are packed where it pays.
-    packs: bool,
+    takes_parts: bool,
+    /// The service allows parts with `window`, and waits until it is allowed to send more itself.
+    has_windows: bool,
+    /// Bodies are compressed where that makes them shorter.
+    compresses: bool,
 }
 
 impl Context {
@@ -65,9 +65,9 @@ impl Context {
             origin: origin.clone(),
             outgoing,
             timeout: settings.request_timeout,
-            parts: features.contains(&Feature::BodyParts),
-            windows: features.contains(&Feature::Window),
-            packs: settings.compression && features.contains(&Feature::Zstd),
+            takes_parts: features.contains(&Feature::BodyParts),
+            has_windows: features.contains(&Feature::Window),
+            compresses: settings.compression && features.contains(&Feature::Zstd),
         }
     }
 }
@@ -76,30 +76,28 @@ impl Context {
 /// the body has broken off.
 pub type BodyParts = mpsc::Receiver<BodyPart>;
 
-/// Carries out one exchange and tells how it went. `window` tells which parts of the response may be sent.
+/// Carries out one exchange, and returns how it went. `window` allows the parts of the response.
 pub async fn run(
     context: Context,
     message: HttpRequest,
-    more: Option<BodyParts>,
+    parts: Option<BodyParts>,
     window: SendWindow,
 ) -> Event {
     let started = Instant::now();
-    let (method, uri) = (
-        message.method.parse().unwrap_or_default(),
-        message.uri.clone(),
-    );
-    let (request_id, reply_to) = (message.request_id.clone(), message.reply_to.clone());
+    let method = message.method.parse().unwrap_or_default();
+    let uri = message.uri.clone();
     let outgoing = Outgoing {
         messages: context.outgoing.clone(),
-        request_id,
-        reply_to,
+        request_id: message.request_id.clone(),
+        reply_to: message.reply_to.clone(),
     };
     let mut reply = Reply {
         outgoing: outgoing.clone(),
-        window: context.windows.then_some(window),
+        window: context.has_windows.then_some(window),
         bytes: 0,
     };
-    let (upload, progress) = Upload::new(more, context.windows.then(|| outgoing.clone()));
+    let grants = context.has_windows.then(|| outgoing.clone());
+    let (upload, progress) = Upload::new(parts, grants);
     let outcome = match attempt(&context, message, upload, progress.clone(), &mut reply).await {
         Ok(status) => Ok(status),
         Err(failed) => {
@@ -310,7 +308,7 @@ impl Reply {
         context: &Context,
     ) -> Result<(), OriginError> {
         let (head, body) = response.into_parts();
-        let packs = context.packs && compression::is_compressible(&head.headers);
+        let compress = context.compresses && compression::is_compressible(&head.headers);
         let mut message = self.head(head.status, head.headers, processing_time_ms);
         let room = message.room().ok_or(OriginError::new(
             AgentErrorCode::ResponseTooLarge,
@@ -320,8 +318,10 @@ impl Reply {
             self.outgoing.send(FromAgent::HttpResponse(message)).await;
             return Ok(());
         }
-        let mut body = BodySender::new(body, Mode::Coalesced { compress: packs });
-        let first = self.first_chunk(&mut body, room, context.parts).await?;
+        let mut body = BodySender::new(body, Mode::Coalesced { compress });
+        let first = self
+            .first_chunk(&mut body, room, context.takes_parts)
+            .await?;
         message.set_chunk(first);
         self.bytes = body.sent_bytes();
         self.outgoing.send(FromAgent::HttpResponse(message)).await;

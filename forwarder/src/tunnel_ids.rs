@@ -19,14 +19,14 @@ use tunnel_protocol::id::TunnelId;
 use crate::{endpoint::Endpoint, target::Target};
 
 /// Most entries kept; the oldest make room.
-const ENTRIES: usize = 1000;
+const MAX_ENTRIES: usize = 1000;
 /// Longest file that is read, in bytes: more than that many entries have.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 /// How often, and with which pauses, another agent that writes the file is waited for.
-const TRIES: u32 = 20;
-const PAUSE: Duration = Duration::from_millis(50);
+const MAX_LOCK_ATTEMPTS: u32 = 20;
+const LOCK_RETRY_DELAY: Duration = Duration::from_millis(50);
 /// The lock that a writer of the file holds. No entry's lock has this name.
-const WRITING: &str = "writing";
+const WRITE_LOCK: &str = "writing";
 
 /// What is remembered for one endpoint and target.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ pub struct TunnelIdStore {
 
 /// A file that cannot be used.
 #[derive(Debug, thiserror::Error)]
-enum Unusable {
+enum TunnelIdStoreError {
     #[error("cannot be read or written")]
     Io(#[from] io::Error),
     #[error("is not a list of tunnels")]
@@ -67,7 +67,9 @@ struct Entries {
 impl TunnelIdStore {
     /// What `file` has for an endpoint and a target. `None` when another agent uses it, or nothing can be remembered.
     pub async fn open(file: &Path, endpoint: &Endpoint, target: &Target) -> Option<Self> {
-        let (file, endpoint, target) = (file.to_owned(), endpoint.to_string(), target.to_string());
+        let file = file.to_owned();
+        let endpoint = endpoint.to_string();
+        let target = target.to_string();
         spawn_blocking(move || Self::open_here(file, endpoint, target))
             .await
             .unwrap_or_default()
@@ -126,7 +128,7 @@ impl TunnelIdStore {
                     other.endpoint != entry.endpoint || other.target != entry.target
                 });
                 entries.push(entry);
-                entries.drain(..entries.len().saturating_sub(ENTRIES));
+                entries.drain(..entries.len().saturating_sub(MAX_ENTRIES));
             })
             .await;
         }
@@ -136,7 +138,8 @@ impl TunnelIdStore {
     pub async fn forget(&mut self) {
         self.remembers = false;
         self.entry.tunnel_id = None;
-        let (endpoint, target) = (self.entry.endpoint.clone(), self.entry.target.clone());
+        let endpoint = self.entry.endpoint.clone();
+        let target = self.entry.target.clone();
         change(&self.file, move |entries| {
             entries.retain(|other| other.endpoint != endpoint || other.target != target);
         })
@@ -153,7 +156,8 @@ pub fn default_file() -> Option<PathBuf> {
 /// Forgets a tunnel id of an endpoint, whatever it was for. A file that does not exist is not made.
 pub async fn forget(file: &Path, endpoint: &Endpoint, tunnel_id: &TunnelId) {
     if file.exists() {
-        let (endpoint, tunnel_id) = (endpoint.to_string(), tunnel_id.clone());
+        let endpoint = endpoint.to_string();
+        let tunnel_id = tunnel_id.clone();
         change(file, move |entries| {
             entries.retain(|entry| {
                 entry.endpoint != endpoint || entry.tunnel_id.as_ref() != Some(&tunnel_id)
@@ -170,13 +174,13 @@ async fn change(file: &Path, edit: impl FnOnce(&mut Vec<Entry>) + Send + 'static
     }
 }
 
-fn rewrite(file: &Path, edit: impl FnOnce(&mut Vec<Entry>)) -> Result<(), Unusable> {
+fn rewrite(file: &Path, edit: impl FnOnce(&mut Vec<Entry>)) -> Result<(), TunnelIdStoreError> {
     let _lock = lock_for_writing(file)?;
     let mut entries = match read(file) {
         Ok(entries) => entries,
-        Err(Unusable::Io(error)) => return Err(error.into()),
+        Err(TunnelIdStoreError::Io(error)) => return Err(error.into()),
         Err(error) => {
-            info!(file = %file.display(), error = &error as &dyn std::error::Error, "written anew");
+            info!(file = %file.display(), error = &error as &dyn std::error::Error, "the file is replaced");
             Entries::default()
         }
     };
@@ -190,7 +194,7 @@ fn rewrite(file: &Path, edit: impl FnOnce(&mut Vec<Entry>)) -> Result<(), Unusab
     Ok(())
 }
 
-fn read(file: &Path) -> Result<Entries, Unusable> {
+fn read(file: &Path) -> Result<Entries, TunnelIdStoreError> {
     let open = match File::open(file) {
         Ok(open) => open,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Entries::default()),
@@ -199,20 +203,20 @@ fn read(file: &Path) -> Result<Entries, Unusable> {
     let mut bytes = Vec::new();
     open.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(Unusable::Length);
+        return Err(TunnelIdStoreError::Length);
     }
     Ok(toml::from_slice(&bytes)?)
 }
 
-fn lock_for_writing(file: &Path) -> Result<File, Unusable> {
-    for _ in 0..TRIES {
-        match lock(file, WRITING) {
+fn lock_for_writing(file: &Path) -> Result<File, TunnelIdStoreError> {
+    for _ in 0..MAX_LOCK_ATTEMPTS {
+        match lock(file, WRITE_LOCK) {
             Ok(lock) => return Ok(lock),
-            Err(TryLockError::WouldBlock) => std::thread::sleep(PAUSE),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_RETRY_DELAY),
             Err(TryLockError::Error(error)) => return Err(error.into()),
         }
     }
-    Err(Unusable::Busy)
+    Err(TunnelIdStoreError::Busy)
 }
 
 /// Takes one of the locks beside a file. It is held until the result is dropped, or the process ends however it does.
@@ -372,7 +376,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_spoilt_file_recalls_nothing_and_is_written_anew() {
+    async fn a_corrupt_file_recalls_nothing_and_is_replaced() {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("tunnels.toml");
         for spoilt in [
@@ -442,6 +446,6 @@ mod tests {
                     .all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'-'),
             "{name}"
         );
-        assert_ne!(name, WRITING);
+        assert_ne!(name, WRITE_LOCK);
     }
 }
