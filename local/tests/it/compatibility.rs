@@ -226,7 +226,7 @@ async fn an_agent_of_an_earlier_version_serves_as_it_did() {
             let request = tokio::select! {
                 got = visit(exchange.visit(&url)) => panic!("a stream ended: {got:?}"),
                 request = async {
-                    let request = agent.hear_request().await;
+                    let request = agent.hear_type("http_request").await;
                     for line in lines_for(&request, &exchange) {
                         agent.say(&line).await;
                     }
@@ -239,7 +239,7 @@ async fn an_agent_of_an_earlier_version_serves_as_it_did() {
             continue;
         }
         let (got, heard) = tokio::join!(visit(exchange.visit(&url)), async {
-            let request = agent.hear_request().await;
+            let request = agent.hear_type("http_request").await;
             let lines = lines_for(&request, &exchange);
             play(&mut agent, lines, vec![request]).await
         });

@@ -506,11 +506,11 @@ impl ScriptedAgent {
         .await
     }
 
-    /// The next request of a visitor, past whatever else comes before it.
-    pub(crate) async fn hear_request(&mut self) -> Value {
+    /// The next message of this type, past whatever else comes before it.
+    pub(crate) async fn hear_type(&mut self, message_type: &str) -> Value {
         loop {
             let heard = self.hear().await;
-            if heard["type"] == "http_request" {
+            if heard["type"] == message_type {
                 return heard;
             }
         }
@@ -523,7 +523,7 @@ impl ScriptedAgent {
         messages: impl FnOnce(&Value) -> Vec<Value>,
     ) -> Got {
         let (got, ()) = tokio::join!(get(url), async {
-            let request = self.hear_request().await;
+            let request = self.hear_type("http_request").await;
             for message in messages(&request) {
                 self.say(&message).await;
             }

@@ -279,9 +279,9 @@ async fn a_connection_is_left_alone_by_the_one_that_names_it_and_replaced_by_any
 
     // One that takes over from another connection than this, or from none, is another agent.
     let (mut third, _) = connect(Some(&first_id)).await;
-    assert_eq!(second.hear().await["type"], "replaced");
+    second.hear_type("replaced").await;
     let (_fourth, _) = connect(None).await;
-    assert_eq!(third.hear().await["type"], "replaced");
+    third.hear_type("replaced").await;
 }
 
 #[tokio::test]
