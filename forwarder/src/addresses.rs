@@ -15,7 +15,7 @@ use tunnel_protocol::{
 
 use crate::{
     settings::HostHeader,
-    target::{Target, Transport},
+    target::{Target, TargetTransport},
 };
 
 /// Where WebDAV's COPY and MOVE put the resource (RFC 4918, 10.3).
@@ -277,7 +277,7 @@ impl Own {
         let sent = host_header.as_ref().and_then(|host| host.to_str().ok());
         let origin = format!("{}://{}", target.scheme, sent.unwrap_or(authority));
         let here = Host::of(&target.authority, &target.scheme);
-        let is_loopback = target.transport != Transport::Tcp || is_this_machine(&here.name);
+        let is_loopback = target.transport != TargetTransport::Tcp || is_this_machine(&here.name);
         let mut hosts = vec![here];
         let sent = sent.and_then(Host::parse);
         if let Some(sent) = sent.map(|sent| sent.without_default(&target.scheme)) {

@@ -11,7 +11,7 @@ use tunnel_protocol::id::TunnelId;
 
 use crate::{
     config_file::{ConfigFile, ConfigFileError},
-    settings::{Layer, Settings, SettingsError},
+    settings::{Layer, LayerError, Settings},
     target::Target,
 };
 
@@ -109,7 +109,7 @@ pub enum UsageError {
     File(#[from] ConfigFileError),
     /// Values are missing or cannot be used.
     #[error(transparent)]
-    Settings(#[from] SettingsError),
+    Settings(#[from] LayerError),
     /// Not a level, or a list of levels.
     #[error(
         "log_level: `{0}` is not a level (error, warn, info, debug, trace, off) and not TARGET=LEVEL, such as forwarder=debug; targets are {parts}",

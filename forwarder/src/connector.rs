@@ -28,7 +28,7 @@ use tokio::{
 };
 use tower_service::Service;
 
-use crate::target::{Target, Transport};
+use crate::target::{Target, TargetTransport};
 
 /// How long connecting to the local service may take, the TLS handshake included.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,7 +50,7 @@ impl Connector {
 }
 
 impl Service<Uri> for Connector {
-    type Response = Recorded<MaybeHttpsStream<TokioIo<Socket>>>;
+    type Response = Recorded<MaybeHttpsStream<TokioIo<OriginSocket>>>;
     type Error = BoxError;
     type Future = BoxFuture<Self::Response>;
 
@@ -81,17 +81,17 @@ enum Dialer {
 impl Dialer {
     fn new(target: &Target) -> Self {
         match &target.transport {
-            Transport::Tcp => Self::Tcp(configured(HttpConnector::new_with_resolver(
+            TargetTransport::Tcp => Self::Tcp(configured(HttpConnector::new_with_resolver(
                 GaiResolver::new(),
             ))),
-            Transport::Loopback => Self::Loopback(
+            TargetTransport::Loopback => Self::Loopback(
                 configured(HttpConnector::new_with_resolver(LoopbackResolver)),
                 target.authority.port_u16().unwrap_or(80),
             ),
             #[cfg(unix)]
-            Transport::Unix(path) => Self::Unix(path.clone()),
+            TargetTransport::Unix(path) => Self::Unix(path.clone()),
             #[cfg(not(unix))]
-            Transport::Unix(_) => unreachable!("no target is a Unix socket on this system"),
+            TargetTransport::Unix(_) => unreachable!("no target is a Unix socket on this system"),
         }
     }
 }
@@ -104,7 +104,7 @@ fn configured<R>(mut connector: HttpConnector<R>) -> HttpConnector<R> {
 }
 
 impl Service<Uri> for Dialer {
-    type Response = TokioIo<Socket>;
+    type Response = TokioIo<OriginSocket>;
     type Error = BoxError;
     type Future = BoxFuture<Self::Response>;
 
@@ -121,18 +121,18 @@ impl Service<Uri> for Dialer {
         match self {
             Self::Tcp(connector) => {
                 let connecting = connector.call(uri);
-                Box::pin(async move { Ok(Socket::wrap(connecting.await?.into_inner())) })
+                Box::pin(async move { Ok(OriginSocket::wrap(connecting.await?.into_inner())) })
             }
             Self::Loopback(connector, port) => {
                 // Only names are resolved, so a name has to stand for the two addresses.
                 let uri = format!("http://localhost:{port}").parse();
                 let connecting = connector.call(uri.expect("a host and a port"));
-                Box::pin(async move { Ok(Socket::wrap(connecting.await?.into_inner())) })
+                Box::pin(async move { Ok(OriginSocket::wrap(connecting.await?.into_inner())) })
             }
             #[cfg(unix)]
             Self::Unix(path) => {
                 let connecting = tokio::net::UnixStream::connect(path.clone());
-                Box::pin(async move { Ok(Socket::wrap(connecting.await?)) })
+                Box::pin(async move { Ok(OriginSocket::wrap(connecting.await?)) })
             }
         }
     }
@@ -165,21 +165,21 @@ trait ReadWrite: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> ReadWrite for T {}
 
 /// A TCP or Unix socket.
-pub(crate) struct Socket(Box<dyn ReadWrite>);
+pub(crate) struct OriginSocket(Box<dyn ReadWrite>);
 
-impl Socket {
+impl OriginSocket {
     fn wrap(socket: impl ReadWrite + 'static) -> TokioIo<Self> {
         TokioIo::new(Self(Box::new(socket)))
     }
 }
 
-impl Connection for Socket {
+impl Connection for OriginSocket {
     fn connected(&self) -> Connected {
         Connected::new()
     }
 }
 
-impl AsyncRead for Socket {
+impl AsyncRead for OriginSocket {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -189,7 +189,7 @@ impl AsyncRead for Socket {
     }
 }
 
-impl AsyncWrite for Socket {
+impl AsyncWrite for OriginSocket {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

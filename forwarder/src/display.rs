@@ -134,16 +134,16 @@ fn clean(text: &str) -> String {
 /// A stream of lines to a terminal, file or pipe. A thread writes them, so that a reader who does not read holds up nothing but them:
 /// lines for which there is no room are dropped, and the next one that has room is preceded by their number.
 #[derive(Clone, Debug)]
-pub struct Lines(Arc<Shared>);
+pub struct Lines(Arc<LineQueue>);
 
 #[derive(Debug, Default)]
-struct Shared {
-    queue: Mutex<Queue>,
+struct LineQueue {
+    queue: Mutex<QueuedLines>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
+struct QueuedLines {
     lines: VecDeque<String>,
     dropped: u64,
     is_writing: bool,
@@ -152,7 +152,7 @@ struct Queue {
 impl Lines {
     /// Lines to a stream. A stream that is closed drops them.
     pub fn to(mut stream: impl Write + Send + 'static) -> Self {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(LineQueue::default());
         let queue = shared.clone();
         thread::spawn(move || {
             loop {
@@ -182,12 +182,12 @@ impl Lines {
         let mut queue = lock(&self.0.queue);
         queue.report_dropped();
         self.0.changed.notify_all();
-        let pending = |queue: &mut Queue| queue.is_writing || !queue.lines.is_empty();
+        let pending = |queue: &mut QueuedLines| queue.is_writing || !queue.lines.is_empty();
         drop(self.0.changed.wait_timeout_while(queue, limit, pending));
     }
 }
 
-impl Queue {
+impl QueuedLines {
     fn report_dropped(&mut self) {
         if self.dropped > 0 {
             let lines = if self.dropped == 1 { "line" } else { "lines" };
@@ -200,7 +200,7 @@ impl Queue {
     }
 }
 
-impl Shared {
+impl LineQueue {
     fn next(&self) -> String {
         let mut queue = lock(&self.queue);
         queue.is_writing = false;

@@ -91,13 +91,13 @@ pub async fn run(
         request_id: message.request_id.clone(),
         reply_to: message.reply_to.clone(),
     };
-    let mut reply = Reply {
+    let mut reply = ResponseSender {
         outgoing: outgoing.clone(),
         window: context.has_windows.then_some(window),
         bytes: 0,
     };
     let grants = context.has_windows.then(|| outgoing.clone());
-    let (upload, progress) = Upload::new(parts, grants);
+    let (upload, progress) = UploadStream::new(parts, grants);
     let outcome = match attempt(&context, message, upload, progress.clone(), &mut reply).await {
         Ok(status) => Ok(status),
         Err(failed) => {
@@ -122,9 +122,9 @@ pub async fn run(
 async fn attempt(
     context: &Context,
     mut message: HttpRequest,
-    upload: Upload,
+    upload: UploadStream,
     progress: UploadProgress,
-    reply: &mut Reply,
+    reply: &mut ResponseSender,
 ) -> Result<StatusCode, OriginError> {
     let started = Instant::now();
     let timeout = match message.deadline_ms {
@@ -158,7 +158,7 @@ async fn attempt(
 }
 
 /// The body of a request on its way to the local service.
-struct Upload {
+struct UploadStream {
     /// What follows the first message, if anything does.
     parts: Option<BodyParts>,
     window: ReceiveWindow,
@@ -171,7 +171,7 @@ struct Upload {
 #[derive(Clone)]
 struct UploadProgress(watch::Receiver<Instant>);
 
-impl Upload {
+impl UploadStream {
     fn new(parts: Option<BodyParts>, grants: Option<Outgoing>) -> (Self, UploadProgress) {
         let (progress, receiver) = watch::channel(Instant::now());
         let upload = Self {
@@ -292,14 +292,14 @@ impl Outgoing {
 }
 
 /// The way back to the visitor.
-struct Reply {
+struct ResponseSender {
     outgoing: Outgoing,
     /// Which parts may be sent; `None` if the service does not know of windows.
     window: Option<SendWindow>,
     bytes: u64,
 }
 
-impl Reply {
+impl ResponseSender {
     async fn respond(
         &mut self,
         response: Response<Incoming>,
@@ -401,7 +401,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn time_counts_from_the_last_progress_of_an_upload() {
         const LIMIT: Duration = Duration::from_secs(10);
-        let (upload, progress) = Upload::new(None, None);
+        let (upload, progress) = UploadStream::new(None, None);
         let silent = progress.silent_for(LIMIT);
         tokio::pin!(silent);
         for _ in 0..10 {
@@ -415,14 +415,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_upload_is_waited_for_until_it_ends_or_stands_still() {
-        let (upload, progress) = Upload::new(None, None);
+        let (upload, progress) = UploadStream::new(None, None);
         let started = Instant::now();
         advance(UPLOAD_STALL_TIMEOUT / 2).await;
         drop(upload);
         progress.ended().await;
         assert!(started.elapsed() < UPLOAD_STALL_TIMEOUT);
 
-        let (_upload, progress) = Upload::new(None, None);
+        let (_upload, progress) = UploadStream::new(None, None);
         let started = Instant::now();
         progress.ended().await;
         assert_eq!(started.elapsed().as_secs(), UPLOAD_STALL_TIMEOUT.as_secs());

@@ -48,13 +48,13 @@ impl From<&TunnelError> for Exit {
 }
 
 /// Why the executable ends otherwise than as asked.
-struct Failure {
+struct ExitFailure {
     exit: Exit,
     /// Empty where everything has been said.
     text: String,
 }
 
-impl Failure {
+impl ExitFailure {
     fn new(exit: Exit, text: &impl ToString) -> Self {
         Self {
             exit,
@@ -63,7 +63,7 @@ impl Failure {
     }
 }
 
-impl From<TunnelError> for Failure {
+impl From<TunnelError> for ExitFailure {
     fn from(error: TunnelError) -> Self {
         Self::new(Exit::from(&error), &error)
     }
@@ -88,16 +88,16 @@ pub fn main() -> ExitCode {
     ExitCode::from(exit as u8)
 }
 
-fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), Failure> {
+fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
     let Invocation { action, log } = cli
         .invocation()
-        .map_err(|error| Failure::new(Exit::Usage, &error))?;
+        .map_err(|error| ExitFailure::new(Exit::Usage, &error))?;
     tracing_subscriber::registry()
         .with(fmt::layer().with_writer(stderr.clone()))
         .with(log)
         .init();
     raise_open_files();
-    let cannot_start = |error| Failure::new(Exit::Failed, &format!("cannot start: {error}"));
+    let cannot_start = |error| ExitFailure::new(Exit::Failed, &format!("cannot start: {error}"));
     let runtime = Runtime::new().map_err(cannot_start)?;
     let outcome = runtime.block_on(async {
         match action {
@@ -114,9 +114,9 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), Failure> {
     outcome
 }
 
-async fn open(tunnels: Vec<Settings>, stdout: &Lines, stderr: &Lines) -> Result<(), Failure> {
+async fn open(tunnels: Vec<Settings>, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
     let mut signals = Signals::new()
-        .map_err(|error| Failure::new(Exit::Failed, &format!("cannot start: {error}")))?;
+        .map_err(|error| ExitFailure::new(Exit::Failed, &format!("cannot start: {error}")))?;
     let stop = CancellationToken::new();
     let display = Display::new(stdout.clone(), stderr.clone(), tunnels.len() > 1);
     let observer: Observer = Arc::new(move |tunnel, event| display.show(tunnel, &event));
@@ -127,23 +127,23 @@ async fn open(tunnels: Vec<Settings>, stdout: &Lines, stderr: &Lines) -> Result<
     }
     tokio::select! {
         outcome = &mut run => Ok(outcome?),
-        () = signals.next() => Err(Failure::new(Exit::Failed, &"")),
+        () = signals.next() => Err(ExitFailure::new(Exit::Failed, &"")),
     }
 }
 
 /// Gives up a tunnel id, and returns what to tell the user.
-async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<String, Failure> {
+async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<String, ExitFailure> {
     let existed = handshake::release(settings, tunnel_id)
         .await
         .map_err(|error| match error {
-            HandshakeError::NameTaken => Failure::new(
+            HandshakeError::NameTaken => ExitFailure::new(
                 Exit::NameTaken,
                 &format!("the tunnel id {tunnel_id} belongs to another owner: only its owner can release it"),
             ),
             HandshakeError::Unauthorized => TunnelError::Unauthorized.into(),
             HandshakeError::Unprotected => TunnelError::Unprotected.into(),
             HandshakeError::Invalid(reason) => TunnelError::Invalid(reason).into(),
-            HandshakeError::Unreachable(reason) => Failure::new(Exit::Failed, &reason),
+            HandshakeError::Unreachable(reason) => ExitFailure::new(Exit::Failed, &reason),
         })?;
     if let Some(file) = &settings.memory {
         tunnel_ids::forget(file, &settings.endpoint, tunnel_id).await;

@@ -7,7 +7,7 @@ use hyper_util::client::legacy;
 use crate::{
     connector::CONNECT_TIMEOUT,
     origin::OriginError,
-    target::{Target, Transport},
+    target::{Target, TargetTransport},
     tls,
 };
 
@@ -58,7 +58,7 @@ fn explain_connect(error: &legacy::Error, target: &Target) -> OriginError {
             OriginError::unavailable("it refused the connection", None)
         }
         // Of the two loopback addresses, this machine has only the first.
-        io::ErrorKind::AddrNotAvailable if target.transport == Transport::Loopback => {
+        io::ErrorKind::AddrNotAvailable if target.transport == TargetTransport::Loopback => {
             OriginError::unavailable("it refused the connection", None)
         }
         io::ErrorKind::TimedOut => unreachable(Some(format!(

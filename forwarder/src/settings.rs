@@ -237,7 +237,7 @@ pub struct Layer {
 
 /// Why layers do not make settings. The text says what to do, and shows no secret.
 #[derive(Debug, thiserror::Error)]
-pub enum SettingsError {
+pub enum LayerError {
     /// No layer has an endpoint.
     #[error(
         "no endpoint: pass --endpoint, set TTF_ENDPOINT, or put `endpoint` into the config file (for a tunnel-local on this machine: ws://127.0.0.1:8080/_ws)"
@@ -292,15 +292,15 @@ impl Layer {
     ///
     /// # Errors
     /// When there is no endpoint, or values cannot be used.
-    pub fn settings(self, name: &str) -> Result<Settings, SettingsError> {
+    pub fn settings(self, name: &str) -> Result<Settings, LayerError> {
         let target_tls = self.target_tls()?;
         let request_timeout = self.request_timeout.map_or(REQUEST_TIMEOUT, Into::into);
         if request_timeout.is_zero() {
-            return Err(SettingsError::RequestTimeout);
+            return Err(LayerError::RequestTimeout);
         }
         let max_concurrent = self.max_concurrent.unwrap_or(MAX_CONCURRENT);
         if max_concurrent == 0 {
-            return Err(SettingsError::MaxConcurrent);
+            return Err(LayerError::MaxConcurrent);
         }
         let policy = PolicyArgs {
             basic_auth: self.basic_auth,
@@ -310,7 +310,7 @@ impl Layer {
         };
         Ok(Settings {
             name: name.to_owned(),
-            endpoint: self.endpoint.ok_or(SettingsError::NoEndpoint)?,
+            endpoint: self.endpoint.ok_or(LayerError::NoEndpoint)?,
             token: self.token,
             tunnel_id: self.tunnel_id,
             memory: tunnel_ids::default_file().filter(|_| self.remember.unwrap_or(true)),
@@ -324,14 +324,14 @@ impl Layer {
         })
     }
 
-    fn target_tls(&self) -> Result<TargetTls, SettingsError> {
+    fn target_tls(&self) -> Result<TargetTls, LayerError> {
         if self.target_insecure == Some(true) {
             return Ok(TargetTls::Insecure);
         }
         let Some(path) = &self.target_ca else {
             return Ok(TargetTls::System);
         };
-        let fault = |reason: String| SettingsError::TargetCa {
+        let fault = |reason: String| LayerError::TargetCa {
             path: path.display().to_string(),
             reason,
         };

@@ -30,7 +30,7 @@ pub enum TargetError {
 
 /// How the local service is connected to.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Transport {
+pub enum TargetTransport {
     /// Over TCP, at the addresses that the target's host has.
     Tcp,
     /// Over TCP, at 127.0.0.1 and at ::1: what a port alone means. Servers that listen on `localhost` have one of them.
@@ -47,7 +47,7 @@ pub struct Target {
     /// Host and port, as in `Host`; `localhost` for a Unix socket.
     pub authority: Authority,
     /// How to connect.
-    pub transport: Transport,
+    pub transport: TargetTransport,
 }
 
 impl Target {
@@ -58,7 +58,7 @@ impl Target {
             authority: format!("127.0.0.1:{port}")
                 .parse()
                 .expect("an address and a port"),
-            transport: Transport::Loopback,
+            transport: TargetTransport::Loopback,
         })
     }
 
@@ -74,7 +74,7 @@ impl Target {
         Ok(Self {
             scheme: Scheme::HTTP,
             authority: Authority::from_static("localhost"),
-            transport: Transport::Unix(path.into()),
+            transport: TargetTransport::Unix(path.into()),
         })
     }
 }
@@ -88,8 +88,8 @@ impl Default for Target {
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.transport {
-            Transport::Unix(path) => write!(f, "unix:{}", path.display()),
-            Transport::Tcp | Transport::Loopback => {
+            TargetTransport::Unix(path) => write!(f, "unix:{}", path.display()),
+            TargetTransport::Tcp | TargetTransport::Loopback => {
                 write!(f, "{}://{}", self.scheme, self.authority)
             }
         }
@@ -129,7 +129,7 @@ impl FromStr for Target {
         Ok(Self {
             scheme,
             authority,
-            transport: Transport::Tcp,
+            transport: TargetTransport::Tcp,
         })
     }
 }
@@ -160,8 +160,8 @@ mod tests {
     #[test]
     fn a_port_alone_is_both_loopback_addresses_and_an_address_only_itself() {
         let transport = |text: &str| text.parse::<Target>().map(|target| target.transport);
-        assert_eq!(transport("3000"), Ok(Transport::Loopback));
-        assert_eq!(transport("127.0.0.1:3000"), Ok(Transport::Tcp));
+        assert_eq!(transport("3000"), Ok(TargetTransport::Loopback));
+        assert_eq!(transport("127.0.0.1:3000"), Ok(TargetTransport::Tcp));
     }
 
     #[test]
