@@ -9,6 +9,7 @@ use clap::{
 };
 use tokio::runtime::Runtime;
 use tracing_subscriber::filter::Targets;
+use tunnel_connect::MAX_TUNNEL_IDS_PER_OWNER;
 use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
 use tunnel_local_aws::quotas::Quotas;
 use tunnel_protocol::{cidr::Cidr, limits::WEBSOCKET_LIFETIME};
@@ -87,6 +88,9 @@ struct Cli {
         value_name = "N"
     )]
     max_requests_per_second: u32,
+    /// Most tunnel ids that one owner may have; with --auth open, all agents together; 0 means no limit
+    #[arg(long, env = "TUNNEL_MAX_TUNNEL_IDS_PER_OWNER", default_value_t = MAX_TUNNEL_IDS_PER_OWNER, value_name = "N")]
+    max_tunnel_ids_per_owner: u32,
     /// Most agents that one owner, a token or a JSON Web Token's subject, may have connected; with --auth open, all agents together
     #[arg(long, env = "TUNNEL_MAX_AGENTS_PER_TOKEN", default_value_t = Quotas::default().agents_of_one, value_name = "N")]
     max_agents_per_token: usize,
@@ -153,6 +157,7 @@ impl Cli {
             },
             max_concurrent_requests: self.max_concurrent_requests,
             max_requests_per_second: self.max_requests_per_second,
+            max_tunnel_ids_per_owner: self.max_tunnel_ids_per_owner,
             trusted_proxies: self.trust_proxy.clone(),
             ..Options::default()
         }

@@ -83,6 +83,7 @@ fn variable(options: &Options, name: &str) -> Option<String> {
         ),
         "MAX_CONCURRENT_REQUESTS" => Some(options.max_concurrent_requests.to_string()),
         "MAX_REQUESTS_PER_SECOND" => Some(options.max_requests_per_second.to_string()),
+        "MAX_TUNNEL_IDS_PER_OWNER" => Some(options.max_tunnel_ids_per_owner.to_string()),
         "AUTH" => Some(options.auth.word().to_owned()),
         "JWT_ISSUER" => Some(jwt?.issuer.clone()),
         "JWT_AUDIENCE" => Some(jwt?.audience.clone()),

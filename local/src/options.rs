@@ -2,6 +2,7 @@
 
 use std::{fmt, net::SocketAddr, path::PathBuf};
 
+use tunnel_connect::MAX_TUNNEL_IDS_PER_OWNER;
 use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
 use tunnel_local_aws::quotas::Quotas;
 use tunnel_protocol::cidr::Cidr;
@@ -33,6 +34,8 @@ pub struct Options {
     pub max_concurrent_requests: u32,
     /// Most new requests of one tunnel in a second, and twice that at once after a pause; 0 is no limit.
     pub max_requests_per_second: u32,
+    /// Most tunnel ids that one owner may have; 0 means no limit.
+    pub max_tunnel_ids_per_owner: u32,
     /// Reverse proxies in front of this process whose forwarding fields are believed.
     pub trusted_proxies: Vec<Cidr>,
     /// How the functions reach each other and agents.
@@ -82,6 +85,7 @@ impl Default for Options {
             quotas: Quotas::default(),
             max_concurrent_requests: MAX_CONCURRENT_REQUESTS,
             max_requests_per_second: 0,
+            max_tunnel_ids_per_owner: MAX_TUNNEL_IDS_PER_OWNER,
             trusted_proxies: Vec::new(),
             transport: Transport::default(),
         }

@@ -255,7 +255,7 @@ impl DefaultRoute {
                     .post_patiently(id, &established, BUSY_TIMEOUT)
                     .await
                 {
-                    Err(PostError::Gone) => {
+                    Err(PostError::Gone | PostError::Unknown) => {
                         info!(connection = %id, "gone before its tunnel was open");
                         Box::pin(self.ownership.withdraw(candidate, before.as_ref())).await?;
                         return Ok(unknown(id));

@@ -192,24 +192,20 @@ impl Ownership {
             self.agents.close(connection).await
         };
         match outcome {
-            Ok(()) | Err(PostError::Gone) => {}
+            Ok(()) | Err(PostError::Gone | PostError::Unknown) => {}
             Err(error) => {
                 warn!(%connection, error = &error as &dyn std::error::Error, "could not be told that it is replaced");
             }
         }
     }
 
-    /// Whether a connection is gone: it is not on record, or cannot be reached. It is asked with a `pong`, which every agent
-    /// knows and none minds.
+    /// Whether a connection is gone: it is not on record, or @connections does not know it. Only a connection that does not
+    /// serve asks this about the one that does.
     async fn is_gone(&self, connection: &ConnectionId) -> Result<bool, DefaultRouteError> {
         if self.connections.get(connection, now()).await?.is_none() {
             return Ok(true);
         }
-        match self.agents.post(connection, &ToAgent::Pong).await {
-            Err(PostError::Gone) => Ok(true),
-            // It is there, or nothing is known against it.
-            _ => Ok(false),
-        }
+        Ok(!self.agents.is_open(connection).await?)
     }
 
     /// The tunnel of a connection, if it is its owner's still.

@@ -81,6 +81,10 @@ impl OpenConnections for ConnectionRegistry {
         self.command(to, ConnectionCommand::Send(text))
     }
 
+    fn is_open(&self, connection: &ConnectionId) -> bool {
+        self.lock().contains_key(connection)
+    }
+
     fn close(&self, connection: &ConnectionId) -> Result<(), PostError> {
         self.command(
             connection,
@@ -133,13 +137,13 @@ struct Api {
     access_key: AccessKey,
 }
 
-/// The API's routes: POST and DELETE on a connection, for callers that sign with `access_key`.
+/// The API's routes: POST, GET and DELETE on a connection, for callers that sign with `access_key`.
 pub fn router(connections: ConnectionRegistry, quotas: Quotas, access_key: AccessKey) -> Router {
     let limit = axum::extract::DefaultBodyLimit::max(2 * quotas.message);
     Router::new()
         .route(
             &format!("/{STAGE}/@connections/{{id}}"),
-            post(post_to).delete(delete),
+            post(post_to).delete(delete).get(look_up),
         )
         .layer(limit)
         .with_state(Api {
@@ -174,6 +178,21 @@ async fn post_to(
     Ok(api
         .connections
         .send(&id, String::from_utf8_lossy(&body).into_owned())?)
+}
+
+/// Answers whether a connection is open, without what API Gateway says about it.
+async fn look_up(
+    State(api): State<Api>,
+    Path(id): Path<String>,
+    headers: axum::http::HeaderMap,
+) -> Result<&'static str, ManagementError> {
+    api.authorize(&headers)?;
+    let id = id.parse().map_err(|_| ManagementError::Invalid)?;
+    if api.connections.is_open(&id) {
+        Ok("{}")
+    } else {
+        Err(ManagementError::Gone)
+    }
 }
 
 async fn delete(

@@ -263,3 +263,22 @@ async fn nobody_else_on_the_machine_can_read_the_tables() {
     }
     stop.cancel();
 }
+
+/// AWS's numbers as its documentation has them, and what is derived from them. Everything else, the stand-in included, uses the
+/// constants, so that a wrong one would go unnoticed.
+#[test]
+fn the_limits_are_those_that_aws_documents() {
+    use tunnel_protocol::limits;
+    assert_eq!(limits::MAX_FRAME_BYTES, 32_768);
+    assert_eq!(limits::MAX_MESSAGE_BYTES, 131_072);
+    assert_eq!(limits::WEBSOCKET_IDLE_TIMEOUT.as_secs(), 600);
+    assert_eq!(limits::WEBSOCKET_LIFETIME.as_secs(), 7_200);
+    assert_eq!(limits::WEBSOCKET_INTEGRATION_TIMEOUT.as_secs(), 29);
+    assert_eq!(limits::HTTP_API_TIMEOUT.as_secs(), 30);
+    assert_eq!(limits::MAX_LAMBDA_PAYLOAD_BYTES, 6_291_556);
+    assert_eq!(limits::LAMBDA_TIMEOUT.as_secs(), 900);
+    assert_eq!(limits::MAX_PART_BYTES, 97_776);
+    assert_eq!(limits::MAX_DECOMPRESSED_BYTES, 391_104);
+    assert_eq!(limits::INITIAL_WINDOW_PARTS, 32);
+    assert_eq!(limits::MAX_REORDER_PARTS, 64);
+}

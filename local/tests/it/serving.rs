@@ -347,6 +347,15 @@ async fn a_connection_that_breaks_before_it_is_told_leaves_the_tunnel_to_the_one
 }
 
 #[tokio::test]
+async fn a_connection_that_breaks_before_it_is_told_leaves_no_tunnel_online_behind() {
+    let service = Service::new().await;
+    let dead = service.open("dead").await;
+    service.break_off(&dead);
+    service.ready(&dead).await;
+    assert_eq!(service.serving().await, None);
+}
+
+#[tokio::test]
 async fn a_tunnel_is_offline_after_a_ready_and_a_disconnect_at_once() {
     let service = Service::new().await;
     for number in 0..40 {

@@ -153,7 +153,13 @@ fn allowed(template: &Value, function: &str) -> BTreeSet<String> {
                 } else {
                     let resource = resource.replace("${", "").replace('}', "");
                     let (table, index) = resource.split_once(".Arn").expect("a table");
-                    allowed.insert(format!("{action} {table}{index}"));
+                    let keys = &statement["Condition"]["ForAllValues:StringLike"]["dynamodb:LeadingKeys"]
+                        [0];
+                    let keys = keys.as_str().map(|keys| format!(" {keys}"));
+                    allowed.insert(format!(
+                        "{action} {table}{index}{}",
+                        keys.unwrap_or_default()
+                    ));
                 }
             }
         }
@@ -179,8 +185,14 @@ struct Spy {
 fn permissions_for(operation: &str, request: &serde_json::Value) -> Vec<String> {
     let on = |action: &str, request: &serde_json::Value| {
         let table = request["TableName"].as_str().expect("a table");
+        let id = [&request["Key"], &request["Item"]]
+            .iter()
+            .find_map(|item| item["connectionId"]["S"].as_str());
         match request["IndexName"].as_str() {
             Some(index) => format!("dynamodb:{action} {table}/index/{index}"),
+            None if id.is_some_and(|id| id.starts_with("ticket/")) => {
+                format!("dynamodb:{action} {table} ticket/*")
+            }
             None => format!("dynamodb:{action} {table}"),
         }
     };
@@ -233,8 +245,8 @@ async fn note_post(
     method: http::Method,
     uri: http::Uri,
 ) -> http::StatusCode {
-    // A GET is an attempt to open a reply connection, which needs no permission.
-    if method != http::Method::GET {
+    // Any other GET is an attempt to open a reply connection, which needs no permission.
+    if uri.path().contains("/@connections/") {
         calls
             .lock()
             .expect("not poisoned")
@@ -447,7 +459,7 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
         within("a look at the connection", async {
             let expected = [
                 "dynamodb:GetItem ConnectionsTable",
-                "dynamodb:PutItem ConnectionsTable",
+                "dynamodb:PutItem ConnectionsTable ticket/*",
             ];
             while !expected
                 .iter()
@@ -501,22 +513,445 @@ async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
     stop.cancel();
 }
 
-#[test]
-fn the_permission_to_call_forward_names_stage_and_route() {
-    let template = template();
-    let permissions: Vec<String> = template["Resources"]
+/// A value as it stands in the template: `!Ref X`, `!GetAtt X.Arn`, `!Sub text`, and lists and maps in brackets.
+fn written(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::Bool(flag) => flag.to_string(),
+        Value::Number(number) => number.to_string(),
+        Value::String(text) => text.clone(),
+        Value::Sequence(values) => {
+            let values: Vec<String> = values.iter().map(written).collect();
+            format!("[{}]", values.join(", "))
+        }
+        Value::Mapping(entries) => {
+            let entries = entries
+                .iter()
+                .map(|(name, value)| format!("{}: {}", written(name), written(value)));
+            format!("{{{}}}", entries.collect::<Vec<_>>().join(", "))
+        }
+        Value::Tagged(tagged) => format!("{} {}", tagged.tag, written(&tagged.value)),
+    }
+}
+
+/// The logical ids of all resources of a type, in the template's order.
+fn resources_of(template: &Value, kind: &str) -> Vec<String> {
+    template["Resources"]
         .as_mapping()
         .expect("resources")
         .iter()
-        .filter(|(_, resource)| resource["Type"] == "AWS::Lambda::Permission")
-        .filter_map(|(_, resource)| match &resource["Properties"]["SourceArn"] {
-            Value::Tagged(tagged) => tagged.value.as_str().map(str::to_owned),
-            _ => None,
-        })
-        .collect();
-    assert_eq!(permissions.len(), 1, "{permissions:?}");
-    assert!(
-        permissions[0].ends_with(":${HttpApi}/$default/$default"),
-        "{permissions:?}"
+        .filter(|(_, resource)| resource["Type"] == kind)
+        .map(|(id, _)| id.as_str().expect("a logical id").to_owned())
+        .collect()
+}
+
+/// Asserts that properties of a resource are what is written here.
+fn assert_written(template: &Value, resource: &str, expected: &[(&str, &str)]) {
+    let properties = properties(template, resource);
+    for (path, expected) in expected {
+        let value = path
+            .split('/')
+            .fold(properties.clone(), |value, name| value[name].clone());
+        assert_eq!(written(&value), *expected, "{resource} {path}");
+    }
+}
+
+#[test]
+fn each_front_may_call_forward_and_nothing_else_may() {
+    let template = template();
+    let permissions = resources_of(&template, "AWS::Lambda::Permission");
+    assert_eq!(
+        permissions,
+        [
+            "HttpPermission",
+            "StreamingUrlPermission",
+            "StreamingInvokePermission"
+        ]
     );
+    assert_written(
+        &template,
+        "HttpPermission",
+        &[
+            ("Action", "lambda:InvokeFunction"),
+            ("FunctionName", "!Ref ForwardFunction"),
+            ("Principal", "apigateway.amazonaws.com"),
+            (
+                "SourceArn",
+                "!Sub arn:${AWS::Partition}:execute-api:${AWS::Region}:${AWS::AccountId}:${HttpApi}/$default/$default",
+            ),
+        ],
+    );
+    // A public function URL needs both since October 2025.
+    assert_written(
+        &template,
+        "StreamingUrlPermission",
+        &[
+            ("Action", "lambda:InvokeFunctionUrl"),
+            ("FunctionName", "!Ref ForwardFunction"),
+            ("Principal", "*"),
+            ("FunctionUrlAuthType", "NONE"),
+        ],
+    );
+    assert_written(
+        &template,
+        "StreamingInvokePermission",
+        &[
+            ("Action", "lambda:InvokeFunction"),
+            ("FunctionName", "!Ref ForwardFunction"),
+            ("Principal", "*"),
+            ("InvokedViaFunctionUrl", "true"),
+        ],
+    );
+}
+
+#[test]
+fn the_function_url_streams_for_as_long_as_its_parameter_says() {
+    let template = template();
+    assert_eq!(
+        resources_of(&template, "AWS::Lambda::Url"),
+        ["StreamingUrl"]
+    );
+    assert_written(
+        &template,
+        "StreamingUrl",
+        &[
+            ("InvokeMode", "RESPONSE_STREAM"),
+            ("AuthType", "NONE"),
+            ("TargetFunctionArn", "!Ref ForwardFunction"),
+        ],
+    );
+    assert_written(
+        &template,
+        "ForwardFunction",
+        &[("Timeout", "!Ref StreamTimeout")],
+    );
+    let timeout = &template["Parameters"]["StreamTimeout"];
+    assert_eq!(
+        (
+            written(&timeout["Default"]),
+            written(&timeout["MinValue"]),
+            written(&timeout["MaxValue"])
+        ),
+        ("900".to_owned(), "30".to_owned(), "900".to_owned())
+    );
+}
+
+#[test]
+fn the_other_functions_have_as_long_as_a_websocket_api_waits() {
+    let template = template();
+    assert_eq!(
+        written(&template["Globals"]["Function"]["Timeout"]),
+        "29",
+        "seconds"
+    );
+    for function in ["ConnectFunction", "DisconnectFunction", "DefaultFunction"] {
+        assert_written(&template, function, &[("Timeout", "")]);
+    }
+}
+
+#[test]
+fn each_route_of_the_websocket_api_calls_its_function() {
+    assert_written(
+        &template(),
+        "WebSocketApi",
+        &[
+            ("StageName", "v1"),
+            // A constant: no message can choose another route.
+            ("RouteSelectionExpression", r"\$default"),
+            ("Routes/$connect/FunctionArn", "!GetAtt ConnectFunction.Arn"),
+            (
+                "Routes/$disconnect/FunctionArn",
+                "!GetAtt DisconnectFunction.Arn",
+            ),
+            ("Routes/$default/FunctionArn", "!GetAtt DefaultFunction.Arn"),
+        ],
+    );
+}
+
+#[test]
+fn the_http_api_hands_every_request_to_forward_in_payload_format_2() {
+    let template = template();
+    assert_written(
+        &template,
+        "HttpIntegration",
+        &[
+            ("ApiId", "!Ref HttpApi"),
+            ("IntegrationType", "AWS_PROXY"),
+            ("IntegrationUri", "!GetAtt ForwardFunction.Arn"),
+            ("PayloadFormatVersion", "2.0"),
+            ("TimeoutInMillis", "30000"),
+        ],
+    );
+    assert_written(
+        &template,
+        "HttpRoute",
+        &[
+            ("ApiId", "!Ref HttpApi"),
+            ("RouteKey", "$default"),
+            ("Target", "!Sub integrations/${HttpIntegration}"),
+        ],
+    );
+    assert_written(
+        &template,
+        "HttpStage",
+        &[
+            ("ApiId", "!Ref HttpApi"),
+            ("StageName", "$default"),
+            ("AutoDeploy", "true"),
+        ],
+    );
+    // With it, API Gateway would answer OPTIONS in the local service's stead.
+    assert_written(&template, "HttpApi", &[("CorsConfiguration", "")]);
+}
+
+/// The variables of each function that say where something is, or who may do something.
+#[test]
+fn each_function_is_told_of_its_own_tables_addresses_and_rules() {
+    let template = template();
+    let tables = [
+        ("TUNNELS_TABLE", "!Ref TunnelsTable"),
+        ("CONNECTIONS_TABLE", "!Ref ConnectionsTable"),
+        ("PENDING_REQUESTS_TABLE", "!Ref PendingRequestsTable"),
+        ("TOKENS_TABLE", "!Ref TokensTable"),
+    ];
+    let others = [
+        ("AUTH", "!Ref Auth"),
+        ("JWT_ISSUER", "!Ref JwtIssuer"),
+        ("JWT_AUDIENCE", "!Ref JwtAudience"),
+        ("JWT_JWKS_URL", "!Ref JwtJwksUrl"),
+        (
+            "WEBSOCKET_API_ENDPOINT",
+            "!Sub wss://${WebSocketApi}.execute-api.${AWS::Region}.${AWS::URLSuffix}/v1",
+        ),
+        (
+            "PUBLIC_URL",
+            "!If [HasDomain, !Sub https://${DomainName}, !Sub https://${HttpApi}.execute-api.${AWS::Region}.${AWS::URLSuffix}]",
+        ),
+        ("STREAMING_URL", "!Ref KnownStreamingUrl"),
+        ("ROUTING", "!Ref Routing"),
+        ("MAX_TUNNEL_IDS_PER_OWNER", "!Ref MaxTunnelIdsPerOwner"),
+        ("MAX_CONCURRENT_REQUESTS", "!Ref MaxConcurrentRequests"),
+        ("MAX_REQUESTS_PER_SECOND", "!Ref MaxRequestsPerSecond"),
+        ("LOG_LEVEL", "!Ref LogLevel"),
+        // Named for sam local, which passes on only what the template names; it has no value once deployed.
+        ("AWS_ENDPOINT_URL_DYNAMODB", "!Ref AWS::NoValue"),
+    ];
+    let expected: BTreeMap<&str, &str> = tables.into_iter().chain(others).collect();
+    for function in FUNCTIONS {
+        let variables = properties(&template, function)["Environment"]["Variables"].clone();
+        for (name, value) in variables.as_mapping().expect("variables") {
+            let name = name.as_str().expect("a name");
+            if name == "JWT_SECRET" {
+                let value = written(value);
+                assert!(
+                    value.starts_with("!If [HasJwtSecret, !If [HasJwtSecretVersion, !Sub {{resolve:secretsmanager:${JwtSecretName}")
+                        && value.ends_with(", ]"),
+                    "{function} {value}"
+                );
+                continue;
+            }
+            assert_eq!(
+                Some(written(value).as_str()),
+                expected.get(name).copied(),
+                "{function} {name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn each_function_is_built_from_its_own_crate_and_logs_to_its_own_group() {
+    let template = template();
+    for (function, name) in
+        FUNCTIONS
+            .into_iter()
+            .zip(["connect", "disconnect", "default", "forward"])
+    {
+        let metadata = &template["Resources"][function]["Metadata"];
+        assert_eq!(written(&metadata["BuildMethod"]), "rust-cargolambda");
+        assert_eq!(
+            written(&metadata["BuildProperties"]["Binary"]),
+            format!("tunnel-{name}")
+        );
+        let logs = function.replace("Function", "Logs");
+        assert_written(
+            &template,
+            function,
+            &[
+                ("CodeUri", format!("functions/{name}").as_str()),
+                ("LoggingConfig/LogGroup", format!("!Ref {logs}").as_str()),
+            ],
+        );
+        assert_written(
+            &template,
+            &logs,
+            &[
+                (
+                    "LogGroupName",
+                    format!("!Sub /aws/lambda/${{AWS::StackName}}/{name}").as_str(),
+                ),
+                ("RetentionInDays", "!Ref LogRetentionDays"),
+            ],
+        );
+    }
+    let shared = &template["Globals"]["Function"];
+    assert_eq!(
+        (
+            written(&shared["Runtime"]),
+            written(&shared["Handler"]),
+            written(&shared["Architectures"]),
+            written(&shared["MemorySize"])
+        ),
+        (
+            "provided.al2023".to_owned(),
+            "bootstrap".to_owned(),
+            "[!Ref Architecture]".to_owned(),
+            "!Ref MemorySize".to_owned()
+        )
+    );
+}
+
+#[test]
+fn a_functions_errors_set_off_an_alarm_of_its_own() {
+    let template = template();
+    for function in FUNCTIONS {
+        assert_written(
+            &template,
+            &function.replace("Function", "Alarm"),
+            &[
+                ("Namespace", "AWS/Lambda"),
+                ("MetricName", "Errors"),
+                (
+                    "Dimensions",
+                    format!("[{{Name: FunctionName, Value: !Ref {function}}}]").as_str(),
+                ),
+                ("ComparisonOperator", "GreaterThanThreshold"),
+                ("Threshold", "0"),
+            ],
+        );
+    }
+    assert_written(
+        &template,
+        "GatewayAlarm",
+        &[(
+            "Dimensions",
+            "[{Name: ApiId, Value: !Ref WebSocketApi}, {Name: Stage, Value: v1}]",
+        )],
+    );
+    for alarm in resources_of(&template, "AWS::CloudWatch::Alarm") {
+        assert_written(
+            &template,
+            &alarm,
+            &[(
+                "AlarmActions",
+                "!If [HasAlarmTopic, [!Ref AlarmTopicArn], !Ref AWS::NoValue]",
+            )],
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_rebuilt_is_backed_up_and_kept_and_the_rest_is_not() {
+    let template = template();
+    for table in resources_of(&template, "AWS::DynamoDB::Table") {
+        let is_kept = matches!(table.as_str(), dynamodb::TUNNELS | dynamodb::TOKENS);
+        let kept = |text: &'static str| if is_kept { text } else { "" };
+        assert_written(
+            &template,
+            &table,
+            &[
+                ("BillingMode", "PAY_PER_REQUEST"),
+                ("TimeToLiveSpecification/Enabled", "true"),
+                (
+                    "PointInTimeRecoverySpecification/PointInTimeRecoveryEnabled",
+                    kept("!Ref PointInTimeRecovery"),
+                ),
+                ("DeletionProtectionEnabled", kept("!Ref DeletionProtection")),
+            ],
+        );
+        assert_eq!(
+            written(&template["Resources"][table.as_str()]["UpdateReplacePolicy"]),
+            kept("Retain"),
+            "{table}: a table that an update replaces"
+        );
+    }
+}
+
+#[test]
+fn an_owners_tunnel_ids_can_be_counted() {
+    assert_written(
+        &template(),
+        dynamodb::TUNNELS,
+        &[(
+            "GlobalSecondaryIndexes",
+            "[{IndexName: byOwner, KeySchema: [{AttributeName: owner, KeyType: HASH}], Projection: {ProjectionType: KEYS_ONLY}}]",
+        )],
+    );
+}
+
+#[test]
+fn a_domain_leads_to_the_http_api() {
+    let template = template();
+    for (mapping, domain, record, name) in [
+        ("DomainMapping", "Domain", "DomainRecord", "!Ref DomainName"),
+        (
+            "WildcardMapping",
+            "Wildcard",
+            "WildcardRecord",
+            "!Sub *.${DomainName}",
+        ),
+    ] {
+        assert_written(
+            &template,
+            mapping,
+            &[
+                ("ApiId", "!Ref HttpApi"),
+                ("Stage", "!Ref HttpStage"),
+                ("DomainName", format!("!Ref {domain}").as_str()),
+            ],
+        );
+        assert_written(&template, domain, &[("DomainName", name)]);
+        assert_written(
+            &template,
+            record,
+            &[
+                ("Name", name),
+                ("Type", "A"),
+                (
+                    "AliasTarget/DNSName",
+                    format!("!GetAtt {domain}.RegionalDomainName").as_str(),
+                ),
+            ],
+        );
+    }
+}
+
+#[test]
+fn every_parameter_is_used_shown_and_described() {
+    let text = include_str!("../../../template.yaml");
+    let template = template();
+    let shown: BTreeSet<String> =
+        template["Metadata"]["AWS::CloudFormation::Interface"]["ParameterGroups"]
+            .as_sequence()
+            .expect("groups")
+            .iter()
+            .flat_map(|group| group["Parameters"].as_sequence().expect("parameters"))
+            .map(written)
+            .collect();
+    let parameters = template["Parameters"].as_mapping().expect("parameters");
+    for (name, parameter) in parameters {
+        let name = name.as_str().expect("a name");
+        assert!(shown.contains(name), "{name} is in no group");
+        assert!(!written(&parameter["Description"]).is_empty(), "{name}");
+        let uses = [
+            format!("!Ref {name}"),
+            format!("${{{name}}}"),
+            format!("!Ref {name}]"),
+        ];
+        assert!(
+            uses.iter().any(|used| text.contains(used.as_str())),
+            "{name} is used nowhere"
+        );
+    }
+    assert_eq!(shown.len(), parameters.len());
 }

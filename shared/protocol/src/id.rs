@@ -11,6 +11,8 @@ use ulid::Ulid;
 pub const MIN_TUNNEL_ID_BYTES: usize = 3;
 /// Longest tunnel id that a user may choose, in bytes: the length of a DNS label (RFC 1035, 2.3.4).
 pub const MAX_TUNNEL_ID_BYTES: usize = 63;
+/// Ids of no tunnel: an HTTP API answers `/ping` and `/sping` itself ("Amazon API Gateway important notes" in its developer guide).
+const RESERVED_TUNNEL_IDS: [&str; 2] = ["ping", "sping"];
 /// Length of a generated tunnel id, in bytes. There are 36^12 of them, too many to guess one.
 const GENERATED_TUNNEL_ID_BYTES: usize = 12;
 /// Longest accepted connection id. API Gateway's have 12 to 16 characters.
@@ -26,6 +28,9 @@ pub enum IdError {
         "a tunnel id has {MIN_TUNNEL_ID_BYTES} to {MAX_TUNNEL_ID_BYTES} characters of a-z, 0-9 and -, and neither starts nor ends with -"
     )]
     Tunnel,
+    /// A tunnel id that visitors could not reach.
+    #[error("ping and sping cannot be tunnel ids: API Gateway answers these paths itself")]
+    ReservedTunnel,
     /// Not a valid connection id.
     #[error("a connection id has 1 to {MAX_CONNECTION_ID_BYTES} visible ASCII characters and no /")]
     Connection,
@@ -56,6 +61,9 @@ impl TryFrom<String> for TunnelId {
     type Error = IdError;
 
     fn try_from(name: String) -> Result<Self, IdError> {
+        if RESERVED_TUNNEL_IDS.contains(&name.as_str()) {
+            return Err(IdError::ReservedTunnel);
+        }
         let right_length = (MIN_TUNNEL_ID_BYTES..=MAX_TUNNEL_ID_BYTES).contains(&name.len());
         let right_characters = name
             .bytes()
@@ -178,6 +186,14 @@ mod tests {
                 "{invalid}"
             );
         }
+    }
+
+    #[test]
+    fn paths_that_api_gateway_answers_itself_are_no_tunnel_ids() {
+        for reserved in ["ping", "sping"] {
+            assert_eq!(reserved.parse::<TunnelId>(), Err(IdError::ReservedTunnel));
+        }
+        assert!("pings".parse::<TunnelId>().is_ok());
     }
 
     #[test]

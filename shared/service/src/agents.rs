@@ -91,6 +91,9 @@ pub trait OpenConnections: fmt::Debug + Send + Sync {
     /// As @connections answers: see [`PostError`].
     fn send(&self, to: &ConnectionId, text: String) -> Result<(), PostError>;
 
+    /// Whether a connection is open.
+    fn is_open(&self, connection: &ConnectionId) -> bool;
+
     /// Closes a connection.
     ///
     /// # Errors
@@ -212,6 +215,28 @@ impl AgentConnections {
                 outcome => return outcome,
             }
             delay = (2 * delay).min(MAX_BUSY_DELAY);
+        }
+    }
+
+    /// Whether a connection is open, as far as API Gateway knows.
+    ///
+    /// # Errors
+    /// When @connections does not answer.
+    pub async fn is_open(&self, connection: &ConnectionId) -> Result<bool, PostError> {
+        let outcome = match &self.0 {
+            Reached::InProcess(connections) => return Ok(connections.is_open(connection)),
+            Reached::Management(client) => {
+                client
+                    .get_connection()
+                    .connection_id(connection.as_str())
+                    .send()
+                    .await
+            }
+        };
+        match outcome.map_err(|error| post_error(error, 0)) {
+            Ok(_) => Ok(true),
+            Err(PostError::Gone) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 
