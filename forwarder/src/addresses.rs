@@ -258,11 +258,8 @@ impl Addresses {
     }
 
     fn is_own_domain(&self, domain: &str) -> bool {
-        let Some(domain) = Host::parse(domain.trim_start_matches('.')) else {
-            return false;
-        };
-        let is_public = |public: &Public| public.host.name == domain.name;
-        self.own.has_name(&domain.name) && !self.public.as_ref().is_some_and(is_public)
+        let domain = Host::parse(domain.trim_start_matches('.'));
+        domain.is_some_and(|domain| self.own.has_name(&domain.name))
     }
 }
 
@@ -817,6 +814,7 @@ mod tests {
             ("a=1; Domain=127.0.0.1; Max-Age=1", "a=1; Max-Age=1"),
             ("a=1; Domain=localhost", "a=1"),
             ("a=1; domain=.App.Localhost", "a=1"),
+            ("a=1; Domain=127.0.0.1:3000", "a=1"),
             ("a=1; Domain=example.com", "a=1; Domain=example.com"),
             ("a=1; Domain=t.example.com", "a=1; Domain=t.example.com"),
             ("a=\"x; y\"", "a=\"x; y\""),
