@@ -9,7 +9,7 @@ use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Incoming;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::watch,
     time::{Instant, sleep_until},
 };
 use tracing::info;
@@ -22,8 +22,7 @@ use tunnel_protocol::{
     id::{ConnectionId, RequestId},
     message,
     message::{
-        AgentError, AgentErrorCode, Body, BodyPart, Feature, FromAgent, HttpRequest, HttpResponse,
-        Window,
+        AgentError, AgentErrorCode, Body, Feature, FromAgent, HttpRequest, HttpResponse, Window,
     },
     writer::MessageSender,
 };
@@ -32,6 +31,7 @@ use crate::{
     event::Event,
     origin::{Origin, OriginBody, OriginError},
     settings::Settings,
+    upload::BodyParts,
 };
 
 /// How long an upload may stand still whose response has ended: nobody waits for it any more.
@@ -71,10 +71,6 @@ impl Context {
         }
     }
 }
-
-/// The parts of a request's body that follow its first message, in order, up to the one that says it is the last. Closed before that,
-/// the body has broken off.
-pub type BodyParts = mpsc::Receiver<BodyPart>;
 
 /// Carries out one exchange, and returns how it went. `window` allows the parts of the response.
 pub async fn run(
@@ -208,7 +204,7 @@ impl UploadStream {
             return (Err(broken_off), false);
         };
         self.progress.send_replace(Instant::now());
-        let chunk = Part::from(part).chunk;
+        let chunk = Part::from(part.into_part()).chunk;
         let more = chunk.more;
         let allowed = self.window.part_used().filter(|_| more);
         if let (Some(outgoing), Some(allowed)) = (&self.grants, allowed) {

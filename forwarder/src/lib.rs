@@ -27,6 +27,7 @@ pub mod target;
 mod tls;
 pub mod tunnel;
 pub mod tunnel_ids;
+pub mod upload;
 pub mod visitor_rules;
 
 use std::sync::Arc;

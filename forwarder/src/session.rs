@@ -5,10 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use futures_util::{StreamExt, stream::SplitStream};
 use http::Method;
 use tokio::{
-    sync::{
-        OwnedSemaphorePermit, Semaphore,
-        mpsc::{self, error::TrySendError},
-    },
+    sync::{OwnedSemaphorePermit, Semaphore},
     task::{AbortHandle, JoinSet},
     time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout_at},
 };
@@ -16,13 +13,8 @@ use tokio_tungstenite::tungstenite::{self, Message, error::ProtocolError};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info_span, warn};
 use tunnel_protocol::{
-    body::{
-        budget::{BodyBudget, BudgetShare},
-        reorder::Reorder,
-        window::WindowUpdates,
-    },
+    body::{budget::BodyBudget, window::WindowUpdates},
     id::{ConnectionId, RequestId},
-    limits::MAX_REORDER_PARTS,
     message,
     message::{
         AgentError, AgentErrorCode, BodyPart, Feature, FromAgent, HttpRequest, Subject, ToAgent,
@@ -40,6 +32,7 @@ use crate::{
     origin::Origin,
     seen_requests::SeenRequests,
     settings::Settings,
+    upload::UploadFeed,
 };
 
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
@@ -87,7 +80,7 @@ pub enum SessionEnd {
 #[derive(Debug)]
 struct InFlight {
     task: AbortHandle,
-    upload: Option<Upload>,
+    upload: Option<UploadFeed>,
     /// How many parts of the response may be sent.
     window: WindowUpdates,
     line: RequestLine,
@@ -121,14 +114,6 @@ impl RequestLine {
             took: self.started.elapsed(),
         }
     }
-}
-
-/// The rest of a request's body, on its way to the local service.
-#[derive(Debug)]
-struct Upload {
-    parts: Reorder<BodyPart>,
-    held: BudgetShare,
-    to_origin: mpsc::Sender<BodyPart>,
 }
 
 /// Why no more requests are taken.
@@ -339,7 +324,12 @@ impl Session {
         let deadline = self.due().map_or(latest, |due| due.min(latest));
         let deadline = deadline.max(now + MIN_CLOSE_TIMEOUT);
         let read = async {
-            while let Some(Ok(_)) = self.stream.next().await {}
+            // The service's close frame answers ours, so it has read all that came before.
+            while let Some(Ok(message)) = self.stream.next().await {
+                if message.is_close() {
+                    break;
+                }
+            }
             self.writer.join_next().await
         };
         if timeout_at(deadline, read).await.is_err() {
@@ -523,13 +513,12 @@ impl Session {
 
     fn carry_out(&mut self, request: HttpRequest, permit: OwnedSemaphorePermit) {
         let id = request.request_id.clone();
-        let (to_origin, parts) = mpsc::channel(MAX_REORDER_PARTS);
-        let upload = request.more.then(|| Upload {
-            parts: Reorder::starting_at(1),
-            held: self.tunnel.budget.share(),
-            to_origin,
-        });
-        let parts = upload.is_some().then_some(parts);
+        let (upload, parts) = if request.more {
+            let (feed, parts) = UploadFeed::new(&self.tunnel.budget);
+            (Some(feed), Some(parts))
+        } else {
+            (None, None)
+        };
         let window = WindowUpdates::default();
         let line = RequestLine::of(&request);
         let reply_to = request.reply_to.clone();
@@ -562,7 +551,7 @@ impl Session {
         match upload.take(part) {
             Ok(true) => {}
             Ok(false) => request.upload = None,
-            Err(reason) => self.drop_request(id, &reason),
+            Err(error) => self.drop_request(id, &error.to_string()),
         }
     }
 
@@ -623,36 +612,6 @@ impl Session {
         };
         self.requests.remove(&id);
         self.observe(event);
-    }
-}
-
-impl Upload {
-    /// Takes a part, and hands on what is in order now. Returns whether more is to come.
-    fn take(&mut self, part: BodyPart) -> Result<bool, String> {
-        if self.parts.has_seen(part.part) {
-            return Ok(true);
-        }
-        let bytes = part.body.0.len();
-        self.held.hold(bytes).map_err(|error| error.to_string())?;
-        self.parts
-            .insert(part.part, part)
-            .map_err(|error| error.to_string())?;
-        while let Some(part) = self.parts.take_next() {
-            self.held.release(part.body.0.len());
-            let more = part.more;
-            match self.to_origin.try_send(part) {
-                // The local service has answered without reading all; that is its right.
-                Ok(()) | Err(TrySendError::Closed(_)) => {}
-                // Only a service that does not heed `window` sends more than fits.
-                Err(TrySendError::Full(_)) => {
-                    return Err("the local service reads the request too slowly".to_owned());
-                }
-            }
-            if !more {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 }
 

@@ -2,6 +2,7 @@
 #![cfg(unix)]
 #![allow(clippy::panic, reason = "a test that goes wrong ends here")]
 
+mod connection;
 mod executable;
 mod harness;
 mod uploads;
