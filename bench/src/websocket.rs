@@ -14,30 +14,28 @@ use axum::{
     response::{IntoResponse, Response},
     routing,
 };
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream::SplitStream};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde_json::json;
-use tokio::sync::mpsc;
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{
-        self, Message,
-        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
-    },
+    tungstenite::{self, Message, protocol::Role},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tunnel_local_aws::{
     caller::AccessKey,
     events::EventSource,
-    management::{self, ConnectionCommand, ConnectionRegistry, STAGE},
+    management::{self, Connection, ConnectionRegistry, STAGE, SocketConnection},
     quotas::Quotas,
 };
 use tunnel_protocol::{
+    frames,
     id::{ConnectionId, RequestId},
     limits::WEBSOCKET_INTEGRATION_TIMEOUT,
     message,
     message::{FromAgent, ToAgent},
+    writer::MessageWriter,
 };
 use tunnel_service::now;
 
@@ -186,46 +184,54 @@ impl AgentConnections {
         source: &EventSource,
         broken: &CancellationToken,
     ) {
-        let config = WebSocketConfig::default()
-            .max_frame_size(Some(self.quotas.frame))
-            .max_message_size(Some(self.quotas.message));
-        let mut socket =
+        let config = frames::server_config(self.quotas.frame, self.quotas.message);
+        let socket =
             WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config))
                 .await;
-        let (commands, mut queue) = mpsc::channel(self.quotas.queue);
+        let (sink, mut stream) = socket.split();
+        let (sender, writer) = MessageWriter::new(sink, None);
+        let connection = SocketConnection::new(sender);
         self.connections
-            .insert(source.connection_id.clone(), commands.clone());
+            .insert(source.connection_id.clone(), connection.clone());
+        let writing = self.tasks.spawn(writer.run());
+        let code = self.read(&mut stream, source, &connection, broken).await;
+        connection.close(code, "");
+        if broken.is_cancelled() {
+            writing.abort();
+        }
+    }
+
+    /// Reads until the connection ends, and returns its close code.
+    async fn read(
+        self: &Arc<Self>,
+        stream: &mut SplitStream<Socket>,
+        source: &EventSource,
+        connection: &SocketConnection,
+        broken: &CancellationToken,
+    ) -> u16 {
         loop {
-            tokio::select! {
-                () = broken.cancelled() => return,
-                message = socket.next() => match message {
-                    Some(Ok(Message::Text(text))) => {
-                        let (api, source, commands) = (self.clone(), source.clone(), commands.clone());
-                        self.tasks.spawn(async move { api.message(&source, text.as_str(), &commands).await });
-                    }
-                    Some(Ok(Message::Binary(_))) => return close(&mut socket, 1003).await,
-                    Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
-                    Some(Err(tungstenite::Error::Capacity(_))) => return close(&mut socket, 1009).await,
-                    Some(Ok(Message::Close(_)) | Err(_)) | None => return,
-                },
-                Some(command) = queue.recv() => match command {
-                    ConnectionCommand::Send(text) => {
-                        if local::send(&mut socket, text).await.is_err() {
-                            return;
-                        }
-                    }
-                    ConnectionCommand::Close(code, _) => return close(&mut socket, code).await,
-                },
+            let message = tokio::select! {
+                () = broken.cancelled() => return 1006,
+                () = connection.closing().cancelled() => return 1000,
+                message = stream.next() => message,
+            };
+            match message {
+                Some(Ok(Message::Text(text))) => {
+                    let (api, source, connection) =
+                        (self.clone(), source.clone(), connection.clone());
+                    self.tasks.spawn(async move {
+                        api.message(&source, text.as_str(), &connection).await
+                    });
+                }
+                Some(Ok(Message::Binary(_))) => return 1003,
+                Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
+                Some(Err(tungstenite::Error::Capacity(_))) => return 1009,
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return 1000,
             }
         }
     }
 
-    async fn message(
-        &self,
-        source: &EventSource,
-        text: &str,
-        commands: &mpsc::Sender<ConnectionCommand>,
-    ) {
+    async fn message(&self, source: &EventSource, text: &str, connection: &SocketConnection) {
         let _under_way = self.meter.begin();
         let units = units(text.len());
         let is_ping = matches!(message::decode(text), Ok(FromAgent::Ping));
@@ -241,7 +247,7 @@ impl AgentConnections {
             .await
         {
             let said = json!({ "message": "Internal server error", "connectionId": source.connection_id.as_str() });
-            let _ = commands.try_send(ConnectionCommand::Send(said.to_string()));
+            let _ = connection.sender().try_control(said.to_string());
         }
     }
 
@@ -303,13 +309,3 @@ pub fn units(bytes: usize) -> u64 {
 }
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
-
-async fn close(socket: &mut Socket, code: u16) {
-    // The other side may be gone already.
-    let _ = socket
-        .close(Some(CloseFrame {
-            code: CloseCode::from(code),
-            reason: "".into(),
-        }))
-        .await;
-}

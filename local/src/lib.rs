@@ -15,6 +15,6 @@ mod sam_invoke;
 mod server;
 mod subsystem;
 
-pub use front::{agents::send, handshake::accept_key};
+pub use front::handshake::accept_key;
 pub use options::{JwtIssuer, Options, OptionsError, Transport};
 pub use server::{Server, ServerError};

@@ -45,6 +45,9 @@ const ADDRESSES: [IpAddr; 2] = [
     IpAddr::V4(std::net::Ipv4Addr::new(172, 17, 0, 1)),
 ];
 
+/// Messages to the sample agent that wait to be printed.
+const MAX_QUEUED_COMMANDS: usize = 128;
+
 /// The connection that the events come from.
 const CONNECTION: &str = "L0SM9cOFvHcCIhw=";
 /// The tunnel that they ask for.
@@ -67,7 +70,7 @@ pub(crate) async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()>
     seed(&sdk).await?;
 
     let connections = ConnectionRegistry::default();
-    let (commands, sent) = mpsc::channel(Quotas::default().queue);
+    let (commands, sent) = mpsc::channel(MAX_QUEUED_COMMANDS);
     connections.insert(CONNECTION.parse()?, commands);
     for listener in listeners(CONNECTIONS_PORT).await? {
         let (api, stopping) = (

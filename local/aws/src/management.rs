@@ -2,7 +2,12 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard},
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use axum::{
@@ -13,16 +18,127 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
-use tokio::sync::mpsc::{self, error::TrySendError};
-use tunnel_protocol::id::ConnectionId;
-use tunnel_service::agents::{OpenConnections, PostError};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tunnel_protocol::{id::ConnectionId, writer::MessageSender};
+use tunnel_service::agents::{OpenConnections, PostError, Sending};
 
 use crate::{caller::AccessKey, quotas::Quotas};
 
 /// The stage in the address of the management endpoint.
 pub const STAGE: &str = "local";
 
-/// What is done to an agent's connection.
+/// How long PostToConnection waits for room before it answers 429.
+const POST_PATIENCE: Duration = Duration::from_millis(250);
+/// Longest message that counts as short, in bytes: a request's head without a body, as a rule.
+const MAX_SHORT_MESSAGE_BYTES: usize = 8 * 1024;
+
+/// An open connection, as the registry knows it.
+pub trait Connection: fmt::Debug + Send + Sync {
+    /// Sends a text message, and waits for as long as `patience` for its turn.
+    ///
+    /// # Errors
+    /// [`PostError::Busy`] when there is no room, [`PostError::Gone`] when the connection has ended.
+    fn send(&self, text: String, patience: Duration) -> Sending<'_>;
+
+    /// Closes the connection, whether its peer agrees or not. Only the first code counts.
+    fn close(&self, code: u16, reason: &'static str);
+}
+
+/// A connection over a socket. Clones share it.
+#[derive(Clone, Debug)]
+pub struct SocketConnection(Arc<SocketState>);
+
+#[derive(Debug)]
+struct SocketState {
+    sender: MessageSender,
+    closing: CancellationToken,
+    opened: Instant,
+    /// When a message was last sent or received, in milliseconds after `opened`.
+    last_used: AtomicU64,
+}
+
+impl SocketConnection {
+    /// The connection that `sender` writes to.
+    pub fn new(sender: MessageSender) -> Self {
+        Self(Arc::new(SocketState {
+            sender,
+            closing: CancellationToken::new(),
+            opened: Instant::now(),
+            last_used: AtomicU64::new(0),
+        }))
+    }
+
+    /// Where messages are queued.
+    pub fn sender(&self) -> &MessageSender {
+        &self.0.sender
+    }
+
+    /// Cancelled when the connection is to be closed.
+    pub fn closing(&self) -> &CancellationToken {
+        &self.0.closing
+    }
+
+    /// Notes that the connection carries a message.
+    pub fn use_now(&self) {
+        let elapsed = self.0.opened.elapsed().as_millis();
+        let milliseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        self.0.last_used.store(milliseconds, Ordering::Relaxed);
+    }
+
+    /// When the connection last carried a message, either way.
+    pub fn last_used(&self) -> Instant {
+        self.0.opened + Duration::from_millis(self.0.last_used.load(Ordering::Relaxed))
+    }
+}
+
+impl Connection for SocketConnection {
+    fn send(&self, text: String, patience: Duration) -> Sending<'_> {
+        Box::pin(async move {
+            let sender = &self.0.sender;
+            let queue = async {
+                match lane(&text) {
+                    Lane::Control => sender.control(text).await,
+                    Lane::Bodies => sender.body(text).await,
+                }
+            };
+            match timeout(patience, queue).await {
+                Ok(Ok(_)) => {
+                    self.use_now();
+                    Ok(())
+                }
+                Ok(Err(_)) => Err(PostError::Gone),
+                Err(_) => Err(PostError::Busy),
+            }
+        })
+    }
+
+    fn close(&self, code: u16, reason: &'static str) {
+        self.0.sender.close(code, reason);
+        self.0.closing.cancel();
+    }
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Lane {
+    Control,
+    Bodies,
+}
+
+/// The lane of a message: parts of bodies take turns, and so does what is as long as they are.
+fn lane(text: &str) -> Lane {
+    let is_part = text.starts_with(r#"{"type":"body_part""#);
+    if is_part || text.len() > MAX_SHORT_MESSAGE_BYTES {
+        Lane::Bodies
+    } else {
+        Lane::Control
+    }
+}
+
+/// What is done to a connection that is a queue.
 #[derive(Debug)]
 pub enum ConnectionCommand {
     /// Send a text message.
@@ -31,14 +147,33 @@ pub enum ConnectionCommand {
     Close(u16, &'static str),
 }
 
+/// For whoever is the connection's other end in this process.
+impl Connection for mpsc::Sender<ConnectionCommand> {
+    fn send(&self, text: String, patience: Duration) -> Sending<'_> {
+        Box::pin(async move {
+            let queue = mpsc::Sender::send(self, ConnectionCommand::Send(text));
+            match timeout(patience, queue).await {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(_)) => Err(PostError::Gone),
+                Err(_) => Err(PostError::Busy),
+            }
+        })
+    }
+
+    fn close(&self, code: u16, reason: &'static str) {
+        // A full queue belongs to somebody who does not read it.
+        let _ = self.try_send(ConnectionCommand::Close(code, reason));
+    }
+}
+
 /// The open connections.
 #[derive(Clone, Debug, Default)]
-pub struct ConnectionRegistry(Arc<Mutex<HashMap<ConnectionId, mpsc::Sender<ConnectionCommand>>>>);
+pub struct ConnectionRegistry(Arc<Mutex<HashMap<ConnectionId, Arc<dyn Connection>>>>);
 
 impl ConnectionRegistry {
     /// Adds a connection whose upgrade has finished.
-    pub fn insert(&self, id: ConnectionId, commands: mpsc::Sender<ConnectionCommand>) {
-        self.lock().insert(id, commands);
+    pub fn insert(&self, id: ConnectionId, connection: impl Connection + 'static) {
+        self.lock().insert(id, Arc::new(connection));
     }
 
     /// Removes a connection that has ended.
@@ -53,23 +188,17 @@ impl ConnectionRegistry {
 
     /// Closes all connections with 1001, "going away".
     pub fn close_all(&self) {
-        for commands in self.lock().values() {
-            // A full queue belongs to an agent that does not read; its connection ends with the process.
-            let _ = commands.try_send(ConnectionCommand::Close(1001, "going away"));
+        for connection in self.lock().values() {
+            connection.close(1001, "going away");
         }
     }
 
-    fn command(&self, id: &ConnectionId, command: ConnectionCommand) -> Result<(), PostError> {
-        let connections = self.lock();
-        let commands = connections.get(id).ok_or(PostError::Gone)?;
-        commands.try_send(command).map_err(|error| match error {
-            TrySendError::Full(_) => PostError::Busy,
-            TrySendError::Closed(_) => PostError::Gone,
-        })
+    fn get(&self, id: &ConnectionId) -> Result<Arc<dyn Connection>, PostError> {
+        self.lock().get(id).cloned().ok_or(PostError::Gone)
     }
 
     /// Held between awaits only.
-    fn lock(&self) -> MutexGuard<'_, HashMap<ConnectionId, mpsc::Sender<ConnectionCommand>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<ConnectionId, Arc<dyn Connection>>> {
         self.0
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -77,8 +206,8 @@ impl ConnectionRegistry {
 }
 
 impl OpenConnections for ConnectionRegistry {
-    fn send(&self, to: &ConnectionId, text: String) -> Result<(), PostError> {
-        self.command(to, ConnectionCommand::Send(text))
+    fn send<'s>(&'s self, to: &'s ConnectionId, text: String, patience: Duration) -> Sending<'s> {
+        Box::pin(async move { self.get(to)?.send(text, patience).await })
     }
 
     fn is_open(&self, connection: &ConnectionId) -> bool {
@@ -86,10 +215,9 @@ impl OpenConnections for ConnectionRegistry {
     }
 
     fn close(&self, connection: &ConnectionId) -> Result<(), PostError> {
-        self.command(
-            connection,
-            ConnectionCommand::Close(1000, "Connection Closed Normally"),
-        )
+        self.get(connection)?
+            .close(1000, "Connection Closed Normally");
+        Ok(())
     }
 }
 
@@ -175,9 +303,8 @@ async fn post_to(
     }
     // Frames to agents are text: what is not UTF-8 is replaced.
     let id = id.parse().map_err(|_| ManagementError::Invalid)?;
-    Ok(api
-        .connections
-        .send(&id, String::from_utf8_lossy(&body).into_owned())?)
+    let text = String::from_utf8_lossy(&body).into_owned();
+    Ok(api.connections.send(&id, text, POST_PATIENCE).await?)
 }
 
 /// Answers whether a connection is open, without what API Gateway says about it.
@@ -204,4 +331,32 @@ async fn delete(
     let id = id.parse().map_err(|_| ManagementError::Invalid)?;
     api.connections.close(&id)?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use tunnel_protocol::{
+        id::RequestId,
+        message::{self, Body, BodyPart, ToAgent},
+    };
+
+    use super::*;
+
+    #[test]
+    fn parts_of_bodies_and_long_messages_take_turns_and_short_messages_go_first() {
+        let request_id = RequestId::generate();
+        let part = message::encode(&ToAgent::BodyPart(BodyPart {
+            request_id: request_id.clone(),
+            part: 1,
+            body: Body("x".into()),
+            encoding: None,
+            more: true,
+            reply_to: None,
+        }));
+        assert_eq!(lane(&part), Lane::Bodies);
+        assert_eq!(lane(&"x".repeat(MAX_SHORT_MESSAGE_BYTES + 1)), Lane::Bodies);
+        for message in [ToAgent::Pong, ToAgent::Cancel { request_id }] {
+            assert_eq!(lane(&message::encode(&message)), Lane::Control);
+        }
+    }
 }

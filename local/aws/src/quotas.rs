@@ -15,11 +15,9 @@ pub struct Quotas {
     pub idle: Duration,
     /// Longest life; then 1001.
     pub life: Duration,
-    /// Messages that wait for a slow agent; over it PostToConnection is answered 429. API Gateway does not tell its number.
-    pub queue: usize,
     /// Messages of one connection that are handled at once; an agent that sends more waits.
     pub handled_at_once: usize,
-    /// Open connections of agents with one token; over it the handshake is answered 429. Where agents do not authenticate, of all.
+    /// Open connections of agents of one owner; over it the handshake is answered 429. Where agents do not authenticate, of all.
     pub agents_of_one: usize,
     /// How often each open connection is checked: whether its token is still good and its tunnel still its own. API Gateway does
     /// not; there an agent's `ping` and its tunnel's visitors cause the check.
@@ -33,7 +31,6 @@ impl Default for Quotas {
             message: limits::MAX_MESSAGE_BYTES,
             idle: limits::WEBSOCKET_IDLE_TIMEOUT,
             life: limits::WEBSOCKET_LIFETIME,
-            queue: 128,
             handled_at_once: 64,
             agents_of_one: 100,
             recheck: Duration::from_secs(20),

@@ -3,44 +3,21 @@
 //! Unlike API Gateway it asks by itself whether an agent is still there, so that the visitors of one whose network went away do
 //! not wait for it.
 
-use std::{
-    borrow::Cow,
-    future::poll_fn,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    task::Poll,
-    time::Duration,
-};
+use std::{borrow::Cow, future::poll_fn, net::SocketAddr, sync::Arc, task::Poll, time::Duration};
 
 use axum::extract::State;
-use bytes::Bytes;
-use futures_util::{
-    Sink, SinkExt, StreamExt,
-    stream::{SplitSink, SplitStream},
-};
+use futures_util::{StreamExt, stream::SplitStream};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use rand::RngExt;
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::Semaphore,
     time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{
-        self, Message,
-        protocol::{
-            CloseFrame, Role, WebSocketConfig,
-            frame::{
-                Frame,
-                coding::{CloseCode, Data, OpCode},
-            },
-        },
-    },
+    tungstenite::{self, Message, Utf8Bytes, protocol::Role},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, warn};
@@ -50,7 +27,12 @@ use tunnel_connect::{
 use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
 use tunnel_forward::response::{self, ResponseBody};
-use tunnel_protocol::{frames, id::ConnectionId, limits::MAX_FRAME_BYTES};
+use tunnel_local_aws::{
+    events::EventSource,
+    management::{Connection, ConnectionRegistry, STAGE, SocketConnection},
+    quotas::Quotas,
+};
+use tunnel_protocol::{frames, id::ConnectionId, writer::MessageWriter};
 use tunnel_service::{aws::route_event::RouteResponse, now, replies::Replies};
 
 use crate::{
@@ -61,11 +43,6 @@ use crate::{
         response::text,
     },
     options::Transport,
-};
-use tunnel_local_aws::{
-    events::EventSource,
-    management::{ConnectionCommand, ConnectionRegistry, STAGE},
-    quotas::Quotas,
 };
 
 /// Where agents connect.
@@ -228,84 +205,67 @@ impl AgentFront {
 
     /// Serves a connection to its end.
     async fn serve(self: &Arc<Self>, upgraded: Upgraded, source: EventSource) {
-        let config = WebSocketConfig::default()
-            .read_buffer_size(MAX_FRAME_BYTES)
-            .write_buffer_size(0)
-            .max_frame_size(Some(self.quotas.frame))
-            .max_message_size(Some(self.quotas.message));
+        let config = frames::server_config(self.quotas.frame, self.quotas.message);
         let socket =
             WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config))
                 .await;
         let (sink, mut stream) = socket.split();
-        let (commands, queue) = mpsc::channel(self.quotas.queue);
-        let used = Arc::new(LastUsed::new());
+        let (sender, writer) = MessageWriter::new(sink, Some(PING_INTERVAL));
+        let connection = SocketConnection::new(sender);
         self.connections
-            .insert(source.connection_id.clone(), commands.clone());
-        let writer = self.tasks.spawn(write(sink, queue, used.clone()));
-        let (code, reason) = self.read(&mut stream, &source, &used, &commands).await;
+            .insert(source.connection_id.clone(), connection.clone());
+        let writing = self.tasks.spawn(writer.run());
+        let end = self.read(&mut stream, &source, &connection).await;
         self.connections.remove(&source.connection_id);
         self.replies.lose(&source.connection_id);
-        drop(commands);
-        // The writer ends by itself once the queue is closed, unless the agent does not read.
-        let stuck = writer.abort_handle();
-        let written = timeout(CLOSE_TIMEOUT, writer).await;
+        connection.close(end.code, end.reason);
+        drop(connection);
+        let stuck = writing.abort_handle();
+        let written = timeout(CLOSE_TIMEOUT, writing).await;
+        // An agent that does not read is not waited for.
         stuck.abort();
-        self.disconnected(&source, code, reason).await;
-        if let Ok(Ok(sink)) = written
+        self.disconnected(&source, end.code, end.reason).await;
+        if let Ok(Ok(Ok(sink))) = written
             && let Ok(mut socket) = stream.reunite(sink)
         {
             // Closed with bytes unread, the agent would be sent a reset, and might never see the close frame before it.
-            let _ = timeout(
-                CLOSE_TIMEOUT,
-                tokio::io::copy(socket.get_mut(), &mut tokio::io::sink()),
-            )
-            .await;
+            let mut nowhere = tokio::io::sink();
+            let drain = tokio::io::copy(socket.get_mut(), &mut nowhere);
+            let _ = timeout(CLOSE_TIMEOUT, drain).await;
         }
     }
 
-    /// Reads messages until the connection ends, and returns the close code and reason of its end.
+    /// Reads messages until the connection ends or is to be closed, and returns why.
     async fn read(
         self: &Arc<Self>,
         stream: &mut SplitStream<Socket>,
         source: &EventSource,
-        used: &LastUsed,
-        commands: &mpsc::Sender<ConnectionCommand>,
-    ) -> (u16, &'static str) {
-        let end_of_life = Instant::now() + self.quotas.life;
-        let mut heard = Instant::now();
+        connection: &SocketConnection,
+    ) -> ConnectionEnd {
+        let mut liveness = Liveness::new(&self.quotas);
         let handled_at_once = Arc::new(Semaphore::new(self.quotas.handled_at_once));
-        let close = async |code, reason| {
-            // Waits for room: the queue is emptied or the writer ends.
-            let _ = timeout(
-                CLOSE_TIMEOUT,
-                commands.send(ConnectionCommand::Close(code, reason)),
-            )
-            .await;
-            (code, reason)
-        };
-        let mut idle_at = used.last() + self.quotas.idle;
         loop {
             let message = tokio::select! {
+                () = connection.closing().cancelled() => return CLOSED_BY_SERVICE,
                 message = stream.next() => message,
-                () = sleep_until(idle_at) => {
-                    idle_at = used.last() + self.quotas.idle;
-                    if Instant::now() >= idle_at {
-                        return close(1001, "idle for too long").await;
-                    }
-                    continue;
-                }
-                () = sleep_until(heard + MAX_SILENCE) => return close(1001, "silent for too long").await,
-                () = sleep_until(end_of_life) => return close(1001, "open for too long").await,
+                () = sleep_until(liveness.deadline(connection)) => match liveness.end(connection) {
+                    Some(end) => return end,
+                    None => continue,
+                },
             };
-            heard = Instant::now();
+            liveness.hear();
             match message {
                 Some(Ok(Message::Text(text))) => {
-                    used.now();
-                    let permit = handled_at_once.clone().acquire_owned().await;
-                    let (front, source, commands) =
-                        (self.clone(), source.clone(), commands.clone());
+                    connection.use_now();
+                    let permit = tokio::select! {
+                        permit = handled_at_once.clone().acquire_owned() => permit,
+                        () = connection.closing().cancelled() => return CLOSED_BY_SERVICE,
+                    };
+                    let handled = self
+                        .clone()
+                        .handle(source.clone(), text, connection.clone());
                     let mut handling = Box::pin(async move {
-                        front.message(&source, text.as_str(), &commands).await;
+                        handled.await;
                         drop(permit);
                     });
                     // Most messages need nothing outside this process and are done at once. Only the others get a task.
@@ -316,27 +276,9 @@ impl AgentFront {
                         self.tasks.spawn(handling);
                     }
                 }
-                Some(Ok(Message::Binary(_))) => {
-                    return close(1003, "binary frames are not supported").await;
-                }
                 // The protocol engine answers pings, and a close with a close.
                 Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
-                Some(Ok(Message::Close(frame))) => {
-                    return (
-                        frame.map_or(1005, |frame| frame.code.into()),
-                        "closed by the agent",
-                    );
-                }
-                Some(Err(tungstenite::Error::Capacity(_))) => {
-                    return close(1009, "frame or message too long").await;
-                }
-                Some(Err(tungstenite::Error::Utf8(_))) => {
-                    return close(1007, "text that is not UTF-8").await;
-                }
-                Some(Err(tungstenite::Error::Protocol(_))) => {
-                    return close(1002, "not WebSocket").await;
-                }
-                Some(Err(_)) | None => return (1006, "the connection broke"),
+                message => return ConnectionEnd::of(message),
             }
         }
     }
@@ -359,20 +301,24 @@ impl AgentFront {
         }
     }
 
-    async fn message(
-        &self,
-        source: &EventSource,
-        text: &str,
-        commands: &mpsc::Sender<ConnectionCommand>,
+    async fn handle(
+        self: Arc<Self>,
+        source: EventSource,
+        text: Utf8Bytes,
+        connection: SocketConnection,
     ) {
         let outcome = match self.transport {
-            Transport::InProcess => self.default.message(&source.connection_id, text).await,
-            Transport::Emulated => self.default.handle(source.message(text.to_owned())).await,
+            Transport::InProcess => {
+                self.default
+                    .message(&source.connection_id, text.as_str())
+                    .await
+            }
+            Transport::Emulated => self.default.handle(source.message(text.to_string())).await,
         };
         if let Err(error) = outcome {
             error!(connection = %source.connection_id, error = &error as &dyn std::error::Error, "$default failed");
             let said = serde_json::json!({ "message": "Internal server error", "connectionId": source.connection_id.as_str() });
-            let _ = commands.try_send(ConnectionCommand::Send(said.to_string()));
+            let _ = connection.sender().try_control(said.to_string());
         }
     }
 
@@ -387,30 +333,88 @@ impl AgentFront {
     }
 }
 
-/// When a connection last carried a message, either way.
-#[derive(Debug)]
-struct LastUsed {
-    opened: Instant,
-    milliseconds: AtomicU64,
+/// Why a connection ends.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct ConnectionEnd {
+    code: u16,
+    reason: &'static str,
 }
 
-impl LastUsed {
-    fn new() -> Self {
+const CLOSED_BY_SERVICE: ConnectionEnd = ConnectionEnd {
+    code: 1000,
+    reason: "closed by the service",
+};
+
+impl ConnectionEnd {
+    fn new(code: u16, reason: &'static str) -> Self {
+        Self { code, reason }
+    }
+
+    /// What a message means that is none of the protocol's.
+    fn of(message: Option<Result<Message, tungstenite::Error>>) -> Self {
+        match message {
+            Some(Ok(Message::Close(frame))) => Self::new(
+                frame.map_or(1005, |frame| frame.code.into()),
+                "closed by the agent",
+            ),
+            Some(Ok(_)) => Self::new(1003, "binary frames are not supported"),
+            Some(Err(tungstenite::Error::Capacity(_))) => {
+                Self::new(1009, "frame or message too long")
+            }
+            Some(Err(tungstenite::Error::Utf8(_))) => Self::new(1007, "text that is not UTF-8"),
+            Some(Err(tungstenite::Error::Protocol(_))) => Self::new(1002, "not WebSocket"),
+            Some(Err(_)) | None => Self::new(1006, "the connection broke"),
+        }
+    }
+}
+
+/// How long a connection may still be open.
+struct Liveness {
+    idle: Duration,
+    end_of_life: Instant,
+    heard: Instant,
+    unblocked_writes: u64,
+}
+
+impl Liveness {
+    fn new(quotas: &Quotas) -> Self {
+        let now = Instant::now();
         Self {
-            opened: Instant::now(),
-            milliseconds: AtomicU64::new(0),
+            idle: quotas.idle,
+            end_of_life: now + quotas.life,
+            heard: now,
+            unblocked_writes: 0,
         }
     }
 
-    fn now(&self) {
-        self.milliseconds.store(
-            u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX),
-            Ordering::Relaxed,
-        );
+    /// Notes a sign of life.
+    fn hear(&mut self) {
+        self.heard = Instant::now();
     }
 
-    fn last(&self) -> Instant {
-        self.opened + Duration::from_millis(self.milliseconds.load(Ordering::Relaxed))
+    /// When to look whether the connection has to end.
+    fn deadline(&self, connection: &SocketConnection) -> Instant {
+        (connection.last_used() + self.idle)
+            .min(self.heard + MAX_SILENCE)
+            .min(self.end_of_life)
+    }
+
+    /// Why the connection has to end now, if it has to.
+    fn end(&mut self, connection: &SocketConnection) -> Option<ConnectionEnd> {
+        let now = Instant::now();
+        if now >= self.end_of_life {
+            return Some(ConnectionEnd::new(1001, "open for too long"));
+        }
+        if now >= connection.last_used() + self.idle {
+            return Some(ConnectionEnd::new(1001, "idle for too long"));
+        }
+        // An agent that is busy reading may say nothing.
+        let unblocked_writes = connection.sender().progress().unblocked_writes;
+        if unblocked_writes > self.unblocked_writes {
+            self.unblocked_writes = unblocked_writes;
+            self.hear();
+        }
+        (now >= self.heard + MAX_SILENCE).then_some(ConnectionEnd::new(1001, "silent for too long"))
     }
 }
 
@@ -436,65 +440,4 @@ fn connection_id() -> ConnectionId {
     (text + "=")
         .parse()
         .expect("letters, digits and = make a connection id")
-}
-
-/// Writes what the functions send, in frames no longer than API Gateway's, until the queue is closed or says so.
-async fn write(
-    mut sink: SplitSink<Socket, Message>,
-    mut queue: mpsc::Receiver<ConnectionCommand>,
-    used: Arc<LastUsed>,
-) -> SplitSink<Socket, Message> {
-    let mut ping = interval(PING_INTERVAL);
-    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        let command = tokio::select! {
-            command = queue.recv() => command,
-            _ = ping.tick() => {
-                if sink.send(Message::Ping(Bytes::new())).await.is_err() {
-                    return sink;
-                }
-                continue;
-            }
-        };
-        match command {
-            Some(ConnectionCommand::Send(text)) => {
-                if send(&mut sink, text).await.is_err() {
-                    return sink;
-                }
-                used.now();
-            }
-            Some(ConnectionCommand::Close(code, reason)) => {
-                let frame = CloseFrame {
-                    code: CloseCode::from(code),
-                    reason: reason.into(),
-                };
-                let _ = sink.send(Message::Close(Some(frame))).await;
-                break;
-            }
-            None => break,
-        }
-    }
-    let _ = sink.close().await;
-    sink
-}
-
-/// Sends a text in frames no longer than API Gateway's.
-///
-/// # Errors
-/// When the connection has ended.
-pub async fn send<S: Sink<Message, Error = tungstenite::Error> + Unpin>(
-    sink: &mut S,
-    text: String,
-) -> Result<(), tungstenite::Error> {
-    let mut data = Data::Text;
-    for (frame, is_last) in frames::frames(text) {
-        sink.feed(Message::Frame(Frame::message(
-            frame,
-            OpCode::Data(data),
-            is_last,
-        )))
-        .await?;
-        data = Data::Continue;
-    }
-    sink.flush().await
 }

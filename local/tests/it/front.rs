@@ -4,6 +4,7 @@ use std::{io::ErrorKind, time::Duration};
 
 use local::{Options, Server};
 use serde_json::json;
+use tokio::time::{Instant, sleep};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -276,4 +277,113 @@ async fn on_a_public_server_a_foreign_host_reaches_no_local_service() {
             "{host}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_connection_that_the_service_closes_ends_though_its_agent_does_not_read() {
+    let stack = stack().await;
+    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+    let established = agent.ready(&json!({ "type": "ready" })).await;
+    let id = established["connection_id"].as_str().expect("an id");
+    let id = id.parse().expect("a connection id");
+
+    stack.disconnect(&id).expect("open");
+
+    within("the connection to end", async {
+        loop {
+            let record = stack.connections().get(&id, tunnel_service::now()).await;
+            if record.expect("an answer").is_none() {
+                return;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn stopping_takes_ten_seconds_at_most_whatever_visitors_and_agents_do() {
+    let stack = stack().await;
+    let mut agent = online(&stack).await;
+    let _endless = visitor(&stack, ASK.as_bytes()).await;
+    let id = request_id(&mut agent).await;
+    agent
+        .say(&json!({ "type": "http_response", "request_id": id, "status_code": 200, "body": "eA==", "more": true }))
+        .await;
+    let upload = "POST /my-app/ HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\nx";
+    let _slow = visitor(&stack, upload.as_bytes()).await;
+    request_id(&mut agent).await;
+    let _half_a_head = visitor(&stack, b"GET /my").await;
+
+    // The agent reads nothing from here on.
+    let begin = Instant::now();
+    stack.stop().await;
+
+    assert!(
+        begin.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begin.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn a_handshake_with_two_credentials_is_refused() {
+    let stack = stack().await;
+    let handshake = "GET /_ws HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
+                     sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    let twice = format!("{handshake}authorization: Bearer a\r\nauthorization: Bearer b\r\n\r\n");
+    let answer = raw(&stack, twice.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    for odd in [
+        handshake.replacen("GET", "POST", 1),
+        handshake.replacen("HTTP/1.1", "HTTP/1.0", 1),
+        handshake.replace("dGhlIHNhbXBsZSBub25jZQ==", "x"),
+    ] {
+        let answer = raw(&stack, format!("{odd}\r\n").as_bytes()).await;
+        assert!(answer.contains(" 426 "), "{odd}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_data_directory_has_one_server_and_a_new_one_knows_that_no_agent_is_there() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let options = || Options {
+        data: Some(directory.path().to_owned()),
+        ..Options::default()
+    };
+    let first = stack_with(options()).await;
+    let mut agent = online(&first).await;
+    agent.expect_quiet("it was told something").await;
+    let second = Server::start(Options {
+        listen: ([127, 0, 0, 1], 0).into(),
+        ..options()
+    });
+    let refused = second.await.expect_err("in use").to_string();
+    assert!(
+        refused.contains("is in use by another tunnel-local"),
+        "{refused}"
+    );
+    let id = "my-app".parse().expect("an id");
+    let online = async |stack: &Server| {
+        let tunnel = stack.tunnels().get(&id, tunnel_service::now()).await;
+        tunnel
+            .expect("an answer")
+            .expect("a tunnel")
+            .online
+            .is_some()
+    };
+    assert!(online(&first).await);
+
+    // As after kill -9: nothing was noted.
+    let copy = tempfile::tempdir().expect("a directory");
+    for file in std::fs::read_dir(directory.path()).expect("files") {
+        let file = file.expect("a file");
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).expect("copied");
+    }
+    let again = stack_with(Options {
+        data: Some(copy.path().to_owned()),
+        ..Options::default()
+    })
+    .await;
+    assert!(!online(&again).await);
 }

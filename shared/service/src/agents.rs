@@ -1,7 +1,7 @@
 //! @connections, the management side of the WebSocket API: speaking to agents. `local`, which holds the connections itself, is
 //! spoken to directly.
 
-use std::{fmt, str::FromStr, sync::Arc, time::Duration};
+use std::{fmt, future::Future, pin::Pin, str::FromStr, sync::Arc, time::Duration};
 
 use aws_sdk_apigatewaymanagement::{
     Client, Config,
@@ -83,13 +83,16 @@ pub enum PostError {
     },
 }
 
+/// A message on its way to a connection.
+pub type Sending<'s> = Pin<Box<dyn Future<Output = Result<(), PostError>> + Send + 's>>;
+
 /// Connections that this process holds itself.
 pub trait OpenConnections: fmt::Debug + Send + Sync {
-    /// Sends a text message to a connection.
+    /// Sends a text message to a connection, and waits for as long as `patience` for its turn.
     ///
     /// # Errors
     /// As @connections answers: see [`PostError`].
-    fn send(&self, to: &ConnectionId, text: String) -> Result<(), PostError>;
+    fn send<'s>(&'s self, to: &'s ConnectionId, text: String, patience: Duration) -> Sending<'s>;
 
     /// Whether a connection is open.
     fn is_open(&self, connection: &ConnectionId) -> bool;
@@ -178,7 +181,7 @@ impl AgentConnections {
             return Err(PostError::TooLarge(length));
         }
         match &self.0 {
-            Reached::InProcess(connections) => connections.send(to, text),
+            Reached::InProcess(connections) => connections.send(to, text, Duration::ZERO).await,
             Reached::Management(client) => post_to_connection(client, to, &text).await,
         }
     }
@@ -208,6 +211,11 @@ impl AgentConnections {
         text: &str,
         patience: Duration,
     ) -> Result<(), PostError> {
+        if let Reached::InProcess(connections) = &self.0
+            && text.len() <= MAX_MESSAGE_BYTES
+        {
+            return connections.send(to, text.to_owned(), patience).await;
+        }
         let (deadline, mut delay) = (Instant::now() + patience, MIN_BUSY_DELAY);
         loop {
             match self.post_text(to, text.to_owned()).await {
