@@ -185,3 +185,132 @@ fn of_failure(failure: ReplyFailure) -> ForwardError {
         ReplyFailure::Lost => ForwardError::AgentLost,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tunnel_protocol::id::{ConnectionId, RequestId};
+    use tunnel_service::replies::{Replies, Reply};
+
+    use super::*;
+
+    struct Agent {
+        replies: Replies,
+        id: ConnectionId,
+        request: RequestId,
+    }
+
+    impl Agent {
+        /// Says this of the request.
+        fn say(&self, mut message: serde_json::Value) {
+            message["request_id"] = json!(self.request);
+            let message = serde_json::from_value(message).expect("a message");
+            let reply = Reply::from_message(message).expect("about a request");
+            self.replies.deliver(&self.id, reply);
+        }
+
+        fn head(&self) {
+            self.say(json!({ "type": "http_response", "status_code": 200, "more": true }));
+        }
+
+        fn part(&self, number: u32) {
+            self.say(json!({ "type": "body_part", "part": number, "more": true }));
+        }
+    }
+
+    /// An agent that has a request, and the wait for its reply.
+    fn asked(deadline: Option<Instant>) -> (Agent, PendingReply) {
+        let (replies, request) = (Replies::default(), RequestId::generate());
+        let id: ConnectionId = "c".parse().expect("an id");
+        let expected = replies.expect(id.clone(), request.clone());
+        let path = ReplyPath::InProcess(replies.clone());
+        let reply = PendingReply::new(expected, &path, false, deadline);
+        let agent = Agent {
+            replies,
+            id,
+            request,
+        };
+        (agent, reply)
+    }
+
+    fn after(seconds: u64) -> Instant {
+        Instant::now() + Duration::from_secs(seconds)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_part_is_missing_from_when_a_later_one_is_there_and_not_from_when_it_is_waited_for() {
+        let (agent, mut reply) = asked(None);
+        let started = Instant::now();
+        let (head, ()) = tokio::join!(reply.head(after(60)), async {
+            tokio::time::sleep(Duration::from_secs(11)).await;
+            agent.part(1);
+            tokio::time::sleep(Duration::from_secs(9)).await;
+            agent.head();
+        });
+        assert_eq!(head.expect("a head").0.status_code, 200);
+        assert_eq!(started.elapsed().as_secs(), 20);
+
+        // A pause in a stream is the same.
+        reply.next(None).await.expect("part 1");
+        let (part, ()) = tokio::join!(reply.next(None), async {
+            tokio::time::sleep(Duration::from_secs(11)).await;
+            agent.part(3);
+            tokio::time::sleep(Duration::from_secs(9)).await;
+            agent.part(2);
+        });
+        part.expect("part 2");
+        reply.next(None).await.expect("part 3");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_part_that_stays_missing_ends_the_wait_ten_seconds_after_a_later_one_came() {
+        for silent_secs in [0, 11] {
+            let (agent, mut reply) = asked(None);
+            let started = Instant::now();
+            let (head, ()) = tokio::join!(reply.head(after(60)), async {
+                tokio::time::sleep(Duration::from_secs(silent_secs)).await;
+                agent.part(1);
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                // More of the same makes it no younger.
+                agent.part(2);
+            });
+            assert!(matches!(head, Err(ForwardError::LocalTimeout)), "{head:?}");
+            assert_eq!(started.elapsed().as_secs(), silent_secs + 10);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reply_is_waited_for_until_its_deadline_and_no_longer() {
+        let (agent, mut reply) = asked(Some(after(29)));
+        let started = Instant::now();
+        assert!(matches!(
+            reply.head(after(60)).await,
+            Err(ForwardError::LocalTimeout)
+        ));
+        assert_eq!(started.elapsed().as_secs(), 29);
+        drop(agent);
+
+        let (agent, mut reply) = asked(None);
+        agent.head();
+        reply.head(after(60)).await.expect("a head");
+        let (part, ()) = tokio::join!(reply.next(None), async {
+            tokio::time::sleep(Duration::from_secs(3600)).await;
+            agent.part(1);
+        });
+        part.expect("an event stream may pause as long as it likes");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_came_in_order_is_given_out_before_the_end() {
+        let (agent, mut reply) = asked(None);
+        agent.head();
+        agent.part(1);
+        agent.replies.lose(&agent.id);
+        reply.head(after(60)).await.expect("a head");
+        reply.next(None).await.expect("part 1");
+        assert!(matches!(
+            reply.next(None).await,
+            Err(ForwardError::AgentLost)
+        ));
+    }
+}

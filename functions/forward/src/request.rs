@@ -273,3 +273,81 @@ pub fn whole(bytes: Bytes) -> VisitorBody {
         .map_err(|never| match never {})
         .boxed_unsync()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const V1: &str = include_str!("../../../events/http-v1.json");
+    const V2: &str = include_str!("../../../events/http-v2.json");
+    const FUNCTION_URL_EVENT: &str = include_str!("../../../events/url.json");
+
+    fn read(event: &str, change: impl FnOnce(&mut serde_json::Value)) -> VisitorRequest {
+        let mut event = serde_json::from_str(event).expect("JSON");
+        change(&mut event);
+        let event = serde_json::from_str(&event.to_string()).expect("an event");
+        VisitorRequest::from_event(event, None).expect("a request")
+    }
+
+    fn values<'r>(request: &'r VisitorRequest, name: &str) -> Vec<&'r [u8]> {
+        let values = request.headers.get_all(name);
+        values.iter().map(HeaderValue::as_bytes).collect()
+    }
+
+    #[test]
+    fn a_visitor_waits_a_second_less_than_the_front_does() {
+        for (event, seconds) in [(V1, 29), (V2, 29), (FUNCTION_URL_EVENT, 899)] {
+            assert_eq!(read(event, |_| {}).response_timeout.as_secs(), seconds);
+        }
+        let (head, ()) = http::Request::new(()).into_parts();
+        let source = RequestSource {
+            address: "192.0.2.1".to_owned(),
+            scheme: "http".to_owned(),
+            host: "x".to_owned(),
+        };
+        let request = VisitorRequest::from_http(head, whole(Bytes::new()), source);
+        assert_eq!(request.response_timeout.as_secs(), 899);
+    }
+
+    #[test]
+    fn each_field_of_payload_1_0_is_there_once_with_all_its_values() {
+        let request = read(V1, |event| {
+            event["headers"]["x-twice"] = json!("2");
+            event["multiValueHeaders"]["x-twice"] = json!(["1", "2"]);
+            event["headers"]["x-once"] = json!("only");
+        });
+        assert_eq!(values(&request, "x-twice"), [b"1", b"2"]);
+        assert_eq!(values(&request, "x-once"), [b"only"]);
+        assert_eq!(values(&request, "cookie"), [b"a=1; b=2"]);
+        assert_eq!(values(&request, "host"), [b"tunnel.example.com"]);
+    }
+
+    #[test]
+    fn the_decoded_query_of_payload_1_0_is_escaped_again() {
+        let request = read(V1, |event| {
+            event["multiValueQueryStringParameters"] =
+                json!({ "q": ["a&b=c", "\u{e9} +"], "k=&": ["1"], "empty": [""] });
+        });
+        assert_eq!(
+            request.query.as_deref(),
+            Some("empty=&k%3D%26=1&q=a%26b%3Dc&q=%C3%A9%20%2B")
+        );
+        let request = read(V1, |event| {
+            event["multiValueQueryStringParameters"] = json!(null);
+            event["queryStringParameters"] = json!(null);
+        });
+        assert_eq!(request.query, None);
+    }
+
+    #[test]
+    fn cookies_of_payload_2_0_become_one_field_and_other_bytes_than_ascii_stay_what_they_were() {
+        let request = read(V2, |event| {
+            event["cookies"] = json!(["a=1", "b=\u{e9}"]);
+            event["headers"]["x-latin"] = json!("caf\u{e9}");
+        });
+        assert_eq!(values(&request, "cookie"), [b"a=1; b=\xe9"]);
+        assert_eq!(values(&request, "x-latin"), [b"caf\xe9"]);
+    }
+}

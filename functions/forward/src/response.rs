@@ -212,3 +212,140 @@ fn joined(headers: &HeaderMap) -> HeaderMap {
     };
     headers.keys().filter_map(join).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::StreamBody;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn response(lines: &[(&'static str, &'static str)], body: Vec<u8>) -> Response<ResponseBody> {
+        let mut response = Response::new(whole(body));
+        *response.status_mut() = http::StatusCode::CREATED;
+        for &(name, value) in lines {
+            let name: HeaderName = name.parse().expect("a name");
+            let value = HeaderValue::from_bytes(value.as_bytes()).expect("a value");
+            response.headers_mut().append(name, value);
+        }
+        response
+    }
+
+    const LINES: [(&str, &str); 6] = [
+        ("content-type", "text/plain"),
+        ("content-length", "5"),
+        ("x-twice", "1"),
+        ("x-twice", "2"),
+        ("set-cookie", "a=1; Path=/"),
+        ("set-cookie", "b=2, and more"),
+    ];
+
+    async fn buffered(response: Response<ResponseBody>, payload: Payload, is_head: bool) -> Value {
+        let answer = buffer(response, payload, is_head, None).await;
+        serde_json::to_value(answer.expect("an answer")).expect("JSON")
+    }
+
+    #[tokio::test]
+    async fn payload_1_0_has_every_value_of_every_field() {
+        let answer = buffered(response(&LINES, b"hello".to_vec()), Payload::V1, false).await;
+        let expected = json!({
+            "statusCode": 201,
+            "headers": {},
+            "multiValueHeaders": {
+                "content-type": ["text/plain"],
+                "x-twice": ["1", "2"],
+                "set-cookie": ["a=1; Path=/", "b=2, and more"],
+            },
+            "body": "hello",
+            "isBase64Encoded": false,
+        });
+        assert_eq!(answer, expected);
+    }
+
+    #[tokio::test]
+    async fn payload_2_0_has_cookies_in_a_list_and_other_fields_joined() {
+        let answer = buffered(response(&LINES, vec![0xff, 0]), Payload::V2, false).await;
+        let expected = json!({
+            "statusCode": 201,
+            "headers": { "content-type": "text/plain", "x-twice": "1, 2" },
+            "cookies": ["a=1; Path=/", "b=2, and more"],
+            "body": "/wA=",
+            "isBase64Encoded": true,
+        });
+        assert_eq!(answer, expected);
+    }
+
+    #[tokio::test]
+    async fn a_head_request_learns_the_length_that_a_body_would_have() {
+        for payload in [Payload::V1, Payload::V2] {
+            let answer = buffered(response(&LINES, Vec::new()), payload, true)
+                .await
+                .to_string();
+            assert!(answer.contains("\"content-length\":"), "{answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_lambda_would_not_take_is_refused_however_it_gets_too_long() {
+        for (body, fits) in [
+            (vec![b'x'; 6_291_000], true),
+            (vec![b'x'; 6_291_556], false),
+            // Base64 makes three bytes four, and JSON one control character six.
+            (vec![0xff; 4_718_000], true),
+            (vec![0xff; 4_720_000], false),
+            (vec![1; 1_048_000], true),
+            (vec![1; 1_049_000], false),
+        ] {
+            let (first, length) = (body[0], body.len());
+            let answer = buffer(response(&[], body), Payload::V2, false, None).await;
+            match answer {
+                Ok(answer) => {
+                    let json = serde_json::to_string(&answer).expect("JSON");
+                    assert!(fits && json.len() <= 6_291_556, "{length} x {first}");
+                }
+                Err(error) => assert!(
+                    !fits && matches!(error, ForwardError::TooLarge(_)),
+                    "{length} x {first}: {error}"
+                ),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_streamed_answer_has_its_fields_in_the_prelude_and_its_chunks_behind_it() {
+        let mut response = response(&LINES, Vec::new());
+        let frames = [b"he".as_slice(), b"", b"llo"]
+            .map(|bytes| Ok(http_body::Frame::data(Bytes::from_static(bytes))));
+        *response.body_mut() = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
+        let answer = stream(response);
+        let expected = json!({
+            "statusCode": 201,
+            "headers": { "content-type": "text/plain", "x-twice": "1, 2" },
+            "cookies": ["a=1; Path=/", "b=2, and more"],
+        });
+        let prelude = serde_json::to_value(&answer.metadata_prelude).expect("JSON");
+        assert_eq!(prelude, expected);
+        let chunks: Vec<_> = answer
+            .stream
+            .map(|chunk| chunk.expect("bytes"))
+            .collect()
+            .await;
+        // An empty chunk would end the stream.
+        assert_eq!(chunks, ["he", "llo"]);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_breaks_off_is_never_taken_for_a_whole_one() {
+        let broken = || {
+            let frames = [
+                Ok(http_body::Frame::data(Bytes::from_static(b"hello"))),
+                Err(ResponseBodyError(ForwardError::AgentLost)),
+            ];
+            Response::new(StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync())
+        };
+        let whole = buffer(broken(), Payload::V2, false, None).await;
+        assert!(matches!(whole, Err(ForwardError::AgentLost)));
+        let chunks: Vec<_> = stream(broken()).stream.collect().await;
+        assert!(matches!(&chunks[..], [Ok(_), Err(_)]), "{chunks:?}");
+    }
+}

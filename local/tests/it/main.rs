@@ -18,5 +18,6 @@ mod ownership;
 mod protocol;
 mod quotas;
 mod replies;
+mod responses;
 mod serving;
 mod template;
