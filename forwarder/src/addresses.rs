@@ -28,7 +28,7 @@ pub struct Addresses {
     public: Option<Public>,
     /// What visitors have before the local service's path: empty, or starts with `/` and does not end with one.
     prefix: String,
-    /// What was asked for, where following a redirect to the same place would be a loop.
+    /// The requested address, if a redirect to the same place would be a loop.
     requested: Option<String>,
     /// The local service has paths of its own that begin like the prefix.
     has_paths_like_prefix: bool,

@@ -23,9 +23,9 @@ Exit codes: 0 stopped on request, 1 failed, 2 wrong usage or config, 3 token ref
 5 replaced by another agent of the same owner, or the tunnel id was released,
 6 the service is too old to enforce visitor rules.";
 
-/// What is logged if nothing else is asked for.
+/// The log level if none is set.
 const DEFAULT_LOG_LEVEL: &str = "warn";
-/// The crates whose log a user may ask for by name.
+/// The crates whose log level can be set by name.
 const LOG_TARGETS: [&str; 7] = [
     "forwarder",
     "tunnel_protocol",
@@ -128,7 +128,7 @@ pub enum UsageError {
     /// The file has no such tunnel.
     #[error("there is no tunnel {name} in the config file; it has: {known}")]
     UnknownName {
-        /// What was asked for.
+        /// The requested name.
         name: String,
         /// What there is.
         known: String,
@@ -150,13 +150,13 @@ pub enum UsageError {
         first: String,
         /// The other.
         second: String,
-        /// What both ask for.
+        /// The id that both request.
         tunnel_id: TunnelId,
     },
 }
 
 impl Cli {
-    /// Reads the process's own command line and environment. Ends the process where they are wrong, or ask for help.
+    /// Reads the command line and environment of the process. Exits if they are wrong or request help.
     pub fn from_process() -> Self {
         Self::try_parse().unwrap_or_else(|mut error| {
             // An address with a password in it is a mistake that must not end up in a terminal's history or a log.
@@ -173,7 +173,7 @@ impl Cli {
     /// Reads the config file, and puts all layers together.
     ///
     /// # Errors
-    /// When something is missing, malformed or contradictory.
+    /// If something is missing, malformed or contradictory.
     pub fn invocation(self) -> Result<Invocation, UsageError> {
         let file = match &self.options.config {
             Some(path) => ConfigFile::read(path)?,

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use http::uri::Authority;
 
-/// Why a text is no host with an optional port.
+/// Why a text is not a host with an optional port.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum AuthorityError {
     /// It has a user name or password, which would be printed with the address.
@@ -22,7 +22,7 @@ pub enum AuthorityError {
 /// Checks that an authority is a host and, at most, a port, and returns the port.
 ///
 /// # Errors
-/// When it has user information, no host, or a port that cannot be.
+/// If it has user information, no host, or a port that cannot be.
 pub fn check(authority: &Authority) -> Result<Option<u16>, AuthorityError> {
     if authority.as_str().contains('@') {
         return Err(AuthorityError::UserInfo);
@@ -43,7 +43,7 @@ pub fn check(authority: &Authority) -> Result<Option<u16>, AuthorityError> {
 /// Reads a port that a service can listen on.
 ///
 /// # Errors
-/// When the text is not a number from 1 to 65535.
+/// If the text is not a number from 1 to 65535.
 pub fn port(text: &str) -> Result<u16, AuthorityError> {
     match text.parse() {
         Ok(port) if port > 0 && text.bytes().all(|byte| byte.is_ascii_digit()) => Ok(port),

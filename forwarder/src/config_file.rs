@@ -58,7 +58,7 @@ impl ConfigFile {
     /// Reads a file.
     ///
     /// # Errors
-    /// When it cannot be read or has a fault: the text names line and key.
+    /// If it cannot be read or has a fault: the text names line and key.
     pub fn read(path: &Path) -> Result<Self, ConfigFileError> {
         let name = || path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|source| ConfigFileError::Unreadable {

@@ -1,4 +1,4 @@
-//! What a user sees: lines on stdout and stderr, written so that nothing here ever waits for whoever reads them.
+//! What a user sees: lines on stdout and stderr, written so that nothing ever waits for the reader.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -132,7 +132,7 @@ fn clean(text: &str) -> String {
 }
 
 /// A stream of lines to a terminal, file or pipe. A thread writes them, so that a reader who does not read holds up nothing but them:
-/// lines for which there is no room are dropped, and the next one that has room is preceded by their number.
+/// lines that do not fit are dropped, and the next one that fits is preceded by their number.
 #[derive(Clone, Debug)]
 pub struct Lines(Arc<LineQueue>);
 
@@ -157,7 +157,7 @@ impl Lines {
         thread::spawn(move || {
             loop {
                 let line = queue.next();
-                // Nobody reading is no reason to end.
+                // A closed reader is no reason to stop.
                 let _ = writeln!(stream, "{line}").and_then(|()| stream.flush());
             }
         });

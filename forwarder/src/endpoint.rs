@@ -10,7 +10,7 @@ use crate::authority::{self, AuthorityError};
 /// Where `tunnel-local` takes agents.
 const LOCAL_PATH: PathAndQuery = PathAndQuery::from_static("/_ws");
 
-/// Why a text is no endpoint.
+/// Why a text is not a valid endpoint.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum EndpointError {
     /// Not an address at all, or one of another scheme.
@@ -47,7 +47,7 @@ impl Endpoint {
         )
     }
 
-    /// The address with a query that asks for a tunnel by name.
+    /// The address with a query that requests a tunnel id.
     pub fn asking_for(&self, tunnel_id: Option<&TunnelId>) -> String {
         tunnel_id.map_or_else(|| self.0.to_string(), |id| self.with_query("tunnel_id", id))
     }

@@ -1,4 +1,4 @@
-//! What happens to a tunnel, for whoever watches.
+//! What happens to a tunnel, for its observers.
 
 use std::time::Duration;
 

@@ -50,7 +50,7 @@ impl From<&TunnelError> for Exit {
 /// Why the executable ends otherwise than as asked.
 struct ExitFailure {
     exit: Exit,
-    /// Empty where everything has been said.
+    /// Empty if there is nothing left to say.
     text: String,
 }
 
@@ -131,7 +131,7 @@ async fn open(tunnels: Vec<Settings>, stdout: &Lines, stderr: &Lines) -> Result<
     }
 }
 
-/// Gives up a tunnel id, and returns what to tell the user.
+/// Gives up a tunnel id, and returns the message for the user.
 async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<String, ExitFailure> {
     let existed = handshake::release(settings, tunnel_id)
         .await
@@ -171,7 +171,7 @@ fn raise_open_files() {
     }
 }
 
-/// Requests to stop: Ctrl-C, and on Unix SIGTERM and the terminal's SIGHUP. Listened to from the first on, so that none is lost.
+/// Requests to stop: Ctrl-C, and on Unix SIGTERM and the terminal's SIGHUP. Registered before the first await, so that none is lost.
 #[cfg(unix)]
 struct Signals {
     interrupt: tokio::signal::unix::Signal,

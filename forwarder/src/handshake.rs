@@ -41,7 +41,7 @@ const MAX_EARLY_BYTES: usize = 4 * 1024 * 1024;
 /// A connection over which messages go.
 pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-/// An open connection, and what the service said first.
+/// An open connection, and the first message of the service.
 #[derive(Debug)]
 pub struct Opened {
     /// The connection.
@@ -63,16 +63,16 @@ pub enum HandshakeError {
     NameTaken,
     /// 400, with the service's words.
     Invalid(String),
-    /// The service would let in visitors whom this agent keeps out.
+    /// The service would admit visitors whom this agent refuses.
     Unprotected,
     /// Anything that may be better at the next try.
     Unreachable(String),
 }
 
-/// Opens a connection that asks for `tunnel_id` and takes over from `previous`.
+/// Opens a connection that requests `tunnel_id` and takes over from `previous`.
 ///
 /// # Errors
-/// When the service cannot be reached or refuses.
+/// If the service cannot be reached or refuses.
 pub async fn open(
     settings: &Settings,
     tunnel_id: Option<&TunnelId>,
@@ -91,10 +91,10 @@ pub async fn open(
     }
 }
 
-/// Gives a tunnel id up, and tells whether it was this agent's; otherwise it was nobody's.
+/// Gives up a tunnel id, and returns whether this agent owned it; if not, no one did.
 ///
 /// # Errors
-/// When the service cannot be reached or refuses.
+/// If the service cannot be reached or refuses.
 pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, HandshakeError> {
     let released = async {
         let mut socket = connect(settings, settings.endpoint.releasing(tunnel_id)).await?;

@@ -38,7 +38,7 @@ use tunnel_protocol::body::budget::BodyBudget;
 
 use crate::{event::Event, settings::Settings, tunnel::TunnelError};
 
-/// Is told what happens, by the name of the tunnel it happens to. Must not block.
+/// Receives events, with the name of the tunnel they concern. Must not block.
 pub type Observer = Arc<dyn Fn(&str, Event) + Send + Sync>;
 
 /// Keeps all `tunnels` open until `stop` is cancelled, and then lets the requests in flight finish.

@@ -141,7 +141,7 @@ impl Origin {
     /// Makes a request of a message with its body. Only path and query of its address are the visitor's to choose.
     ///
     /// # Errors
-    /// When the message is no request that HTTP allows.
+    /// If the message is not a valid HTTP request.
     pub fn request(
         &self,
         message: &HttpRequest,
@@ -199,7 +199,7 @@ impl Origin {
     /// whose body is still at hand, is made once more then, on a new connection.
     ///
     /// # Errors
-    /// When it cannot be reached or does not answer as HTTP asks for.
+    /// If it cannot be reached or does not answer as HTTP asks for.
     pub async fn call(&self, request: OriginRequest) -> Result<Response<Incoming>, OriginError> {
         let again = request.again();
         let failed = match self.attempt(&self.pooled, request).await {

@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
-/// connection serves a tunnel, so that none is sent here in vain.
+/// connection serves a tunnel, so that no request is refused here.
 const HANDOVER_TIME: Duration = Duration::from_secs(7);
 /// How long a connection may take to end once the agent is told to stop: requests in flight, what is on its way, and the service's
 /// goodbye together.
@@ -119,7 +119,7 @@ impl RequestLine {
 /// Why no more requests are taken.
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Departure {
-    /// The agent was told to stop.
+    /// The agent is stopping.
     Stopped,
     /// Another connection of this agent serves the tunnel.
     Moved,

@@ -31,7 +31,7 @@ pub struct Settings {
     pub endpoint: Endpoint,
     /// What the agent authenticates with.
     pub token: Option<Secret>,
-    /// The tunnel id to ask for; the service picks one if there is none.
+    /// The tunnel id to request; without one the service picks one.
     pub tunnel_id: Option<TunnelId>,
     /// The file that remembers ids that the service picked; without it they are forgotten with the process. See
     /// [`crate::tunnel_ids`].
@@ -291,7 +291,7 @@ impl Layer {
     /// The settings of the tunnel `name`, with defaults for what this layer leaves open.
     ///
     /// # Errors
-    /// When there is no endpoint, or values cannot be used.
+    /// If there is no endpoint, or values cannot be used.
     pub fn settings(self, name: &str) -> Result<Settings, LayerError> {
         let target_tls = self.target_tls()?;
         let request_timeout = self.request_timeout.map_or(REQUEST_TIMEOUT, Into::into);

@@ -6,7 +6,7 @@ use http::uri::{Authority, Scheme, Uri};
 
 use crate::authority::{self, AuthorityError};
 
-/// Why a text is no target.
+/// Why a text is not a valid target.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum TargetError {
     /// Not an address, or one of another scheme.

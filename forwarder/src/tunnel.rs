@@ -48,10 +48,10 @@ pub enum TunnelError {
         "the service refused this agent: pass a valid token with --token, TTF_TOKEN, or `token` in the config file"
     )]
     Unauthorized,
-    /// The tunnel id is somebody else's.
+    /// The tunnel id belongs to another owner.
     #[error("the tunnel id {0} belongs to another owner: choose another with --tunnel-id")]
     NameTaken(String),
-    /// What the agent asked for is not valid.
+    /// The service refused the handshake as invalid.
     #[error("the service refused the handshake: {0}")]
     Invalid(String),
     /// The service does not know rules about visitors.
@@ -67,7 +67,7 @@ pub enum TunnelError {
 /// Keeps a tunnel open until `stop` is cancelled. What it holds of bodies counts towards `budget`.
 ///
 /// # Errors
-/// When trying again would not help.
+/// If trying again would not help.
 pub async fn run(
     settings: Settings,
     observer: Observer,
@@ -104,7 +104,7 @@ pub async fn run(
         // What serves still takes nothing new: this agent is about to end.
         tunnel.stop.cancel();
     }
-    // Sessions that were taken over from end with their last request, or when they are told to stop.
+    // Sessions that have handed over end with their last request, or when they are stopped.
     while tunnel.sessions.join_next().await.is_some() {}
     outcome
 }
@@ -112,9 +112,9 @@ pub async fn run(
 struct Tunnel {
     context: TunnelContext,
     stop: CancellationToken,
-    /// What is asked for: in the end what the service gave.
+    /// The id to request: once the service has assigned one, that one.
     tunnel_id: Option<TunnelId>,
-    /// What the memory had, until the service has said whose it is.
+    /// The remembered id, until the service has accepted or refused it.
     recalled: Option<TunnelId>,
     memory: Option<TunnelIdStore>,
     backoff: Backoff,
@@ -264,7 +264,7 @@ impl Tunnel {
         }
     }
 
-    /// Forgets an id that has become somebody else's since the last run, and lets the service pick another.
+    /// Forgets a remembered id that now belongs to another owner, and lets the service pick another.
     async fn forget(&mut self) {
         let forgotten = self.tunnel_id.take();
         warn!(

@@ -112,7 +112,7 @@ impl TunnelIdStore {
         })
     }
 
-    /// The tunnel id to ask for.
+    /// The tunnel id to request.
     pub fn tunnel_id(&self) -> Option<&TunnelId> {
         self.entry.tunnel_id.as_ref()
     }

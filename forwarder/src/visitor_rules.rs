@@ -1,4 +1,4 @@
-//! Which visitors a tunnel lets in, as its user writes it. The service keeps to it; what it is given are hashes.
+//! Which visitors a tunnel admits, as its user writes it. The service enforces it, and gets only hashes.
 
 use std::str::FromStr;
 
@@ -16,15 +16,15 @@ use crate::settings::Secret;
 pub struct PolicyArgs {
     /// `USER:PASSWORD` pairs of which a visitor must have one.
     pub basic_auth: Option<Vec<Secret>>,
-    /// Networks that visitors may come from; without any, all.
+    /// Networks from which visitors are admitted; if empty, from everywhere.
     pub allow: Option<Vec<Cidr>>,
-    /// Networks that visitors may not come from.
+    /// Networks from which visitors are refused.
     pub deny: Option<Vec<Cidr>>,
     /// `NAME: VALUE` fields that each request must have.
     pub require_header: Option<Vec<Secret>>,
 }
 
-/// What is wrong with the rules. Tells no secret.
+/// What is wrong with the rules. Reveals no secret.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum PolicyArgsError {
     /// Not a name with a password.
@@ -42,7 +42,7 @@ pub enum PolicyArgsError {
     PolicyError(#[from] PolicyError),
 }
 
-/// Rules that are complete and can be kept to. No rules let every visitor in.
+/// Validated rules. Without rules every visitor is admitted.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
     basic_auth: Vec<Secret>,
@@ -55,7 +55,7 @@ impl PolicyArgs {
     /// Checks them.
     ///
     /// # Errors
-    /// When one is malformed, or there are more than the service takes.
+    /// If one is malformed, or there are more than the service takes.
     pub fn check(self) -> Result<Policy, PolicyArgsError> {
         let basic_auth = self.basic_auth.unwrap_or_default();
         if !basic_auth
@@ -84,7 +84,7 @@ impl PolicyArgs {
 }
 
 impl Policy {
-    /// Whether every visitor is let in.
+    /// Whether every visitor is admitted.
     pub fn is_empty(&self) -> bool {
         self.basic_auth.is_empty()
             && self.require_header.is_empty()
@@ -92,7 +92,7 @@ impl Policy {
             && self.deny.is_empty()
     }
 
-    /// What one connection tells the service, with a salt of its own; none where every visitor is let in.
+    /// What one connection sends to the service, with its own salt; `None` if every visitor is admitted.
     pub fn for_one_connection(&self) -> Option<VisitorPolicy> {
         (!self.is_empty()).then(|| {
             self.access(rand::rng().random())

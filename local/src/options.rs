@@ -32,7 +32,7 @@ pub struct Options {
     pub quotas: Quotas,
     /// Most requests of one tunnel at once; 0 means no limit.
     pub max_concurrent_requests: u32,
-    /// Most new requests of one tunnel in a second, and twice that at once after a pause; 0 is no limit.
+    /// Most new requests of one tunnel per second, and twice as many at once after a pause; 0 means no limit.
     pub max_requests_per_second: u32,
     /// Most tunnel ids that one owner may have; 0 means no limit.
     pub max_tunnel_ids_per_owner: u32,
@@ -64,7 +64,7 @@ impl fmt::Debug for JwtIssuer {
 /// How much of AWS requests see on their way.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Transport {
-    /// The functions speak to each other and to agents within the process. What else they do is the same.
+    /// The functions exchange messages with each other and with agents within the process. Everything else is the same.
     #[default]
     InProcess,
     /// Every step is as in AWS: agents' messages are events, agents are posted to through @connections, and replies come back
@@ -119,7 +119,7 @@ impl Options {
     /// Checks what can be checked before anything is opened.
     ///
     /// # Errors
-    /// When the settings contradict each other.
+    /// If the settings contradict each other.
     pub fn validate(&self) -> Result<(), OptionsError> {
         let is_private = Self::is_private(self.listen, self.public_url.as_ref());
         if self.auth == AuthMode::Open && !is_private {

@@ -39,7 +39,7 @@ const DYNAMODB_PORT: u16 = 8701;
 /// Where it sends their calls of @connections.
 const CONNECTIONS_PORT: u16 = 8702;
 /// The addresses the ports are opened on: this machine's own, and that of Docker's bridge on Linux, under which containers reach
-/// this machine. What is served are samples; nothing of anybody's.
+/// this machine. Only sample data is served.
 const ADDRESSES: [IpAddr; 2] = [
     IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
     IpAddr::V4(std::net::Ipv4Addr::new(172, 17, 0, 1)),
@@ -50,7 +50,7 @@ const MAX_QUEUED_COMMANDS: usize = 128;
 
 /// The connection that the events come from.
 const CONNECTION: &str = "L0SM9cOFvHcCIhw=";
-/// The tunnel that they ask for.
+/// The tunnel that they request.
 const TUNNEL: &str = "sample";
 /// The token that events/connect.json carries.
 const TOKEN: &str = "sample";
@@ -58,7 +58,7 @@ const TOKEN: &str = "sample";
 /// Serves the samples until `stopped`.
 ///
 /// # Errors
-/// When the ports are taken.
+/// If the ports are taken.
 pub(crate) async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let database = dynamodb::open(None)?;

@@ -117,7 +117,7 @@ impl Server {
     /// Starts everything, and returns when requests can come.
     ///
     /// # Errors
-    /// When an address is taken, data cannot be opened, or the options contradict each other.
+    /// If an address is taken, data cannot be opened, or the options contradict each other.
     pub fn start(
         options: Options,
     ) -> Pin<Box<dyn Future<Output = Result<Self, ServerError>> + Send>> {
@@ -187,10 +187,10 @@ impl Server {
         })
     }
 
-    /// Makes an agent token for somebody and returns it.
+    /// Creates an agent token with a name and returns it.
     ///
     /// # Errors
-    /// When the tables do not answer.
+    /// If the tables do not answer.
     pub async fn create_token(&self, name: &str) -> Result<String, StoreError> {
         self.tables.tokens.create(name, None, now()).await
     }
@@ -213,7 +213,7 @@ impl Server {
     /// Closes a connection, an agent's or a function's.
     ///
     /// # Errors
-    /// When it is not open.
+    /// If it is not open.
     pub fn disconnect(&self, connection: &ConnectionId) -> Result<(), PostError> {
         self.connections.close(connection)
     }

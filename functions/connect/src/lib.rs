@@ -20,7 +20,7 @@ use tunnel_service::{
     tables::tunnels::{Claim, TunnelsTable},
 };
 
-/// The query parameter with which an agent asks for a tunnel by name.
+/// The query parameter with which an agent requests a tunnel id.
 const TUNNEL_ID: &str = "tunnel_id";
 /// The query parameter that names a tunnel in its stead, for a connection that is to give it up.
 const RELEASE: &str = "release";
@@ -39,7 +39,7 @@ pub struct Settings {
     pub tunnels_table: String,
     /// The name of the connections table.
     pub connections_table: String,
-    /// Most tunnel ids of one owner; 0 is no limit.
+    /// Most tunnel ids of one owner; 0 means no limit.
     pub max_tunnel_ids: u32,
 }
 
@@ -73,7 +73,7 @@ pub struct Connect {
     max_tunnel_ids: u32,
 }
 
-/// A connection that asks to be let in.
+/// A handshake that the service has to accept or refuse.
 #[derive(Clone, Debug)]
 pub struct Handshake {
     /// The id that the connection will have.
@@ -115,7 +115,7 @@ impl Purpose {
 pub enum Caller {
     /// An agent.
     Agent(Identity),
-    /// Whoever holds this ticket. Whether it is good is found when it is redeemed.
+    /// The holder of this ticket. Redeeming it shows whether it is valid.
     TicketHolder(String),
 }
 
@@ -129,7 +129,7 @@ pub enum Admission {
         /// The tunnel.
         tunnel_id: TunnelId,
     },
-    /// A reply connection is let in.
+    /// A reply connection is accepted.
     ReplyConnection,
     /// The handshake is refused.
     Refused(HandshakeRefusal),
@@ -140,7 +140,7 @@ pub enum Admission {
 pub enum HandshakeRefusal {
     /// The caller proves nothing.
     NotAuthorized,
-    /// The tunnel id asked for is not one.
+    /// The requested tunnel id is not valid.
     InvalidTunnelId(IdError),
     /// The tunnel id belongs to another owner.
     NameTaken(TunnelId),
@@ -153,7 +153,7 @@ impl HandshakeRefusal {
     pub fn status(&self) -> u16 {
         match self {
             Self::NotAuthorized => 401,
-            // 400, on which agents end. One that tried again would be refused until its owner releases an id.
+            // 400, because agents exit on it. Trying again would be refused until the owner releases an id.
             Self::InvalidTunnelId(_) | Self::TooManyTunnelIds(_) => 400,
             Self::NameTaken(_) => 409,
         }
@@ -193,7 +193,7 @@ impl From<HandshakeRefusal> for RouteResponse {
     }
 }
 
-/// Why there is no answer: the fault is ours, not the agent's.
+/// Why there is no answer: an error of the service, not of the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The event is of another kind.
@@ -229,7 +229,7 @@ impl Connect {
     /// Handles an event.
     ///
     /// # Errors
-    /// When the event is of another kind or the tables do not answer. A refusal is an answer.
+    /// If the event is of another kind or the tables do not answer. A refusal is an answer.
     pub async fn handle(
         &self,
         event: ApiGatewayWebsocketProxyRequest,
@@ -243,7 +243,7 @@ impl Connect {
     /// Decides on a handshake.
     ///
     /// # Errors
-    /// When it cannot be decided now: the tables or the issuer of JSON Web Tokens do not answer.
+    /// If it cannot be decided now: the tables or the issuer of JSON Web Tokens do not answer.
     pub async fn serve(&self, handshake: &Handshake) -> Result<Admission, ConnectError> {
         match self.identify(handshake).await? {
             Some(caller) => self.admit(handshake, caller).await,
@@ -254,7 +254,7 @@ impl Connect {
     /// The first half of [`Connect::serve`]: who is calling. `None` when the caller proves nothing.
     ///
     /// # Errors
-    /// When it cannot be decided now.
+    /// If it cannot be decided now.
     pub async fn identify(&self, handshake: &Handshake) -> Result<Option<Caller>, ConnectError> {
         if handshake.purpose == Purpose::TakeReplies {
             let ticket = token::bearer(&handshake.headers);
@@ -267,10 +267,10 @@ impl Connect {
         Ok(identity.map(Caller::Agent))
     }
 
-    /// The second half of [`Connect::serve`]: whether `caller` may have what it asks for. If so, the connection is recorded.
+    /// The second half of [`Connect::serve`]: whether `caller` may have the tunnel id that it requests. If so, the connection is recorded.
     ///
     /// # Errors
-    /// When the tables do not answer.
+    /// If the tables do not answer.
     pub async fn admit(
         &self,
         handshake: &Handshake,
@@ -333,7 +333,7 @@ impl Connect {
         }))
     }
 
-    /// Whether a tunnel id is nobody else's. It is not claimed: a caller who only comes to release it must not leave it owned.
+    /// Whether no one else owns a tunnel id. It is not claimed: a caller that only releases it must not leave it owned.
     async fn may_release(
         &self,
         tunnel_id: &TunnelId,

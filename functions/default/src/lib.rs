@@ -53,7 +53,7 @@ pub struct DefaultRoute {
     features: Vec<Feature>,
 }
 
-/// Why a message was not handled: the fault is ours. API Gateway tells the agent "Internal server error".
+/// Why a message was not handled: an error of the service. API Gateway sends the agent "Internal server error".
 #[derive(Debug, thiserror::Error)]
 pub enum DefaultRouteError {
     /// The event is of another kind.
@@ -116,7 +116,7 @@ impl DefaultRoute {
     /// Handles an event.
     ///
     /// # Errors
-    /// When the event is of another kind, or the tables or @connections do not answer.
+    /// If the event is of another kind, or the tables or @connections do not answer.
     pub async fn handle(
         &self,
         event: ApiGatewayWebsocketProxyRequest,
@@ -134,7 +134,7 @@ impl DefaultRoute {
     /// Handles a message that `sender` sent.
     ///
     /// # Errors
-    /// When the tables or @connections do not answer.
+    /// If the tables or @connections do not answer.
     pub async fn message(
         &self,
         sender: &ConnectionId,
@@ -194,7 +194,7 @@ impl DefaultRoute {
         Ok(RouteResponse::ok())
     }
 
-    /// Puts the sender's tunnel online and tells it the address.
+    /// Puts the sender's tunnel online and sends it the address.
     async fn open(
         &self,
         sender: &ConnectionId,
@@ -217,7 +217,7 @@ impl DefaultRoute {
             .transpose()
         {
             Ok(access) => access.map(Arc::new),
-            // Without them the tunnel would be open to everybody.
+            // Without it the tunnel would be open to everyone.
             Err(error) => return self.refuse_access(sender, &error).await,
         };
         let address = self.address(sender, agent.tunnel_id.clone());
@@ -236,7 +236,7 @@ impl DefaultRoute {
         self.establish(&candidate, address).await
     }
 
-    /// Lets a connection that has said `ready` serve its tunnel, and tells it and whoever served until then.
+    /// Lets a connection that has sent `ready` serve its tunnel, and notifies it and the one that served until then.
     async fn establish(
         &self,
         candidate: &Candidate,
@@ -269,7 +269,7 @@ impl DefaultRoute {
                 }
             }
             Standing::Left | Standing::Outranked => {
-                // Agents of earlier versions hear nothing before this message.
+                // Agents of earlier versions ignore everything before this message.
                 self.post(id, &established).await?;
                 self.ownership
                     .notify_replaced(id, &opened.features, TAKEN_OVER)
@@ -307,7 +307,7 @@ impl DefaultRoute {
         Ok(RouteResponse::refused(400, "invalid_access", &message))
     }
 
-    /// Makes the sender's tunnel id nobody's, and tells the connection that served the tunnel.
+    /// Releases the sender's tunnel id, and notifies the connection that served the tunnel.
     async fn release(&self, sender: &ConnectionId) -> Result<RouteResponse, DefaultRouteError> {
         let Some(Connection::Agent(agent)) = self.ownership.connections.get(sender, now()).await?
         else {
@@ -346,7 +346,7 @@ impl DefaultRoute {
     /// - One that serves and was told another address than the tunnel's is told that.
     ///
     /// # Errors
-    /// When the tables or @connections do not answer.
+    /// If the tables or @connections do not answer.
     pub async fn check(&self, connection: &ConnectionId) -> Result<bool, DefaultRouteError> {
         let agent = match self.ownership.connections.get(connection, now()).await? {
             Some(Connection::Agent(agent)) => agent,
@@ -392,7 +392,7 @@ impl DefaultRoute {
             .await
     }
 
-    /// Tells the agent that serves a tunnel if the tunnel's address is another than it was told.
+    /// Notifies the agent that serves a tunnel if the tunnel's address differs from the one it was sent.
     async fn check_url(&self, serving: &Candidate) -> Result<(), DefaultRouteError> {
         let public_url = self.public_url.of(&serving.agent.tunnel_id, self.routing);
         let opened = &serving.opened;
@@ -463,7 +463,7 @@ impl DefaultRoute {
         }
     }
 
-    /// Sends to an agent. That it is gone meanwhile is no failure.
+    /// Sends to an agent. If the agent has gone meanwhile, that is not an error.
     async fn post(&self, to: &ConnectionId, message: &ToAgent) -> Result<(), PostError> {
         match self.agents().post(to, message).await {
             Err(PostError::Gone) => {

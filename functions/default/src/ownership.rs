@@ -1,4 +1,4 @@
-//! Who serves a tunnel: of its owner's open connections that have said `ready`, the newest.
+//! Who serves a tunnel: the newest of its owner's open connections that have sent `ready`.
 //!
 //! States are published by one function and believed by another, and messages, calls and answers are lost, late or repeated. So
 //! nothing here trusts what it read earlier: a tunnel changes hands in one transaction, which fails if another connection was
@@ -26,9 +26,9 @@ use crate::DefaultRouteError;
 pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_millis(800);
 /// How often a tunnel is looked at that changes hands meanwhile.
 const ATTEMPTS: u32 = 5;
-/// What a connection that lost its tunnel to another one is told.
+/// The reason sent to a connection that lost its tunnel to another one.
 pub(crate) const TAKEN_OVER: &str = "another connection of the tunnel's owner has taken it over";
-/// What a connection is told whose tunnel id was released.
+/// The reason sent to a connection whose tunnel id was released.
 pub(crate) const RELEASED: &str = "the tunnel id was released and no longer belongs to this agent";
 
 /// The tables and connections that decide who serves a tunnel.
@@ -39,7 +39,7 @@ pub(crate) struct Ownership {
     pub(crate) agents: AgentConnections,
 }
 
-/// A connection that has said `ready`.
+/// A connection that has sent `ready`.
 #[derive(Clone, Debug)]
 pub(crate) struct Candidate {
     pub(crate) id: ConnectionId,
@@ -50,12 +50,12 @@ pub(crate) struct Candidate {
 /// How a connection stands to its tunnel.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Standing {
-    /// It serves the tunnel, in place of the connection named here if that has to be told.
+    /// It serves the tunnel, in place of the connection named here, if that one has to be notified.
     Serves {
         /// The connection that served until now.
         before: Option<Online>,
     },
-    /// A newer one serves the tunnel, and said that it takes over from this one, which is to finish what it has.
+    /// A newer one serves the tunnel and named this one in `previous`; this one finishes what it has.
     Left,
     /// A newer one serves the tunnel.
     Outranked,
@@ -66,7 +66,7 @@ pub(crate) enum Standing {
 }
 
 impl Candidate {
-    /// A connection that is on record, if it has said `ready`.
+    /// A recorded connection, if it has sent `ready`.
     pub(crate) fn of(id: &ConnectionId, agent: AgentConnection) -> Option<Self> {
         let opened = agent.opened.clone()?;
         Some(Self {
@@ -92,7 +92,7 @@ impl Ownership {
     /// connection does, or if a newer one does that is gone.
     ///
     /// # Errors
-    /// When the tables or @connections do not answer. Whether the tunnel has changed hands is not known then.
+    /// If the tables or @connections do not answer. Whether the tunnel has changed hands is not known then.
     pub(crate) async fn settle(
         &self,
         candidate: &Candidate,
@@ -104,7 +104,7 @@ impl Ownership {
             };
             let online = candidate.online();
             let from = match &tunnel.online {
-                // An earlier attempt may have succeeded though its answer was lost: then `before` still has to be told.
+                // An earlier attempt may have succeeded although its answer was lost; then `before` still has to be notified.
                 Some(serving) if *serving == online => return Ok(Standing::Serves { before }),
                 Some(serving) if serving.connection_id == candidate.id => Some(serving),
                 Some(serving) => {
@@ -149,7 +149,7 @@ impl Ownership {
     /// served before goes on.
     ///
     /// # Errors
-    /// When the tables or @connections do not answer.
+    /// If the tables or @connections do not answer.
     pub(crate) async fn withdraw(
         &self,
         gone: &Candidate,

@@ -35,7 +35,7 @@ pub(crate) struct Relay {
     known: Arc<Mutex<HashSet<ConnectionId>>>,
 }
 
-/// As much of a message as tells where it goes. The body is skipped, not read.
+/// The part of a message that says where it goes. The body is skipped, not decoded.
 #[derive(Deserialize)]
 struct Address<'m> {
     #[serde(borrow, rename = "type")]
@@ -52,7 +52,7 @@ impl Relay {
         }
     }
 
-    /// Passes a message that names a reply connection on as it is, and tells whether it did.
+    /// Passes on a message that names a reply connection, unchanged, and returns whether it did.
     pub(crate) async fn pass_on(
         &self,
         sender: &ConnectionId,

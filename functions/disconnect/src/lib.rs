@@ -58,7 +58,7 @@ pub struct Ended {
     pub code: Option<u16>,
 }
 
-/// Why there is no answer: the fault is ours.
+/// Why there is no answer: an error of the service.
 #[derive(Debug, thiserror::Error)]
 pub enum DisconnectError {
     /// The event is of another kind.
@@ -89,7 +89,7 @@ impl Disconnect {
     /// Handles an event.
     ///
     /// # Errors
-    /// When the event is of another kind or the tables do not answer.
+    /// If the event is of another kind or the tables do not answer.
     pub async fn handle(
         &self,
         event: ApiGatewayWebsocketProxyRequest,
@@ -110,7 +110,7 @@ impl Disconnect {
     /// Forgets a connection that has ended, and marks its tunnel offline if it served it.
     ///
     /// # Errors
-    /// When the tables do not answer.
+    /// If the tables do not answer.
     pub async fn serve(&self, ended: &Ended) -> Result<(), DisconnectError> {
         let id = &ended.connection;
         // First the connection is kept from taking the tunnel any more, and only at the end it is forgotten. So each step can be

@@ -1,4 +1,4 @@
-//! What a visitor sees when there is no response of the local service to show.
+//! What a visitor sees when there is no response from the local service to show.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use tunnel_service::{agents::PostError, auth::AuthError, tables::dynamodb::Store
 
 use crate::response::{self, ResponseBody};
 
-/// When an offline tunnel may be back: agents reconnect within seconds.
+/// `Retry-After` for an offline tunnel: agents reconnect within seconds.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
-/// Why a visit has no response of the local service. Each has a stable code, in the `X-Tunnel-Error` header and in the body.
+/// Why a request has no response from the local service. Each has a stable code, in the `X-Tunnel-Error` header and in the body.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// The address names no tunnel that exists.
@@ -22,7 +22,7 @@ pub enum ForwardError {
         "There is no tunnel at this address. Check the address, or start the agent with this tunnel id."
     )]
     NoSuchTunnel,
-    /// Whoever asks for a tunnel's status does not say who that is.
+    /// A tunnel's status was requested without a valid token.
     #[error(
         "Only the tunnel's owner can see this. Send the owner's token in a header: Authorization: Bearer TOKEN"
     )]
@@ -32,16 +32,16 @@ pub enum ForwardError {
         "The tunnel exists, but its agent is not connected right now. Try again in a few seconds."
     )]
     Offline,
-    /// The tunnel asks for a name and a password, and the visitor has sent none that it knows.
+    /// The tunnel requires a user name and a password, and the visitor has sent none or the wrong ones.
     #[error("This tunnel requires a user name and a password.")]
     Unauthorized(TunnelId),
-    /// The tunnel does not let this visitor in.
+    /// The visitor policy refuses this visitor.
     #[error("Access denied: {0}.")]
     Forbidden(&'static str),
-    /// The tunnel has as many requests as the service lets it have. The next may come after this time.
+    /// The tunnel has reached its limit of requests. The next one may come after this time.
     #[error("Too many requests for this tunnel. Try again in {} s.", seconds(*.0))]
     RateLimited(Duration),
-    /// The agent has not taken the request, because another connection serves the tunnel now.
+    /// The agent returned the request, because another connection serves the tunnel now.
     #[error("The tunnel has just moved to another connection of its agent. Try again.")]
     Moved,
     /// The agent's connection ended before its reply did.
@@ -49,7 +49,7 @@ pub enum ForwardError {
         "The agent's connection ended before it answered. The local service may have seen the request."
     )]
     AgentLost,
-    /// The agent takes no more requests.
+    /// The agent accepts no more requests.
     #[error("The agent cannot take more requests right now. Try again in a moment.")]
     AgentBusy,
     /// The agent could not reach the local service, or it broke off.
@@ -58,7 +58,7 @@ pub enum ForwardError {
     /// The local service, or the way to it, took too long.
     #[error("The local service did not answer in time.")]
     LocalTimeout,
-    /// What the agent replied is no response.
+    /// The agent's reply is not a valid response.
     #[error("The agent's reply is not a valid HTTP response: {0}")]
     InvalidReply(String),
     /// A body is over a limit.
@@ -67,7 +67,7 @@ pub enum ForwardError {
     /// The visitor's request is malformed or broke off.
     #[error("The request is not valid: {0}")]
     BadRequest(String),
-    /// The visitor asked for a host that is not this service's.
+    /// The request is for a host that is not this service's.
     #[error("{0}")]
     ForeignHost(String),
     /// The visitor's request line and headers are too long.
@@ -76,7 +76,7 @@ pub enum ForwardError {
     /// The request's body is coded in a way that is not undone here.
     #[error("The request was refused: {0}")]
     UnsupportedEncoding(String),
-    /// A fault of ours; the cause is for the log.
+    /// The service failed; the cause goes to the log.
     #[error("The tunnel service failed. Its log says why.")]
     Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
@@ -139,7 +139,7 @@ impl ForwardError {
         }
     }
 
-    /// The answer: a page for browsers, JSON for everybody else.
+    /// The answer: a page for browsers, JSON for all others.
     pub fn into_response(self, wants_html: bool) -> Response<ResponseBody> {
         let (status, code, sentence) = (self.status(), self.code(), self.to_string());
         let (content_type, body) = if wants_html {
@@ -203,7 +203,7 @@ fn page(status: StatusCode, code: &str, sentence: &str) -> String {
 }
 
 impl ForwardError {
-    /// What it means to a visitor of `tunnel` not to be let in.
+    /// The error for a visitor whom the policy of `tunnel` refuses.
     pub fn of_denied(denied: DeniedError, tunnel: &TunnelId) -> Self {
         match denied {
             DeniedError::Unauthorized => Self::Unauthorized(tunnel.clone()),

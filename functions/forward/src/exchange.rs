@@ -84,7 +84,7 @@ pub(crate) async fn run(
     Err(ForwardError::Moved)
 }
 
-/// Who asks to be let in. Each connection that a request may be sent to has its own rules.
+/// The visitor, as the policy sees it. Each connection that a request may be sent to has its own policy.
 struct Visitor {
     /// `None` when what the front says is not an address.
     address: Option<IpAddr>,
@@ -138,7 +138,7 @@ struct Upload {
     sent_bytes: Arc<AtomicU64>,
 }
 
-/// A request that is with its agent. Dropped before its end, it tells the agent to drop it as well.
+/// A request that has been sent to its agent. If dropped before its end, it tells the agent to cancel it.
 pub(crate) struct Exchange {
     state: Arc<State>,
     online: Online,

@@ -33,7 +33,7 @@ impl FirstMessage {
     /// Builds the message for the agent of `online`.
     ///
     /// # Errors
-    /// When the request is too large for the tunnel, or breaks off.
+    /// If the request is too large for the tunnel, or breaks off.
     pub(crate) async fn build(
         request: VisitorRequest,
         path: &TunnelPath,

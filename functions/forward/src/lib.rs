@@ -1,7 +1,7 @@
 //! Visitors' requests: route, find the tunnel, send to its agent, wait for the reply, answer.
 //!
 //! The life of a request follows the files: [`request`] reads what a front received, `lookup` finds the tunnel's connection and
-//! with it whom the tunnel lets in, `rate_limit` counts what it has already, `first_message` is what the agent gets, `exchange`
+//! with it the visitor policy, `rate_limit` counts the requests that it already has, `first_message` is what the agent gets, `exchange`
 //! sends it and the rest of its body, `reply` waits for the reply's parts, some of which come over `reply_connection`,
 //! `response_body` gives them out, [`response`] puts them in the form that the front takes, and [`error`] is what the visitor sees
 //! when any of that fails; `request_log` is for the log and CloudWatch. `status` answers owners who ask how their tunnel is.

@@ -104,7 +104,7 @@ impl Lookup {
     /// The connection that serves a tunnel. One whose token is not valid any more serves none: it is closed.
     ///
     /// # Errors
-    /// When there is none, or DynamoDB does not answer.
+    /// If there is none, or DynamoDB does not answer.
     pub(crate) async fn find(&self, id: &TunnelId) -> Result<Online, ForwardError> {
         let arrived = Stopwatch::start();
         let known = self.known_of(id);
@@ -180,10 +180,10 @@ impl Lookup {
         }
     }
 
-    /// Notes, for everybody, that `gone` does not serve a tunnel any more.
+    /// Records, for all processes, that `gone` no longer serves a tunnel.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub(crate) async fn lost(&self, id: &TunnelId, gone: &Online) -> Result<(), ForwardError> {
         self.forget(id, gone);
         Box::pin(self.tunnels.mark_offline(id, &gone.connection_id, now())).await?;

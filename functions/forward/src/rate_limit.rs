@@ -13,7 +13,7 @@ use crate::error::ForwardError;
 
 /// Most requests of one tunnel at once, unless the settings say otherwise. What an agent takes by default.
 pub const MAX_CONCURRENT_REQUESTS: u32 = 1024;
-/// How many seconds' worth of requests may come at once after a pause: a page with all that belongs to it.
+/// How many seconds' worth of requests may arrive at once after a pause: a page with everything on it.
 const BURST_SECONDS: u32 = 2;
 /// `Retry-After` at the limit of requests in flight: most finish sooner.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -44,7 +44,7 @@ struct Usage {
 pub(crate) struct Permit(RateLimiter, TunnelId);
 
 impl RateLimiter {
-    /// Lets each tunnel have `max_concurrent` requests under way and `per_second` new ones; 0 is no limit.
+    /// Lets each tunnel have `max_concurrent` requests in progress and `per_second` new ones; 0 means no limit.
     pub(crate) fn new(max_concurrent: u32, per_second: u32) -> Self {
         let max_concurrent = if max_concurrent == 0 {
             u32::MAX

@@ -91,7 +91,7 @@ impl PendingReply {
     /// The next bytes of the body. `until` limits the wait for them alone.
     ///
     /// # Errors
-    /// When the agent says that it failed, is gone, or is out of time.
+    /// If the agent says that it failed, is gone, or is out of time.
     pub(crate) async fn next(
         &mut self,
         until: Option<Instant>,

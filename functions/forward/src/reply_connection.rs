@@ -1,7 +1,7 @@
 //! The WebSocket connection to our own WebSocket API over which agents' replies are pushed to this execution environment.
 //!
 //! It is opened with the first request, goes on while later ones come, and is opened again when it is found dead. A request that
-//! comes while there is none, or whose reply the connection did not bring, finds its reply in the mailbox.
+//! arrives while there is none, or whose reply did not come over the connection, finds its reply in the mailbox.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},

@@ -31,7 +31,7 @@ const NOT_IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'_')
     .remove(b'~');
 
-/// Where a visit came in, which decides how it is answered.
+/// Where a request arrived, which decides how it is answered.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Ingress {
     /// An HTTP API: takes whole answers only, and gives up after [`HTTP_API_TIMEOUT`].
@@ -84,7 +84,7 @@ pub struct VisitorRequest {
     pub body: VisitorBody,
 }
 
-/// The event is none of an HTTP front, or says nonsense: a fault of the deployment.
+/// The event is not from an HTTP API or function URL, or is malformed: a fault of the deployment.
 #[derive(Debug, thiserror::Error)]
 pub enum EventError {
     /// Another kind of event.
@@ -107,7 +107,7 @@ pub struct RequestSource {
 }
 
 impl VisitorRequest {
-    /// A request as it came over a connection, for fronts that take answers as they come.
+    /// A request that arrived over a connection, for fronts that stream responses.
     pub fn from_http(head: request::Parts, body: VisitorBody, source: RequestSource) -> Self {
         Self {
             front: Ingress::Streaming,
@@ -127,7 +127,7 @@ impl VisitorRequest {
     /// AWS's own, or that of `streaming_url`.
     ///
     /// # Errors
-    /// When it is none of them.
+    /// If it is none of them.
     pub fn from_event(
         event: LambdaRequest,
         streaming_url: Option<&PublicUrl>,
@@ -180,7 +180,7 @@ impl VisitorRequest {
         })
     }
 
-    /// Payload 1.0 has no raw query: it is written anew from the decoded one, in which the order of different keys is lost.
+    /// Payload 1.0 has no raw query: it is rebuilt from the decoded one, in which the order of different keys is lost.
     fn from_v1(event: ApiGatewayProxyRequest) -> Result<Self, EventError> {
         let context = event.request_context;
         let mut headers = as_bytes(event.headers);
@@ -215,7 +215,7 @@ impl VisitorRequest {
     }
 }
 
-/// Whether whoever sent these fields would rather be shown a page.
+/// Whether the sender of these fields prefers a page.
 pub fn wants_html(headers: &HeaderMap) -> bool {
     headers
         .get_all(header::ACCEPT)

@@ -154,7 +154,7 @@ impl RequestLog {
 impl Drop for RequestLog {
     fn drop(&mut self) {
         if let Some(function) = &self.function {
-            // Lambda takes what is written as a log line. Without stdout there is nobody to tell.
+            // Lambda takes what is written as a log line. If stdout is closed, there is no log.
             let _ = writeln!(std::io::stdout(), "{}", self.embedded_metrics(function));
             return;
         }

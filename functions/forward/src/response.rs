@@ -53,7 +53,7 @@ pub fn whole(body: impl Into<Bytes>) -> ResponseBody {
         .boxed_unsync()
 }
 
-/// Sends a visitor elsewhere for good, with the same method and body.
+/// Redirects a visitor permanently, with the same method and body.
 pub(crate) fn moved_permanently(location: &str) -> Response<ResponseBody> {
     let mut response = Response::new(whole(Bytes::new()));
     match HeaderValue::from_str(location) {
@@ -70,7 +70,7 @@ pub(crate) fn moved_permanently(location: &str) -> Response<ResponseBody> {
 /// Collects a response into a whole answer.
 ///
 /// # Errors
-/// When the body breaks off, or the answer is over [`MAX_LAMBDA_PAYLOAD_BYTES`].
+/// If the body breaks off, or the answer is over [`MAX_LAMBDA_PAYLOAD_BYTES`].
 pub async fn buffer(
     response: Response<ResponseBody>,
     payload: Payload,
@@ -150,7 +150,7 @@ fn json_length(answer: &BufferedResponse) -> usize {
             Ok(())
         }
     }
-    // JSON escapes can make a text up to six times longer, so only its JSON tells its length.
+    // JSON escapes can make a text up to six times longer, so its length is only known from its JSON.
     if answer.is_base64_encoded && answer.body.len() + ENVELOPE_BYTES > MAX_LAMBDA_PAYLOAD_BYTES {
         return answer.body.len() + ENVELOPE_BYTES;
     }

@@ -31,7 +31,7 @@ impl Replying {
     /// A reply to a request of `method` with this head and these first bytes of its body.
     ///
     /// # Errors
-    /// When it is not a valid response.
+    /// If it is not a valid response.
     pub(crate) fn new(
         exchange: Exchange,
         head: ReplyHead,
@@ -64,7 +64,7 @@ impl Replying {
         })
     }
 
-    /// The response, which tells `log` how it ends.
+    /// The response, which reports to `log` how it ends.
     pub(crate) fn into_response(self, mut log: RequestLog) -> Response<ResponseBody> {
         let body = if self.has_body && self.first.more {
             let body = Body {
@@ -113,7 +113,7 @@ enum Next {
 }
 
 impl Body {
-    /// The body as a stream: each part is asked for when the one before it has been taken.
+    /// The body as a stream: each part is requested when the one before it has been read.
     fn into_stream(
         self,
         first: ReceivedChunk,
@@ -176,7 +176,7 @@ impl Body {
     }
 }
 
-/// The fields that the visitor gets: what the local service said, without what only we may say.
+/// The fields that the visitor gets: those of the local service, without those that only the tunnel may send.
 fn response_fields(status: StatusCode, mut fields: HeaderMap) -> HeaderMap {
     // RFC 9112, 6.3: it overrides the length. RFC 9110, 8.6: these statuses have none.
     let has_no_length = fields.contains_key(header::TRANSFER_ENCODING)

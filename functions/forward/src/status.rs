@@ -32,7 +32,7 @@ impl Status {
     /// Answers for the tunnel that `name` names.
     ///
     /// # Errors
-    /// When whoever asks does not prove to be its owner, or DynamoDB does not answer.
+    /// If the caller is not the owner, or DynamoDB does not answer.
     pub(crate) async fn answer(
         &self,
         name: &str,

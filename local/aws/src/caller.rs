@@ -1,4 +1,4 @@
-//! Who may call what this process serves on loopback: nobody else on the machine, as a rule.
+//! Who may call what this process serves on loopback: normally only the process itself.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ impl AccessKey {
         Self(Some(key.into()))
     }
 
-    /// Any key will do: for samples, which are nobody's.
+    /// Any key is accepted: for sample data.
     pub fn any() -> Self {
         Self(None)
     }

@@ -35,7 +35,7 @@ use crate::caller::AccessKey;
 
 /// The template that deploys the same tables to AWS.
 const TEMPLATE: &str = include_str!("../../../template.yaml");
-/// How often expired items are removed. The engine never does it by itself.
+/// How often expired items are removed. The engine does not do it on its own.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// The file in a data directory that holds everything.
 const DATABASE_FILE: &str = "tunnel.db";
@@ -51,7 +51,7 @@ pub const PENDING_REQUESTS: &str = "PendingRequestsTable";
 /// The name of the table with the tokens.
 pub const TOKENS: &str = "TokensTable";
 
-/// The table whose name the functions ask for with this variable.
+/// The table whose name the functions read from this variable.
 pub fn table_of_variable(variable: &str) -> Option<&'static str> {
     match variable {
         "TUNNELS_TABLE" => Some(TUNNELS),
@@ -125,7 +125,7 @@ impl DirectoryLock {
     /// Creates the directory if need be, and takes it.
     ///
     /// # Errors
-    /// When it cannot be used, or another server has it.
+    /// If it cannot be used, or another server has it.
     pub fn acquire(directory: &Path) -> Result<Self, DataError> {
         create_private(directory)?;
         let path = directory.join(LOCK_FILE);
@@ -190,7 +190,7 @@ fn private_file(path: &Path) -> Result<File, DataError> {
 /// Opens the engine's data; without a directory it forgets all at the end.
 ///
 /// # Errors
-/// When the directory cannot be used.
+/// If the directory cannot be used.
 pub fn open(data: Option<&Path>) -> Result<Database, DataError> {
     let Some(directory) = data else {
         return Database::memory().map_err(DataError::Memory);
@@ -245,7 +245,7 @@ struct Endpoint {
 
 /// Why a call of the API fails.
 enum DynamoDbError {
-    /// Signed by somebody else.
+    /// Signed with another key.
     Unauthorized,
     /// The process is ending.
     Unavailable,
@@ -397,7 +397,7 @@ pub struct Index {
 /// be repeated, and so finishes what an earlier start did not.
 ///
 /// # Errors
-/// When the engine refuses one.
+/// If the engine refuses one.
 pub async fn create_tables(client: &Client) -> Result<(), DataError> {
     let failed = |table: &str, error: &dyn std::error::Error| DataError::Table {
         table: table.to_owned(),
@@ -541,7 +541,7 @@ fn cause_of(error: &dyn std::error::Error) -> String {
 /// The tables that the template describes.
 ///
 /// # Errors
-/// When one of them is not spelled out literally.
+/// If one of them is not spelled out literally.
 pub fn tables() -> Result<Vec<Table>, DataError> {
     let template: Value = serde_yaml_ng::from_str(TEMPLATE)
         .map_err(|error| DataError::Template(error.to_string()))?;

@@ -221,7 +221,7 @@ impl OpenConnections for ConnectionRegistry {
     }
 }
 
-/// What @connections answers when it does not do as told; the names are those of the API's exceptions.
+/// How @connections refuses; the names are those of the API's exceptions.
 enum ManagementError {
     Gone,
     LimitExceeded,

@@ -49,7 +49,7 @@ use crate::{
 pub(crate) const PATH: &str = "/_ws";
 /// How often an agent is asked whether it is still there.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
-/// An agent that has not said anything for this long, though it was asked, is gone.
+/// An agent from which nothing was received for this long, although it was pinged, is gone.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 /// Shortest pause between two checks of all connections.
 const MIN_RECHECK_INTERVAL: Duration = Duration::from_millis(1);
@@ -430,7 +430,7 @@ fn refused(answer: RouteResponse) -> Response<ResponseBody> {
     response
 }
 
-/// An id that nobody can guess, in the form of API Gateway's.
+/// An id that cannot be guessed, in the form of API Gateway's.
 fn connection_id() -> ConnectionId {
     const ALPHABET: &[u8; 62] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
     let mut random = rand::rng();

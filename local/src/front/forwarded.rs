@@ -20,9 +20,9 @@ pub(crate) struct TrustedProxies(Vec<Cidr>);
 pub(crate) struct VisitorOrigin {
     /// The visitor's address.
     pub(crate) address: String,
-    /// The scheme the visitor used, if a proxy tells it.
+    /// The scheme the visitor used, if a trusted proxy reports it.
     pub(crate) scheme: Option<String>,
-    /// The host the visitor used, if a proxy tells it.
+    /// The host the visitor used, if a trusted proxy reports it.
     pub(crate) host: Option<String>,
 }
 

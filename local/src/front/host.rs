@@ -36,7 +36,7 @@ impl HostPolicy {
     /// The host to serve a request under that asks for `asked`: that host if it is ours, and that of the public URL otherwise.
     ///
     /// # Errors
-    /// When the host is another's and the service is for this machine only.
+    /// If the host is another's and the service is for this machine only.
     pub(crate) fn host(&self, asked: Option<&str>) -> Result<String, ForeignHostError> {
         let Some(asked) = asked else {
             return Ok(self.public_url.authority().to_owned());

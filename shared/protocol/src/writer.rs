@@ -50,7 +50,7 @@ const BLOCKED_AFTER: Duration = Duration::from_millis(2);
 const MAX_UNSENT_BYTES: u32 = 64 * 1024;
 
 /// Keeps the system from queueing much more than what is under way, so that a control message need not wait behind it, and turns
-/// off Nagle's algorithm. Without either a connection only has more latency, so failing is no error.
+/// off Nagle's algorithm. Without either a connection only has more latency, so failing is not an error.
 pub fn tune(stream: &TcpStream) {
     let _ = stream.set_nodelay(true);
     #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -76,7 +76,7 @@ impl Receipt {
     /// Waits until the socket has taken the message's last byte.
     ///
     /// # Errors
-    /// When the connection ended before.
+    /// If the connection ended before.
     pub async fn taken(self) -> Result<(), SendError> {
         self.0.await.map_err(|_| SendError::Closed)
     }
@@ -149,7 +149,7 @@ impl MessageSender {
     /// Queues a control message if there is room.
     ///
     /// # Errors
-    /// When there is none, or the connection has ended.
+    /// If there is none, or the connection has ended.
     pub fn try_control(&self, text: String) -> Result<Receipt, SendError> {
         let (queued, receipt) = Queued::new(text);
         match self.control.try_send(queued) {
@@ -259,7 +259,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
     /// close frame is for the reading half to wait for. A peer that does not read keeps this waiting: limit it in time.
     ///
     /// # Errors
-    /// When the connection has broken.
+    /// If the connection has broken.
     pub async fn run(mut self) -> Result<W, tungstenite::Error> {
         loop {
             match self.next().await {

@@ -1,5 +1,5 @@
-//! @connections, the management side of the WebSocket API: speaking to agents. `local`, which holds the connections itself, is
-//! spoken to directly.
+//! Sending to agents: over @connections, the management side of the WebSocket API, or, in `local`, which holds the connections itself,
+//! directly.
 
 use std::{fmt, future::Future, pin::Pin, str::FromStr, sync::Arc, time::Duration};
 
@@ -100,7 +100,7 @@ pub trait OpenConnections: fmt::Debug + Send + Sync {
     /// Closes a connection.
     ///
     /// # Errors
-    /// When it is not open.
+    /// If it is not open.
     fn close(&self, connection: &ConnectionId) -> Result<(), PostError>;
 }
 
@@ -116,8 +116,8 @@ pub struct InProcess {
     pub life: Duration,
 }
 
-/// Whether bodies are packed on the way between the service and agents: not where both are on one machine, on which bytes cost
-/// nothing and packing does.
+/// Whether bodies are compressed between the service and agents: not if both are on one machine, where bytes cost
+/// nothing and compression does.
 pub fn use_compression(in_process: Option<&InProcess>, public_url: &PublicUrl) -> bool {
     in_process.is_none() || !public_url.is_loopback()
 }
@@ -229,7 +229,7 @@ impl AgentConnections {
     /// Whether a connection is open, as far as API Gateway knows.
     ///
     /// # Errors
-    /// When @connections does not answer.
+    /// If @connections does not answer.
     pub async fn is_open(&self, connection: &ConnectionId) -> Result<bool, PostError> {
         let outcome = match &self.0 {
             Reached::InProcess(connections) => return Ok(connections.is_open(connection)),
@@ -248,10 +248,10 @@ impl AgentConnections {
         }
     }
 
-    /// Closes a connection. That it is closed already is no failure.
+    /// Closes a connection. If it is already closed, that is not an error.
     ///
     /// # Errors
-    /// When @connections does not answer.
+    /// If @connections does not answer.
     pub async fn close(&self, connection: &ConnectionId) -> Result<(), PostError> {
         let outcome = match &self.0 {
             Reached::InProcess(connections) => connections.close(connection),

@@ -1,7 +1,7 @@
 //! What the four functions share: everything they ask of AWS is here.
 //!
 //! [`settings`] and [`telemetry`] start a function. [`routing`] says which tunnel an address means. [`auth`] says who an agent is,
-//! [`tables`] is what DynamoDB keeps, [`agents`] how agents are spoken to, [`replies`] where their answers are waited for, and
+//! [`tables`] is what DynamoDB stores, [`agents`] how messages are sent to agents, [`replies`] where their replies are awaited, and
 //! [`aws`] the SDK's configuration and API Gateway's events.
 
 pub mod agents;

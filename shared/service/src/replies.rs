@@ -38,7 +38,7 @@ pub enum ReplyPart {
     Head(ReplyHead, Chunk),
     /// Any later part.
     Body(Chunk),
-    /// There is no response, or no more of it.
+    /// There is no response, or the rest of it will not come.
     Failed {
         /// What kind of failure.
         code: AgentErrorCode,
@@ -181,7 +181,7 @@ impl ReplyPath {
     /// Leaves a reply where the request that waits for it finds it. A request that does not wait any more misses nothing.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub async fn leave(&self, sender: &ConnectionId, reply: Reply) -> Result<(), StoreError> {
         match self {
             Self::InProcess(replies) => {
@@ -299,7 +299,7 @@ impl Replies {
         }
     }
 
-    /// Hands a reply to the request that waits for it, and tells whether one does.
+    /// Passes a reply to the request that waits for it, and returns whether there is one.
     pub fn deliver(&self, sender: &ConnectionId, reply: Reply) -> bool {
         let key = (sender.clone(), reply.request_id);
         let Some(inbox) = self.lock().get(&key).cloned() else {
@@ -326,7 +326,7 @@ impl Replies {
     }
 }
 
-/// A request's side of [`Replies`]. Dropped, it takes no more.
+/// The receiving side of [`Replies`] for one request. Dropping it ends the wait.
 #[derive(Debug)]
 pub struct Expected {
     replies: Replies,

@@ -112,7 +112,7 @@ impl PublicUrl {
         format!("{self}/{id}")
     }
 
-    /// Where a tunnel is reached, as its agent and its owner are told.
+    /// The public address of a tunnel, as its agent and its owner see it.
     pub fn of(&self, id: &TunnelId, routing: Routing) -> String {
         match routing {
             Routing::Path => self.by_path(id),
@@ -273,7 +273,7 @@ pub fn encode_query(query: &str) -> String {
 }
 
 /// Encodes a path that an HTTP API has percent-decoded. Escapes that are still there are kept: HTTP APIs leave `%25` as it is.
-/// What was `%2F` cannot be told from a separator any more.
+/// What was `%2F` can no longer be distinguished from a separator.
 pub fn encode_decoded_path(path: &str) -> String {
     let mut encoded = String::with_capacity(path.len());
     let mut rest = path;

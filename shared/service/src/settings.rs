@@ -80,7 +80,7 @@ impl<'a> Variables<'a> {
         None
     }
 
-    /// A variable as it stands, for what is no setting of ours.
+    /// An unparsed variable, for settings that are not ours.
     pub fn raw(&self, name: &str) -> Option<String> {
         (self.read)(name)
     }
@@ -88,7 +88,7 @@ impl<'a> Variables<'a> {
     /// Builds the settings from what was read.
     ///
     /// # Errors
-    /// When any variable was faulty: all faults.
+    /// If any variable was faulty: all faults.
     pub fn finish<T>(self, build: impl FnOnce() -> Option<T>) -> Result<T, SettingsError> {
         build().ok_or_else(|| SettingsError(self.faults.into_inner()))
     }

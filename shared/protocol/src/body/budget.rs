@@ -12,7 +12,7 @@ const FREE_FRACTION: usize = 8;
 /// The bytes of bodies that one process may hold. Clones share it.
 ///
 /// A body may hold an eighth of what is free at that moment ("dynamic threshold", Choudhury and Hahne, 1998). So the limit is
-/// never passed, and the first few bodies that nobody reads do not take all of it.
+/// never exceeded, and the first few bodies that are not read do not take all of it.
 #[derive(Clone, Debug)]
 pub struct BodyBudget(Arc<Shared>);
 
@@ -75,7 +75,7 @@ impl BudgetShare {
     /// Holds `bytes` more.
     ///
     /// # Errors
-    /// When the budget does not allow it; nothing more is held then.
+    /// If the budget does not allow it; nothing more is held then.
     pub fn hold(&mut self, bytes: usize) -> Result<(), BudgetExceededError> {
         let mut held = self.budget.lock();
         let free = self.budget.0.max_bytes - *held;

@@ -48,7 +48,7 @@ impl<B: Body<Data = Bytes> + Unpin> Chunker<B> {
         self.body.size_hint().exact()
     }
 
-    /// Waits until the body has more bytes or has ended, and tells whether it has ended.
+    /// Waits until the body has more bytes or has ended, and returns whether it has ended.
     pub(super) async fn is_at_end(&mut self) -> Result<bool, B::Error> {
         while self.unsent.is_empty() && !self.is_over {
             if let Some(error) = self.broken_off.take() {
@@ -63,7 +63,7 @@ impl<B: Body<Data = Bytes> + Unpin> Chunker<B> {
         Ok(self.unsent.is_empty())
     }
 
-    /// Like [`Chunker::is_at_end`]; `None` if that cannot be said by then.
+    /// Like [`Chunker::is_at_end`]; `None` if that is not known by then.
     async fn is_at_end_by(&mut self, until: Option<Instant>) -> Option<Result<bool, B::Error>> {
         match until {
             Some(until) => timeout_at(until, self.is_at_end()).await.ok(),

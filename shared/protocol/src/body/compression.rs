@@ -66,7 +66,7 @@ pub fn compress(bytes: &[u8]) -> Option<Bytes> {
 /// Decompresses a message's bytes.
 ///
 /// # Errors
-/// When they are not what `encoding` says, or become more than [`MAX_DECOMPRESSED_BYTES`] bytes.
+/// If they are not what `encoding` says, or become more than [`MAX_DECOMPRESSED_BYTES`] bytes.
 pub fn decompress(bytes: Bytes, encoding: Option<Encoding>) -> Result<Bytes, DecompressError> {
     match encoding {
         None => Ok(bytes),
@@ -122,7 +122,7 @@ mod tests {
         );
     }
 
-    /// A decoder whose output would never end. It fails where nobody has reason to read on.
+    /// A decoder whose output would never end. It fails where there is no reason to read on.
     struct Endless {
         read_bytes: usize,
     }

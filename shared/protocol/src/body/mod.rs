@@ -1,5 +1,5 @@
-//! A body's way over the wire: cut into chunks, compressed, numbered and sent within a window; put back in order, decompressed,
-//! and more of it allowed.
+//! How a body travels: cut into chunks, compressed, numbered and sent within a window; then put back in order, decompressed, and
+//! acknowledged with a larger window.
 //!
 //! [`BodySender`] and [`BodyReceiver`] are the two ends, the same in both directions.
 
@@ -51,7 +51,7 @@ impl Chunk {
     /// The bytes as they were before compression.
     ///
     /// # Errors
-    /// When they cannot be decompressed, or would be too long.
+    /// If they cannot be decompressed, or would be too long.
     pub fn decompress(self) -> Result<Bytes, DecompressError> {
         compression::decompress(self.bytes, self.encoding)
     }

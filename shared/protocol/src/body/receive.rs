@@ -61,10 +61,10 @@ impl BodyReceiver {
         }
     }
 
-    /// Takes a part in. One that was seen before is ignored: the first counts. So is what comes after the last.
+    /// Accepts a part. If it was seen before, it is ignored: the first one counts. So is what comes after the last.
     ///
     /// # Errors
-    /// When it is too far ahead, or the budget does not allow it. It is not held then, so the body cannot be completed any more.
+    /// If it is too far ahead, or the budget does not allow it. It is not held then, so the body cannot be completed any more.
     pub fn insert(&mut self, number: u32, chunk: Chunk) -> Result<(), ReceiveBodyError> {
         if self.is_over || self.parts.has_seen(number) {
             return Ok(());
@@ -82,7 +82,7 @@ impl BodyReceiver {
     /// The bytes of the next part, if it is there. Nothing comes after the last.
     ///
     /// # Errors
-    /// When they cannot be decompressed.
+    /// If they cannot be decompressed.
     pub fn next(&mut self) -> Result<Option<ReceivedChunk>, ReceiveBodyError> {
         if self.is_over {
             return Ok(None);

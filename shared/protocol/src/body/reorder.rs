@@ -52,10 +52,10 @@ impl<T> Reorder<T> {
             .is_some_and(|(&first, _)| first != self.expected)
     }
 
-    /// Takes a part in. One that was seen before is ignored: the first counts.
+    /// Accepts a part. If it was seen before, it is ignored: the first one counts.
     ///
     /// # Errors
-    /// When the part is too far ahead; it is dropped then.
+    /// If the part is too far ahead; it is dropped then.
     pub fn insert(&mut self, part: u32, item: T) -> Result<(), ReorderError> {
         let Some(ahead) = part.checked_sub(self.expected) else {
             return Ok(());

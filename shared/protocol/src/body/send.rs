@@ -11,7 +11,7 @@ use crate::{
     limits::MAX_PART_BYTES,
 };
 
-/// How long bytes wait for more to go with them: nobody notices, and each message has a price.
+/// How long bytes wait for more to join them: too short to notice, and each message costs money.
 const COALESCE_TIMEOUT: Duration = Duration::from_millis(10);
 /// How long a body that will fit into the first message is waited for.
 const COALESCE_WHOLE_TIMEOUT: Duration = Duration::from_millis(50);
@@ -71,10 +71,10 @@ impl<B: Body<Data = Bytes> + Unpin> BodySender<B> {
         }
     }
 
-    /// The first chunk, of up to `room` bytes: see [`super::room_beside`]. It is empty if no bytes have come in time.
+    /// The first chunk, of up to `room` bytes: see [`super::room_beside`]. It is empty if no bytes arrived in time.
     ///
     /// # Errors
-    /// When the body breaks off before its first byte.
+    /// If the body breaks off before its first byte.
     pub async fn first_chunk(&mut self, room: usize) -> Result<Chunk, B::Error> {
         let fits = self
             .chunker
@@ -94,7 +94,7 @@ impl<B: Body<Data = Bytes> + Unpin> BodySender<B> {
     /// The whole body as one chunk, for receivers that take no parts; `None` if it is longer than `room` bytes.
     ///
     /// # Errors
-    /// When the body breaks off.
+    /// If the body breaks off.
     pub async fn whole(&mut self, room: usize) -> Result<Option<Chunk>, B::Error> {
         let whole = self.chunker.whole(room).await?;
         self.is_over = whole.is_some();
@@ -105,7 +105,7 @@ impl<B: Body<Data = Bytes> + Unpin> BodySender<B> {
     /// windows have none.
     ///
     /// # Errors
-    /// When the body breaks off, or the window closes.
+    /// If the body breaks off, or the window closes.
     pub async fn next_part(
         &mut self,
         window: Option<&mut SendWindow>,

@@ -4,7 +4,7 @@ use tokio::sync::watch;
 
 use crate::limits::INITIAL_WINDOW_PARTS;
 
-/// The sender's side, where `window` messages come in. Clones share one window; it closes when the last is dropped.
+/// The sender's side, which receives `window` messages. Clones share one window; it closes when the last is dropped.
 #[derive(Clone, Debug)]
 pub struct WindowUpdates(watch::Sender<u32>);
 
@@ -15,7 +15,7 @@ impl Default for WindowUpdates {
 }
 
 impl WindowUpdates {
-    /// Allows the parts with numbers below `parts`. Updates may come in any order: the largest counts.
+    /// Allows the parts with numbers below `parts`. Updates may arrive in any order: the largest counts.
     pub fn allow(&self, parts: u32) {
         self.0.send_if_modified(|allowed| {
             let is_more = parts > *allowed;
@@ -43,7 +43,7 @@ impl SendWindow {
     /// Waits until `part` may be sent.
     ///
     /// # Errors
-    /// When the window closes first.
+    /// If the window closes first.
     pub async fn wait_for(&mut self, part: u32) -> Result<(), WindowClosedError> {
         match self.0.wait_for(|allowed| part < *allowed).await {
             Ok(_) => Ok(()),
@@ -52,7 +52,7 @@ impl SendWindow {
     }
 }
 
-/// The receiver's side: counts the parts that were used, and tells when their sender should be allowed more.
+/// The receiver's side: counts the consumed parts, and says when the sender should be allowed more.
 #[derive(Debug)]
 pub struct ReceiveWindow {
     used: u32,

@@ -30,7 +30,7 @@ use tunnel_protocol::url::is_loopback;
 
 /// How long fetched keys are trusted without asking again, so that a key that its issuer withdraws is believed no longer.
 const JWKS_TTL: Duration = Duration::from_secs(60 * 60);
-/// How often the keys are asked for at most, whoever sends unknown key ids.
+/// The shortest time between two fetches of the keys, however many unknown key ids arrive.
 const JWKS_MIN_REFRESH: Duration = Duration::from_secs(60);
 /// How long an answer may take.
 const JWKS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -41,7 +41,7 @@ const MAX_JWKS_BYTES: usize = 1024 * 1024;
 #[derive(Clone, Debug)]
 pub(crate) struct JwksUrl(Uri);
 
-/// A text that is no such address.
+/// The text is not such an address.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("must be an https:// address, such as https://issuer.example.com/.well-known/jwks.json")]
 pub(crate) struct JwksUrlError;
@@ -64,7 +64,7 @@ impl FromStr for JwksUrl {
 #[error("the issuer's keys cannot be fetched: {0}")]
 pub struct JwksError(Arc<str>);
 
-/// A set of keys. One that cannot be read, of a kind that is not known here, is left out.
+/// A set of keys. Keys of unknown kinds, which cannot be read, are left out.
 #[derive(Debug, Default, Deserialize)]
 struct KeySet {
     keys: Vec<serde_json::Value>,
@@ -81,7 +81,7 @@ pub(crate) struct Jwks {
     url: Uri,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
     fetched: Mutex<Option<Arc<Fetched>>>,
-    /// When the keys were last asked for, and why in vain. Held while they are fetched, so that one fetches for all.
+    /// When the keys were last requested, and why that failed. Held while they are fetched, so that one task fetches for all.
     asked: AsyncMutex<Option<(Instant, Option<JwksError>)>>,
 }
 
@@ -92,10 +92,10 @@ impl fmt::Debug for Jwks {
 }
 
 impl Jwks {
-    /// Those at an address. Nothing is fetched before somebody asks for a key.
+    /// The keys at an address. Nothing is fetched until a key is needed.
     ///
     /// # Errors
-    /// When this machine has no certificates to trust.
+    /// If this machine has no certificates to trust.
     pub(crate) fn new(JwksUrl(url): JwksUrl) -> io::Result<Self> {
         let connector = HttpsConnectorBuilder::new()
             .with_provider_and_native_roots(rustls::crypto::ring::default_provider())?
@@ -114,7 +114,7 @@ impl Jwks {
     /// The key of this id for this algorithm; without an id the only key there is. `None` when there is none.
     ///
     /// # Errors
-    /// When it is not known whether there is, because the keys cannot be fetched.
+    /// If it is not known whether there is, because the keys cannot be fetched.
     pub(crate) async fn find(
         &self,
         kid: Option<&str>,

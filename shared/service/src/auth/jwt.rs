@@ -128,7 +128,7 @@ impl Jwt {
     /// Who presents this token. `None` when it proves nothing.
     ///
     /// # Errors
-    /// When the issuer's keys cannot be fetched.
+    /// If the issuer's keys cannot be fetched.
     pub(crate) async fn identify(&self, token: &str) -> Result<Option<Identity>, JwksError> {
         if token.len() > MAX_TOKEN_BYTES {
             return Ok(None);

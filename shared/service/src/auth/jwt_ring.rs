@@ -24,7 +24,7 @@ static PROVIDER: CryptoProvider = CryptoProvider {
 
 /// Lets `jsonwebtoken` use ring from now on, in the whole process.
 pub(crate) fn install() {
-    // Installed already, by whoever was here before: it is the same one.
+    // Already installed by an earlier call: it is the same one.
     let _ = PROVIDER.install_default();
 }
 
@@ -76,7 +76,7 @@ fn verifier(algorithm: &Algorithm, key: &DecodingKey) -> Result<Box<dyn JwtVerif
             algorithm: &ED25519,
             bytes: key.try_get_as_bytes()?.to_vec(),
         },
-        // HS384, HS512 and whatever is invented: the service asks for none of them.
+        // HS384, HS512 and anything else: the service uses none of them.
         _ => return Err(ErrorKind::InvalidAlgorithm.into()),
     };
     Ok(Box::new(Key {

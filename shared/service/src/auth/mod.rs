@@ -64,12 +64,12 @@ impl FromStr for AuthMode {
     }
 }
 
-/// Who somebody proved to be.
+/// The result of authentication.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Identity {
     /// Whom tunnel ids belong to.
     pub owner: Owner,
-    /// Until when the proof is good, in seconds since 1970; `None` if that is not limited.
+    /// When the credentials expire, in seconds since 1970; `None` if they do not.
     pub expires_at: Option<u64>,
 }
 
@@ -80,7 +80,7 @@ impl Identity {
     }
 }
 
-/// Why it cannot be decided now who somebody is.
+/// Why authentication cannot be decided now.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
     /// The tables do not answer.
@@ -112,7 +112,7 @@ impl Credentials {
     }
 }
 
-/// What a function needs to know to tell who somebody is.
+/// What a function needs for authentication.
 #[derive(Clone, Debug)]
 pub struct AuthSettings {
     /// What agents authenticate with.
@@ -139,7 +139,7 @@ impl AuthSettings {
     }
 }
 
-/// How a service tells who somebody is. The one place that knows: handshakes, `/_status` and limits per owner all ask here.
+/// Authenticates agents and owners. The only place that does: handshakes, `/_status` and limits per owner all use it.
 #[derive(Clone, Debug)]
 pub struct Authenticator {
     credentials: Credentials,
@@ -158,7 +158,7 @@ impl Authenticator {
     /// Who sent a request with these header fields. `None` when they prove nothing.
     ///
     /// # Errors
-    /// When it cannot be decided now: the tables or the issuer of JSON Web Tokens do not answer. The same request may be let
+    /// If it cannot be decided now: the tables or the issuer of JSON Web Tokens do not answer. The same request may be let
     /// in a moment later, so it must not be answered with 401.
     pub async fn identify(
         &self,
@@ -191,7 +191,7 @@ impl Authenticator {
     }
 }
 
-/// How a service tells whether somebody who was identified may stay.
+/// Checks whether an identified agent may stay.
 #[derive(Clone, Debug)]
 pub struct Revalidator {
     mode: AuthMode,
@@ -204,10 +204,10 @@ impl Revalidator {
         Self { mode, tokens }
     }
 
-    /// Whether somebody would be identified again: the proof has not expired and its token was not revoked.
+    /// Whether the credentials are still valid: they have not expired and the token was not revoked.
     ///
     /// # Errors
-    /// When the tokens table does not answer.
+    /// If the tokens table does not answer.
     pub async fn is_still_valid(
         &self,
         identity: &Identity,
@@ -221,7 +221,7 @@ impl Revalidator {
             (AuthMode::Token, Owner::Token(hash)) => {
                 Ok(self.tokens.good(hash, now).await?.is_some())
             }
-            // Identified before the service asked for credentials of this kind.
+            // Identified before the service used this kind of credentials.
             (AuthMode::Token | AuthMode::Jwt, _) => Ok(false),
         }
     }

@@ -20,7 +20,7 @@ pub enum Owner {
 pub struct SubjectHash(String);
 
 impl SubjectHash {
-    /// Hashes both in a form that tells where one ends and the other begins.
+    /// Hashes both in a form that shows where one ends and the other begins.
     pub fn of(issuer: &str, subject: &str) -> Self {
         Self(sha256(
             serde_json::json!([issuer, subject]).to_string().as_bytes(),

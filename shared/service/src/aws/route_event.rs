@@ -16,7 +16,7 @@ pub struct RouteEventError {
 /// HTTP events carry the route key `$default` too; only WebSocket events have an `eventType`.
 ///
 /// # Errors
-/// When the event has another type or names no connection.
+/// If the event has another type or names no connection.
 pub fn connection_of(
     expected: &'static str,
     event_type: Option<&str>,

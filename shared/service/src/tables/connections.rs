@@ -1,4 +1,4 @@
-//! The connections table: which tunnel an open WebSocket connection asked for, and who it is; and the tickets with which `forward`
+//! The connections table: which tunnel an open WebSocket connection requested, and who owns it; and the tickets with which `forward`
 //! opens connections of its own.
 
 use std::{sync::Arc, time::Duration};
@@ -29,7 +29,7 @@ const IS_OPEN: &str = "attribute_exists(connectionId) AND attribute_not_exists(e
 /// How much longer than its connection a record lives, for a $disconnect that comes late or not at all.
 const RECORD_GRACE: Duration = Duration::from_secs(10 * 60);
 
-/// How long a ticket is good: a handshake takes no longer.
+/// How long a ticket is valid; a handshake is shorter than that.
 const TICKET_TTL: Duration = Duration::from_secs(60);
 
 /// What an open connection is.
@@ -44,25 +44,25 @@ pub enum Connection {
 /// An agent's connection.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentConnection {
-    /// The tunnel it asked for.
+    /// The tunnel that it requested.
     pub tunnel_id: TunnelId,
     /// Who it authenticated as.
     pub identity: Identity,
     /// When it was opened, in milliseconds since 1970. Of two connections of one owner the later one serves the tunnel.
     pub connected_at_ms: u64,
-    /// What was said when it asked to serve its tunnel; `None` before that.
+    /// What `ready` said; `None` before it.
     pub opened: Option<Opened>,
 }
 
-/// What an agent and the service said to each other when the agent sent `ready`: all that it takes to put its tunnel online
+/// What the agent said in `ready`, and the service answered: everything needed to put its tunnel online
 /// again.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Opened {
     /// What the agent announced.
     pub features: Vec<Feature>,
-    /// The address that it was told.
+    /// The public address that it was sent.
     pub public_url: String,
-    /// Which visitors it lets in; all of them if there are no rules.
+    /// The visitor policy; without one, all visitors are admitted.
     pub access: Option<Arc<VisitorPolicy>>,
     /// The agent's own connection that this one takes over from.
     pub previous: Option<ConnectionId>,
@@ -115,7 +115,7 @@ impl ConnectionsTable {
         Ok(())
     }
 
-    /// Notes what was said when an agent asked to serve its tunnel, or since. Returns whether the connection is still open.
+    /// Records what an agent said in `ready`, or what has changed since. Returns whether the connection is still open.
     ///
     /// # Errors
     /// See [`StoreError`].
@@ -244,7 +244,7 @@ impl ConnectionsTable {
         Ok(ticket)
     }
 
-    /// Redeems a ticket for a connection, and returns whether it was good. It is good for one connection, for which it may be
+    /// Redeems a ticket for a connection, and returns whether it was valid. It is valid for one connection, for which it may be
     /// redeemed again: an answer may have been lost.
     ///
     /// # Errors

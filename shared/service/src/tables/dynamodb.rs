@@ -99,7 +99,7 @@ impl Table {
     }
 }
 
-/// Has calls repeated that met a transaction on the same item, which the SDK does not do by itself ("Transaction conflict
+/// Retries calls that conflicted with a transaction on the same item, which the SDK does not do on its own ("Transaction conflict
 /// handling in DynamoDB" in its developer guide).
 #[derive(Debug)]
 struct TransactionConflict;

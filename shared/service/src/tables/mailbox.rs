@@ -40,7 +40,7 @@ impl MailboxTable {
     /// Leaves a part that came from `sender`.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub async fn put(
         &self,
         sender: &ConnectionId,
@@ -75,7 +75,7 @@ impl MailboxTable {
     /// The parts of a reply that came from `sender` and have the number `from` or a later one.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub async fn read(
         &self,
         sender: &ConnectionId,

@@ -1,4 +1,4 @@
-//! The tokens table: which agent tokens are good. It holds hashes only, so that reading it lets nobody in.
+//! The tokens table: which agent tokens are valid. It holds only hashes, so that reading it does not allow anyone to connect.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ impl TokensTable {
     /// The token of this hash, if it is known, not revoked and not expired.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub async fn good(&self, hash: &TokenHash, now: Duration) -> Result<Option<Token>, StoreError> {
         let table = &self.0;
         let output = table
@@ -42,10 +42,10 @@ impl TokensTable {
         Ok(output.item.as_ref().and_then(token).filter(is_good))
     }
 
-    /// Makes a new token for somebody and returns it: it is not kept, and cannot be shown again.
+    /// Creates a token with this name and returns it: it is not stored, and cannot be shown again.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub async fn create(
         &self,
         name: &str,
@@ -68,7 +68,7 @@ impl TokensTable {
     /// Keeps what is known of a token.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub async fn put(&self, token: &Token) -> Result<(), StoreError> {
         let table = &self.0;
         let put = table
@@ -87,19 +87,19 @@ impl TokensTable {
         Ok(())
     }
 
-    /// All tokens, for whoever runs the service.
+    /// All tokens, for the operator.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub async fn list(&self) -> Result<Vec<Token>, StoreError> {
         let items = self.0.scan().await?;
         Ok(items.iter().filter_map(token).collect())
     }
 
-    /// Makes the tokens of this name good no longer, and returns how many that were.
+    /// Revokes all tokens with this name, and returns how many there were.
     ///
     /// # Errors
-    /// When DynamoDB does not answer.
+    /// If DynamoDB does not answer.
     pub async fn revoke(&self, name: &str) -> Result<usize, StoreError> {
         let mut revoked = 0;
         for token in self
@@ -140,6 +140,6 @@ pub struct Token {
     pub created_at: u64,
     /// In seconds since 1970; none if it does not expire.
     pub expires_at: Option<u64>,
-    /// It is good no longer.
+    /// It was revoked.
     pub revoked: bool,
 }

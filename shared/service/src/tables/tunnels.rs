@@ -28,7 +28,7 @@ use tunnel_protocol::{
 const CLAIM_ATTEMPTS: u32 = 5;
 /// The index of tunnel ids by owner, as template.yaml names it.
 const OWNER_INDEX: &str = "byOwner";
-/// How long a name that nobody uses stays its owner's.
+/// How long an unused name belongs to its owner.
 pub const NAME_LEASE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// A tunnel.
@@ -53,13 +53,13 @@ pub struct Online {
     pub previous: Option<ConnectionId>,
     /// What its agent announced.
     pub features: Vec<Feature>,
-    /// Which visitors it lets in; all of them if there are no rules.
+    /// The visitor policy; without one, all visitors are admitted.
     pub access: Option<Arc<VisitorPolicy>>,
 }
 
 impl Online {
     /// Whether it was opened after another connection. The ids decide between two that were opened in the same millisecond, so
-    /// that everybody agrees which is the newer one.
+    /// that all functions agree which one is newer.
     pub fn is_newer_than(&self, connection: &ConnectionId, connected_at_ms: u64) -> bool {
         (self.connected_at_ms, self.connection_id.as_str()) > (connected_at_ms, connection.as_str())
     }
@@ -107,7 +107,7 @@ impl TunnelsTable {
             .and_then(|item| tunnel(&item)))
     }
 
-    /// Makes a tunnel id `owner`'s, if it is nobody's and `owner` has fewer than `max_ids`; 0 is no limit. What an earlier
+    /// Gives a tunnel id to `owner`, if no one owns it and `owner` has fewer than `max_ids`; 0 means no limit. What an earlier
     /// owner left there is removed.
     ///
     /// # Errors
@@ -241,7 +241,7 @@ impl TunnelsTable {
         }
     }
 
-    /// All tunnels with their names, for whoever runs the service.
+    /// All tunnels with their names, for the operator.
     ///
     /// # Errors
     /// See [`StoreError`].
@@ -255,8 +255,8 @@ impl TunnelsTable {
             .collect())
     }
 
-    /// Makes a tunnel id nobody's if it is `owner`'s, and returns what it was. `None` when it is not `owner`'s. It looks before
-    /// it deletes, so that a deletion that is repeated because its answer was lost is no "it was nobody's".
+    /// Releases a tunnel id if `owner` owns it, and returns what it was; `None` if `owner` does not own it. It reads before
+    /// it deletes, so that a deletion repeated because its answer was lost is not mistaken for an unowned id.
     ///
     /// # Errors
     /// See [`StoreError`].
@@ -298,7 +298,7 @@ impl TunnelsTable {
         }
     }
 
-    /// Makes a tunnel id nobody's, whoever has it, and returns whether anybody had it.
+    /// Releases a tunnel id, whoever owns it, and returns whether it had an owner.
     ///
     /// # Errors
     /// See [`StoreError`].
@@ -385,7 +385,7 @@ fn online(online: &Online, identity: &Identity, now: Duration) -> Change {
         )
 }
 
-/// The attributes of a tunnel that nobody serves.
+/// The attributes of a tunnel that is offline.
 fn offline(now: Duration) -> Change {
     without_connection(Change::default())
         .set("since", number(now.as_secs()))
@@ -446,7 +446,7 @@ pub(super) fn access_to_text(access: &VisitorPolicy) -> AttributeValue {
     )
 }
 
-/// The rules of an item, which another version may have written: what cannot be read lets nobody in.
+/// The visitor policy of an item, which another version may have written: one that cannot be read admits no one.
 pub(super) fn access_of(rules: &AttributeValue) -> VisitorPolicy {
     let read = rules
         .as_s()
