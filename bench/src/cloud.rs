@@ -79,19 +79,7 @@ impl Cloud {
                 .with_graceful_shutdown(stop.clone().cancelled_owned());
             tasks.spawn(async move { served.await.context("a part of the stand-in ended") });
         };
-        let (storage, engine) = listen().await?;
-        dynamodb::serve(
-            dynamodb::open(None)?,
-            storage,
-            AccessKey::any(),
-            &tasks,
-            &stop,
-        );
-        let direct = sdk::for_loopback(&format!("http://{engine}"), "stand-in");
-        dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct)).await?;
-        let token = TokensTable::new(&direct, dynamodb::TOKENS.to_owned())
-            .create("agent", None, now())
-            .await?;
+        let (engine, token) = start_engine(&tasks, &stop).await?;
         let (listener, dynamodb) = listen().await?;
         serve(
             listener,
@@ -107,33 +95,9 @@ impl Cloud {
         let (streaming, function_url) = listen().await?;
         let (agents, agent_address) = listen().await?;
         let agent_endpoint = format!("ws://{agent_address}/{STAGE}");
-        let settings = [
-            ("WEBSOCKET_API_ENDPOINT", agent_endpoint.clone()),
-            ("PUBLIC_URL", format!("http://{http_api}")),
-            ("AUTH", "token".to_owned()),
-            ("LOG_LEVEL", "info".to_owned()),
-            ("AWS_ENDPOINT_URL_DYNAMODB", format!("http://{dynamodb}")),
-            ("AWS_REGION", "us-east-1".to_owned()),
-            ("AWS_ACCESS_KEY_ID", "stand-in".to_owned()),
-            ("AWS_SECRET_ACCESS_KEY", "stand-in".to_owned()),
-        ];
-        let tables = [
-            "TUNNELS_TABLE",
-            "CONNECTIONS_TABLE",
-            "PENDING_REQUESTS_TABLE",
-            "TOKENS_TABLE",
-        ];
-        let tables = tables.into_iter().filter_map(|variable| {
-            Some((variable, dynamodb::table_of_variable(variable)?.to_owned()))
-        });
-        let variables = settings
-            .into_iter()
-            .chain(tables)
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect();
         let lambda = Lambda::new(
             &executables,
-            variables,
+            variables(&agent_endpoint, &http_api, &dynamodb),
             runtime_address,
             &log,
             latency,
@@ -181,6 +145,55 @@ impl Drop for Cloud {
         // A frozen process would stay for ever.
         self.lambda.kill();
     }
+}
+
+/// Starts the engine behind the tables. Returns its address and a token for agents.
+async fn start_engine(
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) -> anyhow::Result<(String, String)> {
+    let (listener, engine) = listen().await?;
+    dynamodb::serve(
+        dynamodb::open(None)?,
+        listener,
+        AccessKey::any(),
+        tasks,
+        stop,
+    );
+    let direct = sdk::for_loopback(&format!("http://{engine}"), "stand-in");
+    dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct)).await?;
+    let token = TokensTable::new(&direct, dynamodb::TOKENS.to_owned())
+        .create("agent", None, now())
+        .await?;
+    Ok((engine, token))
+}
+
+/// The environment variables of the functions.
+fn variables(agent_endpoint: &str, http_api: &str, dynamodb: &str) -> Vec<(String, String)> {
+    let settings = [
+        ("WEBSOCKET_API_ENDPOINT", agent_endpoint.to_owned()),
+        ("PUBLIC_URL", format!("http://{http_api}")),
+        ("AUTH", "token".to_owned()),
+        ("LOG_LEVEL", "info".to_owned()),
+        ("AWS_ENDPOINT_URL_DYNAMODB", format!("http://{dynamodb}")),
+        ("AWS_REGION", "us-east-1".to_owned()),
+        ("AWS_ACCESS_KEY_ID", "stand-in".to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", "stand-in".to_owned()),
+    ];
+    let tables = [
+        "TUNNELS_TABLE",
+        "CONNECTIONS_TABLE",
+        "PENDING_REQUESTS_TABLE",
+        "TOKENS_TABLE",
+    ];
+    let tables = tables
+        .into_iter()
+        .filter_map(|variable| Some((variable, dynamodb::table_of_variable(variable)?.to_owned())));
+    settings
+        .into_iter()
+        .chain(tables)
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
 }
 
 async fn listen() -> anyhow::Result<(TcpListener, String)> {

@@ -292,7 +292,7 @@ impl Lambda {
                 .entry(environment.function)
                 .or_default()
                 .calls
-                .push(since.elapsed())
+                .push(since.elapsed());
         });
     }
 }
@@ -325,7 +325,7 @@ async fn next(
                 .entry(environment.function)
                 .or_default()
                 .starts
-                .push(took)
+                .push(took);
         });
     }
     let mut queue = environment.queue.lock().await;

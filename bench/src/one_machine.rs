@@ -77,86 +77,121 @@ pub async fn measure(
         bore(tools, &origin).await?,
         rathole(tools, &origin, work.path()).await?,
     ];
-    let mut table = String::from(
-        "| | connections | requests/s | ratio | p50 ms | p99 ms | failures |\n|---|---|---|---|---|---|---|\n",
-    );
-    let mut bodies = String::from("| | MB/s | ratio |\n|---|---|---|\n");
-    let mut processor = String::new();
-    let mut alone = [Report::default(); CONNECTIONS.len()];
-    let mut alone_long = Report::default();
+    let mut results = Results::default();
     for setup in setups.iter().flatten() {
-        for (connections, alone) in CONNECTIONS.into_iter().zip(&mut alone) {
+        for (at, connections) in CONNECTIONS.into_iter().enumerate() {
             let before = setup.processor_times()?;
-            let report = generator
-                .run(&format!("{}/short", setup.url), connections)
-                .await?;
+            let url = format!("{}/short", setup.url);
+            let report = generator.run(&url, connections).await?;
             let after = setup.processor_times()?;
             say(&format!("{} {connections}: {report:?}", setup.name));
-            if setup.processes.is_empty() {
-                *alone = report;
-            }
-            let Report {
-                requests_per_second,
-                p50,
-                p99,
-                failures,
-                ..
-            } = report;
-            let ratio = requests_per_second / alone.requests_per_second;
-            writeln!(
-                table,
-                "| {} | {connections} | {requests_per_second:.0} | {ratio:.2} | {p50:.2} | {p99:.2} | {failures} |",
-                setup.name
-            )?;
-            for ((name, _), (before, after)) in
-                setup.processes.iter().zip(before.into_iter().zip(after))
-            {
-                writeln!(
-                    processor,
-                    "| {name} | {connections} | {:.0} |",
-                    (after - before) / report.requests * 1e6
-                )?;
-            }
+            results.add_short(setup, at, report)?;
+            results.add_processor_times(setup, at, report, &before, &after)?;
         }
         if has_long {
-            let report = generator
-                .run(&format!("{}/long", setup.url), LONG_CONNECTIONS)
-                .await?;
+            let url = format!("{}/long", setup.url);
+            let report = generator.run(&url, LONG_CONNECTIONS).await?;
             say(&format!("{} long: {report:?}", setup.name));
-            if setup.processes.is_empty() {
-                alone_long = report;
-            }
-            let (speed, ratio) = (
-                report.megabytes_per_second,
-                report.megabytes_per_second / alone_long.megabytes_per_second,
-            );
-            writeln!(bodies, "| {} | {speed:.0} | {ratio:.2} |", setup.name)?;
+            results.add_long(setup, report)?;
         }
     }
     drop((setups, service));
-    let generator = generator.name();
-    let mut text = format!(
-        "Load from {generator} for {SECONDS} s each; the service is {origin_name}. Responses of 1 KiB; ratios are to the service alone.\n\n{table}\n",
-        origin_name = if has_long {
+    Ok(results.page(generator.name(), has_long))
+}
+
+/// The rows of the page's tables, as far as it is measured.
+#[derive(Default)]
+struct Results {
+    /// What the service alone did, which is measured first and which the others are compared with.
+    alone: [Report; CONNECTIONS.len()],
+    alone_long: Report,
+    short: String,
+    long: String,
+    processor: String,
+}
+
+impl Results {
+    fn add_short(&mut self, setup: &Setup, at: usize, report: Report) -> std::fmt::Result {
+        if setup.is_alone() {
+            self.alone[at] = report;
+        }
+        let Report {
+            requests_per_second,
+            p50,
+            p99,
+            failures,
+            ..
+        } = report;
+        let ratio = requests_per_second / self.alone[at].requests_per_second;
+        writeln!(
+            self.short,
+            "| {} | {} | {requests_per_second:.0} | {ratio:.2} | {p50:.2} | {p99:.2} | {failures} |",
+            setup.name, CONNECTIONS[at]
+        )
+    }
+
+    /// The times are those of each process of the setup, in seconds.
+    fn add_processor_times(
+        &mut self,
+        setup: &Setup,
+        at: usize,
+        report: Report,
+        before: &[f64],
+        after: &[f64],
+    ) -> std::fmt::Result {
+        for ((name, _), (before, after)) in setup.processes.iter().zip(before.iter().zip(after)) {
+            let microseconds = (after - before) / report.requests * 1e6;
+            writeln!(
+                self.processor,
+                "| {name} | {} | {microseconds:.0} |",
+                CONNECTIONS[at]
+            )?;
+        }
+        Ok(())
+    }
+
+    fn add_long(&mut self, setup: &Setup, report: Report) -> std::fmt::Result {
+        if setup.is_alone() {
+            self.alone_long = report;
+        }
+        let speed = report.megabytes_per_second;
+        let ratio = speed / self.alone_long.megabytes_per_second;
+        writeln!(self.long, "| {} | {speed:.0} | {ratio:.2} |", setup.name)
+    }
+
+    fn page(&self, generator: &str, has_long: bool) -> String {
+        let Self {
+            short,
+            long,
+            processor,
+            ..
+        } = self;
+        let origin = if has_long {
             "nginx"
         } else {
             "the demo service"
-        },
-    );
-    if has_long {
-        write!(
-            text,
-            "Responses of 10 MiB, {LONG_CONNECTIONS} connections:\n\n{bodies}\n"
-        )?;
+        };
+        let long = if has_long {
+            format!(
+                "Responses of 10 MB, {LONG_CONNECTIONS} connections:\n\n| | MB/s | ratio |\n|---|---|---|\n{long}\n\n"
+            )
+        } else {
+            String::new()
+        };
+        format!(
+            "Load from {generator} for {SECONDS} s each; the service is {origin}. Responses of 1 KiB; ratios are to the service alone.\n\n\
+             | | connections | requests/s | ratio | p50 ms | p99 ms | failures |\n|---|---|---|---|---|---|---|\n{short}\n{long}\
+             Processor time per request, user and kernel:\n\n| process | connections | µs |\n|---|---|---|\n{processor}"
+        )
     }
-    write!(
-        text,
-        "Processor time per request, user and kernel:\n\n| process | connections | µs |\n|---|---|---|\n{processor}"
-    )?;
-    Ok(text)
 }
 
 impl Setup {
+    /// Whether nothing is in between.
+    fn is_alone(&self) -> bool {
+        self.processes.is_empty()
+    }
+
     fn processor_times(&self) -> anyhow::Result<Vec<f64>> {
         self.processes
             .iter()

@@ -68,7 +68,7 @@ impl Process {
                 BufReader::new(output)
                     .lines()
                     .map_while(Result::ok)
-                    .for_each(|line| drop(said.send(line)))
+                    .for_each(|line| drop(said.send(line)));
             });
         }
         Ok(Self { child, lines })
