@@ -371,7 +371,7 @@ impl Host {
 }
 
 impl<'a> Absolute<'a> {
-    /// An `http` or `https` address, or one that leaves the scheme open. Those with a user name are nobody's here.
+    /// An `http` or `https` address, or one that leaves the scheme open. Addresses with a user name are left to others.
     fn parse(address: &'a str) -> Option<Self> {
         let (scheme, after) = match address.strip_prefix("//") {
             Some(after) => (None, after),

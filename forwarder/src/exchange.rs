@@ -34,7 +34,7 @@ use crate::{
     upload::BodyParts,
 };
 
-/// How long an upload may stand still whose response has ended: nobody waits for it any more.
+/// How long an upload may stand still after its response has ended: no visitor waits for it then.
 const UPLOAD_STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What an exchange needs to know.

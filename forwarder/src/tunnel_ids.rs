@@ -1,6 +1,6 @@
 //! Tunnel ids that the service picked, remembered from one run to the next, so that a tunnel keeps its address.
 //!
-//! One file has them all, by endpoint and target. Whoever uses an entry holds a lock beside the file: a second agent with the same
+//! One file has them all, by endpoint and target. An agent that uses an entry holds a lock beside the file: a second agent with the same
 //! endpoint and target gets an id of its own and remembers nothing. Nothing here is worth a tunnel: what goes wrong is logged.
 
 use std::{
@@ -344,7 +344,7 @@ mod tests {
         assert!(memory(&file, "3000").await.is_none());
         assert!(
             memory(&file, "4000").await.is_some(),
-            "another target is nobody's"
+            "nothing is remembered for another target"
         );
         drop(first);
         assert_eq!(

@@ -27,7 +27,7 @@ async fn call(
     within("a response", origin.call(request)).await
 }
 
-/// The status of the response, whose body is read, or why there is none.
+/// The status of the response, whose body is read, or why the call failed.
 async fn status(origin: &Origin, method: &str, body: &str) -> Result<u16, String> {
     match call(origin, method, body).await {
         Ok(response) => {
@@ -240,7 +240,7 @@ async fn a_response_that_http_does_not_allow_is_refused_with_its_reason() {
     }
 }
 
-/// A certificate with its key, and whoever signed it.
+/// A certificate with its key.
 struct Signed {
     chain: Vec<rustls::pki_types::CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
