@@ -20,7 +20,7 @@ use tunnel_bench::{
 const PAGE: &str = include_str!("../../docs/cost.md");
 
 #[test]
-fn the_pages_tables_are_what_the_formula_makes() {
+fn the_tables_of_the_cost_page_match_the_formula() {
     for table in [cost::table(), cost::idle_table()] {
         assert!(PAGE.contains(&table), "docs/cost.md should have\n\n{table}");
     }
@@ -81,7 +81,7 @@ async fn cheapest(cloud: &Cloud, url: &str, length: usize) -> (Usage, Counts) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_through_the_functions_executables_use_what_the_formula_says() {
+async fn requests_through_the_functions_executables_match_the_formula() {
     let executables = executables();
     let work = tempfile::tempdir().expect("a directory");
     let log = work.path().join("functions.log");

@@ -838,7 +838,7 @@ mod tests {
     }
 
     #[test]
-    fn the_local_service_is_asked_at_its_own_address() {
+    fn requests_reach_the_local_service_with_its_own_address() {
         for (name, value, by_path) in [
             ("host", "t.example.com", "127.0.0.1:3000"),
             ("origin", PUBLIC, "http://127.0.0.1:3000"),
@@ -948,7 +948,7 @@ mod tests {
         }
 
         #[test]
-        fn no_field_whatever_panics_or_becomes_invalid(value in "[ -~]{0,40}|[<>\"\\\\;,=/:a@\\[\\]\u{fc}]{0,12}") {
+        fn no_field_value_panics_or_becomes_invalid(value in "[ -~]{0,40}|[<>\"\\\\;,=/:a@\\[\\]\u{fc}]{0,12}") {
             for exchange in [BY_PATH, BY_SUBDOMAIN] {
                 for name in ["location", "content-location", "refresh", "link", "set-cookie", "access-control-allow-origin"] {
                     exchange.returned(302, name, &value);

@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_win_over_the_file() {
+    fn flags_override_the_file() {
         let file =
             file("endpoint = 'wss://file.example.com'\ntarget = 1\ntunnel_id = 'from-file'\n");
         let path = file.path().to_str().expect("a path");
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_random_id_is_remembered_unless_that_is_switched_off() {
+    fn a_random_id_is_remembered_unless_remembering_is_off() {
         let arguments = ["-e", "ws://127.0.0.1:1"];
         let memory = |more: &[&str]| {
             parse(&[&arguments[..], more].concat()).expect("settings")[0]
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn start_opens_the_tunnels_it_is_told_to() {
+    fn start_opens_the_named_tunnels() {
         let file = file(
             "endpoint = 'wss://x.example.com'\n[tunnels.api]\ntarget = 1\n[tunnels.web]\ntarget = 2\n",
         );
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_about_visitors_come_from_flags_or_the_file_and_faults_tell_no_secret() {
+    fn visitor_rules_come_from_flags_or_the_file_and_errors_reveal_no_secret() {
         let file = file(
             "endpoint = 'wss://x.example.com'\nbasic_auth = ['all:swordfish']\n\
              [tunnels.api]\nbasic_auth = []\nallow = ['192.0.2.0/24']\n[tunnels.web]\nrequire_header = ['x-key: swordfish']\n",
@@ -495,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_of_a_tunnel_has_all_that_the_top_has() {
+    fn a_tunnels_table_accepts_every_key_of_the_top_level() {
         let file = file(
             "endpoint = 'wss://x.example.com'\ntoken = 'top'\ncompression = true\ntarget_insecure = true\n\
              [tunnels.api]\nendpoint = 'wss://y.example.com'\ntoken = 'own'\ncompression = false\n\

@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_are_named_with_their_line_and_what_would_be_right() {
+    fn errors_in_the_file_give_the_line_and_what_would_be_right() {
         for (text, line, words) in [
             ("endpoint = 'wss://x'\nendpiont = 1\n", 2, "endpiont"),
             ("[tunnels.web]\nprot = 1\n", 2, "prot"),

@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_is_printed_once_until_it_is_another() {
+    fn a_url_is_printed_again_only_when_it_changes() {
         let [stdout, stderr] = written(|display| {
             for url in ["http://a/x", "http://a/x", "http://b/x"] {
                 display.show("http", &online(url));
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn text_of_others_cannot_make_lines_or_steer_a_terminal() {
+    fn foreign_text_cannot_forge_lines_or_control_the_terminal() {
         let request = Event::Request {
             method: Method::GET,
             uri: "/a?\u{202e}gpj.x\u{2066}\u{9b}2J".to_owned(),

@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_cannot_be_is_refused_and_a_password_never_repeated() {
+    fn an_impossible_port_is_refused_and_a_password_is_never_repeated() {
         for text in [
             "wss://127.0.0.1:99999/x",
             "wss://x.example.com:/x",

@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_upload_is_waited_for_until_it_ends_or_stands_still() {
+    async fn an_upload_is_awaited_until_it_ends_or_stalls() {
         let (upload, progress) = UploadStream::new(None, None);
         let started = Instant::now();
         advance(UPLOAD_STALL_TIMEOUT / 2).await;

@@ -159,14 +159,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_was_not_asked_is_never_dead() {
+    async fn a_connection_that_was_not_pinged_is_never_dead() {
         let mut liveness = Liveness::new();
         assert!(!is_dead_after(&mut liveness, 100, ping_frames(100)).await);
         assert!(liveness.is_ping_message_due());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_a_blocked_socket_takes_is_a_sign_of_life() {
+    async fn bytes_accepted_by_a_blocked_socket_are_a_sign_of_life() {
         let mut liveness = Liveness::new();
         liveness.ping_frame_answered();
         for unblocked_writes in 1..20 {

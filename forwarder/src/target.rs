@@ -158,14 +158,14 @@ mod tests {
     }
 
     #[test]
-    fn a_port_alone_is_both_loopback_addresses_and_an_address_only_itself() {
+    fn a_bare_port_means_both_loopback_addresses_and_an_address_only_itself() {
         let transport = |text: &str| text.parse::<Target>().map(|target| target.transport);
         assert_eq!(transport("3000"), Ok(TargetTransport::Loopback));
         assert_eq!(transport("127.0.0.1:3000"), Ok(TargetTransport::Tcp));
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_its_reason() {
+    fn impossible_values_are_refused_with_a_reason() {
         for (text, error) in [
             ("", TargetError::Address),
             ("http://", TargetError::Address),

@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn of_two_agents_at_once_the_second_remembers_nothing() {
+    async fn the_second_of_two_simultaneous_agents_remembers_nothing() {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("tunnels.toml");
         let mut first = memory(&file, "3000").await.expect("a memory");
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn where_nothing_can_be_written_nothing_is_remembered_and_nothing_fails() {
+    async fn if_the_file_cannot_be_written_nothing_is_remembered_and_nothing_fails() {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("file");
         fs::write(&file, "").expect("written");
@@ -412,7 +412,7 @@ mod tests {
 
     #[cfg(unix)]
     #[tokio::test]
-    async fn the_file_is_its_users_alone() {
+    async fn only_the_user_can_read_the_file() {
         use std::os::unix::fs::PermissionsExt;
 
         let directory = tempfile::tempdir().expect("a directory");

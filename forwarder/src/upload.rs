@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_that_nobody_takes_are_bounded_over_all_bodies() {
+    fn parts_that_are_not_read_are_bounded_over_all_bodies() {
         let budget = BodyBudget::new(100_000);
         let mut feeds: Vec<_> = (0..100).map(|_| UploadFeed::new(&budget)).collect();
         let mut refused = 0;

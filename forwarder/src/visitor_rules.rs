@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_are_checked_before_a_tunnel_is_opened_and_faults_tell_no_secret() {
+    fn visitor_rules_are_validated_before_a_tunnel_opens_and_errors_reveal_no_secret() {
         for (good, header) in [
             ("alice:x", "X-Key: 1"),
             ("a b:c:d", "x-key:1"),
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn every_connection_has_a_salt_of_its_own() {
+    fn every_connection_has_its_own_salt() {
         let checked = rules(&["alice:swordfish"], &["X-Key: swordfish"])
             .check()
             .expect("rules");

@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_one_line_whatever_text_it_holds() {
+    fn an_event_is_one_line_whatever_text_it_contains() {
         let mut lines = EscapedLines(Vec::new());
         lines
             .write_all(

@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_that_let_strangers_in_or_cannot_work_are_refused_before_anything_is_opened() {
+    fn settings_that_admit_strangers_or_cannot_work_are_refused_before_anything_is_opened() {
         let public = |url: &str| Some(url.parse().expect("a URL"));
         let issuer = |jwks_url: &str, secret: &str| JwtIssuer {
             issuer: "i".to_owned(),

@@ -317,7 +317,7 @@ async fn status_with(service: &Service, accepted: TargetTls) -> Result<u16, Stri
 }
 
 #[tokio::test]
-async fn a_certificate_is_accepted_as_the_user_says_and_otherwise_refused_with_its_reason() {
+async fn a_certificate_is_accepted_as_configured_and_otherwise_refused_with_a_reason() {
     let accept = |signed: &Signed| TargetTls::Authorities(signed.chain.clone().into());
     let own = self_signed();
     let service = serving_tls(&own).await;

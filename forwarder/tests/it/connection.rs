@@ -334,7 +334,7 @@ async fn a_takeover_is_believed_when_the_service_confirms_it() {
 }
 
 #[tokio::test]
-async fn a_request_that_comes_again_over_another_connection_is_not_carried_out_again() {
+async fn a_request_repeated_over_another_connection_is_not_carried_out_again() {
     let mut service = Service::start();
     let origin = Origin::start(2).await;
     let _agent = Agent::start(&service, &origin);

@@ -142,7 +142,7 @@ async fn a_service_that_does_not_know_visitor_rules_ends_it_with_code_6() {
 }
 
 #[tokio::test]
-async fn a_released_tunnel_id_is_said_on_stdout() {
+async fn a_released_tunnel_id_is_reported_on_stdout() {
     let service = Service::running(|stream| async move {
         let mut agent = Agent(accept_async(stream).await.expect("a handshake"));
         agent.until("release").await;

@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_counted_under_what_became_of_it() {
+    fn a_request_is_counted_under_its_outcome() {
         let mut log = RequestLog::new(Some("forward".to_owned()), "my-app".parse().expect("an id"));
         assert_eq!(log.embedded_metrics("f")["Outcome"], "visitor_left");
         log.refused(&ForwardError::LocalTimeout);

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn the_local_service_cannot_speak_for_the_tunnel_or_about_its_own_connection() {
+    fn the_local_service_cannot_impersonate_the_tunnel_or_describe_its_own_connection() {
         let kept = response_fields(
             StatusCode::OK,
             fields(&[

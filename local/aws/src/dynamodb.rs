@@ -628,7 +628,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_their_users_alone_in_a_directory_that_everybody_may_read() {
+    fn files_are_private_even_in_a_directory_that_everyone_may_read() {
         let directory = tempfile::tempdir().expect("a directory");
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).expect("set");
         let _lock = DirectoryLock::acquire(directory.path()).expect("free");

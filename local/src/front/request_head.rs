@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_has_one_length_that_everybody_understands() {
+    fn a_body_has_exactly_one_unambiguous_length() {
         use RequestHeadError::{BodyTooLarge, Malformed, TransferEncoding};
         for (fields, expected) in [
             ("", Ok(Framing::Length(0))),
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn characters_that_cannot_stand_in_a_target_are_escaped_and_no_others() {
+    fn only_characters_not_allowed_in_a_target_are_escaped() {
         for (sent, seen) in [
             ("/t/a?q={job=\"x\"}", "/t/a?q={job=%22x%22}"),
             ("/t/<a>?<b>", "/t/%3Ca%3E?%3Cb%3E"),

@@ -70,7 +70,7 @@ fn with_passwords() -> PolicyArgs {
 }
 
 #[tokio::test]
-async fn a_password_is_asked_for_in_every_way_a_tunnel_can_be_reached() {
+async fn a_password_is_required_on_every_way_to_a_tunnel() {
     let (stack, origin) = (with_subdomains().await, Origin::echo().await);
     let _agent = protected(&stack, &origin, with_passwords()).await;
     let host = stack.public_url.to_string().split_off("http://".len());
@@ -156,7 +156,7 @@ async fn a_password_lets_in_and_is_not_passed_on() {
 }
 
 #[tokio::test]
-async fn without_rules_authorization_is_the_local_services_business() {
+async fn without_rules_authorization_is_passed_to_the_local_service() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
     visit_with(&agent.url, &[("authorization", ALICE)]).await;
@@ -164,7 +164,7 @@ async fn without_rules_authorization_is_the_local_services_business() {
 }
 
 #[tokio::test]
-async fn networks_decide_by_the_visitors_address_and_not_by_what_it_says() {
+async fn networks_are_checked_for_the_visitors_real_address_only() {
     let stack = stack().await;
     let claims = [
         ("x-forwarded-for", "192.0.2.1"),
@@ -207,7 +207,7 @@ async fn networks_decide_by_the_visitors_address_and_not_by_what_it_says() {
 }
 
 #[tokio::test]
-async fn a_secret_header_is_asked_for_and_not_passed_on() {
+async fn a_secret_header_is_required_and_not_passed_on() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let rules = PolicyArgs {
         require_header: secrets(&["X-Origin-Verify: swordfish", "x-origin-verify: next"]),
@@ -302,7 +302,7 @@ async fn a_request_that_moves_to_another_connection_is_held_to_the_rules_there()
 }
 
 #[tokio::test]
-async fn a_connection_without_rules_after_one_with_rules_lets_everybody_in() {
+async fn a_connection_without_rules_after_one_with_rules_admits_everyone() {
     let stack = stack().await;
     let access = rules(PolicyArgs {
         deny: networks(&["127.0.0.1"]),
@@ -321,7 +321,7 @@ async fn a_connection_without_rules_after_one_with_rules_lets_everybody_in() {
 }
 
 #[tokio::test]
-async fn rules_that_the_service_cannot_keep_to_open_no_tunnel() {
+async fn visitor_rules_that_the_service_cannot_enforce_open_no_tunnel() {
     let stack = stack().await;
     let hash = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
     let salt = "AAAAAAAAAAAAAAAAAAAAAA==";
@@ -354,7 +354,7 @@ async fn rules_that_the_service_cannot_keep_to_open_no_tunnel() {
 }
 
 #[tokio::test]
-async fn an_agent_with_rules_ends_where_the_service_does_not_know_them() {
+async fn an_agent_with_visitor_rules_exits_if_the_service_does_not_know_them() {
     let (service, origin) = (ScriptedService::listening().await, Origin::echo().await);
     let settings = |rules: PolicyArgs| forwarder::settings::Settings {
         endpoint: service.endpoint.parse().expect("an endpoint"),
@@ -395,7 +395,7 @@ fn settings_without_stack(origin: &Origin) -> forwarder::settings::Settings {
 }
 
 #[tokio::test]
-async fn of_what_proxies_say_only_the_word_of_trusted_ones_counts() {
+async fn forwarding_fields_are_believed_from_trusted_proxies_only() {
     let trusted = networks(&["127.0.0.1", "198.51.100.0/24"]).expect("networks");
     let stack = stack_with(Options {
         trusted_proxies: trusted,
@@ -454,7 +454,7 @@ async fn of_what_proxies_say_only_the_word_of_trusted_ones_counts() {
 }
 
 #[tokio::test]
-async fn networks_are_asked_about_the_visitor_behind_a_trusted_proxy() {
+async fn networks_are_checked_for_the_visitor_behind_a_trusted_proxy() {
     let trusted = networks(&["127.0.0.1"]).expect("networks");
     let stack = stack_with(Options {
         trusted_proxies: trusted,
@@ -489,7 +489,7 @@ async fn networks_are_asked_about_the_visitor_behind_a_trusted_proxy() {
 }
 
 #[tokio::test]
-async fn a_tunnel_has_no_more_requests_at_once_than_it_may() {
+async fn a_tunnels_requests_at_once_are_limited() {
     let stack = stack_with(Options {
         max_concurrent_requests: 1,
         ..Options::default()
@@ -533,7 +533,7 @@ async fn a_tunnel_has_no_more_requests_at_once_than_it_may() {
 }
 
 #[tokio::test]
-async fn a_tunnel_has_no_more_requests_a_second_than_it_may() {
+async fn a_tunnels_requests_per_second_are_limited() {
     let stack = stack_with(Options {
         max_requests_per_second: 1,
         ..Options::default()
@@ -561,7 +561,7 @@ async fn a_tunnel_has_no_more_requests_a_second_than_it_may() {
 }
 
 #[tokio::test]
-async fn requests_that_the_rules_refuse_use_none_of_the_tunnels() {
+async fn requests_refused_by_the_visitor_rules_do_not_count() {
     let stack = stack_with(Options {
         max_requests_per_second: 1,
         ..Options::default()
@@ -581,7 +581,7 @@ async fn requests_that_the_rules_refuse_use_none_of_the_tunnels() {
 }
 
 #[tokio::test]
-async fn one_owner_has_no_more_agents_connected_than_it_may() {
+async fn the_number_of_agents_of_one_owner_is_limited() {
     let quotas = Quotas {
         agents_of_one: 2,
         ..Quotas::default()

@@ -61,7 +61,7 @@ fn payload_1_0_and_2_0_and_function_urls_are_read_alike() {
 }
 
 #[test]
-fn http_events_are_never_taken_for_websocket_events() {
+fn http_events_are_never_mistaken_for_websocket_events() {
     for event in HTTP {
         assert!(
             serde_json::from_str::<ApiGatewayWebsocketProxyRequest>(event).is_err(),
@@ -75,7 +75,7 @@ fn http_events_are_never_taken_for_websocket_events() {
 }
 
 #[test]
-fn websocket_events_are_never_taken_for_http_events() {
+fn websocket_events_are_never_mistaken_for_http_events() {
     for (event_type, event) in WEBSOCKET {
         assert!(
             serde_json::from_str::<LambdaRequest>(event).is_err(),
@@ -108,7 +108,7 @@ fn the_sample_messages_are_messages_of_the_protocol() {
 }
 
 #[test]
-fn what_an_http_api_decoded_is_encoded_again_and_what_a_function_url_kept_stays() {
+fn paths_decoded_by_an_http_api_are_encoded_again_and_those_of_a_function_url_are_not() {
     let with_path = |event: &str, path: &str| {
         visit(&event.replace("\"/sample/hello\"", &serde_json::json!(path).to_string())).path
     };
@@ -123,7 +123,7 @@ fn what_an_http_api_decoded_is_encoded_again_and_what_a_function_url_kept_stays(
 }
 
 #[test]
-fn bodies_are_what_the_flag_says_they_are() {
+fn bodies_are_decoded_according_to_the_events_flag() {
     use http_body_util::BodyExt;
     let with_body = |body: &str, is_base64: bool| {
         let flag = format!(
@@ -145,7 +145,7 @@ fn bodies_are_what_the_flag_says_they_are() {
 }
 
 #[test]
-fn a_function_url_behind_another_name_is_known_where_the_name_is_set() {
+fn a_function_url_behind_a_custom_name_is_recognised_once_configured() {
     let event = event!("url").replace(".lambda-url.us-east-1.on.aws", ".example.com");
     let visit = |streaming_url: Option<&str>| {
         let url = streaming_url.map(|url| url.parse().expect("an address"));

@@ -205,7 +205,7 @@ const READY: &str = include_str!("../../../events/ready.json");
 const RESPONSE: &str = include_str!("../../../events/http-response.json");
 
 #[tokio::test]
-async fn an_agent_that_takes_no_more_for_a_moment_costs_no_request() {
+async fn an_agent_that_is_busy_for_a_moment_costs_no_request() {
     for fault in [
         Fault(2, 429, "LimitExceededException"),
         Fault(5, 429, "LimitExceededException"),
@@ -218,7 +218,7 @@ async fn an_agent_that_takes_no_more_for_a_moment_costs_no_request() {
 }
 
 #[tokio::test]
-async fn an_agent_that_takes_nothing_at_all_is_busy() {
+async fn an_agent_that_accepts_nothing_is_reported_as_busy() {
     let aws = Aws::failing(NONE, Fault(ALWAYS, 429, "LimitExceededException")).await;
     assert_eq!(aws.visit().await, (503, Some("agent_busy".to_owned())));
 }
@@ -234,7 +234,7 @@ async fn a_connection_that_is_gone_takes_its_tunnel_offline() {
 }
 
 #[tokio::test]
-async fn what_only_the_operator_can_mend_is_an_internal_error_at_once() {
+async fn errors_only_the_operator_can_fix_are_internal_errors_at_once() {
     for (dynamodb, connections) in [
         (NONE, Fault(ALWAYS, 413, "PayloadTooLargeException")),
         (NONE, Fault(ALWAYS, 403, "ForbiddenException")),
@@ -265,7 +265,7 @@ async fn what_only_the_operator_can_mend_is_an_internal_error_at_once() {
 }
 
 #[tokio::test]
-async fn faults_of_aws_are_tried_again_and_then_told() {
+async fn failures_of_aws_are_retried_and_then_reported() {
     for (status, name) in [
         (400, "ProvisionedThroughputExceededException"),
         (400, "ThrottlingException"),
@@ -293,7 +293,7 @@ async fn faults_of_aws_are_tried_again_and_then_told() {
 }
 
 #[tokio::test]
-async fn an_agents_message_is_stored_in_spite_of_a_throttle_or_is_an_error() {
+async fn an_agents_message_is_stored_despite_throttling_or_is_an_error() {
     let throttle = "ProvisionedThroughputExceededException";
     let aws = Aws::failing(Fault(2, 400, throttle), NONE).await;
     assert!(aws.takes(RESPONSE).await);
@@ -306,7 +306,7 @@ async fn an_agents_message_is_stored_in_spite_of_a_throttle_or_is_an_error() {
 }
 
 #[tokio::test]
-async fn an_agent_becomes_ready_in_spite_of_a_fault_or_is_told() {
+async fn an_agent_becomes_ready_despite_a_fault_or_gets_an_error() {
     for (fault, is_taken) in [
         (Fault(2, 429, "LimitExceededException"), true),
         (Fault(ALWAYS, 429, "LimitExceededException"), false),
@@ -332,7 +332,7 @@ async fn an_agent_becomes_ready_in_spite_of_a_fault_or_is_told() {
 }
 
 #[tokio::test]
-async fn no_agent_is_let_in_or_forgotten_by_a_database_that_does_not_answer() {
+async fn no_agent_is_admitted_or_forgotten_while_the_database_does_not_answer() {
     let connect_event = || websocket(include_str!("../../../events/connect.json"));
     let disconnect_event = || websocket(include_str!("../../../events/disconnect.json"));
     for (times, is_good) in [(2, true), (ALWAYS, false)] {

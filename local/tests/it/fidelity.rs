@@ -261,7 +261,7 @@ async fn a_tunnel_named_like_a_path_of_its_service_is_not_redirected_in_a_circle
 }
 
 #[tokio::test]
-async fn the_local_service_learns_where_a_request_comes_from_and_nothing_a_visitor_made_up() {
+async fn the_local_service_sees_the_real_origin_of_a_request_and_no_invented_one() {
     let any_host = Options {
         any_host: true,
         ..Options::default()
@@ -294,7 +294,7 @@ async fn the_local_service_learns_where_a_request_comes_from_and_nothing_a_visit
 }
 
 #[tokio::test]
-async fn the_visitors_host_is_kept_where_that_is_set() {
+async fn the_visitors_host_is_preserved_if_configured() {
     let any_host = Options {
         any_host: true,
         ..Options::default()
@@ -316,7 +316,7 @@ async fn the_visitors_host_is_kept_where_that_is_set() {
 }
 
 #[tokio::test]
-async fn head_has_the_length_and_no_body_and_neither_has_no_content() {
+async fn head_responses_have_a_length_but_no_body_and_204_has_neither() {
     let stack = stack().await;
     let origin = Origin::answering(|seen| {
         Some(match (&seen.method, seen.uri.path()) {
@@ -350,7 +350,7 @@ async fn head_has_the_length_and_no_body_and_neither_has_no_content() {
 }
 
 #[tokio::test]
-async fn the_local_service_cannot_speak_for_the_tunnel() {
+async fn the_local_service_cannot_impersonate_the_tunnel() {
     let stack = stack().await;
     let origin = Origin::answering(|_| {
         Some(reply_with(
@@ -371,7 +371,7 @@ async fn the_local_service_cannot_speak_for_the_tunnel() {
 }
 
 #[tokio::test]
-async fn targets_that_only_a_proxy_takes_are_refused() {
+async fn request_targets_meant_for_proxies_are_refused() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
 
@@ -391,7 +391,7 @@ async fn targets_that_only_a_proxy_takes_are_refused() {
 }
 
 #[tokio::test]
-async fn a_request_that_says_two_things_about_its_length_is_refused() {
+async fn a_request_with_conflicting_lengths_is_refused() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
     let chunked = "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
@@ -432,7 +432,7 @@ async fn a_request_that_says_two_things_about_its_length_is_refused() {
 }
 
 #[tokio::test]
-async fn bodies_that_are_packed_on_the_way_arrive_as_they_were() {
+async fn bodies_compressed_in_transit_arrive_unchanged() {
     let text = "<p>a page that is much like all other pages</p>\n".repeat(20_000);
     let sent = text.clone();
     let origin = Origin::answering(move |seen| {

@@ -67,7 +67,7 @@ async fn a_visitor_that_leaves_is_noticed_whatever_it_sent_before() {
 }
 
 #[tokio::test]
-async fn a_visitor_that_ends_its_side_behind_its_request_gets_its_answer() {
+async fn a_visitor_that_half_closes_after_its_request_gets_its_answer() {
     let stack = stack().await;
     let mut agent = online(&stack).await;
     for request in [ASK, "GET /my-app/x HTTP/1.0\r\n\r\n"] {
@@ -139,7 +139,7 @@ async fn a_response_that_breaks_off_arrives_as_far_as_it_came_and_is_seen_to_be_
 }
 
 #[tokio::test]
-async fn what_this_front_cannot_serve_is_answered_with_a_code() {
+async fn requests_this_front_cannot_serve_are_answered_with_a_code() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let _agent = agent(&stack, &origin).await;
     for (request, status, code) in [
@@ -206,7 +206,7 @@ async fn what_this_front_cannot_serve_is_answered_with_a_code() {
 }
 
 #[tokio::test]
-async fn every_request_of_a_connection_is_checked_also_those_sent_ahead() {
+async fn every_request_of_a_connection_is_checked_even_pipelined_ones() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let _agent = agent(&stack, &origin).await;
     let post = "POST /my-app/ HTTP/1.1\r\nhost: x\r\n";
@@ -233,7 +233,7 @@ async fn every_request_of_a_connection_is_checked_also_those_sent_ahead() {
 }
 
 #[tokio::test]
-async fn characters_that_no_address_can_hold_arrive_escaped() {
+async fn characters_not_allowed_in_an_address_arrive_escaped() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let _agent = agent(&stack, &origin).await;
     let request = "GET /my-app/<a>\u{e9}?q={job=\"x\"}&\u{e9} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
@@ -302,7 +302,7 @@ async fn a_connection_that_the_service_closes_ends_though_its_agent_does_not_rea
 }
 
 #[tokio::test]
-async fn stopping_takes_ten_seconds_at_most_whatever_visitors_and_agents_do() {
+async fn stopping_takes_at_most_ten_seconds_whatever_visitors_and_agents_do() {
     let stack = stack().await;
     let mut agent = online(&stack).await;
     let _endless = visitor(&stack, ASK.as_bytes()).await;
@@ -345,7 +345,7 @@ async fn a_handshake_with_two_credentials_is_refused() {
 }
 
 #[tokio::test]
-async fn a_data_directory_has_one_server_and_a_new_one_knows_that_no_agent_is_there() {
+async fn a_data_directory_has_one_server_and_a_new_one_marks_tunnels_offline() {
     let directory = tempfile::tempdir().expect("a directory");
     let options = || Options {
         data: Some(directory.path().to_owned()),

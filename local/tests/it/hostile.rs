@@ -19,7 +19,7 @@ async fn still_serves(agent: &mut ScriptedAgent, url: &str) {
 }
 
 #[tokio::test]
-async fn a_reply_that_is_no_response_is_a_502_at_once() {
+async fn a_reply_that_is_not_a_valid_response_is_a_502_at_once() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts", "reply_to"]).await;
     let url = format!("{}/my-app/", stack.public_url);
@@ -83,7 +83,7 @@ async fn a_reply_that_is_no_response_is_a_502_at_once() {
 }
 
 #[tokio::test]
-async fn parts_that_cannot_be_put_in_order_or_come_again_do_no_harm() {
+async fn parts_that_cannot_be_ordered_or_are_repeated_do_no_harm() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts"]).await;
     let url = format!("{}/my-app/", stack.public_url);
@@ -138,7 +138,7 @@ async fn parts_that_cannot_be_put_in_order_or_come_again_do_no_harm() {
 }
 
 #[tokio::test]
-async fn guessed_request_ids_reach_nobody() {
+async fn guessed_request_ids_reach_no_visitor() {
     let stack = stack_in_order().await;
     let mut agent = ScriptedAgent::online(&stack, "my-app", &[]).await;
     let url = format!("{}/my-app/", stack.public_url);
@@ -289,7 +289,7 @@ async fn an_agent_sends_no_part_that_the_service_has_not_allowed() {
 }
 
 #[tokio::test]
-async fn nonsense_of_a_service_harms_no_agent() {
+async fn nonsense_from_a_service_harms_no_agent() {
     let (service, origin) = (ScriptedService::listening().await, Origin::echo().await);
     let mut agent = Agent::start(settings_for(&service.endpoint, origin.address));
     let mut connection = service.accept().await;

@@ -114,7 +114,7 @@ async fn owner(access: &Authenticator, token: &str) -> Option<Owner> {
 }
 
 #[tokio::test]
-async fn a_good_token_names_its_owner_and_another_subject_is_another() {
+async fn a_valid_token_identifies_its_owner_by_subject() {
     let access = access_by_secret();
     let alice = owner(&access, &by_secret(&json!({})))
         .await
@@ -148,7 +148,7 @@ async fn a_good_token_names_its_owner_and_another_subject_is_another() {
 }
 
 #[tokio::test]
-async fn a_token_that_is_not_good_names_nobody() {
+async fn an_invalid_token_identifies_no_one() {
     let (access, now) = (access_by_secret(), now().as_secs());
     for replaced in [
         json!({ "exp": null }),
@@ -235,7 +235,7 @@ async fn the_token_does_not_choose_how_it_is_checked() {
 }
 
 #[test]
-fn settings_that_would_believe_too_much_are_refused() {
+fn settings_that_would_trust_too_much_are_refused() {
     let (issuer, audience) = (("JWT_ISSUER", ISSUER), ("JWT_AUDIENCE", "tunnel"));
     let (secret, url) = (
         ("JWT_SECRET", SECRET),
@@ -418,7 +418,7 @@ async fn tokens_signed_with_published_keys_are_believed_and_the_keys_are_fetched
 }
 
 #[tokio::test]
-async fn a_key_that_is_not_for_signatures_or_is_a_secret_is_not_used() {
+async fn keys_that_are_secret_or_not_for_signatures_are_not_used() {
     let (pair, mut jwk) = p256();
     let mint = || {
         token(
@@ -482,7 +482,7 @@ async fn a_key_that_was_published_a_moment_ago_is_not_known_yet_rather_than_wron
 }
 
 #[tokio::test]
-async fn while_the_keys_cannot_be_fetched_nobody_is_told_that_a_token_is_wrong() {
+async fn while_keys_cannot_be_fetched_no_token_is_reported_as_invalid() {
     let (pair, jwk) = p256();
     let publisher = Publisher::of(json!([jwk])).await;
     let answer = publisher.answer.lock().expect("not poisoned").clone();
@@ -514,7 +514,7 @@ async fn while_the_keys_cannot_be_fetched_nobody_is_told_that_a_token_is_wrong()
 }
 
 #[tokio::test]
-async fn an_agent_with_a_json_web_token_is_an_owner_until_that_expires() {
+async fn an_agent_with_a_json_web_token_is_an_owner_until_the_token_expires() {
     let issuer = JwtIssuer {
         issuer: ISSUER.to_owned(),
         audience: "tunnel".to_owned(),

@@ -70,7 +70,7 @@ async fn browsers_get_a_page_and_others_json() {
 }
 
 #[tokio::test]
-async fn a_local_service_that_is_down_breaks_off_or_talks_nonsense_is_a_502() {
+async fn a_local_service_that_is_down_breaks_off_or_sends_nonsense_is_a_502() {
     let stack = stack().await;
     let free = TcpListener::bind("127.0.0.1:0")
         .await
@@ -129,7 +129,7 @@ async fn a_visitor_learns_at_once_that_the_agent_died() {
 }
 
 #[tokio::test]
-async fn requests_in_flight_finish_when_the_agent_is_told_to_stop() {
+async fn requests_in_progress_finish_when_the_agent_stops() {
     let stack = stack().await;
     let (hold, held) = std::sync::mpsc::channel::<()>();
     let held = std::sync::Mutex::new(held);
@@ -166,7 +166,7 @@ async fn requests_in_flight_finish_when_the_agent_is_told_to_stop() {
 }
 
 #[tokio::test]
-async fn a_tunnel_comes_back_on_the_same_address_after_the_stack_restarts() {
+async fn a_tunnel_keeps_its_address_when_the_server_restarts() {
     let data = tempfile::tempdir().expect("a directory");
     let origin = Origin::echo().await;
     let options = |port: u16| Options {
@@ -326,7 +326,7 @@ async fn with_tokens() -> (Server, String) {
 }
 
 #[tokio::test]
-async fn an_agent_without_a_good_token_is_refused_and_does_not_try_again() {
+async fn an_agent_without_a_valid_token_is_refused_and_does_not_retry() {
     let (stack, token) = with_tokens().await;
     let origin = Origin::echo().await;
     for token in [None, Some("wrong".to_owned()), Some(token.to_uppercase())] {
@@ -346,7 +346,7 @@ async fn an_agent_without_a_good_token_is_refused_and_does_not_try_again() {
 }
 
 #[tokio::test]
-async fn a_name_that_is_somebody_elses_is_refused_and_stays_theirs() {
+async fn a_name_of_another_owner_is_refused_and_stays_theirs() {
     let (stack, token) = with_tokens().await;
     let other = stack.create_token("other").await.expect("another token");
     let (first, second) = (Origin::echo().await, Origin::echo().await);
@@ -390,7 +390,7 @@ async fn a_web_page_cannot_be_an_agent() {
 }
 
 #[tokio::test]
-async fn a_name_that_is_no_name_is_refused() {
+async fn an_invalid_tunnel_id_is_refused() {
     let stack = stack().await;
     for name in ["No", "_ws", "a/b", ""] {
         let Err(tungstenite::Error::Http(response)) =
@@ -403,7 +403,7 @@ async fn a_name_that_is_no_name_is_refused() {
 }
 
 #[tokio::test]
-async fn strangers_are_not_let_in_without_tokens() {
+async fn strangers_are_not_admitted_without_tokens() {
     let error = Server::start(Options {
         listen: SocketAddr::from(([0, 0, 0, 0], 0)),
         auth: AuthMode::Open,

@@ -7,7 +7,7 @@ use tokio::{net::TcpListener, task::JoinSet};
 use crate::harness::{Agent, Origin, agent, get, post, settings, stack, within};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_a_thousand_requests_at_fifty_at_once_none_is_lost_or_crossed() {
+async fn a_thousand_requests_fifty_at_once_are_neither_lost_nor_mixed_up() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let agent = agent(&stack, &origin).await;
 
@@ -34,7 +34,7 @@ async fn of_a_thousand_requests_at_fifty_at_once_none_is_lost_or_crossed() {
 
 // On one thread, so that the agent reads many requests before it can write.
 #[tokio::test]
-async fn visitors_whom_a_full_agent_refuses_are_all_told_so() {
+async fn every_visitor_refused_by_a_busy_agent_gets_an_error() {
     let (stack, silent) = (
         stack().await,
         TcpListener::bind("127.0.0.1:0").await.expect("a port"),

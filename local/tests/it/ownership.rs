@@ -128,7 +128,7 @@ async fn an_agent_without_a_chosen_name_has_the_same_address_after_a_restart() {
 }
 
 #[tokio::test]
-async fn a_remembered_name_that_is_somebody_elses_by_now_is_given_up_for_a_new_one() {
+async fn a_remembered_name_that_now_has_another_owner_is_replaced_by_a_new_one() {
     let (stack, ours, theirs) = two_owners(NEVER).await;
     let origin = Origin::echo().await;
     let directory = tempfile::tempdir().expect("a directory");
@@ -165,7 +165,7 @@ async fn a_remembered_name_that_is_somebody_elses_by_now_is_given_up_for_a_new_o
 }
 
 #[tokio::test]
-async fn a_released_name_is_anybodys_and_its_agent_ends() {
+async fn a_released_name_can_be_claimed_by_anyone_and_its_agent_exits() {
     let (stack, ours, theirs) = two_owners(NEVER).await;
     let (origin, other) = (Origin::echo().await, Origin::echo().await);
     let mut agent = Agent::online(with_token(&stack, &origin, &ours)).await;
@@ -202,7 +202,7 @@ async fn a_released_name_is_anybodys_and_its_agent_ends() {
 }
 
 #[tokio::test]
-async fn releasing_a_name_that_nobody_has_says_so_and_claims_nothing() {
+async fn releasing_an_unclaimed_name_says_so_and_claims_nothing() {
     let (stack, ours, _) = two_owners(NEVER).await;
     let origin = Origin::echo().await;
     assert_eq!(
@@ -236,7 +236,7 @@ async fn an_old_agent_whose_name_is_released_is_closed() {
 }
 
 #[tokio::test]
-async fn an_agent_learns_that_the_operator_has_released_its_name() {
+async fn an_agent_is_notified_when_the_operator_releases_its_name() {
     let (stack, ours, _) = two_owners(OFTEN).await;
     let origin = Origin::echo().await;
     let mut agent = Agent::online(with_token(&stack, &origin, &ours)).await;
@@ -266,7 +266,7 @@ async fn status(stack: &Server, name: &str, token: Option<&str>) -> Got {
 }
 
 #[tokio::test]
-async fn an_owner_can_ask_how_a_tunnel_is_and_nobody_else() {
+async fn only_its_owner_can_see_the_status_of_a_tunnel() {
     let (stack, ours, theirs) = two_owners(NEVER).await;
     let origin = Origin::echo().await;
     let started = now().as_secs();
@@ -336,14 +336,14 @@ async fn an_owner_can_ask_how_a_tunnel_is_and_nobody_else() {
 }
 
 #[tokio::test]
-async fn where_agents_do_not_authenticate_anybody_may_ask() {
+async fn if_agents_do_not_authenticate_anyone_may_see_the_status() {
     let (stack, origin) = (stack().await, Origin::echo().await);
     let _agent = agent(&stack, &origin).await;
     assert_eq!(status(&stack, "my-app", None).await.status, StatusCode::OK);
 }
 
 #[tokio::test]
-async fn a_revoked_token_ends_its_open_connection_though_nobody_visits() {
+async fn a_revoked_token_ends_its_open_connection_even_without_visitors() {
     let (stack, _, theirs) = two_owners(OFTEN).await;
     let origin = Origin::echo().await;
     let mut agent = Agent::online(with_token(&stack, &origin, &theirs)).await;
@@ -391,7 +391,7 @@ async fn visitors_of_a_revoked_token_are_refused_and_its_agent_ends() {
 }
 
 #[tokio::test]
-async fn an_agent_whose_token_was_revoked_is_closed_when_it_speaks() {
+async fn an_agent_whose_token_was_revoked_is_closed_at_its_next_message() {
     let (stack, _, theirs) = two_owners(NEVER).await;
     let mut agents = Vec::new();
     for name in ["pings", "opens", "releases"] {
@@ -502,7 +502,7 @@ impl Deployment {
 }
 
 #[tokio::test]
-async fn an_agent_is_told_once_when_the_service_has_moved_to_another_address() {
+async fn an_agent_is_notified_once_when_the_services_address_changes() {
     let event: ApiGatewayWebsocketProxyRequest =
         serde_json::from_str(include_str!("../../../events/connect.json")).expect("an event");
     let (old, new) = ("https://old.example.com", "https://new.example.com");
@@ -605,7 +605,7 @@ async fn covet(stack: &Server, name: &str, token: &str, own: &mut ScriptedAgent,
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_a_thousand_interleavings_a_name_stays_its_owners() {
+async fn in_a_thousand_interleavings_a_name_keeps_its_owner() {
     let (stack, ours, theirs) = two_owners(Duration::from_millis(500)).await;
     let stack = Arc::new(stack);
     let mut names = JoinSet::new();
@@ -650,7 +650,7 @@ async fn in_a_thousand_interleavings_a_name_stays_its_owners() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_who_ask_for_a_free_name_at_once_one_owner_gets_it() {
+async fn if_many_agents_claim_a_free_name_at_once_one_owner_gets_it() {
     let (stack, ours, theirs) = two_owners(NEVER).await;
     let stack = Arc::new(stack);
     for number in 0..20 {

@@ -9,7 +9,7 @@ use crate::harness::{
 };
 
 #[tokio::test]
-async fn an_agent_that_speaks_only_the_first_messages_serves_small_requests() {
+async fn an_agent_that_knows_only_the_first_messages_serves_small_requests() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=old-one").await;
     let established = agent.ready(&json!({ "type": "ready" })).await;
@@ -67,7 +67,7 @@ async fn an_old_agent_is_never_sent_what_it_did_not_announce() {
 }
 
 #[tokio::test]
-async fn a_service_that_speaks_only_the_first_messages_is_served() {
+async fn a_service_that_knows_only_the_first_messages_is_served() {
     let service = ScriptedService::listening().await;
     let origin = Origin::answering(|seen| {
         let is_long = seen.uri.path() == "/long";
@@ -127,7 +127,7 @@ async fn a_service_that_speaks_only_the_first_messages_is_served() {
 }
 
 #[tokio::test]
-async fn parts_may_come_in_any_order_and_twice() {
+async fn parts_may_arrive_in_any_order_and_twice() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::online(&stack, "shuffles", &["body_parts"]).await;
 
@@ -151,7 +151,7 @@ async fn parts_may_come_in_any_order_and_twice() {
 }
 
 #[tokio::test]
-async fn an_agent_cannot_answer_for_another() {
+async fn an_agent_cannot_answer_in_place_of_another() {
     let stack = stack_in_order().await;
     let mut asked = ScriptedAgent::online(&stack, "asked", &[]).await;
     let mut other = ScriptedAgent::online(&stack, "other", &[]).await;

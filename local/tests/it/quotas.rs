@@ -202,7 +202,7 @@ async fn a_message_to_an_agent_is_at_most_128_kib_long() {
 }
 
 #[tokio::test]
-async fn a_connection_whose_agent_does_not_read_takes_no_more() {
+async fn a_connection_whose_agent_does_not_read_accepts_a_limited_number_of_messages() {
     let connections = ConnectionRegistry::default();
     let (api, _serving) = management(connections.clone(), Quotas::default(), "the key").await;
     let (commands, _unread) = mpsc::channel(1);
@@ -213,7 +213,7 @@ async fn a_connection_whose_agent_does_not_read_takes_no_more() {
 }
 
 #[tokio::test]
-async fn nobody_else_on_the_machine_can_speak_to_agents() {
+async fn other_users_of_the_machine_cannot_send_to_agents() {
     let connections = ConnectionRegistry::default();
     let (commands, mut sent) = mpsc::channel(1);
     let id: ConnectionId = "abc=".parse().expect("an id");
@@ -231,7 +231,7 @@ async fn nobody_else_on_the_machine_can_speak_to_agents() {
 }
 
 #[tokio::test]
-async fn nobody_else_on_the_machine_can_read_the_tables() {
+async fn other_users_of_the_machine_cannot_read_the_tables() {
     use aws_sdk_dynamodb::Client;
     let (tasks, stop) = (
         tokio_util::task::TaskTracker::new(),

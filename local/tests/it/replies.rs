@@ -72,7 +72,7 @@ async fn a_reply_is_found_whether_it_names_a_reply_connection_or_not() {
 }
 
 #[tokio::test]
-async fn an_agent_cannot_have_the_service_speak_to_another_agent() {
+async fn an_agent_cannot_make_the_service_send_to_another_agent() {
     let stack = as_in_aws().await;
     let (mut agent, url) = connected(&stack, "my-app").await;
     let mut other = ScriptedAgent::connect(&stack, "?tunnel_id=other").await;
@@ -121,7 +121,7 @@ async fn a_reply_connection_that_is_killed_costs_no_request() {
 }
 
 #[tokio::test]
-async fn nobody_opens_a_reply_connection_without_a_ticket() {
+async fn a_reply_connection_cannot_be_opened_without_a_ticket() {
     let stack = as_in_aws().await;
     for ticket in [None, Some("ttf_0000")] {
         let refused = ScriptedAgent::try_connect(&stack, "?reply=1", ticket).await;
@@ -213,7 +213,7 @@ async fn a_visitor_who_does_not_read_stops_the_local_service_and_not_the_tunnel(
 }
 
 #[tokio::test]
-async fn a_request_that_a_replaced_agent_gives_back_is_sent_to_the_one_that_serves_now() {
+async fn a_request_returned_by_a_replaced_agent_is_sent_to_the_one_that_serves_now() {
     let stack = stack().await;
     let mut old = ScriptedAgent::online(&stack, "my-app", &["notices"]).await;
     let url = format!("{}/my-app/", stack.public_url);
@@ -247,7 +247,7 @@ async fn a_request_that_a_replaced_agent_gives_back_is_sent_to_the_one_that_serv
 }
 
 #[tokio::test]
-async fn a_request_whose_agent_died_is_sent_again_only_if_it_changes_nothing() {
+async fn a_request_whose_agent_died_is_repeated_only_if_that_is_safe() {
     let stack = stack().await;
     for (method, is_repeated) in [("GET", true), ("POST", false)] {
         let mut old = ScriptedAgent::online(&stack, "my-app", &["notices"]).await;

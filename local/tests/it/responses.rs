@@ -181,7 +181,7 @@ async fn a_response_that_turns_out_not_to_be_one_breaks_off() {
 }
 
 #[tokio::test]
-async fn a_body_that_nothing_may_carry_is_not_asked_for() {
+async fn a_body_that_may_not_be_sent_is_not_read() {
     let stack = stack().await;
     let features = ["body_parts", "window", "cancel"];
     let mut agent = ScriptedAgent::online(&stack, "my-app", &features).await;

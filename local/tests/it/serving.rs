@@ -298,7 +298,7 @@ async fn a_connection_that_has_ended_does_not_take_its_tunnel_over() {
 }
 
 #[tokio::test]
-async fn an_older_connection_does_not_take_over_from_a_newer_one_and_is_told() {
+async fn an_older_connection_does_not_take_over_from_a_newer_one_and_is_notified() {
     let service = Service::new().await;
     let old = service.open("old").await;
     let new = service.open("new").await;
@@ -329,7 +329,7 @@ async fn of_two_connections_of_one_millisecond_one_serves_in_whichever_order_the
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_before_it_is_told_leaves_the_tunnel_to_the_one_before() {
+async fn a_connection_that_breaks_before_it_is_notified_leaves_the_tunnel_to_the_one_before() {
     for features in [json!(["notices"]), json!([])] {
         let service = Service::new().await;
         let live = service.open("live").await;
@@ -347,7 +347,7 @@ async fn a_connection_that_breaks_before_it_is_told_leaves_the_tunnel_to_the_one
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_before_it_is_told_leaves_no_tunnel_online_behind() {
+async fn a_connection_that_breaks_before_it_is_notified_leaves_no_tunnel_online() {
     let service = Service::new().await;
     let dead = service.open("dead").await;
     service.break_off(&dead);
@@ -388,7 +388,7 @@ async fn a_ready_that_takes_the_tunnel_while_its_connection_is_ended_does_not_ke
 }
 
 #[tokio::test]
-async fn the_newest_connection_takes_over_at_its_next_ping_if_its_ready_came_to_nothing() {
+async fn the_newest_connection_takes_over_at_its_next_ping_if_its_ready_had_no_effect() {
     let service = Service::new().await;
     let old = service.open("old").await;
     service.ready(&old).await;
@@ -438,7 +438,7 @@ async fn a_live_connection_takes_over_from_a_newer_one_that_broke_without_a_disc
 }
 
 #[tokio::test]
-async fn a_connection_whose_replaced_was_lost_hears_it_in_answer_to_each_ping() {
+async fn a_connection_whose_replaced_was_lost_receives_it_in_answer_to_each_ping() {
     let service = Service::new().await;
     let old = service.open("old").await;
     service.attach(&old, 1);
@@ -516,7 +516,7 @@ async fn a_live_tunnel_that_was_marked_offline_is_online_again_after_a_ping_as_i
 }
 
 #[tokio::test]
-async fn a_connection_that_is_not_on_record_is_closed_when_it_speaks() {
+async fn a_connection_without_a_record_is_closed_at_its_next_message() {
     let service = Service::new().await;
     let connection: ConnectionId = "unknown=".parse().expect("an id");
     service.attach(&connection, 16);
@@ -526,7 +526,7 @@ async fn a_connection_that_is_not_on_record_is_closed_when_it_speaks() {
 }
 
 #[tokio::test]
-async fn the_one_before_is_told_though_the_answer_of_the_write_was_lost() {
+async fn the_previous_connection_is_notified_although_the_answer_of_the_write_was_lost() {
     for lost in [1, ALL_ATTEMPTS - 1] {
         let service = Service::new().await;
         let old = service.open("old").await;
@@ -578,7 +578,7 @@ async fn a_disconnect_marks_its_tunnel_offline_whichever_answer_is_lost() {
 }
 
 #[tokio::test]
-async fn a_release_is_reported_and_told_though_its_answer_was_lost() {
+async fn a_release_is_reported_and_notified_although_its_answer_was_lost() {
     let service = Service::new().await;
     let serving = service.open("serving").await;
     service.ready(&serving).await;

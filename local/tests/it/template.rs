@@ -90,7 +90,7 @@ fn asked_for<T>(
 }
 
 #[test]
-fn each_function_is_given_the_variables_it_asks_for_and_no_others() {
+fn each_function_gets_exactly_the_variables_it_reads() {
     let template = template();
     let asked = [
         asked_for(Connect::load),
@@ -313,7 +313,7 @@ fn websocket(event: &str, replace: &[(&str, &str)]) -> ApiGatewayWebsocketProxyR
 }
 
 #[tokio::test]
-async fn each_functions_policy_allows_the_calls_it_makes_and_no_others() {
+async fn each_functions_policy_allows_exactly_the_calls_it_makes() {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = format!("http://{}", listener.local_addr().expect("an address"));
@@ -557,7 +557,7 @@ fn assert_written(template: &Value, resource: &str, expected: &[(&str, &str)]) {
 }
 
 #[test]
-fn each_front_may_call_forward_and_nothing_else_may() {
+fn only_the_fronts_may_invoke_forward() {
     let template = template();
     let permissions = resources_of(&template, "AWS::Lambda::Permission");
     assert_eq!(
@@ -637,7 +637,7 @@ fn the_function_url_streams_for_as_long_as_its_parameter_says() {
 }
 
 #[test]
-fn the_other_functions_have_as_long_as_a_websocket_api_waits() {
+fn the_other_functions_time_out_when_a_websocket_api_does() {
     let template = template();
     assert_eq!(
         written(&template["Globals"]["Function"]["Timeout"]),
@@ -669,7 +669,7 @@ fn each_route_of_the_websocket_api_calls_its_function() {
 }
 
 #[test]
-fn the_http_api_hands_every_request_to_forward_in_payload_format_2() {
+fn the_http_api_sends_every_request_to_forward_in_payload_format_2() {
     let template = template();
     assert_written(
         &template,
@@ -706,7 +706,7 @@ fn the_http_api_hands_every_request_to_forward_in_payload_format_2() {
 
 /// The variables of each function that say where something is, or who may do something.
 #[test]
-fn each_function_is_told_of_its_own_tables_addresses_and_rules() {
+fn each_function_gets_its_own_tables_addresses_and_rules() {
     let template = template();
     let tables = [
         ("TUNNELS_TABLE", "!Ref TunnelsTable"),
@@ -812,7 +812,7 @@ fn each_function_is_built_from_its_own_crate_and_logs_to_its_own_group() {
 }
 
 #[test]
-fn a_functions_errors_set_off_an_alarm_of_its_own() {
+fn each_functions_errors_raise_its_own_alarm() {
     let template = template();
     for function in FUNCTIONS {
         assert_written(
@@ -851,7 +851,7 @@ fn a_functions_errors_set_off_an_alarm_of_its_own() {
 }
 
 #[test]
-fn what_cannot_be_rebuilt_is_backed_up_and_kept_and_the_rest_is_not() {
+fn only_tables_that_cannot_be_rebuilt_are_backed_up_and_protected() {
     let template = template();
     for table in resources_of(&template, "AWS::DynamoDB::Table") {
         let is_kept = matches!(table.as_str(), dynamodb::TUNNELS | dynamodb::TOKENS);

@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_visitor_claims_about_its_origin_is_removed() {
+    fn forwarding_fields_from_a_visitor_are_removed() {
         let mut headers = map(&[
             ("x-forwarded-for", "1.2.3.4"),
             ("X-Forwarded-Anything", "x"),
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_beyond_latin_1_is_taken_as_utf_8() {
+    fn a_value_beyond_latin_1_is_read_as_utf_8() {
         let value = text_to_value("\u{2615}").expect("allowed");
         assert_eq!(value.as_bytes(), "\u{2615}".as_bytes());
         assert_eq!(text_to_value("a\nb"), None);

@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_that_api_gateway_answers_itself_are_no_tunnel_ids() {
+    fn paths_that_api_gateway_answers_itself_are_not_tunnel_ids() {
         for reserved in ["ping", "sping"] {
             assert_eq!(reserved.parse::<TunnelId>(), Err(IdError::ReservedTunnel));
         }
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn connection_and_request_ids_cannot_carry_a_separator() {
+    fn connection_and_request_ids_cannot_contain_a_separator() {
         assert!("L0SM9cOFvHcCIhw=".parse::<ConnectionId>().is_ok());
         assert!("a/b".parse::<ConnectionId>().is_err());
         assert!("a b".parse::<ConnectionId>().is_err());

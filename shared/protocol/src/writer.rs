@@ -538,7 +538,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn closing_sends_what_is_queued_first_and_takes_nothing_more() {
+    async fn closing_sends_what_is_queued_and_accepts_nothing_more() {
         let Writing {
             sender,
             peer,

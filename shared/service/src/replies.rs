@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_that_sends_without_end_is_cut_off_behind_what_it_sent() {
+    fn an_agent_that_sends_without_end_is_cut_off_after_what_it_sent() {
         let (replies, request) = (Replies::default(), RequestId::generate());
         let expected = replies.expect(id("c"), request.clone());
         replies.deliver(&id("c"), head(&request));
@@ -478,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn what_overtakes_is_given_out_in_order_and_before_a_failure() {
+    fn messages_that_overtake_are_delivered_in_order_and_before_a_failure() {
         let (replies, request) = (Replies::default(), RequestId::generate());
         let expected = replies.expect(id("c"), request.clone());
         replies.deliver(&id("c"), part(&request, 1));

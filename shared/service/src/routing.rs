@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_ours_whatever_its_case_port_and_final_dot() {
+    fn a_host_is_compared_without_case_port_and_final_dot() {
         let base = base("https://t.example.com");
         for host in [
             "t.example.com",
@@ -484,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn queries_that_no_address_can_hold_are_encoded_and_others_stay_as_sent() {
+    fn queries_are_encoded_only_where_an_address_cannot_contain_them() {
         for (sent, seen) in [
             ("a=1&b=%20+c;{}|[]^`\\'?/", "a=1&b=%20+c;{}|[]^`\\'?/"),
             ("q={job=\"x\"}&<\u{e9}>", "q={job=%22x%22}&%3C%C3%A9%3E"),

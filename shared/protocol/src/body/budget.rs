@@ -110,7 +110,7 @@ mod tests {
     use crate::limits::{INITIAL_WINDOW_PARTS, MAX_PART_BYTES};
 
     #[test]
-    fn bodies_that_nobody_reads_leave_room_for_one_that_somebody_does() {
+    fn bodies_that_are_not_read_leave_room_for_one_that_is() {
         let budget = BodyBudget::default();
         let window = INITIAL_WINDOW_PARTS as usize * MAX_PART_BYTES;
         let mut unread: Vec<_> = (0..100).map(|_| budget.share()).collect();
@@ -129,7 +129,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_limit_is_never_passed_and_what_is_given_back_is_free(
+        fn the_limit_is_never_exceeded_and_released_bytes_are_free_again(
             steps in prop::collection::vec((0usize..5, 0usize..200, any::<bool>()), 0..200),
         ) {
             let budget = BodyBudget::new(1000);

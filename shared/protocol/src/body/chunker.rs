@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_came_before_a_body_broke_off_is_given_out() {
+    async fn bytes_received_before_a_body_broke_off_are_delivered() {
         let frames = [
             Ok(http_body::Frame::data(Bytes::from_static(b"hello"))),
             Err("broken"),
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_whole_body_is_taken_up_to_the_room_that_there_is() {
+    async fn a_whole_body_is_read_up_to_the_available_room() {
         for (length, fits) in [(0, true), (9, true), (10, true), (11, false), (40, false)] {
             let mut chunker = Chunker::new(Full::new(Bytes::from(vec![7; length])), false);
             let whole = chunker.whole(10).await.expect("a body");
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn what_compresses_well_goes_into_few_chunks() {
+    fn compressible_bytes_go_into_few_chunks() {
         let body: Bytes = "a line of a log that is much like the others\n"
             .repeat(10_000)
             .into();
@@ -241,7 +241,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn chunks_put_together_give_the_body_and_each_fits(
+        fn chunks_fit_and_make_up_the_body(
             word in prop::collection::vec(any::<u8>(), 1..3000),
             times in 1usize..40,
             room in 500usize..20_000,

@@ -191,7 +191,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_compressed_decompresses_to_the_same(word in prop::collection::vec(any::<u8>(), 1..20), times in 60usize..2000) {
+        fn compression_is_lossless(word in prop::collection::vec(any::<u8>(), 1..20), times in 60usize..2000) {
             let bytes: Bytes = word.repeat(times).into();
             if let Some(compressed) = compress(&bytes) {
                 prop_assert!(compressed.len() < bytes.len());

@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_what_base64_leaves() {
+    fn the_room_for_bytes_accounts_for_base64() {
         let most = MAX_MESSAGE_BYTES - RELAY_ENVELOPE_BYTES;
         assert_eq!(room_beside(most), Some(0));
         assert_eq!(room_beside(most - 4), Some(3));

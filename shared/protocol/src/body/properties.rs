@@ -158,7 +158,7 @@ proptest! {
     }
 
     #[test]
-    fn nonsense_gives_bytes_in_order_or_an_error_and_holds_no_more_than_it_may(
+    fn nonsense_gives_bytes_in_order_or_an_error_and_stays_within_the_limit(
         steps in prop::collection::vec((0u32..80, any::<Option<Vec<u8>>>(), any::<bool>(), any::<bool>()), 0..300),
     ) {
         let budget = BodyBudget::new(3000);
@@ -201,7 +201,7 @@ proptest! {
 }
 
 #[tokio::test]
-async fn bytes_of_an_upgraded_connection_wait_for_nothing() {
+async fn bytes_of_an_upgraded_connection_are_sent_at_once() {
     let endless = stream::iter([Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"x")))])
         .chain(stream::pending());
     let mut sender = BodySender::new(StreamBody::new(Box::pin(endless)), Mode::Raw);
@@ -214,7 +214,7 @@ async fn bytes_of_an_upgraded_connection_wait_for_nothing() {
 }
 
 #[tokio::test]
-async fn an_upgraded_connection_that_says_nothing_yet_holds_up_no_head() {
+async fn a_silent_upgraded_connection_does_not_delay_its_head() {
     let silent = stream::pending::<Result<Frame<Bytes>, Infallible>>();
     let mut sender = BodySender::new(StreamBody::new(silent), Mode::Raw);
     let first = sender

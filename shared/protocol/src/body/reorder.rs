@@ -100,7 +100,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_order_and_duplication_gives_the_body_back(
+        fn parts_in_any_order_and_repeated_give_the_body_back(
             body in prop::collection::vec(any::<u8>(), 1..400),
             shuffle in prop::collection::vec(any::<prop::sample::Index>(), 0..64),
         ) {

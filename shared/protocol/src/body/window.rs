@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sender_that_heeds_the_window_is_never_stopped_by_a_receiver_that_keeps_up() {
+    fn a_sender_that_respects_the_window_is_never_stopped_by_a_receiver_that_keeps_up() {
         let (mut window, mut allowed) = (ReceiveWindow::default(), INITIAL_WINDOW_PARTS);
         let mut updates = 0;
         for used in 1..1000 {

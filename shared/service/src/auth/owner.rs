@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tables_text_of_an_owner_reads_back_as_that_owner() {
+    fn the_stored_text_of_an_owner_reads_back_as_that_owner() {
         for owner in [
             Owner::Token(TokenHash::of("abc")),
             Owner::Jwt(SubjectHash::of("https://issuer.example.com", "alice")),
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn an_issuer_and_a_subject_are_told_apart() {
+    fn an_issuer_and_a_subject_are_never_confused() {
         assert_ne!(
             SubjectHash::of("issuer", "subject"),
             SubjectHash::of("issuers", "ubject")

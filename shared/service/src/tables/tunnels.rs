@@ -467,7 +467,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rules_that_cannot_be_read_back_let_nobody_in() {
+    fn a_stored_policy_that_cannot_be_read_admits_no_one() {
         let address: IpAddr = "192.0.2.1".parse().expect("an address");
         let admits = |rules: Option<AttributeValue>| {
             let mut item = Item::from([
