@@ -251,7 +251,7 @@ impl AgentConnections {
         }
     }
 
-    /// @connections: takes its time, does as told, and counts what was sent.
+    /// @connections: adds its latency, sends or closes, and counts what was sent.
     async fn manage(self: &Arc<Self>, request: Request, next: Next) -> Response {
         let _under_way = self.meter.begin();
         self.latency.pause(latency::POST).await;

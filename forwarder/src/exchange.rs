@@ -163,7 +163,7 @@ struct UploadStream {
     progress: watch::Sender<Instant>,
 }
 
-/// When the local service took something of the upload last. The sender is gone when it takes no more.
+/// When the local service last read something of the upload. The sender is gone when it reads no more.
 #[derive(Clone)]
 struct UploadProgress(watch::Receiver<Instant>);
 

@@ -48,7 +48,7 @@ pub struct Opened {
     pub socket: Socket,
     /// The service's first words.
     pub established: ConnectionEstablished,
-    /// What overtook them: messages come in any order.
+    /// Messages that overtook them: order is not guaranteed.
     pub early: Vec<String>,
     /// When it was opened.
     pub at: Instant,

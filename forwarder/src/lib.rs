@@ -1,6 +1,6 @@
 //! The agent: keeps a tunnel open and passes its visitors' requests to a local service.
 //!
-//! [`settings`] says what to do and [`access`] which visitors may come; [`tunnel`] keeps one tunnel open over as many connections as
+//! [`settings`] says what to do and [`access`] which visitors are admitted; [`tunnel`] keeps one tunnel open over as many connections as
 //! it takes, [`handshake`] opens a connection and [`session`] serves it, [`exchange`] is one request with its response, [`origin`]
 //! the local service. [`memory`] keeps the tunnel's address over restarts. [`event`] is what a user learns of it.
 

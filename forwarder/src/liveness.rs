@@ -1,6 +1,6 @@
 //! Whether the service at the other end of a connection is still there.
 //!
-//! Signs of life are whatever is heard, and bytes that a blocked socket takes in the end. Their absence counts only while this
+//! Signs of life are anything that arrives, and bytes that a blocked socket accepts in the end. Their absence counts only while this
 //! process runs, and only after the service was asked: a process that was stopped for a minute finds its connection as it left it.
 
 use std::time::Duration;
@@ -61,7 +61,7 @@ impl Liveness {
         }
     }
 
-    /// Something was heard.
+    /// Something arrived.
     pub(crate) fn heard(&mut self, progress: Progress) {
         self.heard = Instant::now();
         self.silent_ticks = 0;
@@ -70,7 +70,7 @@ impl Liveness {
         self.ping_message.is_unanswered = false;
     }
 
-    /// A pong frame was heard.
+    /// A pong frame arrived.
     pub(crate) fn ping_frame_answered(&mut self) {
         self.answers_ping_frames = true;
     }
@@ -91,7 +91,7 @@ impl Liveness {
         self.ping_message.receipt = Some(receipt);
     }
 
-    /// Looks at the connection, every [`LIVENESS_TICK`]. Returns for how long nothing was heard, if it is dead.
+    /// Looks at the connection, every [`LIVENESS_TICK`]. Returns for how long nothing has arrived, if it is dead.
     pub(crate) fn tick(&mut self, progress: Progress) -> Option<Duration> {
         if progress.unblocked_writes != self.seen.unblocked_writes {
             self.heard(progress);

@@ -87,7 +87,7 @@ impl OriginError {
         }
     }
 
-    /// The local service does not answer as HTTP asks for.
+    /// The local service does not answer as HTTP requires.
     pub(crate) fn unavailable(message: &'static str, cause: Option<String>) -> Self {
         Self {
             code: AgentErrorCode::LocalServiceUnavailable,
@@ -199,7 +199,7 @@ impl Origin {
     /// whose body is still at hand, is made once more then, on a new connection.
     ///
     /// # Errors
-    /// If it cannot be reached or does not answer as HTTP asks for.
+    /// If it cannot be reached or does not answer as HTTP requires.
     pub async fn call(&self, request: OriginRequest) -> Result<Response<Incoming>, OriginError> {
         let again = request.again();
         let failed = match self.attempt(&self.pooled, request).await {

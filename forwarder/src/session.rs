@@ -38,8 +38,8 @@ use crate::{
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
 /// connection serves a tunnel, so that no request is refused here.
 const HANDOVER_TIME: Duration = Duration::from_secs(7);
-/// How long a connection may take to end once the agent is told to stop: requests in flight, what is on its way, and the service's
-/// goodbye together.
+/// How long a connection may take to end once the agent is stopping: requests in progress, messages in transit and the close
+/// handshake together.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the service's goodbye may take on a connection that has carried nothing for [`DRAIN_TIMEOUT`].
 const IDLE_CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -213,7 +213,7 @@ impl Session {
         }
     }
 
-    /// Is cancelled when another agent has taken the tunnel over for good, before the session has ended.
+    /// Cancelled when another agent has taken over the tunnel for good, before the session has ended.
     pub fn replaced(&self) -> CancellationToken {
         self.replaced.clone()
     }
@@ -276,7 +276,7 @@ impl Session {
         has_left.then(|| self.left())
     }
 
-    /// When the phase ends by itself.
+    /// When the phase ends on its own.
     fn due(&self) -> Option<Instant> {
         match self.phase {
             Phase::Serving => None,
@@ -307,7 +307,7 @@ impl Session {
         };
     }
 
-    /// Has what is queued written, says goodbye, and goes on reading until the service has closed the connection: one that is
+    /// Writes what is queued, sends a close frame, and continues to read until the service has closed the connection: one that is
     /// closed with bytes unread is reset, and what is on its way would be lost.
     async fn close(&mut self) {
         self.context.outgoing.close(1000, "");
@@ -363,7 +363,7 @@ impl Session {
         (self.tunnel.observer)(&self.tunnel.settings.name, event);
     }
 
-    /// Looks whether the service is still there, and asks. Returns for how long nothing was heard if it is not.
+    /// Looks whether the service is still there, and asks. Returns for how long nothing has arrived if it is not.
     fn on_tick(&mut self) -> Option<Duration> {
         let silence = self.liveness.tick(self.context.outgoing.progress());
         if silence.is_none() && self.liveness.is_ping_message_due() {
@@ -423,7 +423,7 @@ impl Session {
             Ok(ToAgent::Error { message }) => warn!(message, "the service refused a message"),
             Ok(ToAgent::ConnectionEstablished(_) | ToAgent::Released { .. } | ToAgent::Unknown) => {
             }
-            // API Gateway itself may speak up: {"message": "Internal server error", ..}
+            // API Gateway may send messages of its own: {"message": "Internal server error", ..}
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "message ignored");
                 if let Ok(Subject { request_id }) = message::decode(text) {

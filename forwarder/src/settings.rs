@@ -48,7 +48,7 @@ pub struct Settings {
     pub max_concurrent: usize,
     /// Bodies may be compressed on the way between the service and this agent. Visitors and the local service do not see it.
     pub compression: bool,
-    /// Which visitors the service lets in.
+    /// Which visitors the service admits.
     pub access: Policy,
 }
 

@@ -129,7 +129,7 @@ struct Current {
     opened: Instant,
     /// Cancelled when another takes over.
     moved: CancellationToken,
-    /// Is cancelled when another agent has taken over for good: nothing is moved any more.
+    /// Cancelled when another agent has taken over for good: then there are no more moves.
     replaced: CancellationToken,
     move_at: Option<Instant>,
 }
@@ -156,7 +156,7 @@ impl Tunnel {
         Ok(())
     }
 
-    /// Tries until a connection is open; `None` when told to stop.
+    /// Tries until a connection is open; `None` if stopped.
     async fn until_online(&mut self) -> Result<Option<Current>, TunnelError> {
         loop {
             self.observe(Event::Connecting {
@@ -200,7 +200,7 @@ impl Tunnel {
                     current.moved.cancel();
                     current = self.serve(opened).await;
                 }
-                // The one that serves goes on meanwhile.
+                // The one that serves continues meanwhile.
                 Err(HandshakeError::Unreachable(reason)) => {
                     debug!(reason, "the next connection could not be opened");
                     current.move_at = Some(Instant::now() + self.backoff.next_pause());

@@ -71,7 +71,7 @@ struct Cli {
     /// How public addresses name a tunnel: by the first path segment, or by a subdomain of the public URL's host
     #[arg(long, env = "TUNNEL_ROUTING", value_parser = words::<Routing>(&["path", "subdomain"]), default_value = "path")]
     routing: Routing,
-    /// Serve visitors whatever host they ask for, and pass that host on to local services as ours
+    /// Serve visitors whatever host name they use, and pass that name on to local services
     #[arg(long, env = "TUNNEL_ANY_HOST")]
     any_host: bool,
     /// How long an agent's connection may live; agents open the next one in time [default: 2h, as in AWS]

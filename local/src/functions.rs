@@ -27,7 +27,7 @@ pub(crate) struct Functions {
 
 /// What the functions need besides the options.
 pub(crate) struct Surroundings<'s> {
-    /// Where visitors come in.
+    /// The front for visitors.
     pub(crate) public_url: &'s PublicUrl,
     /// The address of the WebSocket API, where @connections is.
     pub(crate) websocket_api: &'s str,

@@ -26,7 +26,7 @@ pub struct Options {
     pub jwt: Option<JwtIssuer>,
     /// How public addresses name a tunnel.
     pub routing: Routing,
-    /// Serve visitors whatever host they ask for, and believe them that it is ours.
+    /// Serve visitors whatever host they ask for, and treat that host as ours.
     pub any_host: bool,
     /// What agents' connections may do.
     pub quotas: Quotas,
@@ -100,10 +100,10 @@ pub enum OptionsError {
         "refusing to serve other machines without authentication: use --auth token or --auth jwt"
     )]
     Unauthenticated,
-    /// The listening address is none that a visitor could use.
+    /// Visitors could not use the listening address.
     #[error("visitors cannot reach {0}: set --public-url to the address that they use")]
     NoPublicUrl(SocketAddr),
-    /// JSON Web Tokens are asked for and nothing says how they are checked.
+    /// JSON Web Tokens are required, and nothing says how they are validated.
     #[error(
         "--auth jwt needs --jwt-issuer, --jwt-audience, and either --jwt-jwks-url or --jwt-secret (in the environment: TUNNEL_JWT_...)"
     )]

@@ -1,8 +1,8 @@
 //! The `$default` route: everything an agent sends.
 //!
 //! `ready` puts the tunnel online and is answered with its address. Replies to visitors' requests are passed on to where `forward`
-//! waits for them: `relay` tells how. Whoever is heard from is checked: whether its token is still good, its tunnel still its own,
-//! and the address that it was told still right. What cannot be read is logged and dropped: an agent learns of it from the visitor's
+//! waits for them: see `relay`. Each sender is checked: whether its token is still valid, its tunnel still its own,
+//! and the address that it was sent still right. What cannot be read is logged and dropped: an agent learns of it from the visitor's
 //! time-out.
 
 mod ownership;
@@ -340,10 +340,10 @@ impl DefaultRoute {
     /// Checks an agent's open connection, sets right what is wrong, and returns whether a `ping` is to be answered with `pong`.
     ///
     /// - One whose token was revoked or has expired is closed, and so is one that is not on record.
-    /// - One that should serve its tunnel and does not is put online: an older one serves, or nobody.
-    /// - One that does not serve, because a newer one does or the tunnel id was released, is told `replaced`, unless the newer
+    /// - One that should serve its tunnel and does not is put online: an older one serves, or none does.
+    /// - One that does not serve, because a newer one does or the tunnel id was released, receives `replaced`, unless the newer
     ///   one named it as `previous`.
-    /// - One that serves and was told another address than the tunnel's is told that.
+    /// - One that serves and was sent an address other than the tunnel's is sent the right one.
     ///
     /// # Errors
     /// If the tables or @connections do not answer.

@@ -22,7 +22,7 @@ use tunnel_service::{
 
 use crate::DefaultRouteError;
 
-/// How long a connection may take no more messages before it is not told, until the next check.
+/// How long a busy connection is tried before its notification is left to the next check.
 pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_millis(800);
 /// How often a tunnel is looked at that changes hands meanwhile.
 const ATTEMPTS: u32 = 5;
@@ -88,7 +88,7 @@ impl Candidate {
 }
 
 impl Ownership {
-    /// Lets a connection serve its tunnel if it should, and returns how it stands then. It should if nobody does, if an older
+    /// Lets a connection serve its tunnel if it should, and returns its standing then. It should if no connection does, if an older
     /// connection does, or if a newer one does that is gone.
     ///
     /// # Errors
@@ -145,8 +145,8 @@ impl Ownership {
         Err(DefaultRouteError::Contended)
     }
 
-    /// Takes a connection back that has settled and turned out to be gone: nobody else is told of it, and the connection that
-    /// served before goes on.
+    /// Withdraws a connection that has settled and turned out to be gone: no other connection is notified, and the one that
+    /// served before continues.
     ///
     /// # Errors
     /// If the tables or @connections do not answer.

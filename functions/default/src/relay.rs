@@ -23,7 +23,7 @@ use crate::DefaultRouteError;
 
 /// Most reply connections remembered: more than one account has execution environments, as a rule.
 const MAX_KNOWN_REPLY_CONNECTIONS: usize = 4096;
-/// How long a reply connection may take no more messages. Then the mailbox takes the message.
+/// How long a busy reply connection is tried. After that the mailbox takes the message.
 const BUSY_TIMEOUT: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Debug)]

@@ -35,7 +35,7 @@ use crate::{
     response_body::Replying,
 };
 
-/// How long an agent may take no messages before its visitor is told.
+/// How long an agent may be busy before its visitor gets an error.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an upload whose response is complete may stand still before it is given up.
 const IDLE_UPLOAD_TIMEOUT: Duration = Duration::from_secs(60);
@@ -54,7 +54,7 @@ pub(crate) async fn run(
     let deadline = matches!(request.front, Ingress::HttpApi(_)).then_some(head_deadline);
     let method = request.method.clone();
     let visitor = Visitor::of(&mut request);
-    // Before the request is counted: a visitor who is not let in uses up nothing of the tunnel's.
+    // Before the request is counted: a visitor who is refused uses up none of the tunnel's requests.
     let mut online = visitor.admitted(state, &path.tunnel).await?;
     let mut permit = Some(state.rate_limiter.acquire(&path.tunnel, Instant::now())?);
     request.headers.clone_from(&visitor.fields);
@@ -130,7 +130,7 @@ impl Visitor {
     }
 }
 
-/// An upload that goes on while the reply is awaited.
+/// An upload that continues while the reply is awaited.
 struct Upload {
     task: AbortHandle,
     /// Receives why the upload failed; closed without a word when it did not.
@@ -311,7 +311,7 @@ impl Exchange {
         }
     }
 
-    /// Notes that the reply is complete. An upload goes on to its end, as it does when a service on the visitor's own machine
+    /// Records that the reply is complete. An upload continues to its end, as it does when a service on the visitor's own machine
     /// answers early.
     pub(crate) fn complete(mut self) {
         self.is_over = true;

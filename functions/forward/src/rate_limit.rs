@@ -31,7 +31,7 @@ struct Shared {
     tunnels: Mutex<HashMap<TunnelId, Usage>>,
 }
 
-/// What a tunnel uses: requests that are under way, and a bucket from which each takes a token.
+/// What a tunnel uses: requests in progress, and a bucket from which each takes a token.
 #[derive(Debug)]
 struct Usage {
     in_flight: u32,

@@ -103,7 +103,7 @@ impl PendingReply {
             if let Some(chunk) = self.expected.try_next().map_err(of_failure)? {
                 return Ok(chunk);
             }
-            // It counts from the event it is about, and not from when this part was asked for.
+            // It counts from the event that it is about, and not from when this part was requested.
             let missing_until = self
                 .expected
                 .missing_since()
@@ -125,7 +125,7 @@ impl PendingReply {
         }
     }
 
-    /// Waits until nothing comes any more, for an upload that goes on after its response: the window's updates still come in.
+    /// Waits until nothing arrives any more, for an upload that continues after its response: window updates still arrive.
     pub(crate) async fn ended(&mut self) {
         while self.next(None).await.is_ok() {}
     }

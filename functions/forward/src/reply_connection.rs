@@ -1,6 +1,6 @@
 //! The WebSocket connection to our own WebSocket API over which agents' replies are pushed to this execution environment.
 //!
-//! It is opened with the first request, goes on while later ones come, and is opened again when it is found dead. A request that
+//! It is opened with the first request, stays open while later ones arrive, and is opened again when it is found dead. A request that
 //! arrives while there is none, or whose reply did not come over the connection, finds its reply in the mailbox.
 
 use std::{
@@ -53,7 +53,7 @@ struct Shared {
     connections: ConnectionsTable,
     replies: Replies,
     state: Mutex<State>,
-    /// Opens, and reads what was opened. Not among what an invocation waits for: it goes on between invocations.
+    /// Opens, and reads what was opened. No invocation waits for it: it continues between invocations.
     tasks: Mutex<JoinSet<()>>,
 }
 

@@ -127,7 +127,7 @@ impl VisitorRequest {
     /// AWS's own, or that of `streaming_url`.
     ///
     /// # Errors
-    /// If it is none of them.
+    /// If the event is not one of them.
     pub fn from_event(
         event: LambdaRequest,
         streaming_url: Option<&PublicUrl>,

@@ -1,4 +1,4 @@
-//! A reply on its way to the visitor: its head, and a body that is asked of the agent as the visitor takes it.
+//! A reply on its way to the visitor: its head, and a body that is requested from the agent as the visitor reads it.
 
 use bytes::Bytes;
 use futures_util::{Stream, stream};

@@ -147,7 +147,7 @@ pub enum ConnectionCommand {
     Close(u16, &'static str),
 }
 
-/// For whoever is the connection's other end in this process.
+/// For the other end of the connection in this process.
 impl Connection for mpsc::Sender<ConnectionCommand> {
     fn send(&self, text: String, patience: Duration) -> Sending<'_> {
         Box::pin(async move {
@@ -161,7 +161,7 @@ impl Connection for mpsc::Sender<ConnectionCommand> {
     }
 
     fn close(&self, code: u16, reason: &'static str) {
-        // A full queue belongs to somebody who does not read it.
+        // A full queue belongs to a peer that does not read it.
         let _ = self.try_send(ConnectionCommand::Close(code, reason));
     }
 }

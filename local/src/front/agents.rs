@@ -1,6 +1,6 @@
 //! The WebSocket API: agents' connections, with API Gateway's quotas and its close codes.
 //!
-//! Unlike API Gateway it asks by itself whether an agent is still there, so that the visitors of one whose network went away do
+//! Unlike API Gateway it probes whether an agent is still there, so that the visitors of one whose network went away do
 //! not wait for it.
 
 use std::{borrow::Cow, future::poll_fn, net::SocketAddr, sync::Arc, task::Poll, time::Duration};
@@ -284,7 +284,7 @@ impl AgentFront {
     }
 
     /// Checks the open connections again and again until `stop` is cancelled, so that one whose token was revoked ends though it
-    /// says nothing and nobody visits it.
+    /// sends nothing and has no visitors.
     pub(crate) async fn recheck(self: Arc<Self>, stop: CancellationToken) {
         let mut due = interval(self.quotas.recheck.max(MIN_RECHECK_INTERVAL));
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -70,7 +70,7 @@ impl TrustedProxies {
     }
 }
 
-/// The members of a list in all fields of a name. A field that is no text is a member that cannot be read.
+/// The members of a list in all fields with a name. A field that is not text counts as one unreadable member.
 fn values(fields: &HeaderMap, name: HeaderName) -> impl DoubleEndedIterator<Item = &str> {
     fields
         .get_all(name)

@@ -13,7 +13,7 @@ const KEY_BYTES: usize = 16;
 /// Why a request does not become an agent's connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum HandshakeError {
-    /// It does not ask for a WebSocket, or not as the RFC wants it.
+    /// It does not request a WebSocket, or not as the RFC requires.
     NotWebSocket,
     /// A web page asks.
     WebPage,
@@ -37,7 +37,7 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<HeaderValue, HandshakeErr
     Ok(key)
 }
 
-/// The answer to a handshake's key; `None` when the request is no WebSocket handshake.
+/// The answer to a handshake's key; `None` if the request is not a WebSocket handshake.
 pub fn accept_key(headers: &HeaderMap) -> Option<HeaderValue> {
     let has = |name, word: &str| {
         headers
@@ -71,7 +71,7 @@ fn has_body(headers: &HeaderMap) -> bool {
 }
 
 impl HandshakeError {
-    /// What whoever asked is answered.
+    /// The answer to a refused handshake.
     pub(crate) fn into_response(self) -> Response<ResponseBody> {
         match self {
             Self::NotWebSocket => {
@@ -92,7 +92,7 @@ impl HandshakeError {
     }
 }
 
-/// The answer to a handshake that is let in.
+/// The answer to an accepted handshake.
 pub(crate) fn switching_protocols(accept_key: HeaderValue) -> Response<ResponseBody> {
     let mut response = Response::new(response::whole(""));
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;

@@ -1,4 +1,4 @@
-//! Which hosts a visitor may ask for. A page whose name an attacker's DNS points at this machine has the attacker's name in
+//! Which host names are served. A page whose domain an attacker points at this machine has the attacker's name in
 //! `Host`, and must not be served what only this machine may see (DNS rebinding). And a host that a visitor makes up must not reach
 //! local services as the one that they are reached under.
 
@@ -33,7 +33,7 @@ impl HostPolicy {
         }
     }
 
-    /// The host to serve a request under that asks for `asked`: that host if it is ours, and that of the public URL otherwise.
+    /// The host under which to serve a request for `asked`: that host if it is ours, and that of the public URL otherwise.
     ///
     /// # Errors
     /// If the host is another's and the service is for this machine only.

@@ -1,6 +1,6 @@
 //! The sockets. `listener` accepts connections; on each, `request_stream` and `request_head` check requests before hyper reads
 //! them from `socket`; `visitors` serves them, by the rules of `host` and `forwarded`. `agents` serves the connections that
-//! `handshake` and `agent_limit` let in. `response` has the answers of the front's own.
+//! `handshake` and `agent_limit` accept. `response` has the front's own answers.
 
 pub(crate) mod agent_limit;
 pub(crate) mod agents;

@@ -1,5 +1,5 @@
-//! What a request's head must be, so that this front, whoever stands before it and the local service behind it see the same
-//! request (RFC 9112, 2.2, 3.2, 6.1, 6.3 and 11.2). hyper would drop a second length without a word and would answer other
+//! What a request's head must be, so that this front, a proxy before it and the local service behind it see the same
+//! request (RFC 9112, 2.2, 3.2, 6.1, 6.3 and 11.2). hyper would silently drop a second length, and would answer other
 //! faults with an empty 400, so each head is checked here before hyper sees it.
 
 use bytes::{Bytes, BytesMut};
@@ -25,7 +25,7 @@ pub(crate) enum RequestHeadError {
         "its request line and headers are over {MAX_HEAD_BYTES} bytes or {MAX_HEADER_FIELDS} fields"
     )]
     TooLarge,
-    /// It announces a body that nobody can send.
+    /// It announces a body that is impossibly long.
     #[error("its Content-Length is over {MAX_CONTENT_LENGTH}")]
     BodyTooLarge,
     /// Its body is coded in a way that this front does not undo.
@@ -117,7 +117,7 @@ fn is_host(value: &[u8]) -> bool {
             port.bytes().all(|b| b.is_ascii_digit())
                 && (port.is_empty() || port.parse::<u16>().is_ok())
         });
-    // Not all that RFC 3986 allows in a name: no name has more, and a list of names is none.
+    // Fewer characters than RFC 3986 allows in a name: real names have no others, and a list of names is not a name.
     let is_name = authority
         .host()
         .bytes()
@@ -125,7 +125,7 @@ fn is_host(value: &[u8]) -> bool {
     !authority.host().is_empty() && is_name && is_port
 }
 
-/// RFC 9112, 6.1 and 6.3: one thing is said about the body's length, and in a way that everybody understands.
+/// RFC 9112, 6.1 and 6.3: the length of the body is given once, and in a way that all recipients understand.
 fn framing(fields: &[httparse::Header<'_>], is_http_11: bool) -> Result<Framing, RequestHeadError> {
     let mut codings = values(fields, "transfer-encoding");
     let mut lengths = values(fields, "content-length");

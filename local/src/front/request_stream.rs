@@ -9,7 +9,7 @@ use tokio::io::ReadBuf;
 
 use crate::front::request_head::{self, Framing, RequestHeadError};
 
-/// What hyper is given in the place of a head that is refused, so that it asks for an answer.
+/// What hyper gets in place of a head that is refused, so that it requests an answer.
 const REFUSED_GET: &[u8] = b"GET / HTTP/1.1\r\nHost: refused\r\nConnection: close\r\n\r\n";
 const REFUSED_HEAD: &[u8] = b"HEAD / HTTP/1.1\r\nHost: refused\r\nConnection: close\r\n\r\n";
 
@@ -43,7 +43,7 @@ pub(crate) struct RequestStream {
 pub(crate) enum Step {
     /// Bytes were handed on, or the stream is over.
     Done,
-    /// The head of a request was completed. The reader notes it, and goes on.
+    /// The head of a request was completed. The reader records it, and continues.
     Request(Result<(), RequestHeadError>),
     /// Read more of a head into [`RequestStream::input`].
     ReadHead,

@@ -30,14 +30,14 @@ const MAX_STALL: Duration = Duration::from_secs(60);
 /// An answer that says nothing, by which it shows whether a visitor that has ended its side still listens: if not, its system
 /// answers with a reset. Every HTTP/1.1 client skips it (RFC 9110, 15.2).
 const PROBE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
-/// How long after the first doubt it is asked again. Not often: some clients take no more than five such answers.
+/// When it is probed again after the first doubt. Not often: some clients accept no more than five such answers.
 const PROBE_DELAYS: [Duration; 4] = [
     Duration::ZERO,
     Duration::from_secs(5),
     Duration::from_secs(30),
     Duration::from_secs(120),
 ];
-/// When the system asks whether a silent visitor is still there, how often, and how many times in vain.
+/// When the system probes a silent visitor, how often, and after how many unanswered probes it gives up.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 3;
 /// How long what was sent has to reach a visitor before its connection is reset.
@@ -162,7 +162,7 @@ impl VisitorSocket {
         exchange.needs_reset = exchange.version == Some(Version::HTTP_10);
     }
 
-    /// Whether the visitor has gone, as far as can be told now.
+    /// Whether the visitor has gone, as far as is known now.
     pub(crate) fn departure(&self) -> Option<Departure> {
         let now = Instant::now();
         let mut exchange = self.exchange();

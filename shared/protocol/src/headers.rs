@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 /// Marks an error that the tunnel itself generated, with its code. A local service cannot send it.
 pub const TUNNEL_ERROR: HeaderName = HeaderName::from_static("x-tunnel-error");
-/// The path prefix under which the visitor sees the local service's root; absent when there is none.
+/// The path prefix under which the visitor sees the local service's root; absent if there is none.
 pub const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
 /// The visitor's address.
 pub const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");

@@ -574,7 +574,7 @@ mod tests {
     }
 
     proptest! {
-        // Starts at messages, because hardly any random text gets as far as the fields of one. The fuzz target `decode` goes on.
+        // Starts from messages, because hardly any random text gets as far as the fields of one. The fuzz target `decode` goes further.
         #[test]
         fn decoding_a_message_with_faults_never_panics(
             sample in prop::sample::select(&SAMPLES[..]),

@@ -45,11 +45,11 @@ const MAX_QUEUED_BODY_MESSAGES: usize = 1;
 /// A write that was taken after at least this long shows that the peer reads. A shorter wait may only be for the lock that the
 /// reading half holds.
 const BLOCKED_AFTER: Duration = Duration::from_millis(2);
-/// Most bytes that the system's send buffer holds beyond those under way, where the system lets us say so. What stands there can
+/// Most bytes that the system's send buffer holds beyond those in transit, where the system lets us limit it. What is there can
 /// no longer be overtaken.
 const MAX_UNSENT_BYTES: u32 = 64 * 1024;
 
-/// Keeps the system from queueing much more than what is under way, so that a control message need not wait behind it, and turns
+/// Keeps the system from queueing much more than what is in transit, so that a control message need not wait behind it, and turns
 /// off Nagle's algorithm. Without either a connection only has more latency, so failing is not an error.
 pub fn tune(stream: &TcpStream) {
     let _ = stream.set_nodelay(true);
@@ -325,7 +325,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
             self.write_frame(Message::Frame(frame)).await?;
             data = Data::Continue;
         }
-        // Not everybody waits for it.
+        // Not every sender waits for it.
         let _ = queued.taken.send(());
         Ok(())
     }

@@ -19,7 +19,7 @@ use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message, url:
 
 /// Pauses before a message is posted again that @connections has failed to take.
 const RETRY_DELAYS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(200)];
-/// Pauses between tries while a connection takes no more messages double from the first to the second.
+/// Waits between tries while a connection is busy; they double from the first value to the second.
 const MIN_BUSY_DELAY: Duration = Duration::from_millis(5);
 const MAX_BUSY_DELAY: Duration = Duration::from_millis(500);
 
@@ -104,7 +104,7 @@ pub trait OpenConnections: fmt::Debug + Send + Sync {
     fn close(&self, connection: &ConnectionId) -> Result<(), PostError>;
 }
 
-/// What a process that holds the connections itself gives the functions it runs, so that they need not go out of it to speak to
+/// What a process that holds the connections itself gives to the functions it runs, so that they can send within the process to
 /// each other and to agents.
 #[derive(Clone, Debug)]
 pub struct InProcess {
@@ -200,7 +200,7 @@ impl AgentConnections {
         self.post_text_patiently(to, &text, patience).await
     }
 
-    /// Like [`AgentConnections::post_text`], but again and again for as long as `patience` while the connection takes no more: a
+    /// Like [`AgentConnections::post_text`], but again and again, for as long as `patience`, while the connection is busy: a
     /// message that is refused so was not taken.
     ///
     /// # Errors
@@ -290,7 +290,7 @@ async fn post_to_connection(
             .send()
             .await;
         let Err(error) = outcome else { return Ok(()) };
-        // What has no answer, or says that the service failed, may have been done all the same.
+        // A call without an answer, or whose answer is a failure of the service, may have been carried out nevertheless.
         let is_unknown = error
             .raw_response()
             .is_none_or(|response| response.status().is_server_error());

@@ -145,7 +145,7 @@ impl Reply {
     }
 }
 
-/// How replies come from the function that hears agents to the one that serves visitors.
+/// How replies get from the function that receives from agents to the one that serves visitors.
 #[derive(Clone, Debug)]
 pub enum ReplyPath {
     /// Both run in this process.
@@ -193,7 +193,7 @@ impl ReplyPath {
     }
 }
 
-/// Why there is no more of a reply.
+/// Why the rest of a reply will not come.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum ReplyFailure {
     /// The agent says so.

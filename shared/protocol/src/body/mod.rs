@@ -34,7 +34,7 @@ pub struct Chunk {
     pub bytes: Bytes,
     /// How they are compressed.
     pub encoding: Option<Encoding>,
-    /// The body goes on.
+    /// More of the body follows.
     pub more: bool,
 }
 

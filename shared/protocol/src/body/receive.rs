@@ -30,7 +30,7 @@ pub enum ReceiveBodyError {
 pub struct ReceivedChunk {
     /// The bytes as they were before compression.
     pub bytes: Bytes,
-    /// The body goes on.
+    /// More of the body follows.
     pub more: bool,
     /// What `window` is to allow the sender from now on, when it is time to say so.
     pub window: Option<u32>,

@@ -111,7 +111,7 @@ impl Jwks {
         })
     }
 
-    /// The key of this id for this algorithm; without an id the only key there is. `None` when there is none.
+    /// The key of this id for this algorithm; without an id, the only key. `None` if there is no such key.
     ///
     /// # Errors
     /// If it is not known whether there is, because the keys cannot be fetched.

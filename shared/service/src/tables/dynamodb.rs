@@ -22,7 +22,7 @@ use crate::aws::sdk::SdkConfig;
 pub(crate) type Item = HashMap<String, AttributeValue>;
 
 /// A call to DynamoDB failed, after the SDK's own retries: there was no answer, or a refusal such as throttling or a missing
-/// permission. A write may have been carried out all the same. Every method of the tables may fail so.
+/// permission. A write may have been carried out nevertheless. Every method of the tables may fail in this way.
 #[derive(Debug, thiserror::Error)]
 #[error("DynamoDB: {operation} on {table}: {code}")]
 pub struct StoreError {
@@ -172,7 +172,7 @@ impl Change {
         }
     }
 
-    /// Names an attribute that only a condition speaks of.
+    /// Names an attribute that only a condition uses.
     pub(crate) fn name(mut self, name: &'static str) -> Self {
         self.named.push(name);
         self

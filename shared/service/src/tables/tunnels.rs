@@ -186,8 +186,8 @@ impl TunnelsTable {
     }
 
     /// Lets `to` serve the tunnel in place of `from`, in one transaction: only if the tunnel is still its owner's, `from` serves
-    /// it now (nobody, if it is `None`), and `to` is still open. Returns whether all that was so. After `false`, or an error,
-    /// `to` may serve all the same, because an earlier attempt's answer was lost: look again.
+    /// it now (none does, if it is `None`), and `to` is still open. Returns whether all that was the case. After `false`, or an error,
+    /// `to` may serve nevertheless, because an earlier attempt's answer was lost: look again.
     ///
     /// # Errors
     /// See [`StoreError`].
