@@ -305,7 +305,7 @@ impl Publisher {
         serving.spawn(async move {
             axum::serve(listener, axum::Router::new().route("/keys", keys))
                 .await
-                .expect("served")
+                .expect("served");
         });
         Self {
             url,
