@@ -39,7 +39,7 @@ const LOG_TARGETS: [&str; 7] = [
 /// Gives a local service a public URL.
 #[derive(Debug, Parser)]
 #[command(name = "ttf", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = false)]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
@@ -85,7 +85,7 @@ struct Options {
 
 /// A command line with everything that belongs to it.
 #[derive(Debug)]
-pub struct Invocation {
+pub(crate) struct Invocation {
     /// What is to be done.
     pub action: Action,
     /// What is logged.
@@ -94,7 +94,7 @@ pub struct Invocation {
 
 /// What an invocation is to do.
 #[derive(Debug)]
-pub enum Action {
+pub(crate) enum Action {
     /// Keep these tunnels open.
     Open(Vec<Settings>),
     /// Give up a tunnel id.
@@ -103,7 +103,7 @@ pub enum Action {
 
 /// A command line or file that cannot be carried out; the text says what to do.
 #[derive(Debug, thiserror::Error)]
-pub enum UsageError {
+pub(crate) enum UsageError {
     /// The file cannot be used.
     #[error(transparent)]
     File(#[from] ConfigFileError),
@@ -157,7 +157,7 @@ pub enum UsageError {
 
 impl Cli {
     /// Reads the command line and environment of the process. Exits if they are wrong or request help.
-    pub fn from_process() -> Self {
+    pub(crate) fn from_process() -> Self {
         Self::try_parse().unwrap_or_else(|mut error| {
             // An address with a password in it is a mistake that must not end up in a terminal's history or a log.
             if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
@@ -174,7 +174,7 @@ impl Cli {
     ///
     /// # Errors
     /// If something is missing, malformed or contradictory.
-    pub fn invocation(self) -> Result<Invocation, UsageError> {
+    pub(crate) fn invocation(self) -> Result<Invocation, UsageError> {
         let file = match &self.options.config {
             Some(path) => ConfigFile::read(path)?,
             None => ConfigFile::default(),

@@ -23,7 +23,7 @@ pub enum AuthorityError {
 ///
 /// # Errors
 /// If it has user information, no host, or a port that cannot be.
-pub fn check(authority: &Authority) -> Result<Option<u16>, AuthorityError> {
+pub(crate) fn check(authority: &Authority) -> Result<Option<u16>, AuthorityError> {
     if authority.as_str().contains('@') {
         return Err(AuthorityError::UserInfo);
     }
@@ -44,7 +44,7 @@ pub fn check(authority: &Authority) -> Result<Option<u16>, AuthorityError> {
 ///
 /// # Errors
 /// If the text is not a number from 1 to 65535.
-pub fn port(text: &str) -> Result<u16, AuthorityError> {
+pub(crate) fn port(text: &str) -> Result<u16, AuthorityError> {
     match text.parse() {
         Ok(port) if port > 0 && text.bytes().all(|byte| byte.is_ascii_digit()) => Ok(port),
         _ => Err(AuthorityError::Port),

@@ -15,7 +15,7 @@ use crate::settings::{Layer, Secret};
 
 /// A config file.
 #[derive(Clone, Debug, Default)]
-pub struct ConfigFile {
+pub(crate) struct ConfigFile {
     /// What is logged on stderr.
     pub log_level: Option<String>,
     /// The top of the file: defaults of all tunnels, and the single tunnel of a file without `[tunnels]`.
@@ -26,7 +26,7 @@ pub struct ConfigFile {
 
 /// A config file that cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigFileError {
+pub(crate) enum ConfigFileError {
     /// It cannot be read.
     #[error("cannot read {path}: {source}")]
     Unreadable {
@@ -59,7 +59,7 @@ impl ConfigFile {
     ///
     /// # Errors
     /// If it cannot be read or has a fault: the text names line and key.
-    pub fn read(path: &Path) -> Result<Self, ConfigFileError> {
+    pub(crate) fn read(path: &Path) -> Result<Self, ConfigFileError> {
         let name = || path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|source| ConfigFileError::Unreadable {
             path: name(),

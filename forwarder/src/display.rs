@@ -19,7 +19,7 @@ const MAX_LINE_CHARS: usize = 4096;
 
 /// Shows events.
 #[derive(Debug)]
-pub struct Display {
+pub(crate) struct Display {
     stdout: Lines,
     stderr: Lines,
     /// Lines say which tunnel they are about.
@@ -30,7 +30,7 @@ pub struct Display {
 
 impl Display {
     /// Shows events on these streams. With several tunnels, lines on stderr name theirs.
-    pub fn new(stdout: Lines, stderr: Lines, names_tunnels: bool) -> Self {
+    pub(crate) fn new(stdout: Lines, stderr: Lines, names_tunnels: bool) -> Self {
         Self {
             stdout,
             stderr,
@@ -40,7 +40,7 @@ impl Display {
     }
 
     /// Shows what happened to a tunnel. Never blocks.
-    pub fn show(&self, tunnel: &str, event: &Event) {
+    pub(crate) fn show(&self, tunnel: &str, event: &Event) {
         if let Event::Online { public_url, .. } = event
             && self.is_new_url(tunnel, public_url)
         {
@@ -134,7 +134,7 @@ fn clean(text: &str) -> String {
 /// A stream of lines to a terminal, file or pipe. A thread writes them, so that a reader who does not read holds up nothing but them:
 /// lines that do not fit are dropped, and the next one that fits is preceded by their number.
 #[derive(Clone, Debug)]
-pub struct Lines(Arc<LineQueue>);
+pub(crate) struct Lines(Arc<LineQueue>);
 
 #[derive(Debug, Default)]
 struct LineQueue {
@@ -151,7 +151,7 @@ struct QueuedLines {
 
 impl Lines {
     /// Lines to a stream. A stream that is closed drops them.
-    pub fn to(mut stream: impl Write + Send + 'static) -> Self {
+    pub(crate) fn to(mut stream: impl Write + Send + 'static) -> Self {
         let shared = Arc::new(LineQueue::default());
         let queue = shared.clone();
         thread::spawn(move || {
@@ -165,7 +165,7 @@ impl Lines {
     }
 
     /// Writes a text as one line. Never blocks.
-    pub fn line(&self, text: &str) {
+    pub(crate) fn line(&self, text: &str) {
         let mut queue = lock(&self.0.queue);
         // Room for the number of dropped lines, too.
         if queue.lines.len() + 1 >= MAX_QUEUED_LINES {
@@ -178,7 +178,7 @@ impl Lines {
     }
 
     /// Waits until all lines are written, or `limit` has passed.
-    pub fn flush(&self, limit: Duration) {
+    pub(crate) fn flush(&self, limit: Duration) {
         let mut queue = lock(&self.0.queue);
         queue.report_dropped();
         self.0.changed.notify_all();

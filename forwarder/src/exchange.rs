@@ -39,7 +39,7 @@ const UPLOAD_STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What an exchange needs to know.
 #[derive(Clone, Debug)]
-pub struct Context {
+pub(crate) struct Context {
     /// The local service.
     pub origin: Origin,
     /// Takes encoded messages to the service.
@@ -55,7 +55,7 @@ pub struct Context {
 
 impl Context {
     /// For a service that has these features.
-    pub fn new(
+    pub(crate) fn new(
         settings: &Settings,
         origin: &Origin,
         features: &[Feature],
@@ -73,7 +73,7 @@ impl Context {
 }
 
 /// Carries out one exchange, and returns how it went. `window` allows the parts of the response.
-pub async fn run(
+pub(crate) async fn run(
     context: Context,
     message: HttpRequest,
     parts: Option<BodyParts>,

@@ -1,33 +1,35 @@
 //! The agent: keeps a tunnel open and passes its visitors' requests to a local service.
 //!
-//! [`settings`] says what to do and [`access`] which visitors are admitted; [`tunnel`] keeps one tunnel open over as many connections as
-//! it takes, [`handshake`] opens a connection and [`session`] serves it, [`exchange`] is one request with its response, [`origin`]
-//! the local service. [`memory`] keeps the tunnel's address over restarts. [`event`] is what a user learns of it.
+//! A user's words become [`settings`]: `args` is the command line and `config_file` the file, `endpoint`, `target` and
+//! [`visitor_rules`] are the values in them. [`tunnel`] keeps one tunnel open over as many connections as it takes, [`handshake`]
+//! opens a connection and [`session`] serves it. `exchange` is one request with its response, `upload` the rest of its body, `origin`
+//! the local service, and `addresses` what the service is called on either side. `tunnel_ids` keeps the tunnel's address over
+//! restarts. [`event`] is what happens, `display` how the user sees it, and [`exit`] the executable's life.
 
-pub mod addresses;
-pub mod args;
-pub mod authority;
-pub mod config_file;
+mod addresses;
+mod args;
+mod authority;
+mod config_file;
 mod connector;
-pub mod display;
-pub mod endpoint;
+mod display;
+mod endpoint;
 pub mod event;
-pub mod exchange;
+mod exchange;
 pub mod exit;
 mod failure;
 pub mod handshake;
 mod liveness;
-pub mod origin;
+mod origin;
 #[cfg(test)]
 mod scripted;
 mod seen_requests;
 pub mod session;
 pub mod settings;
-pub mod target;
+mod target;
 mod tls;
 pub mod tunnel;
-pub mod tunnel_ids;
-pub mod upload;
+mod tunnel_ids;
+mod upload;
 pub mod visitor_rules;
 
 use std::sync::Arc;

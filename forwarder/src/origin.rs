@@ -37,7 +37,7 @@ const MAX_IDLE_TIME: Duration = Duration::from_secs(3);
 const VIA: HeaderValue = HeaderValue::from_static("1.1 ttf");
 
 /// A body that arrives while it is passed on.
-pub type StreamedBody = UnsyncBoxBody<Bytes, io::Error>;
+pub(crate) type StreamedBody = UnsyncBoxBody<Bytes, io::Error>;
 
 /// The local service, with its pool of connections.
 #[derive(Clone, Debug)]

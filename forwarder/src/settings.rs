@@ -33,8 +33,7 @@ pub struct Settings {
     pub token: Option<Secret>,
     /// The tunnel id to request; without one the service picks one.
     pub tunnel_id: Option<TunnelId>,
-    /// The file that remembers ids that the service picked; without it they are forgotten with the process. See
-    /// [`crate::tunnel_ids`].
+    /// The file that remembers ids that the service picked; without it they are forgotten with the process.
     pub memory: Option<PathBuf>,
     /// The local service.
     pub target: Target,

@@ -30,7 +30,7 @@ const WRITE_LOCK: &str = "writing";
 
 /// What is remembered for one endpoint and target.
 #[derive(Debug)]
-pub struct TunnelIdStore {
+pub(crate) struct TunnelIdStore {
     file: PathBuf,
     entry: Entry,
     remembers: bool,
@@ -66,7 +66,7 @@ struct Entries {
 
 impl TunnelIdStore {
     /// What `file` has for an endpoint and a target. `None` when another agent uses it, or nothing can be remembered.
-    pub async fn open(file: &Path, endpoint: &Endpoint, target: &Target) -> Option<Self> {
+    pub(crate) async fn open(file: &Path, endpoint: &Endpoint, target: &Target) -> Option<Self> {
         let file = file.to_owned();
         let endpoint = endpoint.to_string();
         let target = target.to_string();
@@ -113,12 +113,12 @@ impl TunnelIdStore {
     }
 
     /// The tunnel id to request.
-    pub fn tunnel_id(&self) -> Option<&TunnelId> {
+    pub(crate) fn tunnel_id(&self) -> Option<&TunnelId> {
         self.entry.tunnel_id.as_ref()
     }
 
     /// Remembers a tunnel id.
-    pub async fn remember(&mut self, tunnel_id: &TunnelId) {
+    pub(crate) async fn remember(&mut self, tunnel_id: &TunnelId) {
         if !self.remembers || self.tunnel_id() != Some(tunnel_id) {
             self.entry.tunnel_id = Some(tunnel_id.clone());
             self.remembers = true;
@@ -135,7 +135,7 @@ impl TunnelIdStore {
     }
 
     /// Remembers no tunnel id any more.
-    pub async fn forget(&mut self) {
+    pub(crate) async fn forget(&mut self) {
         self.remembers = false;
         self.entry.tunnel_id = None;
         let endpoint = self.entry.endpoint.clone();
@@ -148,13 +148,13 @@ impl TunnelIdStore {
 }
 
 /// The file in the user's configuration directory. A user without a home has none.
-pub fn default_file() -> Option<PathBuf> {
+pub(crate) fn default_file() -> Option<PathBuf> {
     let strategy = choose_base_strategy().ok()?;
     Some(strategy.config_dir().join("ttf").join("tunnels.toml"))
 }
 
 /// Forgets a tunnel id of an endpoint, whatever it was for. A file that does not exist is not made.
-pub async fn forget(file: &Path, endpoint: &Endpoint, tunnel_id: &TunnelId) {
+pub(crate) async fn forget(file: &Path, endpoint: &Endpoint, tunnel_id: &TunnelId) {
     if file.exists() {
         let endpoint = endpoint.to_string();
         let tunnel_id = tunnel_id.clone();

@@ -14,7 +14,7 @@ use tunnel_protocol::{
 
 /// The parts of a request's body that follow its first message, in order, up to the one that says it is the last. Closed before
 /// that, the body has broken off.
-pub type BodyParts = mpsc::Receiver<HeldPart>;
+pub(crate) type BodyParts = mpsc::Receiver<HeldPart>;
 
 /// Why the rest of a body cannot be handed on.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,7 @@ pub(crate) struct UploadFeed {
 
 /// A part, which counts towards the budget for as long as it waits.
 #[derive(Debug)]
-pub struct HeldPart {
+pub(crate) struct HeldPart {
     part: BodyPart,
     _held: HeldBytes,
 }
@@ -51,7 +51,7 @@ struct HeldBytes {
 
 impl HeldPart {
     /// The part, which does not count any more.
-    pub fn into_part(self) -> BodyPart {
+    pub(crate) fn into_part(self) -> BodyPart {
         self.part
     }
 }
