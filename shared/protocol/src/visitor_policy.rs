@@ -549,6 +549,10 @@ mod tests {
                 Err(PolicyError::Field(name.to_owned()))
             );
         }
+    }
+
+    #[test]
+    fn a_policy_of_another_form_is_not_read() {
         let hash = BASE64_STANDARD.encode([0; HASH_BYTES]);
         let salt = BASE64_STANDARD.encode([0; SALT_BYTES]);
         for text in [
