@@ -171,7 +171,7 @@ impl DefaultRoute {
                 self.relay.deliver(sender, reply).await?;
                 return Ok(RouteResponse::ok());
             }
-            Err(message) => message,
+            Err(message) => *message,
         };
         match message {
             FromAgent::Ready(ready) => return Box::pin(self.open(sender, ready)).await,

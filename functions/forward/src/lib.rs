@@ -328,3 +328,65 @@ fn health() -> Response<ResponseBody> {
     );
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use tunnel_service::aws::sdk;
+
+    use super::*;
+    use crate::response::ResponseBodyError;
+
+    /// A function whose tables nothing here asks.
+    fn function() -> Forward {
+        let read = |name: &str| match name {
+            "AUTH" => Some("open".to_owned()),
+            "WEBSOCKET_API_ENDPOINT" => Some("wss://ws.example.com/v1".to_owned()),
+            "PUBLIC_URL" => Some("https://tunnel.example.com".to_owned()),
+            table if table.ends_with("_TABLE") => Some(table.to_owned()),
+            _ => None,
+        };
+        let sdk = sdk::for_loopback("http://127.0.0.1:9", "key");
+        Forward::load(Variables::new(read), &sdk, None).expect("settings")
+    }
+
+    fn answer(chunks: Vec<Result<&'static str, ForwardError>>) -> ResponseStream {
+        let chunks = chunks.into_iter().map(|chunk| match chunk {
+            Ok(text) => Ok(text.into()),
+            Err(error) => Err(ResponseBodyError::from(error)),
+        });
+        Box::pin(stream::iter(chunks))
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    #[tokio::test]
+    async fn a_streamed_answer_that_breaks_off_neither_ends_nor_says_why_in_its_body() {
+        let function = function();
+        let chunks = vec![Ok("all there is"), Err(ForwardError::AgentLost)];
+        let mut streamed = function.to_its_end(answer(chunks), soon());
+        let first = streamed.next().await.expect("a chunk");
+        assert_eq!(first.expect("bytes"), "all there is");
+        assert!(function.broken_off().now_or_never().is_none());
+        tokio::select! {
+            next = streamed.next() => panic!("{next:?} looks like an end"),
+            () = function.broken_off() => {}
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_streamed_answer_ends_once_its_last_messages_are_out_but_in_time() {
+        for (posting_secs, expected_secs) in [(3, 3), (100, 60)] {
+            let function = function();
+            let post = tokio::time::sleep(Duration::from_secs(posting_secs));
+            function.0.tasks.spawn(post);
+            let started = Instant::now();
+            let mut streamed = function.to_its_end(answer(vec![Ok("x")]), soon());
+            while streamed.next().await.is_some() {}
+            assert_eq!(started.elapsed().as_secs(), expected_secs);
+            assert!(function.broken_off().now_or_never().is_none());
+        }
+    }
+}

@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_has_as_many_requests_max_concurrent_as_it_may_and_others_have_theirs() {
+    fn a_tunnel_has_as_many_requests_at_once_as_it_may_and_others_have_theirs() {
         let (limiter, now) = (RateLimiter::new(2, 0), Instant::now());
         let places = [
             limiter.acquire(&id("one"), now),

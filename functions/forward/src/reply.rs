@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
-use tunnel_protocol::body::ReceivedChunk;
+use tunnel_protocol::{body::ReceivedChunk, limits::MAX_REORDER_PARTS};
 use tunnel_service::{
     now,
     replies::{Expected, ReplyFailure, ReplyHead, ReplyPart, ReplyPath},
@@ -168,8 +168,15 @@ impl PendingReply {
         let has_more = parts
             .iter()
             .any(|(_, part)| matches!(part, ReplyPart::Head(..) | ReplyPart::Body(_)));
-        for (number, part) in parts {
-            self.expected.take(number, part);
+        let next = self.expected.next_number();
+        for (at, (number, part)) in parts.into_iter().enumerate() {
+            // They are in the order of their numbers. What cannot be held yet stays there until the next look, but a reply whose
+            // first part is that far ahead is not one.
+            let is_too_far = number.saturating_sub(next) as usize >= MAX_REORDER_PARTS;
+            let is_part = matches!(part, ReplyPart::Head(..) | ReplyPart::Body(_));
+            if at == 0 || !is_part || !is_too_far {
+                self.expected.take(number, part);
+            }
         }
         if is_given_up && !has_more {
             self.expected.lose();

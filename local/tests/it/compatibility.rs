@@ -135,7 +135,7 @@ fn body(messages: &[Value]) -> Bytes {
             _ => continue,
         };
         receiver.insert(part.number, part.chunk).expect("room");
-        while let Some(chunk) = receiver.next().expect("bytes") {
+        while let Some(chunk) = receiver.next_chunk().expect("bytes") {
             bytes.extend(chunk.bytes);
         }
     }

@@ -373,4 +373,59 @@ mod tests {
             );
         }
     }
+
+    /// @connections that answers each request with the next of these statuses.
+    async fn answering(statuses: &'static [u16]) -> (AgentConnections, tokio::task::JoinSet<()>) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let mut serving = tokio::task::JoinSet::new();
+        serving.spawn(async move {
+            let mut statuses = statuses.iter();
+            loop {
+                let (mut stream, _) = listener.accept().await.expect("a connection");
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request).await;
+                let status = statuses.next().copied().unwrap_or(410);
+                // 0 stands for a connection that breaks before the answer.
+                if status > 0 {
+                    let answer = format!(
+                        "HTTP/1.1 {status} X\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{{}}"
+                    );
+                    let _ = stream.write_all(answer.as_bytes()).await;
+                }
+            }
+        });
+        let sdk = crate::aws::sdk::for_loopback("http://127.0.0.1:9", "key");
+        let endpoint = format!("http://{address}/v1").parse().expect("an endpoint");
+        (AgentConnections::new(&sdk, &endpoint), serving)
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_gone_took_nothing_unless_an_earlier_try_may_have_reached_it() {
+        let to = "c".parse().expect("an id");
+        for (statuses, expected) in [
+            (&[200][..], "taken"),
+            (&[410], "gone"),
+            (&[429, 410], "gone"),
+            (&[500, 200], "taken"),
+            (&[500, 410], "unknown"),
+            (&[503, 429, 410], "unknown"),
+            (&[0, 410], "unknown"),
+            (&[500, 500, 500], "failed"),
+            (&[403], "failed"),
+        ] {
+            let (agents, _serving) = answering(statuses).await;
+            let outcome = match agents.post_text(&to, "{}".to_owned()).await {
+                Ok(()) => "taken",
+                Err(PostError::Gone) => "gone",
+                Err(PostError::Unknown) => "unknown",
+                Err(PostError::Failed { .. }) => "failed",
+                Err(other) => panic!("{statuses:?}: {other}"),
+            };
+            assert_eq!(outcome, expected, "{statuses:?}");
+        }
+    }
 }

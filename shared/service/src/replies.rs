@@ -115,7 +115,7 @@ impl Reply {
     ///
     /// # Errors
     /// The message, when it is not about a request.
-    pub fn from_message(message: FromAgent) -> Result<Self, FromAgent> {
+    pub fn from_message(message: FromAgent) -> Result<Self, Box<FromAgent>> {
         match message {
             FromAgent::HttpResponse(response) => Ok(response.into()),
             FromAgent::BodyPart(part) => Ok(part.into()),
@@ -126,7 +126,7 @@ impl Reply {
                 message,
                 ..
             }) => Ok(Self::failed(request_id, code, message)),
-            other => Err(other),
+            other => Err(Box::new(other)),
         }
     }
 
@@ -271,10 +271,13 @@ impl Arrived {
     }
 }
 
+/// Inboxes by the connection that is to answer, and the request.
+type Waiting = HashMap<(ConnectionId, RequestId), Arc<Inbox>>;
+
 /// The requests that wait for replies, each by the connection it was sent to: no other can answer it.
 #[derive(Clone, Debug, Default)]
 pub struct Replies {
-    waiting: Arc<Mutex<HashMap<(ConnectionId, RequestId), Arc<Inbox>>>>,
+    waiting: Arc<Mutex<Waiting>>,
     budget: BodyBudget,
 }
 
@@ -321,7 +324,7 @@ impl Replies {
     }
 
     /// Held between awaits only.
-    fn lock(&self) -> MutexGuard<'_, HashMap<(ConnectionId, RequestId), Arc<Inbox>>> {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -371,7 +374,7 @@ impl Expected {
     /// Why nothing comes any more.
     pub fn try_next(&self) -> Result<Option<ReceivedChunk>, ReplyFailure> {
         let mut arrived = self.inbox.arrived();
-        match arrived.body.next() {
+        match arrived.body.next_chunk() {
             Ok(Some(chunk)) => Ok(Some(chunk)),
             Ok(None) => arrived.failure.clone().map_or(Ok(None), Err),
             Err(error) => Err(ReplyFailure::Invalid(error.to_string())),

@@ -104,7 +104,7 @@ async fn receive(
         assert!(
             budget.held_bytes() <= INITIAL_WINDOW_PARTS as usize * crate::limits::MAX_PART_BYTES
         );
-        while let Some(chunk) = receiver.next().expect("what was sent") {
+        while let Some(chunk) = receiver.next_chunk().expect("what was sent") {
             received.extend(chunk.bytes);
             network.borrow_mut().windows.extend(chunk.window);
         }
@@ -173,7 +173,7 @@ proptest! {
             let outcome = receiver.insert(number, chunk);
             prop_assert!(outcome.is_err() || receiver.is_over() || !is_too_far);
             prop_assert!(budget.held_bytes() <= 3000 / 8);
-            while let Ok(Some(chunk)) = receiver.next() {
+            while let Ok(Some(chunk)) = receiver.next_chunk() {
                 prop_assert_eq!(chunk.more, !receiver.is_over());
             }
         }

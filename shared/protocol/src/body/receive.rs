@@ -83,7 +83,7 @@ impl BodyReceiver {
     ///
     /// # Errors
     /// If they cannot be decompressed.
-    pub fn next(&mut self) -> Result<Option<ReceivedChunk>, ReceiveBodyError> {
+    pub fn next_chunk(&mut self) -> Result<Option<ReceivedChunk>, ReceiveBodyError> {
         if self.is_over {
             return Ok(None);
         }
