@@ -97,8 +97,8 @@ pub(crate) enum Departure {
 impl VisitorSocket {
     /// Takes an accepted connection.
     pub(crate) fn new(stream: TcpStream, peer: SocketAddr) -> Self {
-        // Without these a connection only has more latency, or is missed later.
-        let _ = stream.set_nodelay(true);
+        tunnel_protocol::writer::tune(&stream);
+        // Without it a connection that is gone is missed later.
         #[cfg(unix)]
         let _ = keep_alive(&stream);
         Self {
