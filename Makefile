@@ -111,6 +111,7 @@ e2e-deploy: tools
 
 servers: build
 	.ci/servers $(BIN)
+	.ci/frameworks $(BIN)
 
 chaos: build
 	$(BIN)/chaos $(SCENARIO)
