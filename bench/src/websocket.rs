@@ -123,21 +123,8 @@ impl AgentConnections {
             source_ip: "203.0.113.10".to_owned(),
             stage: STAGE,
         };
-        let outcome = self
-            .call(
-                "tunnel-connect",
-                &source.connect(request.headers(), request.uri()),
-            )
-            .await;
-        let status = match outcome {
-            Outcome::Whole(answer) => serde_json::from_slice::<serde_json::Value>(&answer)
-                .ok()
-                .and_then(|answer| answer["statusCode"].as_u64()),
-            Outcome::Stream(_) | Outcome::Failed(_) => None,
-        };
-        let status =
-            status.and_then(|status| StatusCode::from_u16(u16::try_from(status).ok()?).ok());
-        let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let handshake = source.connect(request.headers(), request.uri());
+        let status = self.ask_connect(&handshake).await;
         if !status.is_success() {
             return status.into_response();
         }
@@ -175,6 +162,19 @@ impl AgentConnections {
             .headers_mut()
             .insert(header::SEC_WEBSOCKET_ACCEPT, accept);
         response
+    }
+
+    /// The status with which `connect` answers a handshake.
+    async fn ask_connect(&self, handshake: &impl serde::Serialize) -> StatusCode {
+        let status = match self.call("tunnel-connect", handshake).await {
+            Outcome::Whole(answer) => serde_json::from_slice::<serde_json::Value>(&answer)
+                .ok()
+                .and_then(|answer| answer["statusCode"].as_u64()),
+            Outcome::Stream(_) | Outcome::Failed(_) => None,
+        };
+        status
+            .and_then(|status| StatusCode::from_u16(u16::try_from(status).ok()?).ok())
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 
     /// Serves a connection until it ends or is broken.
@@ -220,7 +220,7 @@ impl AgentConnections {
                     let (api, source, connection) =
                         (self.clone(), source.clone(), connection.clone());
                     self.tasks.spawn(async move {
-                        api.message(&source, text.as_str(), &connection).await
+                        api.message(&source, text.as_str(), &connection).await;
                     });
                 }
                 Some(Ok(Message::Binary(_))) => return 1003,
@@ -240,7 +240,7 @@ impl AgentConnections {
                 &mut counts.units_of_pings
             } else {
                 &mut counts.units_in
-            }) += units
+            }) += units;
         });
         if let Outcome::Failed(_) = self
             .call("tunnel-default", &source.message(text.to_owned()))

@@ -126,11 +126,11 @@ impl Plan {
             }
             13 => {
                 (plan.kind, plan.wish.answer, plan.is_slow) =
-                    ("slow reader", random.random_range(0..LARGEST), true)
+                    ("slow reader", random.random_range(0..LARGEST), true);
             }
             14 => {
                 (plan.kind, plan.wish.answer, plan.wish.drips) =
-                    ("drip", random.random_range(0..LARGEST), true)
+                    ("drip", random.random_range(0..LARGEST), true);
             }
             15 => (plan.kind, plan.wish.wait_ms) = ("slow get", random.random_range(100..2000)),
             16 => {
