@@ -174,10 +174,14 @@ fn connection_age(text: &str) -> Result<Duration, String> {
 
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
 pub fn main() -> ExitCode {
-    match Runtime::new() {
-        Ok(runtime) => runtime.block_on(run()),
-        Err(error) => fail(1, &format!("cannot start: {error}")),
-    }
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &format!("cannot start: {error}")),
+    };
+    let code = runtime.block_on(run());
+    // What was not stopped in time is not waited for.
+    runtime.shutdown_background();
+    code
 }
 
 async fn run() -> ExitCode {

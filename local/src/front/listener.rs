@@ -8,7 +8,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::TcpListener,
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval_at},
 };
 use tracing::{debug, warn};
 use tunnel_forward::{error::ForwardError, request::wants_html};
@@ -32,7 +32,7 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests after it failed.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// How often a visitor that waits for its response is looked after.
-const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(500);
+const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What a connection is served with.
 #[derive(Clone, Debug)]
@@ -106,7 +106,8 @@ async fn serve(
         .max_headers(MAX_HEADER_FIELDS);
     let stream = TokioIo::new(VisitorStream::new(socket.clone()));
     let mut connection = std::pin::pin!(http.serve_connection(stream, service).with_upgrades());
-    let mut check = interval(DEPARTURE_CHECK_INTERVAL);
+    let begin = Instant::now() + DEPARTURE_CHECK_INTERVAL;
+    let mut check = interval_at(begin, DEPARTURE_CHECK_INTERVAL);
     check.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut is_stopping = false;
     let peer = socket.peer;

@@ -30,9 +30,9 @@ const MAX_STALL: Duration = Duration::from_secs(60);
 /// An answer that says nothing, by which it shows whether a visitor that has ended its side still listens: if not, its system
 /// answers with a reset. Every HTTP/1.1 client skips it (RFC 9110, 15.2).
 const PROBE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
-/// When it is probed again after the first doubt. Not often: some clients accept no more than five such answers.
+/// When it is probed after the first doubt, and again. Not often: some clients accept no more than five such answers.
 const PROBE_DELAYS: [Duration; 4] = [
-    Duration::ZERO,
+    Duration::from_millis(200),
     Duration::from_secs(5),
     Duration::from_secs(30),
     Duration::from_secs(120),
@@ -457,5 +457,42 @@ impl AsyncWrite for VisitorStream {
         #[cfg(unix)]
         let _ = rustix::net::shutdown(&self.socket.stream, rustix::net::Shutdown::Write);
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_visitor_that_takes_nothing_for_a_minute_is_cut_and_not_before() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let _visitor = TcpStream::connect(address).await.expect("a connection");
+        let (stream, peer) = listener.accept().await.expect("a connection");
+        let socket = Arc::new(VisitorSocket::new(stream, peer));
+        let mut stream = VisitorStream::new(socket.clone());
+        let chunk = vec![0; 1024 * 1024];
+        // Until the system's buffers are full.
+        let mut is_full = false;
+        while !is_full {
+            poll_fn(|context| {
+                is_full = Pin::new(&mut stream)
+                    .poll_write(context, &chunk)
+                    .is_pending();
+                Poll::Ready(())
+            })
+            .await;
+        }
+        assert_eq!(socket.departure(), None);
+        tokio::time::pause();
+        tokio::time::advance(MAX_STALL - Duration::from_secs(1)).await;
+        assert_eq!(socket.departure(), None);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(socket.departure(), Some(Departure::Stalled));
     }
 }

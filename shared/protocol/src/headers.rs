@@ -33,6 +33,8 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
         .iter()
         .flat_map(|value| value.as_bytes().split(|&byte| byte == b','))
         .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        // It is for the other end, whatever a sender says (RFC 9110, 7.6.1).
+        .filter(|name| name != header::HOST)
         .collect();
     for name in HOP_BY_HOP.iter().chain(&named) {
         headers.remove(name);
@@ -45,8 +47,13 @@ pub fn remove_forwarding(headers: &mut HeaderMap) {
     let forwarding: Vec<HeaderName> = headers
         .keys()
         .filter(|name| {
-            name.as_str().starts_with("x-forwarded-")
-                || matches!(name.as_str(), "forwarded" | "x-real-ip")
+            // Servers that hand fields on as variables (RFC 3875, 4.1.18) cannot tell one from the other.
+            let name = name.as_str().replace('_', "-");
+            name.starts_with("x-forwarded-")
+                || matches!(
+                    &*name,
+                    "forwarded" | "x-real-ip" | "x-client-ip" | "true-client-ip"
+                )
         })
         .cloned()
         .collect();
@@ -171,14 +178,15 @@ mod tests {
     #[test]
     fn hop_by_hop_fields_and_those_connection_names_are_removed() {
         let mut headers = map(&[
-            ("connection", "close, X-Hop"),
+            ("connection", "close, X-Hop, Host"),
             ("x-hop", "1"),
+            ("host", "x"),
             ("te", "trailers"),
             ("transfer-encoding", "chunked"),
             ("x-end", "2"),
         ]);
         remove_hop_by_hop(&mut headers);
-        assert_eq!(headers, map(&[("x-end", "2")]));
+        assert_eq!(headers, map(&[("host", "x"), ("x-end", "2")]));
     }
 
     #[test]
@@ -219,6 +227,10 @@ mod tests {
             ("X-Forwarded-Anything", "x"),
             ("forwarded", "for=1.2.3.4"),
             ("x-real-ip", "1.2.3.4"),
+            ("x_forwarded_for", "1.2.3.4"),
+            ("x_real_ip", "1.2.3.4"),
+            ("true-client-ip", "1.2.3.4"),
+            ("x-client-ip", "1.2.3.4"),
             ("via", "1.1 p"),
         ]);
         remove_forwarding(&mut headers);
