@@ -52,8 +52,7 @@ impl World {
         let bin = match &cli.bin {
             Some(bin) => bin.clone(),
             None => this
-                .ancestors()
-                .nth(2)
+                .parent()
                 .context("this executable is nowhere")?
                 .to_owned(),
         };
