@@ -379,7 +379,7 @@ impl DefaultRoute {
             Standing::Outranked => TAKEN_OVER,
             Standing::Released => RELEASED,
         };
-        info!(%connection, tunnel = %candidate.agent.tunnel_id, reason, "told that it is replaced");
+        info!(%connection, tunnel = %candidate.agent.tunnel_id, reason, "notified that it was replaced");
         self.ownership
             .notify_replaced(connection, &candidate.opened.features, reason)
             .await;

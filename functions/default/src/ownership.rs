@@ -194,7 +194,7 @@ impl Ownership {
         match outcome {
             Ok(()) | Err(PostError::Gone | PostError::Unknown) => {}
             Err(error) => {
-                warn!(%connection, error = &error as &dyn std::error::Error, "could not be told that it is replaced");
+                warn!(%connection, error = &error as &dyn std::error::Error, "could not be notified that it was replaced");
             }
         }
     }

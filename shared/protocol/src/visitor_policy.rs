@@ -62,7 +62,7 @@ struct RequiredField {
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum PolicyError {
     /// It would refuse no one.
-    #[error("there is no rule")]
+    #[error("there are no rules")]
     Empty,
     /// It has more rules than the service checks for each request.
     #[error(
