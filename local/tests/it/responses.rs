@@ -8,7 +8,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::harness::{ScriptedAgent, get, stack, within};
+use crate::harness::{ScriptedAgent, get, stack_in_order, within};
 
 /// All that a visitor with this request gets until the connection ends, in whichever way.
 async fn raw(stack: &Server, request: &str) -> String {
@@ -65,7 +65,7 @@ fn broke_off(request: &Value) -> Value {
 
 #[tokio::test]
 async fn what_came_before_a_response_broke_off_arrives_and_does_not_look_complete() {
-    let stack = stack().await;
+    let stack = stack_in_order().await;
     let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts"]).await;
     for length in [0, 3, 900, 50_000, 97_000, 200_000, 1_000_000] {
         for (version, fields) in [
@@ -104,7 +104,7 @@ async fn what_came_before_a_response_broke_off_arrives_and_does_not_look_complet
 
 #[tokio::test]
 async fn a_response_that_is_not_one_is_a_502_while_nothing_has_been_sent() {
-    let stack = stack().await;
+    let stack = stack_in_order().await;
     let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts", "zstd"]).await;
     let url = format!("{}/my-app/", stack.public_url);
     for response in [
@@ -137,7 +137,7 @@ async fn a_response_that_is_not_one_is_a_502_while_nothing_has_been_sent() {
 
 #[tokio::test]
 async fn a_response_that_turns_out_not_to_be_one_breaks_off() {
-    let stack = stack().await;
+    let stack = stack_in_order().await;
     let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts", "zstd"]).await;
     let request_text = "GET /my-app/ HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n";
     type Rest = fn(&Value) -> Value;
@@ -182,7 +182,7 @@ async fn a_response_that_turns_out_not_to_be_one_breaks_off() {
 
 #[tokio::test]
 async fn a_body_that_may_not_be_sent_is_not_read() {
-    let stack = stack().await;
+    let stack = stack_in_order().await;
     let features = ["body_parts", "window", "cancel"];
     let mut agent = ScriptedAgent::online(&stack, "my-app", &features).await;
     for (method, status) in [("HEAD", 200), ("GET", 204), ("GET", 304)] {
@@ -212,7 +212,7 @@ async fn a_body_that_may_not_be_sent_is_not_read() {
 
 #[tokio::test]
 async fn an_agent_that_is_lost_while_it_takes_an_upload_may_have_acted_on_it() {
-    let stack = stack().await;
+    let stack = stack_in_order().await;
     let mut agent = ScriptedAgent::online(&stack, "my-app", &["body_parts", "window"]).await;
     let url = format!("{}/my-app/", stack.public_url);
     let (got, ()) = tokio::join!(crate::harness::post(&url, vec![b'x'; 3_000_000]), async {
@@ -227,7 +227,7 @@ async fn an_agent_that_is_lost_while_it_takes_an_upload_may_have_acted_on_it() {
 
 #[tokio::test]
 async fn requests_that_come_together_look_the_tunnel_up_and_are_all_answered() {
-    let stack = stack().await;
+    let stack = stack_in_order().await;
     let url = format!("{}/nobody-here/", stack.public_url);
     let visits = (0..50).map(|_| get(&url));
     for got in futures_util::future::join_all(visits).await {
