@@ -19,6 +19,8 @@ use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message, url:
 
 /// Pauses before a message is posted again that @connections has failed to take.
 const RETRY_DELAYS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(200)];
+/// How long a connection may take no more messages where the caller does not say.
+const SHORT_PATIENCE: Duration = Duration::from_millis(250);
 /// Waits between tries while a connection is busy; they double from the first value to the second.
 const MIN_BUSY_DELAY: Duration = Duration::from_millis(5);
 const MAX_BUSY_DELAY: Duration = Duration::from_millis(500);
@@ -176,13 +178,9 @@ impl AgentConnections {
     /// # Errors
     /// See [`PostError`].
     pub async fn post_text(&self, to: &ConnectionId, text: String) -> Result<(), PostError> {
-        let length = text.len();
-        if length > MAX_MESSAGE_BYTES {
-            return Err(PostError::TooLarge(length));
-        }
         match &self.0 {
-            Reached::InProcess(connections) => connections.send(to, text, Duration::ZERO).await,
-            Reached::Management(client) => post_to_connection(client, to, &text).await,
+            Reached::InProcess(_) => self.post_text_patiently(to, &text, Duration::ZERO).await,
+            Reached::Management(_) => self.post_text_patiently(to, &text, SHORT_PATIENCE).await,
         }
     }
 
@@ -211,18 +209,14 @@ impl AgentConnections {
         text: &str,
         patience: Duration,
     ) -> Result<(), PostError> {
-        if let Reached::InProcess(connections) = &self.0
-            && text.len() <= MAX_MESSAGE_BYTES
-        {
-            return connections.send(to, text.to_owned(), patience).await;
+        if text.len() > MAX_MESSAGE_BYTES {
+            return Err(PostError::TooLarge(text.len()));
         }
-        let (deadline, mut delay) = (Instant::now() + patience, MIN_BUSY_DELAY);
-        loop {
-            match self.post_text(to, text.to_owned()).await {
-                Err(PostError::Busy) if Instant::now() < deadline => sleep(delay).await,
-                outcome => return outcome,
+        match &self.0 {
+            Reached::InProcess(connections) => {
+                connections.send(to, text.to_owned(), patience).await
             }
-            delay = (2 * delay).min(MAX_BUSY_DELAY);
+            Reached::Management(client) => post_to_connection(client, to, text, patience).await,
         }
     }
 
@@ -276,10 +270,13 @@ async fn post_to_connection(
     client: &Client,
     to: &ConnectionId,
     text: &str,
+    patience: Duration,
 ) -> Result<(), PostError> {
     let once = Config::builder().retry_config(RetryConfig::disabled());
+    let deadline = Instant::now() + patience;
+    let mut busy_delay = MIN_BUSY_DELAY;
+    let mut retry_delays = RETRY_DELAYS.into_iter();
     let mut may_be_taken = false;
-    let mut delays = RETRY_DELAYS.into_iter();
     loop {
         let outcome = client
             .post_to_connection()
@@ -290,17 +287,19 @@ async fn post_to_connection(
             .send()
             .await;
         let Err(error) = outcome else { return Ok(()) };
-        // A call without an answer, or whose answer is a failure of the service, may have been carried out nevertheless.
+        // What has no answer, or says that the service failed, may have been done all the same.
         let is_unknown = error
             .raw_response()
             .is_none_or(|response| response.status().is_server_error());
-        let error = match post_error(error, text.len()) {
+        let delay = match post_error(error, text.len()) {
             PostError::Gone if may_be_taken => return Err(PostError::Unknown),
-            error if is_unknown || matches!(error, PostError::Busy) => error,
+            PostError::Busy if Instant::now() < deadline => {
+                let delay = busy_delay;
+                busy_delay = (2 * delay).min(MAX_BUSY_DELAY);
+                delay
+            }
+            error if is_unknown => retry_delays.next().ok_or(error)?,
             error => return Err(error),
-        };
-        let Some(delay) = delays.next() else {
-            return Err(error);
         };
         may_be_taken |= is_unknown;
         sleep(delay).await;
