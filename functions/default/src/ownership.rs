@@ -76,6 +76,16 @@ impl Candidate {
         })
     }
 
+    /// Whether a connection that serves is newer. One that an agent named in `previous` is the older one, whatever the clocks
+    /// of two machines say.
+    fn is_outranked_by(&self, serving: &Online) -> bool {
+        if self.opened.previous.as_ref() == Some(&serving.connection_id) {
+            return false;
+        }
+        serving.previous.as_ref() == Some(&self.id)
+            || serving.is_newer_than(&self.id, self.agent.connected_at_ms)
+    }
+
     fn online(&self) -> Online {
         Online {
             connection_id: self.id.clone(),
@@ -108,7 +118,7 @@ impl Ownership {
                 Some(serving) if *serving == online => return Ok(Standing::Serves { before }),
                 Some(serving) if serving.connection_id == candidate.id => Some(serving),
                 Some(serving) => {
-                    if serving.is_newer_than(&candidate.id, candidate.agent.connected_at_ms)
+                    if candidate.is_outranked_by(serving)
                         && !self.is_gone(&serving.connection_id).await?
                     {
                         return Ok(if serving.previous.as_ref() == Some(&candidate.id) {
