@@ -213,6 +213,14 @@ pub fn has_data(directory: &Path) -> bool {
     directory.join(DATABASE_FILE).is_file()
 }
 
+/// The engine behind DynamoDB's API, for callers that sign with `access_key`.
+pub fn router(database: Database, access_key: AccessKey) -> Router {
+    Router::new().fallback(answer).with_state(Endpoint {
+        database,
+        access_key,
+    })
+}
+
 /// Serves the engine on a listener until `stop` is cancelled, to callers that sign with `access_key`.
 pub fn serve(
     database: Database,
@@ -222,10 +230,7 @@ pub fn serve(
     stop: &CancellationToken,
 ) {
     let stopped = stop.clone();
-    let router = Router::new().fallback(answer).with_state(Endpoint {
-        database: database.clone(),
-        access_key,
-    });
+    let router = router(database.clone(), access_key);
     tasks.spawn(async move {
         if let Err(error) = axum::serve(listener, router)
             .with_graceful_shutdown(stopped.cancelled_owned())
