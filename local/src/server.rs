@@ -13,6 +13,7 @@ use tunnel_local_aws::{
     caller::AccessKey,
     dynamodb::{self, DataError, DirectoryLock},
     management::{self, ConnectionRegistry},
+    quotas::Quotas,
 };
 use tunnel_protocol::id::ConnectionId;
 use tunnel_service::{
@@ -161,11 +162,7 @@ impl Server {
             &public_url,
         );
         if options.transport == Transport::Emulated {
-            let api = management::router(
-                connections.clone(),
-                options.quotas,
-                engine.access_key.clone(),
-            );
+            let api = engine.management(&connections, options.quotas);
             engine.serve(management, api.merge(agents::router(&front.agents)));
         }
         agents.spawn(front.agents.clone().recheck(agents.stopping().clone()));
@@ -287,6 +284,11 @@ impl Engine {
             tables,
             subsystem,
         })
+    }
+
+    /// @connections, for those who have the engine's key.
+    fn management(&self, connections: &ConnectionRegistry, quotas: Quotas) -> axum::Router {
+        management::router(connections.clone(), quotas, self.access_key.clone())
     }
 
     /// Serves another API until the engine is stopped.
