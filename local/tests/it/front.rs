@@ -192,6 +192,13 @@ async fn requests_this_front_cannot_serve_are_answered_with_a_code() {
         );
         assert!(answer.contains("connection: close"), "{request}: {answer}");
     }
+    assert_eq!(origin.count(), 0);
+}
+
+#[tokio::test]
+async fn a_head_that_is_too_long_is_refused_with_a_code() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let _agent = agent(&stack, &origin).await;
     let long = format!(
         "GET /my-app/ HTTP/1.1\r\nhost: x\r\na: {}\r\n\r\n",
         "a".repeat(70_000)

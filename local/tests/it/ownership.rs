@@ -318,6 +318,18 @@ async fn only_its_owner_can_see_the_status_of_a_tunnel() {
         StatusCode::NOT_FOUND
     );
 
+    assert_eq!(
+        origin.count(),
+        0,
+        "a question about the tunnel reached the local service"
+    );
+}
+
+#[tokio::test]
+async fn the_status_of_a_tunnel_whose_agent_has_stopped_is_offline() {
+    let (stack, ours, _) = two_owners(NEVER).await;
+    let origin = Origin::echo().await;
+    let agent = Agent::online(with_token(&stack, &origin, &ours)).await;
     agent.stop().await.expect("stopped as asked");
     let url = format!("{}/my-app", stack.public_url);
     assert_eq!(
@@ -328,11 +340,6 @@ async fn only_its_owner_can_see_the_status_of_a_tunnel() {
     let told: serde_json::Value =
         serde_json::from_slice(&status(&stack, "my-app", Some(&ours)).await.body).expect("JSON");
     assert_eq!(told["status"], "offline");
-    assert_eq!(
-        origin.count(),
-        0,
-        "a question about the tunnel reached the local service"
-    );
 }
 
 #[tokio::test]
