@@ -45,6 +45,8 @@ pub(crate) enum Fault {
     DelayBytes,
     ThrottleBytes,
     FillAgent,
+    SecondAgent,
+    StallTables,
 }
 
 /// What a fault is about. Two at once are about two things.
@@ -57,7 +59,7 @@ pub(crate) enum Place {
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 19] = [
         Self::KillAgent,
         Self::KillService,
         Self::KillLocalService,
@@ -75,12 +77,14 @@ impl Fault {
         Self::DelayBytes,
         Self::ThrottleBytes,
         Self::FillAgent,
+        Self::SecondAgent,
+        Self::StallTables,
     ];
 
     pub(crate) fn place(self) -> Place {
         match self {
-            Self::KillAgent | Self::StopAgent | Self::FillAgent => Place::Agent,
-            Self::KillService | Self::StopService => Place::Service,
+            Self::KillAgent | Self::StopAgent | Self::FillAgent | Self::SecondAgent => Place::Agent,
+            Self::KillService | Self::StopService | Self::StallTables => Place::Service,
             Self::KillLocalService | Self::StopLocalService => Place::LocalService,
             Self::ResetConnections
             | Self::CloseToAgent
@@ -104,7 +108,10 @@ impl Fault {
             | Self::CloseToService
             | Self::RefuseConnections
             | Self::KillService
-            | Self::StopService => &["agent_lost", "tunnel_offline"],
+            | Self::StopService
+            | Self::SecondAgent => &["agent_lost", "tunnel_offline"],
+            // The agent cannot move in time, and lookups fail.
+            Self::StallTables => &["agent_lost", "tunnel_offline", "internal_error"],
             // Messages for the agent wait, until there are too many.
             Self::StopAgent
             | Self::HoldBytes
@@ -173,6 +180,8 @@ impl Fault {
             Self::StopService => stop(world, Place::Service, time).await,
             Self::StopLocalService => stop(world, Place::LocalService, time).await,
             Self::FillAgent => fill(world).await,
+            Self::SecondAgent => second_agent(world, time).await,
+            Self::StallTables => stall_tables(world, time).await,
             Self::DropPackets => {
                 world.drop_packets(true)?;
                 sleep(time).await;
@@ -262,6 +271,32 @@ async fn fill(world: &World) -> std::io::Result<()> {
     }
     while filling.join_next().await.is_some() {}
     Ok(())
+}
+
+/// Another agent asks for the same tunnel, and one of both ends. The one that is left goes on as the first one.
+async fn second_agent(world: &World, time: Duration) -> std::io::Result<()> {
+    let mut second = lock(&world.agent).twin("second-ttf")?;
+    sleep(time).await;
+    second.terminate()?;
+    let mut first = lock(&world.agent);
+    match first.ended() {
+        Some(_) => first.restart(|_| {}),
+        None => Ok(()),
+    }
+}
+
+/// Another process writes to the database and does not come to an end.
+async fn stall_tables(world: &World, time: Duration) -> std::io::Result<()> {
+    let database = rusqlite::Connection::open(world.logs.join("data").join("tunnel.db"))
+        .map_err(std::io::Error::other)?;
+    database
+        .busy_timeout(Duration::from_secs(10))
+        .and_then(|()| database.execute_batch("BEGIN IMMEDIATE"))
+        .map_err(std::io::Error::other)?;
+    sleep(time).await;
+    database
+        .execute_batch("ROLLBACK")
+        .map_err(std::io::Error::other)
 }
 
 /// A time during which something was wrong.

@@ -38,7 +38,7 @@ pub(crate) struct Cli {
     /// Only faults whose name has this in it
     #[arg(long, env = "CHAOS_ONLY", global = true)]
     only: Option<String>,
-    /// Where tunnel-local and ttf are [default: beside this executable's directory]
+    /// Where tunnel-local and ttf are [default: beside this executable]
     #[arg(long, env = "CHAOS_BIN", global = true)]
     bin: Option<PathBuf>,
     /// Where logs are written; kept when a check fails [default: a directory under /tmp]
@@ -54,7 +54,7 @@ pub(crate) struct Cli {
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum Scenario {
     /// Faults at random; what is done if nothing is said
-    SettingsError,
+    Faults,
     /// Connections that live 10 s, and nothing else: no request may fail or be slow
     Rollovers,
     /// The agent's network silent for a minute

@@ -46,6 +46,12 @@ impl Process {
         })
     }
 
+    /// Starts another one with the same arguments, which logs under a name of its own.
+    pub(crate) fn twin(&self, name: &'static str) -> io::Result<Self> {
+        let logs = self.log.parent().unwrap_or(Path::new("."));
+        Self::start(name, &self.program, self.arguments.clone(), logs)
+    }
+
     pub(crate) fn kill(&mut self) -> io::Result<()> {
         self.child.kill()?;
         self.child.wait().map(drop)

@@ -33,8 +33,8 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<bool> {
             "cannot be dropped here: that takes root, unshare and iptables"
         }
     );
-    match cli.scenario.as_ref().unwrap_or(&Scenario::SettingsError) {
-        Scenario::SettingsError | Scenario::Service { .. } => faults(&cli, seed).await,
+    match cli.scenario.as_ref().unwrap_or(&Scenario::Faults) {
+        Scenario::Faults | Scenario::Service { .. } => faults(&cli, seed).await,
         Scenario::Rollovers => rollovers(&cli, seed).await,
         Scenario::Outage => outage(&cli, seed).await,
         Scenario::Soak => soak(&cli, seed).await,
