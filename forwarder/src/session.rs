@@ -163,6 +163,8 @@ pub struct Session {
     liveness: Liveness,
     tick: Interval,
     phase: Phase,
+    /// Another connection of this agent has taken over.
+    has_moved: bool,
     /// When a request was last in flight.
     busy: Option<Instant>,
     end_of_life: Option<Instant>,
@@ -202,6 +204,7 @@ impl Session {
             liveness: Liveness::new(),
             tick,
             phase: Phase::Serving,
+            has_moved: false,
             busy: None,
             end_of_life: established
                 .life_ms
@@ -263,6 +266,7 @@ impl Session {
                 self.observe(Event::Draining { in_flight: self.requests.len() });
             }
             () = moved.cancelled(), if is_serving => {
+                self.has_moved = true;
                 self.phase = Phase::HandingOver { until: Instant::now() + HANDOVER_TIME };
             }
             () = sleep_until_some(due) => match self.phase {
@@ -503,7 +507,8 @@ impl Session {
             Phase::Leaving {
                 departure: Departure::Stopped,
                 ..
-            } => Err((AgentErrorCode::Busy, "the agent is stopping")),
+            } if !self.has_moved => Err((AgentErrorCode::Busy, "the agent is stopping")),
+            // Where a stopping agent had moved already, another agent may serve: the service looks again.
             Phase::Leaving { .. } => Err((
                 AgentErrorCode::Replaced,
                 "another connection serves the tunnel",
