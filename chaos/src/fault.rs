@@ -108,8 +108,9 @@ impl Fault {
             | Self::CloseToService
             | Self::RefuseConnections
             | Self::KillService
-            | Self::StopService
-            | Self::SecondAgent => &["agent_lost", "tunnel_offline"],
+            | Self::StopService => &["agent_lost", "tunnel_offline"],
+            // An agent that is asked to end takes no more requests while it finishes those that it has.
+            Self::SecondAgent => &["agent_lost", "tunnel_offline", "agent_busy"],
             // The agent cannot move in time, and lookups fail.
             Self::StallTables => &["agent_lost", "tunnel_offline", "internal_error"],
             // Messages for the agent wait, until there are too many.
