@@ -554,6 +554,7 @@ mod tests {
                         )
                     })
                     .collect(),
+                upgrade: None,
                 body: Body::default(),
                 encoding: None,
                 timestamp: 0,

@@ -64,7 +64,16 @@ impl Display {
 fn text(event: &Event) -> String {
     match event {
         Event::Connecting { endpoint } => format!("connecting to {endpoint}"),
-        Event::Online { public_url, target } => format!("online: {public_url} -> {target}"),
+        Event::Online {
+            public_url,
+            browser_url: None,
+            target,
+        } => format!("online: {public_url} -> {target}"),
+        Event::Online {
+            public_url,
+            browser_url: Some(browser_url),
+            target,
+        } => format!("online: {public_url} -> {target} (in a browser: {browser_url}/)"),
         Event::Reconnecting {
             reason,
             pause,
@@ -291,6 +300,7 @@ mod tests {
     fn online(public_url: &str) -> Event {
         Event::Online {
             public_url: public_url.to_owned(),
+            browser_url: None,
             target: "http://127.0.0.1:3000".to_owned(),
         }
     }

@@ -16,6 +16,8 @@ pub enum Event {
     Online {
         /// Where visitors reach it.
         public_url: String,
+        /// The address at which the tunnel has a web origin of its own, where that is another: the best one for a browser.
+        browser_url: Option<String>,
         /// What they reach.
         target: String,
     },

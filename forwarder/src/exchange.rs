@@ -4,7 +4,7 @@ use std::{io, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use http::{HeaderMap, Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode, header};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Incoming;
@@ -31,6 +31,7 @@ use crate::{
     event::Event,
     origin::{Origin, OriginBody, OriginError},
     settings::Settings,
+    upgrade,
     upload::BodyParts,
 };
 
@@ -134,7 +135,11 @@ async fn attempt(
             "its body cannot be decompressed",
         )
     })?;
-    let request = context.origin.request(&message, upload.body(first))?;
+    let (body, upgrade) = match message.upgrade {
+        None => (upload.body(first), None),
+        Some(_) => (OriginBody::Whole(Bytes::new()), Some(upload)),
+    };
+    let request = context.origin.request(&message, body)?;
     let is_head = message.method == "HEAD";
     let mut response = tokio::select! {
         response = context.origin.call(request) => response?,
@@ -144,17 +149,26 @@ async fn attempt(
         )),
     };
     let status = response.status();
+    let protocol = response.headers_mut().remove(header::UPGRADE);
     remove_hop_by_hop(response.headers_mut());
     addresses.to_public(status, response.headers_mut());
     let processing_time_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    reply
-        .respond(response, is_head, processing_time_ms, context)
-        .await?;
+    if let Some(upload) = upgrade
+        && status == StatusCode::SWITCHING_PROTOCOLS
+    {
+        let protocol = protocol.map(|protocol| (header::UPGRADE, protocol));
+        response.headers_mut().extend(protocol);
+        reply.upgrade(response, upload, processing_time_ms).await?;
+    } else {
+        reply
+            .respond(response, is_head, processing_time_ms, context)
+            .await?;
+    }
     Ok(status)
 }
 
 /// The body of a request on its way to the local service.
-struct UploadStream {
+pub(crate) struct UploadStream {
     /// What follows the first message, if anything does.
     parts: Option<BodyParts>,
     window: ReceiveWindow,
@@ -181,11 +195,9 @@ impl UploadStream {
 
     /// The body as the local service gets it, after its first bytes.
     fn body(mut self, first: Bytes) -> OriginBody {
-        let Some(parts) = self.parts.take() else {
+        let Some(parts) = self.begin() else {
             return OriginBody::Whole(first);
         };
-        // The first message had a part, too, and it is used up at once.
-        self.window.part_used();
         let first = stream::iter([Ok(Frame::data(first))]);
         let rest = stream::unfold((self, Some(parts)), |(mut upload, parts)| async move {
             let mut parts = parts?;
@@ -195,8 +207,15 @@ impl UploadStream {
         OriginBody::Streamed(StreamBody::new(first.chain(rest)).boxed_unsync())
     }
 
+    /// The parts that follow the first message, if any do. It had a part, too, which is used up at once.
+    pub(crate) fn begin(&mut self) -> Option<BodyParts> {
+        let parts = self.parts.take()?;
+        self.window.part_used();
+        Some(parts)
+    }
+
     /// The next bytes, and whether more follow. Each part that the local service takes lets the sender send more.
-    async fn next(&mut self, parts: &mut BodyParts) -> (io::Result<Bytes>, bool) {
+    pub(crate) async fn next(&mut self, parts: &mut BodyParts) -> (io::Result<Bytes>, bool) {
         self.progress.send_replace(Instant::now());
         let Some(part) = parts.recv().await else {
             // Only an error says that the rest will not come: the local service would take an end for the body's end.
@@ -239,7 +258,7 @@ impl UploadProgress {
 
 /// What an exchange says to the service.
 #[derive(Clone, Debug)]
-struct Outgoing {
+pub(crate) struct Outgoing {
     messages: MessageSender,
     request_id: RequestId,
     reply_to: Option<ConnectionId>,
@@ -273,6 +292,12 @@ impl Outgoing {
             reply_to: self.reply_to.clone(),
         }))
         .await;
+    }
+
+    /// Sends a part of the response's body.
+    pub(crate) async fn part(&self, part: Part) {
+        let message = part.into_message(self.request_id.clone(), self.reply_to.clone());
+        self.send(FromAgent::BodyPart(message)).await;
     }
 
     async fn error(&self, code: AgentErrorCode, message: String) {
@@ -329,12 +354,34 @@ impl ResponseSender {
                 Err(SendBodyError::Body(error)) => return Err(broken_off(&error)),
             };
             self.bytes = body.sent_bytes();
-            let message = part.into_message(
-                self.outgoing.request_id.clone(),
-                self.outgoing.reply_to.clone(),
-            );
-            self.outgoing.send(FromAgent::BodyPart(message)).await;
+            self.outgoing.part(part).await;
         }
+    }
+
+    /// Answers that the protocol is changed, and carries what the two sides then send.
+    async fn upgrade(
+        &mut self,
+        response: Response<Incoming>,
+        upload: UploadStream,
+        processing_time_ms: u64,
+    ) -> Result<(), OriginError> {
+        let headers = response.headers().clone();
+        let mut message = self.head(response.status(), headers, processing_time_ms);
+        message.more = true;
+        self.outgoing.send(FromAgent::HttpResponse(message)).await;
+        let broken = |error: &(dyn std::error::Error + 'static)| {
+            info!(error, "an upgraded connection broke");
+            OriginError::new(
+                AgentErrorCode::LocalServiceUnavailable,
+                "its connection broke",
+            )
+        };
+        let upgraded = hyper::upgrade::on(response)
+            .await
+            .map_err(|error| broken(&error))?;
+        let sent = upgrade::carry(upgraded, upload, self.window.as_mut(), &self.outgoing).await;
+        self.bytes = sent.map_err(|error| broken(&error))?;
+        Ok(())
     }
 
     async fn first_chunk(

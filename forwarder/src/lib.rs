@@ -29,6 +29,7 @@ mod target;
 mod tls;
 pub mod tunnel;
 mod tunnel_ids;
+mod upgrade;
 mod upload;
 pub mod visitor_rules;
 

@@ -16,9 +16,10 @@ use hyper_util::{
 };
 use tracing::{debug, info};
 use tunnel_protocol::{
-    headers::remove_hop_by_hop,
+    headers::{self, remove_hop_by_hop},
     limits::MAX_HEADER_FIELDS,
     message::{AgentErrorCode, HttpRequest},
+    upgrade,
 };
 
 use crate::{
@@ -175,6 +176,9 @@ impl Origin {
     fn fields(&self, message: &HttpRequest, body: &OriginBody, method: &Method) -> HeaderMap {
         let mut fields = message.headers.clone();
         remove_hop_by_hop(&mut fields);
+        if let Some(protocols) = message.upgrade.as_deref().and_then(headers::text_to_value) {
+            upgrade::set(&mut fields, protocols);
+        }
         self.addresses(message).to_own(&mut fields);
         fields.append(header::VIA, VIA);
         let said = remove_length(&mut fields);
@@ -202,7 +206,13 @@ impl Origin {
     /// If it cannot be reached or does not answer as HTTP requires.
     pub async fn call(&self, request: OriginRequest) -> Result<Response<Incoming>, OriginError> {
         let again = request.again();
-        let failed = match self.attempt(&self.pooled, request).await {
+        // What becomes of an upgraded connection is not for another request.
+        let client = if request.is_upgrade() {
+            &self.fresh
+        } else {
+            &self.pooled
+        };
+        let failed = match self.attempt(client, request).await {
             Ok(response) => return Ok(response),
             Err(failed) => failed,
         };
@@ -221,12 +231,13 @@ impl Origin {
         client: &Client<Connector, StreamedBody>,
         request: OriginRequest,
     ) -> Result<Response<Incoming>, FailedCall> {
+        let is_upgrade = request.is_upgrade();
         match client.request(request.into_http()).await {
             Ok(mut response) => {
                 if let Some(record) = response.extensions_mut().remove::<Record>() {
                     record.mark_served();
                 }
-                checked(response).map_err(|error| FailedCall {
+                checked(response, is_upgrade).map_err(|error| FailedCall {
                     error,
                     was_stale: false,
                 })
@@ -271,6 +282,10 @@ impl OriginRequest {
         }
     }
 
+    fn is_upgrade(&self) -> bool {
+        self.head.headers.contains_key(header::UPGRADE)
+    }
+
     fn into_http(self) -> Request<StreamedBody> {
         let body = match self.body {
             OriginBody::Whole(bytes) => Full::new(bytes)
@@ -295,8 +310,14 @@ fn record_of(error: &legacy::Error) -> Option<Record> {
 }
 
 /// Holds a response's head to what HTTP says about status and framing, and makes it fit to be passed on.
-fn checked(mut response: Response<Incoming>) -> Result<Response<Incoming>, OriginError> {
+fn checked(
+    mut response: Response<Incoming>,
+    is_upgrade: bool,
+) -> Result<Response<Incoming>, OriginError> {
     let status = response.status();
+    if is_upgrade && status == StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(response);
+    }
     if !(200..600).contains(&status.as_u16()) {
         let cause = format!("its status is {}", status.as_u16());
         let message = "it answered with a status that is not valid";

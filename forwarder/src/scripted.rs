@@ -105,6 +105,7 @@ pub(crate) fn request(method: &str, uri: &str, fields: &[(&str, &str)], body: &s
         method: method.to_owned(),
         uri: uri.to_owned(),
         headers: HeaderMap::from_iter(fields),
+        upgrade: None,
         body: Body(Bytes::copy_from_slice(body.as_bytes())),
         encoding: None,
         timestamp: 0,

@@ -421,6 +421,7 @@ impl Session {
             Ok(ToAgent::UrlUpdated { public_url }) => {
                 self.observe(Event::Online {
                     public_url,
+                    browser_url: None,
                     target: self.context.origin.target().to_string(),
                 });
             }

@@ -235,6 +235,10 @@ impl Tunnel {
         self.tunnel_id = Some(established.tunnel_id.clone());
         self.observe(Event::Online {
             public_url: established.public_url.clone(),
+            browser_url: established
+                .subdomain_url
+                .clone()
+                .filter(|url| *url != established.public_url),
             target: self.context.origin.target().to_string(),
         });
         let connection = established.connection_id.clone();

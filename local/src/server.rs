@@ -152,22 +152,22 @@ impl Server {
             },
         )?;
         let forward = functions.forward.clone();
-        let agents = Subsystem::default();
+        let subsystems = Subsystems::default();
         let front = front(
             &options,
             functions,
             &connections,
             replies,
-            &agents,
+            &subsystems,
             &public_url,
         );
         if options.transport == Transport::Emulated {
             let api = engine.management(&connections, options.quotas);
             engine.serve(management, api.merge(agents::router(&front.agents)));
         }
+        let Subsystems { visitors, agents } = subsystems;
         agents.spawn(front.agents.clone().recheck(agents.stopping().clone()));
         let first_token = first_token(options.auth, &engine.tables.tokens).await?;
-        let visitors = Subsystem::default();
         visitors.spawn(listener::listen(listener, front, visitors.clone()));
         Ok(Self {
             address,
@@ -320,12 +320,19 @@ impl Tables {
     }
 }
 
+/// What the two kinds of sockets are served with.
+#[derive(Default)]
+struct Subsystems {
+    visitors: Subsystem,
+    agents: Subsystem,
+}
+
 fn front(
     options: &Options,
     functions: Functions,
     connections: &ConnectionRegistry,
     replies: Replies,
-    agents: &Subsystem,
+    subsystems: &Subsystems,
     public_url: &PublicUrl,
 ) -> Front {
     Front {
@@ -334,6 +341,7 @@ fn front(
             proxies: Arc::new(TrustedProxies::new(options.trusted_proxies.clone())),
             hosts: HostPolicy::new(public_url.clone(), options.any_host),
             scheme: public_url.scheme().into(),
+            subsystem: subsystems.visitors.clone(),
         },
         agents: Arc::new(AgentFront {
             transport: options.transport,
@@ -344,7 +352,7 @@ fn front(
             replies,
             quotas: options.quotas,
             limit: AgentLimit::default(),
-            tasks: agents.tracker().clone(),
+            tasks: subsystems.agents.tracker().clone(),
         }),
     }
 }

@@ -116,6 +116,7 @@ impl Connection {
             method: "GET".to_owned(),
             uri: "/".to_owned(),
             headers: http::HeaderMap::new(),
+            upgrade: None,
             body: message::Body::default(),
             encoding: None,
             timestamp: 0,

@@ -449,8 +449,7 @@ impl DefaultRoute {
 
     fn address(&self, connection: &ConnectionId, tunnel_id: TunnelId) -> ConnectionEstablished {
         let by_path = self.public_url.by_path(&tunnel_id);
-        let by_subdomain =
-            (self.routing == Routing::Subdomain).then(|| self.public_url.by_subdomain(&tunnel_id));
+        let by_subdomain = self.public_url.own_origin(&tunnel_id, self.routing);
         ConnectionEstablished {
             connection_id: connection.clone(),
             public_url: self.public_url.of(&tunnel_id, self.routing),

@@ -76,6 +76,11 @@ pub enum ForwardError {
     /// The request's body is coded in a way that is not undone here.
     #[error("The request was refused: {0}")]
     UnsupportedEncoding(String),
+    /// The visitor asked for a WebSocket, or another change of protocol, which cannot be carried here for this reason.
+    #[error(
+        "WebSockets and other upgraded connections are not carried here: {0}. They need tunnel-local and an agent of its version."
+    )]
+    NoUpgrade(&'static str),
     /// The service failed; the cause goes to the log.
     #[error("The tunnel service failed. Its log says why.")]
     Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -86,6 +91,7 @@ impl ForwardError {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::NoSuchTunnel => StatusCode::NOT_FOUND,
+            Self::NoUpgrade(_) => StatusCode::NOT_IMPLEMENTED,
             Self::Unauthorized(_) | Self::NotTheOwner => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
@@ -107,6 +113,7 @@ impl ForwardError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::NoSuchTunnel => "tunnel_not_found",
+            Self::NoUpgrade(_) => "no_upgrade",
             Self::Unauthorized(_) => "visitor_unauthorized",
             Self::Forbidden(_) => "visitor_forbidden",
             Self::RateLimited(_) => "rate_limited",

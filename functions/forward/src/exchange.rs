@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
 use tokio::{
     sync::oneshot,
     task::AbortHandle,
@@ -22,7 +22,11 @@ use tunnel_protocol::{
     message,
     message::{Feature, ToAgent, Window},
 };
-use tunnel_service::{agents::PostError, replies::ReplyHead, tables::tunnels::Online};
+use tunnel_service::{
+    agents::PostError,
+    replies::{ReplyHead, ReplyPath},
+    tables::tunnels::Online,
+};
 
 use crate::{
     State, TunnelPath,
@@ -51,6 +55,12 @@ pub(crate) async fn run(
     log: &mut RequestLog,
 ) -> Result<Replying, ForwardError> {
     let head_deadline = Instant::now() + request.response_timeout;
+    if request.upgrade.is_some() && !matches!(state.reply_path, ReplyPath::InProcess(_)) {
+        return Err(ForwardError::NoUpgrade(
+            "this deployment answers requests with functions",
+        ));
+    }
+    let is_upgrade = request.upgrade.is_some();
     let deadline = matches!(request.front, Ingress::HttpApi(_)).then_some(head_deadline);
     let method = request.method.clone();
     let visitor = Visitor::of(&mut request);
@@ -70,7 +80,15 @@ pub(crate) async fn run(
             exchange.upload(rest, log.request_bytes());
         }
         match exchange.head(head_deadline).await {
-            Ok((head, chunk)) => return Replying::new(exchange, head, chunk, &method, log),
+            Ok((head, chunk)) => {
+                if is_upgrade && head.status_code == StatusCode::SWITCHING_PROTOCOLS.as_u16() {
+                    return Ok(Replying::upgraded(exchange, head, chunk, log));
+                }
+                if is_upgrade {
+                    exchange.stop_upload();
+                }
+                return Replying::new(exchange, head, chunk, &method, log);
+            }
             Err(error) if attempt == 0 && exchange.may_be_sent_again(&error, &first) => {
                 online = visitor
                     .moved(state, &path.tunnel, &exchange.online, error)
@@ -308,6 +326,13 @@ impl Exchange {
                 parts,
                 reply_to: None,
             })));
+        }
+    }
+
+    /// Stops what is sent of the body, because the protocol was not changed: there is none.
+    fn stop_upload(&mut self) {
+        if let Some(upload) = self.upload.take() {
+            upload.task.abort();
         }
     }
 

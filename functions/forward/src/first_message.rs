@@ -54,6 +54,9 @@ impl FirstMessage {
                 "The header of the request is too long for the tunnel.".to_owned(),
             )
         })?;
+        if message.upgrade.is_some() {
+            return Self::upgrade(message, request.body, online);
+        }
         let mut body = BodySender::new(request.body, Mode::Coalesced { compress });
         let chunk = if online.features.contains(&Feature::BodyParts) {
             body.first_chunk(room).await.map_err(broken_off)?
@@ -74,6 +77,26 @@ impl FirstMessage {
         })
     }
 
+    /// A request to change the protocol. What the visitor sends after that is sent on as it comes.
+    fn upgrade(
+        mut message: HttpRequest,
+        body: VisitorBody,
+        online: &Online,
+    ) -> Result<Self, ForwardError> {
+        if !online.features.contains(&Feature::Upgrade) {
+            return Err(ForwardError::NoUpgrade("this tunnel's agent is too old"));
+        }
+        message.more = true;
+        let mut sender = BodySender::new(body, Mode::Raw);
+        sender.begin();
+        Ok(Self {
+            message,
+            body_bytes: 0,
+            rest: Some(sender),
+            has_rest: true,
+        })
+    }
+
     /// Whether the request changes nothing (RFC 9110, 9.2.1) and has no body, so that it may be carried out twice.
     pub(crate) fn may_repeat(&self) -> bool {
         let method = self.message.method.as_bytes();
@@ -88,6 +111,7 @@ impl FirstMessage {
     pub(crate) fn is_readable_with(&self, features: &[Feature]) -> bool {
         (!self.has_rest || features.contains(&Feature::BodyParts))
             && (self.message.encoding.is_none() || features.contains(&Feature::Zstd))
+            && (self.message.upgrade.is_none() || features.contains(&Feature::Upgrade))
     }
 }
 
@@ -105,6 +129,7 @@ fn head(request: &VisitorRequest, path: &TunnelPath) -> HttpRequest {
             None => path.path.clone(),
         },
         headers: forwarded(request, &path.prefix),
+        upgrade: request.upgrade.as_ref().map(headers::value_to_text),
         body: Body::default(),
         encoding: None,
         timestamp: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),

@@ -10,6 +10,7 @@ pub mod error;
 mod exchange;
 mod first_message;
 mod lookup;
+mod pages;
 pub mod rate_limit;
 mod reply;
 mod reply_connection;
@@ -42,6 +43,7 @@ use tunnel_service::{
 use crate::{
     error::ForwardError,
     lookup::Lookup,
+    pages::Page,
     rate_limit::{MAX_CONCURRENT_REQUESTS, RateLimiter},
     reply_connection::ReplyConnection,
     request::{ANSWER_MARGIN, EventError, Ingress, Payload, VisitorRequest},
@@ -222,15 +224,53 @@ impl Forward {
     }
 
     /// Serves a request. What cannot be served is answered with a [`ForwardError`].
-    pub async fn serve(&self, request: VisitorRequest) -> Response<ResponseBody> {
+    pub async fn serve(&self, mut request: VisitorRequest) -> Response<ResponseBody> {
         let Status {
             routing,
             public_url,
             ..
         } = &self.0.status;
+        let mut route = Route::of(*routing, public_url, &request.host, &request.path);
+        if let Some(redirect) = pages::final_slash(&route, &request) {
+            return redirect;
+        }
+        let page = Page::of(*routing, public_url, &route, &request);
+        if request.upgrade.is_some() && !self.names_a_tunnel(&route).await {
+            route = page.route().unwrap_or(route);
+        }
+        pages::remove_cookie(&mut request.headers);
         let wants_html = request.wants_html();
+        match self.serve_route(request, route).await {
+            Ok(mut response) => {
+                page.mark(&mut response);
+                response
+            }
+            Err(error @ ForwardError::NoSuchTunnel) => page
+                .redirect()
+                .unwrap_or_else(|| error.into_response(wants_html)),
+            Err(error) => error.into_response(wants_html),
+        }
+    }
+
+    /// Whether an address is a tunnel's that exists. Where that cannot be looked up, serving the request will say so.
+    async fn names_a_tunnel(&self, route: &Route) -> bool {
+        match route {
+            Route::Tunnel { id, .. } => {
+                let found = self.0.lookup.find(id).await;
+                !matches!(found, Err(ForwardError::NoSuchTunnel))
+            }
+            Route::OwnOrigin { .. } | Route::Own(_) => true,
+            Route::None => false,
+        }
+    }
+
+    async fn serve_route(
+        &self,
+        request: VisitorRequest,
+        route: Route,
+    ) -> Result<Response<ResponseBody>, ForwardError> {
         let is_read = matches!(request.method, Method::GET | Method::HEAD);
-        let served = match Route::of(*routing, public_url, &request.host, &request.path) {
+        match route {
             Route::Tunnel { id, prefix, path } => {
                 let path = TunnelPath {
                     tunnel: id,
@@ -244,8 +284,8 @@ impl Forward {
                     .query
                     .map(|query| format!("?{query}"))
                     .unwrap_or_default();
-                let location = format!("{}{path}{query}", public_url.by_subdomain(&id));
-                Ok(response::moved_permanently(&location))
+                let own = self.0.status.public_url.by_subdomain(&id);
+                Ok(response::moved_permanently(&format!("{own}{path}{query}")))
             }
             Route::Own(path) if path == "/_health" => Ok(health()),
             Route::Own(path) if path.starts_with(STATUS) && is_read => {
@@ -254,8 +294,7 @@ impl Forward {
                 answer.inspect_err(ForwardError::log_cause)
             }
             Route::Own(_) | Route::None => Err(ForwardError::NoSuchTunnel),
-        };
-        served.unwrap_or_else(|error| error.into_response(wants_html))
+        }
     }
 
     async fn serve_tunnel(

@@ -12,6 +12,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use tunnel_protocol::{
     headers::{FORWARDED_PROTO, text_to_value},
     limits::{HTTP_API_TIMEOUT, STREAM_TIMEOUT},
+    upgrade,
 };
 use tunnel_service::routing::{PublicUrl, encode_decoded_path, encode_path, encode_query};
 
@@ -78,9 +79,11 @@ pub struct VisitorRequest {
     pub query: Option<String>,
     /// All header fields as the front gave them.
     pub headers: HeaderMap,
+    /// The protocols the visitor asks to change to; see [`upgrade`].
+    pub upgrade: Option<HeaderValue>,
     /// The visitor's address.
     pub source_ip: String,
-    /// The body.
+    /// The body; what the visitor sends after the change of protocol, if there is one.
     pub body: VisitorBody,
 }
 
@@ -117,6 +120,7 @@ impl VisitorRequest {
             host: source.host,
             path: encode_path(head.uri.path()),
             query: head.uri.query().map(str::to_owned),
+            upgrade: upgrade::requested(&head.headers).cloned(),
             headers: head.headers,
             source_ip: source.address,
             body,
@@ -174,6 +178,7 @@ impl VisitorRequest {
                 .raw_query_string
                 .filter(|query| !query.is_empty())
                 .map(|query| encode_query(&query)),
+            upgrade: handshake(&headers),
             headers,
             source_ip: context.http.source_ip.unwrap_or_default(),
             body: body(event.body, event.is_base64_encoded)?,
@@ -203,6 +208,7 @@ impl VisitorRequest {
             host: host(&headers, context.domain_name),
             path: encode_decoded_path(&event.path.unwrap_or_default()),
             query: (!pairs.is_empty()).then(|| pairs.join("&")),
+            upgrade: handshake(&headers),
             headers,
             source_ip: context.identity.source_ip.unwrap_or_default(),
             body: body(event.body, event.is_base64_encoded)?,
@@ -238,6 +244,12 @@ fn as_bytes(headers: HeaderMap) -> HeaderMap {
             Some((name.clone()?, decode(value)))
         })
         .collect()
+}
+
+/// The upgrade that a visitor of an HTTP API or function URL asks for. They pass on no `Connection` field.
+fn handshake(headers: &HeaderMap) -> Option<HeaderValue> {
+    let is_websocket = headers.contains_key(header::SEC_WEBSOCKET_KEY);
+    is_websocket.then(|| HeaderValue::from_static("websocket"))
 }
 
 fn scheme(headers: &HeaderMap) -> String {

@@ -2,12 +2,12 @@
 
 use bytes::Bytes;
 use futures_util::{Stream, stream};
-use http::{HeaderMap, Method, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::task::yield_now;
 use tracing::{Instrument, Span};
-use tunnel_protocol::{body::ReceivedChunk, headers, headers::TUNNEL_ERROR};
+use tunnel_protocol::{body::ReceivedChunk, headers, headers::TUNNEL_ERROR, upgrade};
 use tunnel_service::replies::ReplyHead;
 
 use crate::{
@@ -62,6 +62,33 @@ impl Replying {
             first,
             has_body,
         })
+    }
+
+    /// A reply that changes the protocol: what the local service sends then is the body, which has no length and no end of its own.
+    pub(crate) fn upgraded(
+        exchange: Exchange,
+        head: ReplyHead,
+        first: ReceivedChunk,
+        log: &mut RequestLog,
+    ) -> Self {
+        log.replied(head.status_code);
+        let mut fields = head.headers;
+        let protocol = fields.remove(header::UPGRADE);
+        headers::remove_hop_by_hop(&mut fields);
+        fields.remove(TUNNEL_ERROR);
+        fields.remove(header::CONTENT_LENGTH);
+        upgrade::set(
+            &mut fields,
+            protocol.unwrap_or(HeaderValue::from_static("websocket")),
+        );
+        Self {
+            exchange,
+            status: StatusCode::SWITCHING_PROTOCOLS,
+            fields,
+            length: None,
+            first,
+            has_body: true,
+        }
     }
 
     /// The response, which reports to `log` how it ends.

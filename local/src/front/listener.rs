@@ -154,7 +154,7 @@ impl Front {
                     last(response)
                 }
             }
-            Ok(()) => self.visitors.serve(request, &socket).await,
+            Ok(()) => self.visitors.serve(request, &socket, permit).await,
         };
         response.map(|body| VisitorBody::new(body, socket))
     }

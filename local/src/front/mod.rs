@@ -12,4 +12,5 @@ mod request_head;
 mod request_stream;
 mod response;
 mod socket;
+pub(crate) mod upgrade;
 pub(crate) mod visitors;

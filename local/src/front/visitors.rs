@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, header};
+use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -21,14 +21,19 @@ use tunnel_forward::{
     Forward,
     error::ForwardError,
     request::{RequestSource, VisitorRequest, wants_html},
-    response::{ResponseBody, ResponseBodyError},
+    response::{self, ResponseBody, ResponseBodyError},
 };
 
-use crate::front::{
-    forwarded::TrustedProxies,
-    host::{ForeignHostError, HostPolicy},
-    response::last,
-    socket::VisitorSocket,
+use crate::{
+    front::{
+        forwarded::TrustedProxies,
+        host::{ForeignHostError, HostPolicy},
+        listener::ConnectionPermit,
+        response::last,
+        socket::VisitorSocket,
+        upgrade::Upgrade,
+    },
+    subsystem::Subsystem,
 };
 
 /// Serves visitors.
@@ -42,27 +47,59 @@ pub(crate) struct VisitorFront {
     pub(crate) hosts: HostPolicy,
     /// The scheme of visitors that come without a proxy.
     pub(crate) scheme: Arc<str>,
+    /// Carries upgraded connections.
+    pub(crate) subsystem: Subsystem,
 }
 
 impl VisitorFront {
     /// Serves a request that came over `socket`.
     pub(crate) async fn serve(
         &self,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
         socket: &Arc<VisitorSocket>,
+        permit: ConnectionPermit,
     ) -> Response<ResponseBody> {
         let wants_html = wants_html(request.headers());
         let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
-        let response = match self.visit(request, socket, is_read.clone()) {
-            Ok(visit) => self.forward.serve(visit).await,
-            Err(error) => ForwardError::from(error).into_response(wants_html),
+        let upgraded = hyper::upgrade::on(&mut request);
+        let mut visit = match self.visit(request, socket, is_read.clone()) {
+            Ok(visit) => visit,
+            Err(error) => return last(ForwardError::from(error).into_response(wants_html)),
         };
+        let upgrade = visit.upgrade.is_some().then(|| {
+            let (upgrade, body) = Upgrade::new(upgraded);
+            visit.body = body;
+            upgrade
+        });
+        let response = self.forward.serve(visit).await;
+        if let Some(upgrade) = upgrade
+            && response.status() == StatusCode::SWITCHING_PROTOCOLS
+        {
+            socket.upgrade();
+            return self.carry(upgrade, response, permit);
+        }
         if is_read.load(Ordering::Relaxed) {
             response
         } else {
             // What is left of the request's body would look like the next request.
             last(response)
         }
+    }
+
+    /// Gives the connection over to what the two sides then say to each other.
+    fn carry(
+        &self,
+        upgrade: Upgrade,
+        response: Response<ResponseBody>,
+        permit: ConnectionPermit,
+    ) -> Response<ResponseBody> {
+        let (head, body) = response.into_parts();
+        let stopping = self.subsystem.stopping().clone();
+        self.subsystem.spawn(async move {
+            stopping.run_until_cancelled(upgrade.carry(body)).await;
+            drop(permit);
+        });
+        Response::from_parts(head, response::whole(Bytes::new()))
     }
 
     fn visit(

@@ -13,6 +13,7 @@ pub mod headers;
 pub mod id;
 pub mod limits;
 pub mod message;
+pub mod upgrade;
 pub mod url;
 pub mod visitor_policy;
 pub mod writer;

@@ -41,13 +41,15 @@ pub enum Feature {
     /// Answers a `ping` of a connection that does not serve its tunnel with `replaced`, so that an agent can ask whether it was
     /// really replaced. Has no meaning when an agent announces it.
     ConfirmReplaced,
+    /// Carries upgraded connections, such as WebSockets: `upgrade` of `http_request`, and raw bytes in the parts that follow.
+    Upgrade,
     /// A feature that this code does not know.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 8] = [
+pub const FEATURES: [Feature; 9] = [
     Feature::BodyParts,
     Feature::Cancel,
     Feature::Notices,
@@ -56,6 +58,7 @@ pub const FEATURES: [Feature; 8] = [
     Feature::Zstd,
     Feature::Access,
     Feature::ConfirmReplaced,
+    Feature::Upgrade,
 ];
 
 /// Body bytes, which JSON carries in base64 (RFC 4648, 4: with padding).
@@ -235,6 +238,10 @@ pub struct HttpRequest {
     /// End-to-end fields only.
     #[serde(with = "headers::json", default)]
     pub headers: HeaderMap,
+    /// The protocols the visitor asks to change to: the value of `Upgrade`. The parts that follow are what the visitor sends once
+    /// a response with status 101 has changed the protocol.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<String>,
     /// The body, or its first part.
     #[serde(default)]
     pub body: Body,

@@ -92,6 +92,11 @@ impl PublicUrl {
                 .is_some_and(|label| label.ends_with('.'))
     }
 
+    /// The path below which the tunnels are: empty, or starting with `/` and not ending with one.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
     /// The host and, unless it is the scheme's own, the port.
     pub fn authority(&self) -> &str {
         self.authority.as_str()
@@ -117,6 +122,19 @@ impl PublicUrl {
         match routing {
             Routing::Path => self.by_path(id),
             Routing::Subdomain => self.by_subdomain(id),
+        }
+    }
+
+    /// Where a tunnel has a web origin of its own: under its subdomain, or on this machine under `localhost`.
+    pub fn own_origin(&self, id: &TunnelId, routing: Routing) -> Option<String> {
+        match routing {
+            Routing::Subdomain => Some(self.by_subdomain(id)),
+            Routing::Path if self.is_loopback() => {
+                let port = self.authority.port().map(|port| format!(":{port}"));
+                let port = port.unwrap_or_default();
+                Some(format!("{}://{id}.localhost{port}", self.scheme))
+            }
+            Routing::Path => None,
         }
     }
 
@@ -198,9 +216,13 @@ pub enum Route {
 impl Route {
     /// Reads a visitor's address. `host` is the host it was sent to, with or without port; `path` is percent-encoded.
     pub fn of(routing: Routing, base: &PublicUrl, host: &str, path: &str) -> Self {
-        if routing == Routing::Subdomain
-            && let Some(label) = subdomain(host, base.authority.host())
-        {
+        let parent = match routing {
+            Routing::Subdomain => Some(base.authority.host()),
+            // Browsers resolve the names below it to this machine, so that each tunnel has a web origin of its own.
+            Routing::Path if base.is_loopback() => Some("localhost"),
+            Routing::Path => None,
+        };
+        if let Some(label) = parent.and_then(|parent| subdomain(host, parent)) {
             return match label.parse() {
                 Ok(id) => Self::Tunnel {
                     id,

@@ -91,6 +91,11 @@ impl<B: Body<Data = Bytes> + Unpin> BodySender<B> {
         Ok(chunk)
     }
 
+    /// Begins with part 1, where the head goes without a chunk of the body.
+    pub fn begin(&mut self) {
+        self.next_part = 1;
+    }
+
     /// The whole body as one chunk, for receivers that take no parts; `None` if it is longer than `room` bytes.
     ///
     /// # Errors

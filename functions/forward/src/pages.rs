@@ -1,0 +1,221 @@
+//! Pages behind path addresses. A page at `https://example.com/my-app/` that asks for `/main.js` means its own tunnel, though the
+//! address does not say so. What a browser sends along does: the page's address in `Referer`, or a cookie that was set when the
+//! page was opened.
+//!
+//! No body is touched. A navigation without the final slash is redirected to the address with it, so that relative links work; a
+//! request that names no tunnel is redirected (307) to the tunnel of the page that made it; a WebSocket handshake, which follows
+//! no redirect, is served as if it had named the tunnel of the page.
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri, header};
+use tunnel_protocol::{id::TunnelId, upgrade};
+use tunnel_service::routing::{PublicUrl, Route, Routing, host_name};
+
+use crate::{
+    request::VisitorRequest,
+    response::{self, ResponseBody},
+};
+
+/// The cookie that says which tunnel's page was opened last under this host.
+const COOKIE: &str = "ttf_tunnel";
+
+/// What is known of the page that a request comes from, or that it asks for.
+#[derive(Debug, Default)]
+pub(crate) struct Page {
+    /// Where a request that names no tunnel belongs.
+    belongs_at: Option<Belonging>,
+    /// The cookie for the answer to a navigation.
+    cookie: Option<HeaderValue>,
+}
+
+#[derive(Debug)]
+struct Belonging {
+    id: TunnelId,
+    /// The path of the tunnel, without the final slash.
+    prefix: String,
+    /// The path and query that were asked for.
+    target: String,
+}
+
+impl Page {
+    /// Reads what a request says about its page. `route` is what its address means.
+    pub(crate) fn of(
+        routing: Routing,
+        base: &PublicUrl,
+        route: &Route,
+        request: &VisitorRequest,
+    ) -> Self {
+        match route {
+            Route::Tunnel { prefix, .. } if prefix.is_empty() => Self::default(),
+            Route::Own(_) | Route::OwnOrigin { .. } => Self::default(),
+            Route::None => Self {
+                belongs_at: belonging(routing, base, request),
+                cookie: None,
+            },
+            Route::Tunnel { id, prefix, .. } => Self {
+                // A request for a page of a tunnel that does not exist must not be sent to itself.
+                belongs_at: belonging(routing, base, request)
+                    .filter(|belonging| belonging.id != *id),
+                cookie: is_navigation(&request.method, &request.headers)
+                    .then(|| set_cookie(id, prefix, &request.scheme))
+                    .flatten(),
+            },
+        }
+    }
+
+    /// The tunnel of the page, for requests that follow no redirect.
+    pub(crate) fn route(&self) -> Option<Route> {
+        let belonging = self.belongs_at.as_ref()?;
+        Some(Route::Tunnel {
+            id: belonging.id.clone(),
+            prefix: belonging.prefix.clone(),
+            path: belonging.target.split('?').next().unwrap_or("/").to_owned(),
+        })
+    }
+
+    /// The redirect to the tunnel of the page, for a request that names no tunnel.
+    pub(crate) fn redirect(&self) -> Option<Response<ResponseBody>> {
+        let belonging = self.belongs_at.as_ref()?;
+        let location = format!("{}{}", belonging.prefix, belonging.target);
+        let mut response = redirect(&location)?;
+        response.headers_mut().insert(
+            header::VARY,
+            HeaderValue::from_static("Referer, Cookie, Sec-Fetch-Site"),
+        );
+        Some(response)
+    }
+
+    /// Sets the cookie where the answer is to a navigation.
+    pub(crate) fn mark(self, response: &mut Response<ResponseBody>) {
+        if let Some(cookie) = self.cookie {
+            response.headers_mut().append(header::SET_COOKIE, cookie);
+        }
+    }
+}
+
+/// The redirect of a navigation to a tunnel's path without the final slash.
+pub(crate) fn final_slash(
+    route: &Route,
+    request: &VisitorRequest,
+) -> Option<Response<ResponseBody>> {
+    let Route::Tunnel { prefix, .. } = route else {
+        return None;
+    };
+    let is_without_slash = !prefix.is_empty() && request.path == *prefix;
+    if !is_without_slash || !is_navigation(&request.method, &request.headers) {
+        return None;
+    }
+    let query = request.query.as_ref().map(|query| format!("?{query}"));
+    redirect(&format!("{prefix}/{}", query.unwrap_or_default()))
+}
+
+/// Removes the cookie, which is not the local service's.
+pub(crate) fn remove_cookie(headers: &mut HeaderMap) {
+    let is_ours = |pair: &str| pair.trim().split('=').next() == Some(COOKIE);
+    let fields: Vec<HeaderValue> = headers.get_all(header::COOKIE).iter().cloned().collect();
+    let has_ours = |field: &HeaderValue| field.to_str().is_ok_and(|f| f.split(';').any(is_ours));
+    if !fields.iter().any(has_ours) {
+        return;
+    }
+    headers.remove(header::COOKIE);
+    for field in fields {
+        let Some(text) = field.to_str().ok().filter(|_| has_ours(&field)) else {
+            headers.append(header::COOKIE, field);
+            continue;
+        };
+        let rest: Vec<&str> = text.split(';').filter(|pair| !is_ours(pair)).collect();
+        let rest = rest.join(";");
+        if let Ok(value) = HeaderValue::from_str(rest.trim())
+            && !value.is_empty()
+        {
+            headers.append(header::COOKIE, value);
+        }
+    }
+}
+
+/// Where a request belongs that names no tunnel: to the page in its `Referer`, or, if it has none and comes from a page of this
+/// host, to the page that was opened last.
+fn belonging(routing: Routing, base: &PublicUrl, request: &VisitorRequest) -> Option<Belonging> {
+    let headers = &request.headers;
+    let path = match headers.get(header::REFERER) {
+        Some(referer) => same_origin_path(referer, &request.host)?,
+        None if comes_from_a_page(headers, &request.host) => {
+            format!("{}/{}/", base.path(), cookie(headers)?)
+        }
+        None => return None,
+    };
+    let Route::Tunnel { id, prefix, .. } = Route::of(routing, base, &request.host, &path) else {
+        return None;
+    };
+    let query = request.query.as_ref().map(|query| format!("?{query}"));
+    (!prefix.is_empty()).then(|| Belonging {
+        id,
+        prefix,
+        target: format!("{}{}", request.path, query.unwrap_or_default()),
+    })
+}
+
+/// The path of a `Referer` or `Origin` of the host that the request was sent to.
+fn same_origin_path(value: &HeaderValue, host: &str) -> Option<String> {
+    let uri: Uri = value.to_str().ok()?.parse().ok()?;
+    let authority = uri.authority()?;
+    let is_same =
+        host_name(authority.as_str()) == host_name(host) && port(authority.as_str()) == port(host);
+    is_same.then(|| uri.path().to_owned())
+}
+
+fn port(host: &str) -> Option<&str> {
+    let (_, port) = host.rsplit_once(':')?;
+    port.bytes().all(|b| b.is_ascii_digit()).then_some(port)
+}
+
+/// Whether a script, style, form or WebSocket of a page of this host sent the request. A page of another site cannot use the
+/// cookie.
+fn comes_from_a_page(headers: &HeaderMap, host: &str) -> bool {
+    let site = headers.get(HeaderName::from_static("sec-fetch-site"));
+    let is_same_site = site.is_none_or(|site| site == "same-origin");
+    let is_own_handshake = upgrade::requested(headers).is_some()
+        && headers
+            .get(header::ORIGIN)
+            .is_some_and(|origin| same_origin_path(origin, host).is_some());
+    is_same_site && (site.is_some() || is_own_handshake)
+}
+
+/// Whether a browser opens a page with the request.
+fn is_navigation(method: &Method, headers: &HeaderMap) -> bool {
+    let wants_html = || {
+        headers
+            .get_all(header::ACCEPT)
+            .iter()
+            .any(|accept| accept.to_str().is_ok_and(|text| text.contains("text/html")))
+    };
+    let mode = headers.get(HeaderName::from_static("sec-fetch-mode"));
+    matches!(*method, Method::GET | Method::HEAD)
+        && mode.map_or_else(wants_html, |mode| mode == "navigate")
+}
+
+fn cookie(headers: &HeaderMap) -> Option<TunnelId> {
+    let fields = headers.get_all(header::COOKIE).iter();
+    fields
+        .filter_map(|field| field.to_str().ok())
+        .flat_map(|field| field.split(';'))
+        .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
+        .and_then(|id| id.parse().ok())
+}
+
+/// `Path=/`, because the requests that it is for name no tunnel.
+fn set_cookie(id: &TunnelId, prefix: &str, scheme: &str) -> Option<HeaderValue> {
+    let base = prefix.strip_suffix(id.as_str())?;
+    let secure = if scheme == "https" { "; Secure" } else { "" };
+    let cookie = format!("{COOKIE}={id}; Path={base}; HttpOnly; SameSite=Lax{secure}");
+    HeaderValue::from_str(&cookie).ok()
+}
+
+/// 307, which keeps method and body, and is not remembered.
+fn redirect(location: &str) -> Option<Response<ResponseBody>> {
+    let mut response = Response::new(response::whole(""));
+    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+    let headers = response.headers_mut();
+    headers.insert(header::LOCATION, HeaderValue::from_str(location).ok()?);
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    Some(response)
+}
