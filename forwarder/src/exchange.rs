@@ -277,7 +277,7 @@ impl Outgoing {
         };
         let queued = match message {
             // An error must not overtake the parts before it.
-            FromAgent::BodyPart(_) | FromAgent::Error(_) => self.messages.body(text).await,
+            FromAgent::Error(_) => self.messages.body(text).await,
             _ => self.messages.send(text).await,
         };
         if is_last && let Ok(receipt) = queued {

@@ -33,8 +33,6 @@ pub const STAGE: &str = "local";
 
 /// How long PostToConnection waits for room before it answers 429.
 const POST_PATIENCE: Duration = Duration::from_millis(250);
-/// Longest message that counts as short, in bytes: a request's head without a body, as a rule.
-const MAX_SHORT_MESSAGE_BYTES: usize = 8 * 1024;
 
 /// An open connection, as the registry knows it.
 pub trait Connection: fmt::Debug + Send + Sync {
@@ -98,14 +96,7 @@ impl SocketConnection {
 impl Connection for SocketConnection {
     fn send(&self, text: String, patience: Duration) -> Sending<'_> {
         Box::pin(async move {
-            let sender = &self.0.sender;
-            let queue = async {
-                match lane(&text) {
-                    Lane::Control => sender.control(text).await,
-                    Lane::Bodies => sender.body(text).await,
-                }
-            };
-            match timeout(patience, queue).await {
+            match timeout(patience, self.0.sender.send(text)).await {
                 Ok(Ok(_)) => {
                     self.use_now();
                     Ok(())
@@ -119,22 +110,6 @@ impl Connection for SocketConnection {
     fn close(&self, code: u16, reason: &'static str) {
         self.0.sender.close(code, reason);
         self.0.closing.cancel();
-    }
-}
-
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Lane {
-    Control,
-    Bodies,
-}
-
-/// The lane of a message: parts of bodies take turns, and so does what is as long as they are.
-fn lane(text: &str) -> Lane {
-    let is_part = text.starts_with(r#"{"type":"body_part""#);
-    if is_part || text.len() > MAX_SHORT_MESSAGE_BYTES {
-        Lane::Bodies
-    } else {
-        Lane::Control
     }
 }
 
@@ -331,32 +306,4 @@ async fn delete(
     let id = id.parse().map_err(|_| ManagementError::Invalid)?;
     api.connections.close(&id)?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-#[cfg(test)]
-mod tests {
-    use tunnel_protocol::{
-        id::RequestId,
-        message::{self, Body, BodyPart, ToAgent},
-    };
-
-    use super::*;
-
-    #[test]
-    fn parts_of_bodies_and_long_messages_take_turns_and_short_messages_go_first() {
-        let request_id = RequestId::generate();
-        let part = message::encode(&ToAgent::BodyPart(BodyPart {
-            request_id: request_id.clone(),
-            part: 1,
-            body: Body("x".into()),
-            encoding: None,
-            more: true,
-            reply_to: None,
-        }));
-        assert_eq!(lane(&part), Lane::Bodies);
-        assert_eq!(lane(&"x".repeat(MAX_SHORT_MESSAGE_BYTES + 1)), Lane::Bodies);
-        for message in [ToAgent::Pong, ToAgent::Cancel { request_id }] {
-            assert_eq!(lane(&message::encode(&message)), Lane::Control);
-        }
-    }
 }

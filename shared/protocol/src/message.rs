@@ -420,6 +420,11 @@ pub fn encode<M: Serialize>(message: &M) -> String {
         .expect("maps with string keys, strings and numbers can always be encoded as JSON")
 }
 
+/// Whether a message that [`encode`] wrote is a part of a body.
+pub(crate) fn is_body_part(text: &str) -> bool {
+    text.starts_with(r#"{"type":"body_part""#)
+}
+
 /// The length in bytes of a message, or the head of one, as JSON.
 pub(crate) fn encoded_length<M: Serialize>(message: &M) -> usize {
     /// Counts the bytes that are written.

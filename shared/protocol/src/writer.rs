@@ -1,8 +1,8 @@
 //! The one writer of a WebSocket connection, for both ends.
 //!
 //! Messages wait in two lanes. Short ones (`window`, `cancel`, `error`, `replaced`, `ping`, requests and responses that have next
-//! to no body) are control messages and go first. The others take turns, and at most two of them are held: the one being written
-//! and the one after it. Senders that have more wait in line. So a large body delays short messages by no more than one message
+//! to no body) are control messages and go first. Parts of bodies and what is as long as they are take turns, and at most two
+//! such messages are held: the one being written and the one after it. Senders that have more wait in line. So a large body delays short messages by no more than one message
 //! and what the socket holds.
 
 use std::{
@@ -32,10 +32,11 @@ use tokio_tungstenite::tungstenite::{
     },
 };
 
-use crate::frames;
+use crate::{frames, message};
 
-/// Longest text, in bytes, that [`MessageSender::send`] takes for a control message.
-pub const MAX_CONTROL_MESSAGE_BYTES: usize = 4 * 1024;
+/// Longest text, in bytes, that [`MessageSender::send`] takes for a control message: the head of a request or a response with
+/// next to no body, as a rule. [`MAX_CONTROL_BURST`] of them are as long as the longest message with a body.
+const MAX_CONTROL_MESSAGE_BYTES: usize = 8 * 1024;
 /// Control messages that wait.
 const MAX_QUEUED_CONTROL_MESSAGES: usize = 64;
 /// After so many control messages in a row one with a body has its turn, so that no number of short answers stops a long one.
@@ -125,16 +126,16 @@ pub struct MessageSender {
 }
 
 impl MessageSender {
-    /// Queues a message in the lane that its length is for, and waits for room if need be. Of two messages the shorter may
-    /// overtake the other.
+    /// Queues a message in its lane, and waits for room if need be. Parts of bodies keep their order; of other messages a
+    /// shorter one may overtake what was queued before it.
     ///
     /// # Errors
     /// [`SendError::Closed`].
     pub async fn send(&self, text: String) -> Result<Receipt, SendError> {
-        if text.len() <= MAX_CONTROL_MESSAGE_BYTES {
-            self.control(text).await
-        } else {
+        if message::is_body_part(&text) || text.len() > MAX_CONTROL_MESSAGE_BYTES {
             self.body(text).await
+        } else {
+            self.control(text).await
         }
     }
 
@@ -378,7 +379,11 @@ mod tests {
     use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
 
     use super::*;
-    use crate::limits::MAX_FRAME_BYTES;
+    use crate::{
+        id::RequestId,
+        limits::MAX_FRAME_BYTES,
+        message::{Body, BodyPart, FromAgent, ToAgent},
+    };
 
     type Socket = WebSocketStream<DuplexStream>;
 
@@ -447,6 +452,48 @@ mod tests {
         assert_eq!(next_text(&mut client).await, long("a"));
         assert_eq!(next_text(&mut client).await, "window");
         assert_eq!(next_text(&mut client).await, long("b"));
+    }
+
+    #[tokio::test]
+    async fn parts_of_bodies_and_long_messages_take_turns_and_short_messages_go_first() {
+        let request_id = RequestId::generate();
+        let part = BodyPart {
+            request_id: request_id.clone(),
+            part: 1,
+            body: Body("x".into()),
+            encoding: None,
+            more: true,
+            reply_to: None,
+        };
+        for (waits, overtakes) in [
+            (
+                message::encode(&ToAgent::BodyPart(part.clone())),
+                message::encode(&ToAgent::Cancel { request_id }),
+            ),
+            (
+                message::encode(&FromAgent::BodyPart(part)),
+                message::encode(&FromAgent::Ping),
+            ),
+            (
+                "x".repeat(MAX_CONTROL_MESSAGE_BYTES + 1),
+                "x".repeat(MAX_CONTROL_MESSAGE_BYTES),
+            ),
+        ] {
+            let Writing {
+                sender,
+                peer,
+                reading: _reading,
+                task: _task,
+            } = writing(1024, None).await;
+            sender.body(long("a")).await.expect("open");
+            settle().await;
+            sender.send(waits.clone()).await.expect("open");
+            sender.send(overtakes.clone()).await.expect("open");
+            let mut client = client(peer).await;
+            assert_eq!(next_text(&mut client).await, long("a"));
+            assert_eq!(next_text(&mut client).await, overtakes);
+            assert_eq!(next_text(&mut client).await, waits);
+        }
     }
 
     #[tokio::test]
