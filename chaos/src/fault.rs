@@ -10,6 +10,7 @@ use tokio::{
 
 use crate::{
     process::Process,
+    proxy::Proxy,
     visit::Plan,
     world::{World, lock, set_age},
 };
@@ -21,6 +22,8 @@ const NOTICED_WITHIN: Duration = Duration::from_secs(30);
 /// How long agents' connections live while there are faults: the agent moves after 6 s, and what a fault delays that for leaves
 /// time for the requests in flight.
 pub(crate) const AGE: &str = "20s";
+/// A process that was killed is started again after this time at the latest.
+const LONGEST_DOWNTIME: Duration = Duration::from_secs(2);
 /// How many requests fill the agent, and how long each stays.
 const FILLING: usize = 300;
 const FILLING_MS: u64 = 2000;
@@ -155,31 +158,14 @@ impl Fault {
         random: &mut StdRng,
     ) -> std::io::Result<()> {
         match self {
-            Self::KillAgent => {
-                kill(world, Place::Agent, time.min(Duration::from_secs(2)), None).await
+            Self::KillAgent | Self::KillService | Self::KillLocalService => {
+                let age = (self == Self::KillService)
+                    .then(|| [AGE, AGE, "2h"][random.random_range(0..3)]);
+                kill(world, self.place(), time.min(LONGEST_DOWNTIME), age).await
             }
-            Self::KillService => {
-                let age = [AGE, AGE, "2h"][random.random_range(0..3)];
-                kill(
-                    world,
-                    Place::Service,
-                    time.min(Duration::from_secs(2)),
-                    Some(age),
-                )
-                .await
+            Self::StopAgent | Self::StopService | Self::StopLocalService => {
+                stop(world, self.place(), time).await
             }
-            Self::KillLocalService => {
-                kill(
-                    world,
-                    Place::LocalService,
-                    time.min(Duration::from_secs(2)),
-                    None,
-                )
-                .await
-            }
-            Self::StopAgent => stop(world, Place::Agent, time).await,
-            Self::StopService => stop(world, Place::Service, time).await,
-            Self::StopLocalService => stop(world, Place::LocalService, time).await,
             Self::FillAgent => fill(world).await,
             Self::SecondAgent => second_agent(world, time).await,
             Self::StallTables => stall_tables(world, time).await,
@@ -188,37 +174,50 @@ impl Fault {
                 sleep(time).await;
                 world.drop_packets(false)
             }
-            _ => {
-                let rate = random.random_range(100_000..1_000_000);
-                let delay = Duration::from_millis(random.random_range(20..300));
-                world.network.change(|mode, next| match self {
-                    Self::ResetConnections => mode.reset_before = next,
-                    Self::CloseToAgent => mode.close_to_agent_before = next,
-                    Self::CloseToService => mode.close_to_service_before = next,
-                    Self::RefuseConnections => (mode.refuses, mode.reset_before) = (true, next),
-                    Self::HoldBytes => mode.holds = true,
-                    Self::SwallowBytes => mode.swallows = true,
-                    Self::ForgetConnections => mode.forget_before = next,
-                    Self::DelayBytes => mode.delay = delay,
-                    Self::ThrottleBytes => mode.bytes_per_second = Some(rate),
-                    _ => unreachable!("the other faults have arms of their own"),
-                });
-                if self.lasts() {
-                    sleep(time).await;
-                }
-                world.network.change(|mode, next| {
-                    // What was swallowed cannot come any more.
-                    mode.reset_before = if mode.swallows {
-                        next
-                    } else {
-                        mode.reset_before
-                    };
-                    (mode.refuses, mode.holds, mode.swallows) = (false, false, false);
-                    (mode.delay, mode.bytes_per_second) = (Duration::ZERO, None);
-                });
+            Self::ResetConnections
+            | Self::CloseToAgent
+            | Self::CloseToService
+            | Self::RefuseConnections
+            | Self::HoldBytes
+            | Self::SwallowBytes
+            | Self::ForgetConnections
+            | Self::DelayBytes
+            | Self::ThrottleBytes => {
+                self.disturb(&world.network, time, random).await;
                 Ok(())
             }
         }
+    }
+
+    /// Lets a fault of the proxy between agent and service happen.
+    async fn disturb(self, network: &Proxy, time: Duration, random: &mut StdRng) {
+        let rate = random.random_range(100_000..1_000_000);
+        let delay = Duration::from_millis(random.random_range(20..300));
+        network.change(|mode, next| match self {
+            Self::ResetConnections => mode.reset_before = next,
+            Self::CloseToAgent => mode.close_to_agent_before = next,
+            Self::CloseToService => mode.close_to_service_before = next,
+            Self::RefuseConnections => (mode.refuses, mode.reset_before) = (true, next),
+            Self::HoldBytes => mode.holds = true,
+            Self::SwallowBytes => mode.swallows = true,
+            Self::ForgetConnections => mode.forget_before = next,
+            Self::DelayBytes => mode.delay = delay,
+            Self::ThrottleBytes => mode.bytes_per_second = Some(rate),
+            _ => unreachable!("{self:?} is not a fault of the proxy"),
+        });
+        if self.lasts() {
+            sleep(time).await;
+        }
+        network.change(|mode, next| {
+            // What was swallowed cannot come any more.
+            mode.reset_before = if mode.swallows {
+                next
+            } else {
+                mode.reset_before
+            };
+            (mode.refuses, mode.holds, mode.swallows) = (false, false, false);
+            (mode.delay, mode.bytes_per_second) = (Duration::ZERO, None);
+        });
     }
 
     fn lasts(self) -> bool {

@@ -186,48 +186,65 @@ async fn rollovers(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
     Ok(finish(&world, cli, &findings))
 }
 
-async fn outage(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
-    let world = World::start(cli, None).await?;
-    let before = Duration::from_secs(5);
-    let silence = |is_silent: bool| {
-        if world.can_drop_packets {
-            return world.drop_packets(is_silent);
-        }
-        world.network.change(|mode, _| mode.holds = is_silent);
-        Ok(())
-    };
-    let outage = async {
-        sleep(before).await;
+/// The network was silent for [`OUTAGE`].
+struct Outage {
+    /// When the agent said that it was offline, counted from the beginning; `MAX` if it did not.
+    noticed_after: Duration,
+    spell: Spell,
+}
+
+impl Outage {
+    /// Silences the network, and waits until the tunnel answers again.
+    async fn run(world: &World) -> anyhow::Result<Self> {
         let began = Instant::now();
-        silence(true)?;
-        let noticed = timeout(OUTAGE, until_logged(&world, "offline:")).await;
-        let noticed = noticed.map(|()| began.elapsed());
+        silence(world, true)?;
+        let noticed = timeout(OUTAGE, until_logged(world, "offline:")).await;
+        let noticed_after = noticed.map_or(Duration::MAX, |()| began.elapsed());
         sleep_until(began + OUTAGE).await;
         let ended = Instant::now();
-        silence(false)?;
+        silence(world, false)?;
         let back_after = world.until_it_answers(Duration::from_secs(60)).await;
-        let over = Instant::now() + Duration::from_secs(1);
-        anyhow::Ok((
-            noticed,
-            Spell {
-                faults: vec![Fault::DropPackets],
-                began,
-                ended,
-                back_after,
-                over,
-            },
-        ))
-    };
-    let end = Instant::now() + before + OUTAGE + Duration::from_secs(15);
-    let (outcome, ()) = tokio::join!(
-        outage,
+        let spell = Spell {
+            faults: vec![Fault::DropPackets],
+            began,
+            ended,
+            back_after,
+            over: Instant::now() + Duration::from_secs(1),
+        };
+        Ok(Self {
+            noticed_after,
+            spell,
+        })
+    }
+}
+
+/// Lets nothing pass between agent and service, or everything again.
+fn silence(world: &World, is_silent: bool) -> std::io::Result<()> {
+    if world.can_drop_packets {
+        return world.drop_packets(is_silent);
+    }
+    world.network.change(|mode, _| mode.holds = is_silent);
+    Ok(())
+}
+
+async fn outage(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
+    let world = World::start(cli, None).await?;
+    let begins = Instant::now() + Duration::from_secs(5);
+    let end = begins + OUTAGE + Duration::from_secs(15);
+    let (outage, ()) = tokio::join!(
+        async {
+            sleep_until(begins).await;
+            Outage::run(&world).await
+        },
         world.load.come(cli.rate.unwrap_or(5), end, seed, small)
     );
-    let (noticed, spell) = outcome?;
+    let Outage {
+        noticed_after,
+        spell,
+    } = outage?;
     summary(&world);
-    let noticed = noticed.unwrap_or(Duration::MAX);
     println!(
-        "the agent noticed after {noticed:.1?}; {}",
+        "the agent noticed after {noticed_after:.1?}; {}",
         line(&world, &spell)
     );
     let waits = |from: u64, to: u64| {
@@ -247,7 +264,7 @@ async fn outage(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
         waits(31, 60)
     );
     let mut findings = Findings::default();
-    if noticed > Duration::from_secs(30) {
+    if noticed_after > Duration::from_secs(30) {
         findings.add("the agent did not notice within 30 s");
     }
     if waits(0, 60) > Duration::from_secs(35) {

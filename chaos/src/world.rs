@@ -48,68 +48,14 @@ pub(crate) struct World {
 impl World {
     /// Starts everything, and returns when the tunnel answers. Connections live `age` if that is given.
     pub(crate) async fn start(cli: &Cli, age: Option<&str>) -> anyhow::Result<Self> {
-        let this = std::env::current_exe()?;
-        let bin = match &cli.bin {
-            Some(bin) => bin.clone(),
-            None => this
-                .parent()
-                .context("this executable is nowhere")?
-                .to_owned(),
-        };
-        let logs = cli
-            .logs
-            .clone()
-            .unwrap_or_else(|| std::env::temp_dir().join(format!("chaos-{}", std::process::id())));
-        std::fs::create_dir_all(&logs)
-            .with_context(|| format!("cannot write to {}", logs.display()))?;
-        let ledger = logs.join("ledger");
+        let files = Files::new(cli)?;
         let visitors_at = free_port()?;
         let local_service_at = SocketAddr::new(visitors_at.ip(), visitors_at.port() + 3000);
-        let local_service = Process::start(
-            "local-service",
-            &this,
-            [
-                "service",
-                &local_service_at.to_string(),
-                &ledger.to_string_lossy(),
-            ]
-            .map(str::to_owned)
-            .into(),
-            &logs,
-        )?;
-        let mut arguments = [
-            "--listen",
-            &visitors_at.to_string(),
-            "--data",
-            &logs.join("data").to_string_lossy(),
-        ]
-        .map(str::to_owned)
-        .to_vec();
-        set_age(&mut arguments, age);
-        let service = Process::start("tunnel-local", &bin.join("tunnel-local"), arguments, &logs)
-            .context("cannot start tunnel-local")?;
+        let local_service = files.start_local_service(local_service_at)?;
+        let service = files.start_service(visitors_at, age)?;
         let from = cli.isolated.then(|| SocketAddr::from(([127, 0, 0, 2], 0)));
         let network = Proxy::start(visitors_at, from).await?;
-        let endpoint = format!("ws://{}/_ws", network.address);
-        let arguments = [
-            "http",
-            &local_service_at.to_string(),
-            "--endpoint",
-            &endpoint,
-            "--tunnel-id",
-            TUNNEL,
-        ]
-        .into_iter()
-        .chain([
-            "--max-concurrent",
-            &MAX_CONCURRENT.to_string(),
-            "--request-timeout",
-            REQUEST_TIMEOUT,
-        ])
-        .map(str::to_owned)
-        .collect();
-        let agent = Process::start("ttf", &bin.join("ttf"), arguments, &logs)
-            .context("cannot start ttf")?;
+        let agent = files.start_agent(network.address, local_service_at)?;
         let begun = Instant::now();
         let world = Self {
             service: Mutex::new(service),
@@ -118,8 +64,8 @@ impl World {
             network,
             load: Load::new(visitors_at, &format!("/{TUNNEL}"), begun),
             begun,
-            logs,
-            ledger,
+            ledger: files.ledger(),
+            logs: files.logs,
             can_drop_packets: cli.isolated,
             visitors_at,
             local_service_at,
@@ -220,6 +166,82 @@ impl World {
     /// Seconds since the scenario began.
     pub(crate) fn at(&self, instant: Instant) -> f64 {
         instant.saturating_duration_since(self.begun).as_secs_f64()
+    }
+}
+
+/// The executables under test, and where they write.
+struct Files {
+    /// This executable, which is also the local service.
+    this: PathBuf,
+    bin: PathBuf,
+    logs: PathBuf,
+}
+
+impl Files {
+    /// What the command line names or leaves open. The directory of the logs is made.
+    fn new(cli: &Cli) -> anyhow::Result<Self> {
+        let this = std::env::current_exe()?;
+        let bin = match &cli.bin {
+            Some(bin) => bin.clone(),
+            None => this
+                .parent()
+                .context("this executable is nowhere")?
+                .to_owned(),
+        };
+        let logs = cli
+            .logs
+            .clone()
+            .unwrap_or_else(|| std::env::temp_dir().join(format!("chaos-{}", std::process::id())));
+        std::fs::create_dir_all(&logs)
+            .with_context(|| format!("cannot write to {}", logs.display()))?;
+        Ok(Self { this, bin, logs })
+    }
+
+    /// Where the local service writes what it did.
+    fn ledger(&self) -> PathBuf {
+        self.logs.join("ledger")
+    }
+
+    fn start_local_service(&self, listen: SocketAddr) -> io::Result<Process> {
+        let ledger = self.ledger();
+        let arguments = ["service", &listen.to_string(), &ledger.to_string_lossy()];
+        let arguments = arguments.map(str::to_owned).into();
+        Process::start("local-service", &self.this, arguments, &self.logs)
+    }
+
+    fn start_service(&self, listen: SocketAddr, age: Option<&str>) -> anyhow::Result<Process> {
+        let mut arguments = [
+            "--listen",
+            &listen.to_string(),
+            "--data",
+            &self.logs.join("data").to_string_lossy(),
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        set_age(&mut arguments, age);
+        let path = self.bin.join("tunnel-local");
+        Process::start("tunnel-local", &path, arguments, &self.logs)
+            .context("cannot start tunnel-local")
+    }
+
+    /// The agent, which reaches the service at `network`.
+    fn start_agent(&self, network: SocketAddr, target: SocketAddr) -> anyhow::Result<Process> {
+        let arguments = [
+            "http",
+            &target.to_string(),
+            "--endpoint",
+            &format!("ws://{network}/_ws"),
+            "--tunnel-id",
+            TUNNEL,
+            "--max-concurrent",
+            &MAX_CONCURRENT.to_string(),
+            "--request-timeout",
+            REQUEST_TIMEOUT,
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        Process::start("ttf", &self.bin.join("ttf"), arguments, &self.logs)
+            .context("cannot start ttf")
     }
 }
 
