@@ -148,14 +148,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_that_admit_strangers_or_cannot_work_are_refused_before_anything_is_opened() {
+    fn a_server_open_to_strangers_or_out_of_visitors_reach_is_refused() {
         let public = |url: &str| Some(url.parse().expect("a URL"));
-        let issuer = |jwks_url: &str, secret: &str| JwtIssuer {
-            issuer: "i".to_owned(),
-            audience: "a".to_owned(),
-            jwks_url: jwks_url.to_owned(),
-            secret: secret.to_owned(),
-        };
         let any = SocketAddr::from(([0, 0, 0, 0], 80));
         for (what, options, expected) in [
             ("the default", Options::default(), Ok(())),
@@ -185,33 +179,38 @@ mod tests {
                 },
                 Err(OptionsError::NoPublicUrl(any)),
             ),
-            (
-                "no issuer",
-                Options {
-                    auth: AuthMode::Jwt,
-                    ..Options::default()
-                },
-                Err(OptionsError::IncompleteJwt),
-            ),
+        ] {
+            assert_eq!(options.validate(), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn json_web_tokens_need_an_issuer_with_either_keys_or_a_secret() {
+        let issuer = |jwks_url: &str, secret: &str| {
+            Some(JwtIssuer {
+                issuer: "i".to_owned(),
+                audience: "a".to_owned(),
+                jwks_url: jwks_url.to_owned(),
+                secret: secret.to_owned(),
+            })
+        };
+        let incomplete = Err(OptionsError::IncompleteJwt);
+        for (what, jwt, expected) in [
+            ("no issuer", None, incomplete.clone()),
             (
                 "keys and a secret",
-                Options {
-                    auth: AuthMode::Jwt,
-                    jwt: Some(issuer("https://i/keys", "s")),
-                    ..Options::default()
-                },
-                Err(OptionsError::IncompleteJwt),
+                issuer("https://i/keys", "s"),
+                incomplete.clone(),
             ),
-            (
-                "a secret",
-                Options {
-                    auth: AuthMode::Jwt,
-                    jwt: Some(issuer("", "s")),
-                    ..Options::default()
-                },
-                Ok(()),
-            ),
+            ("neither", issuer("", ""), incomplete),
+            ("keys", issuer("https://i/keys", ""), Ok(())),
+            ("a secret", issuer("", "s"), Ok(())),
         ] {
+            let options = Options {
+                auth: AuthMode::Jwt,
+                jwt,
+                ..Options::default()
+            };
             assert_eq!(options.validate(), expected, "{what}");
         }
     }

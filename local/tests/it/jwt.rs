@@ -341,48 +341,68 @@ fn p256() -> (EcdsaKeyPair, Value) {
     (pair, jwk)
 }
 
+/// A token with a signature of P-256.
+fn by_ec(pair: &EcdsaKeyPair, header: &Value, claims: &Value) -> String {
+    token(header, claims, |message| {
+        let signature = pair.sign(&SystemRandom::new(), message).expect("signed");
+        signature.as_ref().to_vec()
+    })
+}
+
+/// A publisher of a key of each kind, and of one of a kind that is not known; and those that sign.
+struct Keys {
+    publisher: Publisher,
+    ec: EcdsaKeyPair,
+    ed: Ed25519KeyPair,
+}
+
+impl Keys {
+    async fn published() -> Self {
+        let (ec, ec_jwk) = p256();
+        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).expect("a key");
+        let ed = Ed25519KeyPair::from_pkcs8(document.as_ref()).expect("a key");
+        let ed_jwk = json!({ "kty": "OKP", "crv": "Ed25519", "kid": "ed", "x": encoded(ed.public_key().as_ref()) });
+        let rsa = json!({ "kty": "RSA", "alg": null, "kid": "rsa", "n": MODULUS, "e": "AQAB" });
+        let strange = json!({ "kty": "POST-QUANTUM", "kid": "strange" });
+        let publisher = Publisher::of(json!([strange, ec_jwk, ed_jwk, rsa])).await;
+        Self { publisher, ec, ed }
+    }
+}
+
 #[tokio::test]
 async fn tokens_signed_with_published_keys_are_believed_and_the_keys_are_fetched_once() {
-    let (pair, jwk) = p256();
-    let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).expect("a key");
-    let edwards = Ed25519KeyPair::from_pkcs8(document.as_ref()).expect("a key");
-    let ed_jwk = json!({ "kty": "OKP", "crv": "Ed25519", "kid": "ed", "x": encoded(edwards.public_key().as_ref()) });
-    let rsa = json!({ "kty": "RSA", "alg": null, "kid": "rsa", "n": MODULUS, "e": "AQAB" });
-    let strange = json!({ "kty": "POST-QUANTUM", "kid": "strange" });
-    let publisher = Publisher::of(json!([strange, jwk, ed_jwk, rsa])).await;
-    let access = publisher.access();
-    let by_ec = |header: &Value, claims: &Value| {
-        token(header, claims, |message| {
-            pair.sign(&SystemRandom::new(), message)
-                .expect("signed")
-                .as_ref()
-                .to_vec()
-        })
-    };
+    let keys = Keys::published().await;
+    let access = keys.publisher.access();
+    let alice = owner(&access_by_secret(), &by_secret(&json!({}))).await;
+    assert!(alice.is_some(), "a token signed with the secret");
 
     let good = claims(&json!({}));
-    let alice = owner(
-        &access,
-        &by_ec(&json!({ "alg": "ES256", "kid": "ec" }), &good),
-    )
-    .await
-    .expect("an owner");
-    let same = owner(&access_by_secret(), &by_secret(&json!({}))).await;
-    assert_eq!(
-        same.as_ref(),
-        Some(&alice),
-        "an owner is issuer and subject"
-    );
+    let by_ec = by_ec(&keys.ec, &json!({ "alg": "ES256", "kid": "ec" }), &good);
     let by_ed = token(&json!({ "alg": "EdDSA", "kid": "ed" }), &good, |message| {
-        edwards.sign(message).as_ref().to_vec()
+        keys.ed.sign(message).as_ref().to_vec()
     });
-    assert_eq!(owner(&access, &by_ed).await, Some(alice.clone()));
-    for by_rsa in BY_RSA {
-        assert_eq!(owner(&access, by_rsa).await, Some(alice.clone()));
+    for signed in [&by_ec, &by_ed]
+        .into_iter()
+        .map(String::as_str)
+        .chain(BY_RSA)
+    {
+        assert_eq!(
+            owner(&access, signed).await,
+            alice,
+            "an owner is issuer and subject: {signed}"
+        );
     }
+    assert_eq!(keys.publisher.asked(), 1, "within a minute");
+}
 
+#[tokio::test]
+async fn tokens_that_do_not_fit_the_published_keys_are_refused() {
+    let keys = Keys::published().await;
+    let access = keys.publisher.access();
+    let good = claims(&json!({}));
+    let by_ec = |header: &Value, claims: &Value| by_ec(&keys.ec, header, claims);
     // The public key as if it were a secret, a key for another algorithm, and no key at all.
-    let point = pair.public_key().as_ref().to_vec();
+    let point = keys.ec.public_key().as_ref().to_vec();
     let confused = token(&json!({ "alg": "HS256", "kid": "ec" }), &good, |message| {
         hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &point), message)
             .as_ref()
@@ -408,17 +428,14 @@ async fn tokens_signed_with_published_keys_are_believed_and_the_keys_are_fetched
     ] {
         assert_eq!(owner(&access, &wrong).await, None, "{wrong}");
     }
-    assert_eq!(publisher.asked(), 1, "within a minute");
+    assert_eq!(keys.publisher.asked(), 1, "within a minute");
 }
 
 #[tokio::test]
 async fn the_only_published_key_needs_no_name() {
     let (pair, jwk) = p256();
     let only = Publisher::of(json!([jwk])).await;
-    let unnamed = token(&json!({ "alg": "ES256" }), &claims(&json!({})), |message| {
-        let signature = pair.sign(&SystemRandom::new(), message).expect("signed");
-        signature.as_ref().to_vec()
-    });
+    let unnamed = by_ec(&pair, &json!({ "alg": "ES256" }), &claims(&json!({})));
     assert!(owner(&only.access(), &unnamed).await.is_some());
 }
 
@@ -426,15 +443,10 @@ async fn the_only_published_key_needs_no_name() {
 async fn keys_that_are_secret_or_not_for_signatures_are_not_used() {
     let (pair, mut jwk) = p256();
     let mint = || {
-        token(
+        by_ec(
+            &pair,
             &json!({ "alg": "ES256", "kid": "ec" }),
             &claims(&json!({})),
-            |message| {
-                pair.sign(&SystemRandom::new(), message)
-                    .expect("signed")
-                    .as_ref()
-                    .to_vec()
-            },
         )
     };
     jwk["use"] = json!("enc");
@@ -458,15 +470,10 @@ async fn keys_that_are_secret_or_not_for_signatures_are_not_used() {
 async fn a_key_that_was_published_a_moment_ago_is_not_known_yet_rather_than_wrong() {
     let (pair, mut jwk) = p256();
     let by = |kid: &str| {
-        token(
+        by_ec(
+            &pair,
             &json!({ "alg": "ES256", "kid": kid }),
             &claims(&json!({})),
-            |message| {
-                pair.sign(&SystemRandom::new(), message)
-                    .expect("signed")
-                    .as_ref()
-                    .to_vec()
-            },
         )
     };
     let publisher = Publisher::of(json!([jwk.clone()])).await;
@@ -497,15 +504,10 @@ async fn while_keys_cannot_be_fetched_no_token_is_reported_as_invalid() {
     ] {
         *publisher.answer.lock().expect("not poisoned") = broken;
         let access = publisher.access();
-        let good = token(
+        let good = by_ec(
+            &pair,
             &json!({ "alg": "ES256", "kid": "ec" }),
             &claims(&json!({})),
-            |message| {
-                pair.sign(&SystemRandom::new(), message)
-                    .expect("signed")
-                    .as_ref()
-                    .to_vec()
-            },
         );
         let before = publisher.asked();
         for _ in 0..3 {

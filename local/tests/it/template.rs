@@ -3,7 +3,7 @@
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
@@ -11,7 +11,10 @@ use axum::{Router, body::Bytes, extract::State, http::HeaderMap, response::IntoR
 use lambda_http::request::LambdaRequest;
 use serde_yaml_ng::Value;
 use tokio::{net::TcpListener, task::JoinSet};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
 use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
 use tunnel_disconnect::Disconnect;
@@ -19,11 +22,15 @@ use tunnel_forward::Forward;
 use tunnel_local_aws::{caller::AccessKey, dynamodb};
 use tunnel_protocol::limits::LAMBDA_TIMEOUT;
 use tunnel_service::{
+    auth::token::TokenHash,
     aws::sdk,
     aws::sdk::SdkConfig,
     now,
     settings::{SettingsError, Variables},
-    tables::connections::ConnectionsTable,
+    tables::{
+        connections::ConnectionsTable,
+        tokens::{Token, TokensTable},
+    },
 };
 
 use crate::harness::within;
@@ -95,8 +102,8 @@ fn each_function_gets_exactly_the_variables_it_reads() {
     let asked = [
         asked_for(Connect::load),
         asked_for(Disconnect::load),
-        asked_for(|variables, sdk| DefaultRoute::load(variables, sdk, None)),
-        asked_for(|variables, sdk| Forward::load(variables, sdk, None)),
+        asked_for(load_default),
+        asked_for(load_forward),
     ];
     for (function, mut asked) in FUNCTIONS.into_iter().zip(asked) {
         // Set by Lambda, read by the SDK, and read when logging starts.
@@ -171,6 +178,11 @@ fn allowed(template: &Value, function: &str) -> BTreeSet<String> {
 /// Calls that were made, by function.
 type Calls = Arc<Mutex<BTreeSet<String>>>;
 
+/// Held between awaits only.
+fn made(calls: &Calls) -> MutexGuard<'_, BTreeSet<String>> {
+    calls.lock().expect("not poisoned")
+}
+
 #[derive(Clone)]
 struct Spy {
     calls: Calls,
@@ -222,10 +234,7 @@ async fn note_call(State(spy): State<Spy>, headers: HeaderMap, body: Bytes) -> i
         .split_once('.')
         .expect("a target");
     let request: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
-    spy.calls
-        .lock()
-        .expect("not poisoned")
-        .extend(permissions_for(operation, &request));
+    made(&spy.calls).extend(permissions_for(operation, &request));
     let mut on = http::Request::post(&spy.dynamodb)
         .body(http_body_util::Full::new(body))
         .expect("a request");
@@ -247,10 +256,7 @@ async fn note_post(
 ) -> http::StatusCode {
     // Any other GET is an attempt to open a reply connection, which needs no permission.
     if uri.path().contains("/@connections/") {
-        calls
-            .lock()
-            .expect("not poisoned")
-            .insert(format!("@connections {method}"));
+        made(&calls).insert(format!("@connections {method}"));
     }
     if uri.path().ends_with("gone") {
         http::StatusCode::GONE
@@ -312,205 +318,245 @@ fn websocket(event: &str, replace: &[(&str, &str)]) -> ApiGatewayWebsocketProxyR
     serde_json::from_str(&event).expect("an event")
 }
 
-#[tokio::test]
-async fn each_functions_policy_allows_exactly_the_calls_it_makes() {
-    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let address = format!("http://{}", listener.local_addr().expect("an address"));
-    dynamodb::serve(
-        dynamodb::open(None).expect("a database"),
-        listener,
-        AccessKey::only("key"),
-        &tasks,
-        &stop,
-    );
-    let direct = sdk::for_loopback(&address, "key");
-    dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&direct))
-        .await
-        .expect("tables");
-    let token = tunnel_service::tables::tokens::Token {
-        hash: tunnel_service::auth::token::TokenHash::of("sample"),
-        name: "sample".to_owned(),
-        created_at: 0,
-        expires_at: None,
-        revoked: false,
-    };
-    let tokens =
-        tunnel_service::tables::tokens::TokensTable::new(&direct, dynamodb::TOKENS.to_owned());
-    tokens.put(&token).await.expect("a token");
-    let mut made = BTreeMap::new();
+/// DynamoDB with the service's tables and one token, "sample".
+struct Database {
+    address: String,
+    sdk: SdkConfig,
+    tokens: TokensTable,
+    _stop: DropGuard,
+}
 
-    const CONNECT: &str = include_str!("../../../events/connect.json");
-    const READY: &str = include_str!("../../../events/ready.json");
-    const ID: &str = "L0SM9cOFvHcCIhw=";
-    let at = surroundings(&address).await;
-    let connect = at.load(Connect::load);
-    for id in [ID, "second=", "third=", "gone"] {
-        assert_eq!(
-            connect
-                .handle(websocket(CONNECT, &[(ID, id)]))
-                .await
-                .expect("handled")
-                .status_code,
-            200
+impl Database {
+    async fn start() -> Self {
+        let stop = CancellationToken::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = format!("http://{}", listener.local_addr().expect("an address"));
+        dynamodb::serve(
+            dynamodb::open(None).expect("a database"),
+            listener,
+            AccessKey::only("key"),
+            &TaskTracker::new(),
+            &stop,
         );
+        let sdk = sdk::for_loopback(&address, "key");
+        dynamodb::create_tables(&aws_sdk_dynamodb::Client::new(&sdk))
+            .await
+            .expect("tables");
+        let tokens = TokensTable::new(&sdk, dynamodb::TOKENS.to_owned());
+        let token = Token {
+            hash: TokenHash::of("sample"),
+            name: "sample".to_owned(),
+            created_at: 0,
+            expires_at: None,
+            revoked: false,
+        };
+        tokens.put(&token).await.expect("a token");
+        Self {
+            address,
+            sdk,
+            tokens,
+            _stop: stop.drop_guard(),
+        }
+    }
+}
+
+/// The connection id in the sample events.
+const ID: &str = "L0SM9cOFvHcCIhw=";
+/// What stands for `ready` in the sample event when the agent names its features, as JSON within JSON.
+const READY_TO_BE_REPLACED: &str = r#"ready\",\"features\":[\"notices\"],\"agent\":\"x"#;
+const READY_TO_REPLY: &str = r#"ready\",\"features\":[\"reply_to\"],\"agent\":\"x"#;
+
+/// A function in surroundings of its own.
+struct Observed<F> {
+    function: F,
+    surroundings: Surroundings,
+}
+
+impl<F> Observed<F> {
+    async fn load(
+        database: &Database,
+        load: impl Fn(Variables<'_>, &SdkConfig) -> Result<F, SettingsError>,
+    ) -> Self {
+        let surroundings = surroundings(&database.address).await;
+        Self {
+            function: surroundings.load(load),
+            surroundings,
+        }
+    }
+}
+
+/// All functions. They are sent the sample events, with some texts replaced.
+struct Functions {
+    connect: Observed<Connect>,
+    disconnect: Observed<Disconnect>,
+    default: Observed<DefaultRoute>,
+    forward: Observed<Forward>,
+}
+
+impl Functions {
+    async fn load(database: &Database) -> Self {
+        Self {
+            connect: Observed::load(database, Connect::load).await,
+            disconnect: Observed::load(database, Disconnect::load).await,
+            default: Observed::load(database, load_default).await,
+            forward: Observed::load(database, load_forward).await,
+        }
+    }
+
+    /// The calls of each function, in the order of [`FUNCTIONS`].
+    fn calls(&self) -> [&Calls; 4] {
+        [
+            &self.connect.surroundings.calls,
+            &self.disconnect.surroundings.calls,
+            &self.default.surroundings.calls,
+            &self.forward.surroundings.calls,
+        ]
+    }
+
+    /// The status with which a handshake is answered.
+    async fn connect(&self, replace: &[(&str, &str)]) -> u16 {
+        let event = websocket(include_str!("../../../events/connect.json"), replace);
+        let answer = self.connect.function.handle(event).await;
+        answer.expect("handled").status_code
+    }
+
+    /// The status that the `ready` of an agent gets, or what stands in its place.
+    async fn ready(&self, id: &str, ready: &str) -> u16 {
+        let event = include_str!("../../../events/ready.json");
+        self.message(event, &[(ID, id), ("ready", ready)]).await
+    }
+
+    async fn message(&self, event: &str, replace: &[(&str, &str)]) -> u16 {
+        let answer = self
+            .default
+            .function
+            .handle(websocket(event, replace))
+            .await;
+        answer.expect("handled").status_code
+    }
+
+    async fn disconnect(&self, id: &str) {
+        let event = include_str!("../../../events/disconnect.json");
+        let answer = self
+            .disconnect
+            .function
+            .handle(websocket(event, &[(ID, id)]));
+        answer.await.expect("handled");
+    }
+}
+
+fn load_default(variables: Variables<'_>, sdk: &SdkConfig) -> Result<DefaultRoute, SettingsError> {
+    DefaultRoute::load(variables, sdk, None)
+}
+
+fn load_forward(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Forward, SettingsError> {
+    Forward::load(variables, sdk, None)
+}
+
+/// Asserts that a visitor's request is answered, if only with an error.
+async fn assert_answered(forward: &Forward, why: &str) {
+    let event = serde_json::from_str::<LambdaRequest>(include_str!("../../../events/http-v2.json"))
+        .expect("an event");
+    assert!(forward.handle(event, LAMBDA_TIMEOUT).await.is_ok(), "{why}");
+}
+
+/// Agents' connections, one that releases a tunnel id, and the reply connection.
+async fn open_connections(functions: &Functions, database: &Database) {
+    for id in [ID, "second=", "third=", "gone"] {
+        assert_eq!(functions.connect(&[(ID, id)]).await, 200);
     }
     let releases = [(ID, "releases="), ("\"tunnel_id\"", "\"release\"")];
-    assert_eq!(
-        connect
-            .handle(websocket(CONNECT, &releases))
-            .await
-            .expect("handled")
-            .status_code,
-        200
-    );
-    let ticket = ConnectionsTable::new(&direct, dynamodb::CONNECTIONS.to_owned())
+    assert_eq!(functions.connect(&releases).await, 200);
+    let ticket = ConnectionsTable::new(&database.sdk, dynamodb::CONNECTIONS.to_owned())
         .issue_ticket(now())
         .await
         .expect("a ticket");
-    let reply_connection = [
-        ("tunnel_id", "reply"),
-        ("Bearer sample", &format!("Bearer {ticket}")),
-    ];
+    let bearer = format!("Bearer {ticket}");
     for (connection, status) in [("reply=", 200), ("reply=", 200), ("another=", 401)] {
-        let event = websocket(
-            CONNECT,
-            &[&[(ID, connection)], &reply_connection[..]].concat(),
-        );
+        let handshake = [
+            (ID, connection),
+            ("tunnel_id", "reply"),
+            ("Bearer sample", &bearer),
+        ];
         assert_eq!(
-            connect.handle(event).await.expect("handled").status_code,
+            functions.connect(&handshake).await,
             status,
             "a ticket is good for one connection"
         );
     }
-    made.insert(FUNCTIONS[0], at.calls);
+}
 
-    let at = surroundings(&address).await;
-    let default = at.load(|variables, sdk| DefaultRoute::load(variables, sdk, None));
+/// Every message that agents send. In the end the tunnel belongs to a connection that is gone.
+async fn send_messages(functions: &Functions) {
     // An old agent, then one that knows of being replaced, then one that replaces it, then one that is gone.
     for (id, ready) in [
         (ID, "ready"),
-        (
-            "second=",
-            r#"ready\",\"features\":[\"notices\"],\"agent\":\"x"#,
-        ),
+        ("second=", READY_TO_BE_REPLACED),
         ("third=", "ready"),
         ("gone", "ready"),
         ("reply=", "ready"),
     ] {
-        default
-            .handle(websocket(READY, &[(ID, id), ("ready", ready)]))
-            .await
-            .expect("handled");
+        functions.ready(id, ready).await;
     }
-    default
-        .handle(websocket(
-            include_str!("../../../events/http-response.json"),
-            &[],
-        ))
-        .await
-        .expect("handled");
-    default
-        .handle(websocket(
-            include_str!("../../../events/ping.json"),
-            &[(ID, "third=")],
-        ))
-        .await
-        .expect("handled");
-    let release = default
-        .handle(websocket(READY, &[(ID, "releases="), ("ready", "release")]))
-        .await
-        .expect("handled");
-    assert_eq!(release.status_code, 200);
+    let response = include_str!("../../../events/http-response.json");
+    functions.message(response, &[]).await;
+    let ping = include_str!("../../../events/ping.json");
+    functions.message(ping, &[(ID, "third=")]).await;
+    assert_eq!(functions.ready("releases=", "release").await, 200);
     // The tunnel is nobody's now; the next steps need it again.
-    assert_eq!(
-        connect
-            .handle(websocket(CONNECT, &[(ID, "gone")]))
-            .await
-            .expect("handled")
-            .status_code,
-        200
-    );
-    default
-        .handle(websocket(READY, &[(ID, "gone")]))
-        .await
-        .expect("handled");
-    made.insert(FUNCTIONS[2], at.calls);
+    assert_eq!(functions.connect(&[(ID, "gone")]).await, 200);
+    functions.ready("gone", "ready").await;
+}
 
-    let at = surroundings(&address).await;
-    let forward = at.load(|variables, sdk| Forward::load(variables, sdk, None));
-    let visit = || {
-        serde_json::from_str::<LambdaRequest>(include_str!("../../../events/http-v2.json"))
-            .expect("an event")
-    };
-    assert!(
-        forward.handle(visit(), LAMBDA_TIMEOUT).await.is_ok(),
-        "the tunnel's agent is gone, which is an answer"
-    );
-    let ready = r#"ready\",\"features\":[\"reply_to\"],\"agent\":\"x"#;
-    default
-        .handle(websocket(READY, &[(ID, "third="), ("ready", ready)]))
-        .await
-        .expect("handled");
-    // Nobody answers, so it looks into the mailbox, doubts, and finds the connection gone once it is.
-    let disconnect = surroundings(&address).await;
-    let asked = at.calls.clone();
-    let (answer, ()) = tokio::join!(forward.handle(visit(), LAMBDA_TIMEOUT), async {
+/// Nobody answers a request, so `forward` looks into the mailbox, doubts, and finds the connection gone once it is.
+async fn lose_an_agent(functions: &Functions) {
+    functions.ready("third=", READY_TO_REPLY).await;
+    let forward = &functions.forward;
+    let answered = assert_answered(&forward.function, "the agent is lost, which is an answer");
+    tokio::join!(answered, async {
         within("a look at the connection", async {
             let expected = [
                 "dynamodb:GetItem ConnectionsTable",
                 "dynamodb:PutItem ConnectionsTable ticket/*",
             ];
-            while !expected
-                .iter()
-                .all(|call| asked.lock().expect("not poisoned").contains(*call))
-            {
+            let is_made = |call: &&str| made(&forward.surroundings.calls).contains(*call);
+            while !expected.iter().all(is_made) {
                 tokio::task::yield_now().await;
             }
         })
         .await;
-        let event = websocket(
-            include_str!("../../../events/disconnect.json"),
-            &[(ID, "third=")],
-        );
-        disconnect
-            .load(Disconnect::load)
-            .handle(event)
-            .await
-            .expect("handled");
+        functions.disconnect("third=").await;
     });
-    assert!(answer.is_ok(), "the agent is lost, which is an answer");
-    // One whose token is revoked is closed; a function that starts afresh has not seen the token when it was good.
-    assert_eq!(
-        connect
-            .handle(websocket(CONNECT, &[(ID, "third=")]))
-            .await
-            .expect("handled")
-            .status_code,
-        200
-    );
-    default
-        .handle(websocket(READY, &[(ID, "third="), ("ready", ready)]))
-        .await
-        .expect("handled");
-    tokens.revoke("sample").await.expect("revoked");
-    let afresh = at.load(|variables, sdk| Forward::load(variables, sdk, None));
-    assert!(
-        afresh.handle(visit(), LAMBDA_TIMEOUT).await.is_ok(),
-        "the tunnel is offline, which is an answer"
-    );
-    made.insert(FUNCTIONS[3], at.calls);
-    made.insert(FUNCTIONS[1], disconnect.calls);
+}
+
+/// An agent whose token is revoked is closed; a function that starts afresh has not seen the token when it was good.
+async fn revoke_a_token(functions: &Functions, database: &Database) {
+    assert_eq!(functions.connect(&[(ID, "third=")]).await, 200);
+    functions.ready("third=", READY_TO_REPLY).await;
+    database.tokens.revoke("sample").await.expect("revoked");
+    let afresh = functions.forward.surroundings.load(load_forward);
+    assert_answered(&afresh, "the tunnel is offline, which is an answer").await;
+}
+
+#[tokio::test]
+async fn each_functions_policy_allows_exactly_the_calls_it_makes() {
+    let database = Database::start().await;
+    let functions = Functions::load(&database).await;
+    open_connections(&functions, &database).await;
+    send_messages(&functions).await;
+    let why = "the tunnel's agent is gone, which is an answer";
+    assert_answered(&functions.forward.function, why).await;
+    lose_an_agent(&functions).await;
+    revoke_a_token(&functions, &database).await;
 
     let template = template();
-    for function in FUNCTIONS {
+    for (function, calls) in FUNCTIONS.into_iter().zip(functions.calls()) {
         assert_eq!(
-            *made[function].lock().expect("not poisoned"),
+            *made(calls),
             allowed(&template, function),
             "{function}: made, allowed"
         );
     }
-    stop.cancel();
 }
 
 /// A value as it stands in the template: `!Ref X`, `!GetAtt X.Arn`, `!Sub text`, and lists and maps in brackets.
