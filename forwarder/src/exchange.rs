@@ -158,6 +158,7 @@ async fn attempt(
     {
         let protocol = protocol.map(|protocol| (header::UPGRADE, protocol));
         response.headers_mut().extend(protocol);
+        let upload = (upload, progress);
         reply.upgrade(response, upload, processing_time_ms).await?;
     } else {
         reply
@@ -179,7 +180,7 @@ pub(crate) struct UploadStream {
 
 /// When the local service last read something of the upload. The sender is gone when it reads no more.
 #[derive(Clone)]
-struct UploadProgress(watch::Receiver<Instant>);
+pub(crate) struct UploadProgress(watch::Receiver<Instant>);
 
 impl UploadStream {
     fn new(parts: Option<BodyParts>, grants: Option<Outgoing>) -> (Self, UploadProgress) {
@@ -234,6 +235,11 @@ impl UploadStream {
 }
 
 impl UploadProgress {
+    /// When the local service last read something.
+    pub(crate) fn last(&self) -> Instant {
+        *self.0.borrow()
+    }
+
     /// Completes when nothing has been taken of the upload for this long.
     async fn silent_for(&self, time: Duration) {
         loop {
@@ -362,7 +368,7 @@ impl ResponseSender {
     async fn upgrade(
         &mut self,
         response: Response<Incoming>,
-        upload: UploadStream,
+        (upload, progress): (UploadStream, UploadProgress),
         processing_time_ms: u64,
     ) -> Result<(), OriginError> {
         let headers = response.headers().clone();
@@ -379,7 +385,14 @@ impl ResponseSender {
         let upgraded = hyper::upgrade::on(response)
             .await
             .map_err(|error| broken(&error))?;
-        let sent = upgrade::carry(upgraded, upload, self.window.as_mut(), &self.outgoing).await;
+        let sent = upgrade::carry(
+            upgraded,
+            upload,
+            progress,
+            self.window.as_mut(),
+            &self.outgoing,
+        )
+        .await;
         self.bytes = sent.map_err(|error| broken(&error))?;
         Ok(())
     }

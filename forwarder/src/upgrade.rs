@@ -1,23 +1,29 @@
 //! An upgraded connection, such as a WebSocket: bytes both ways between the service and the local service, until both sides have
 //! ended. Nothing here reads them, so that every protocol passes.
 
-use std::io;
+use std::{future::pending, io, time::Duration};
 
 use futures_util::TryStreamExt;
 use http_body_util::StreamBody;
 use hyper::{body::Frame, upgrade::Upgraded};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf, split};
+use tokio::{
+    io::{AsyncWriteExt, ReadHalf, WriteHalf, split},
+    sync::oneshot,
+    time::sleep,
+};
 use tokio_util::io::ReaderStream;
 use tunnel_protocol::body::{BodySender, Mode, SendBodyError, window::SendWindow};
 
 use crate::{
-    exchange::{Outgoing, UploadStream},
+    exchange::{Outgoing, UploadProgress, UploadStream},
     upload::BodyParts,
 };
 
 /// How many bytes are read from the local service at once.
 const READ_BYTES: usize = 32 * 1024;
+/// How long a visitor may say nothing to a local service that has ended its side.
+const MAX_STALL: Duration = Duration::from_secs(60);
 
 /// Carries bytes both ways, and returns how many the local service sent. One side may end before the other.
 ///
@@ -26,15 +32,41 @@ const READ_BYTES: usize = 32 * 1024;
 pub(crate) async fn carry(
     upgraded: Upgraded,
     upload: UploadStream,
+    progress: UploadProgress,
     window: Option<&mut SendWindow>,
     outgoing: &Outgoing,
 ) -> io::Result<u64> {
     let (reading, writing) = split(TokioIo::new(upgraded));
-    let (sent, ()) = tokio::try_join!(
-        to_service(reading, window, outgoing),
-        to_local_service(upload, writing)
-    )?;
+    let (end, ended) = oneshot::channel();
+    let to_service = async {
+        let sent = to_service(reading, window, outgoing).await;
+        // The other direction may have ended already.
+        let _ = end.send(());
+        sent
+    };
+    let to_local_service = async {
+        tokio::select! {
+            sent = to_local_service(upload, writing) => sent,
+            () = stalled(ended, progress) => Ok(()),
+        }
+    };
+    let (sent, ()) = tokio::try_join!(to_service, to_local_service)?;
     Ok(sent)
+}
+
+/// Completes when the local service has ended its side and nothing more has been sent to it for a while.
+async fn stalled(ended: oneshot::Receiver<()>, progress: UploadProgress) {
+    // An error ends both directions.
+    if ended.await.is_err() {
+        return pending().await;
+    }
+    loop {
+        let before = progress.last();
+        sleep(MAX_STALL).await;
+        if progress.last() == before {
+            return;
+        }
+    }
 }
 
 async fn to_service(

@@ -55,12 +55,9 @@ pub(crate) async fn run(
     log: &mut RequestLog,
 ) -> Result<Replying, ForwardError> {
     let head_deadline = Instant::now() + request.response_timeout;
-    if request.upgrade.is_some() && !matches!(state.reply_path, ReplyPath::InProcess(_)) {
-        return Err(ForwardError::NoUpgrade(
-            "this deployment answers requests with functions",
-        ));
+    if !matches!(state.reply_path, ReplyPath::InProcess(_)) {
+        request.without_upgrade("this deployment answers requests with functions")?;
     }
-    let is_upgrade = request.upgrade.is_some();
     let deadline = matches!(request.front, Ingress::HttpApi(_)).then_some(head_deadline);
     let method = request.method.clone();
     let visitor = Visitor::of(&mut request);
@@ -71,6 +68,7 @@ pub(crate) async fn run(
     let mut first = FirstMessage::build(request, path, &online, state.use_compression).await?;
     log.request_bytes()
         .store(first.body_bytes, Ordering::Relaxed);
+    let is_upgrade = first.message.upgrade.is_some();
     for attempt in 0..=1 {
         let mut exchange =
             Exchange::start(state, path, &visitor, online, &mut first, deadline).await?;
@@ -352,13 +350,19 @@ impl Exchange {
             let before = upload.sent_bytes.load(Ordering::Relaxed);
             let ended = timeout(IDLE_UPLOAD_TIMEOUT, async {
                 tokio::select! {
-                    _ = &mut upload.failed => {}
-                    () = self.replies.ended() => {}
+                    failed = &mut upload.failed => failed.is_err(),
+                    () = self.replies.ended() => true,
                 }
             });
-            if ended.await.is_ok() || upload.sent_bytes.load(Ordering::Relaxed) == before {
-                return upload.task.abort();
+            let ended = ended.await;
+            let is_stalled = upload.sent_bytes.load(Ordering::Relaxed) == before;
+            match ended {
+                Ok(is_complete) => self.is_over = is_complete,
+                // The agent would wait for the rest for ever.
+                Err(_) if is_stalled => self.is_over = false,
+                Err(_) => continue,
             }
+            return upload.task.abort();
         }
     }
 

@@ -35,7 +35,7 @@ impl FirstMessage {
     /// # Errors
     /// If the request is too large for the tunnel, or breaks off.
     pub(crate) async fn build(
-        request: VisitorRequest,
+        mut request: VisitorRequest,
         path: &TunnelPath,
         online: &Online,
         use_compression: bool,
@@ -43,6 +43,9 @@ impl FirstMessage {
         let compress = use_compression
             && online.features.contains(&Feature::Zstd)
             && compression::is_compressible(&request.headers);
+        if !online.features.contains(&Feature::Upgrade) {
+            request.without_upgrade("this tunnel's agent is too old")?;
+        }
         let mut message = head(&request, path);
         if message.headers.len() > MAX_HEADER_FIELDS {
             return Err(ForwardError::TooLarge(format!(
@@ -55,7 +58,7 @@ impl FirstMessage {
             )
         })?;
         if message.upgrade.is_some() {
-            return Self::upgrade(message, request.body, online);
+            return Ok(Self::upgrade(message, request.body));
         }
         let mut body = BodySender::new(request.body, Mode::Coalesced { compress });
         let chunk = if online.features.contains(&Feature::BodyParts) {
@@ -78,23 +81,16 @@ impl FirstMessage {
     }
 
     /// A request to change the protocol. What the visitor sends after that is sent on as it comes.
-    fn upgrade(
-        mut message: HttpRequest,
-        body: VisitorBody,
-        online: &Online,
-    ) -> Result<Self, ForwardError> {
-        if !online.features.contains(&Feature::Upgrade) {
-            return Err(ForwardError::NoUpgrade("this tunnel's agent is too old"));
-        }
+    fn upgrade(mut message: HttpRequest, body: VisitorBody) -> Self {
         message.more = true;
         let mut sender = BodySender::new(body, Mode::Raw);
         sender.begin();
-        Ok(Self {
+        Self {
             message,
             body_bytes: 0,
             rest: Some(sender),
             has_rest: true,
-        })
+        }
     }
 
     /// Whether the request changes nothing (RFC 9110, 9.2.1) and has no body, so that it may be carried out twice.

@@ -202,7 +202,7 @@ fn cookie(headers: &HeaderMap) -> Option<TunnelId> {
         .and_then(|id| id.parse().ok())
 }
 
-/// `Path=/`, because the requests that it is for name no tunnel.
+/// Its `Path` is where all tunnels are, because the requests that it is for name none of them.
 fn set_cookie(id: &TunnelId, prefix: &str, scheme: &str) -> Option<HeaderValue> {
     let base = prefix.strip_suffix(id.as_str())?;
     let secure = if scheme == "https" { "; Secure" } else { "" };

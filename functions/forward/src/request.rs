@@ -5,7 +5,8 @@ use std::time::Duration;
 use aws_lambda_events::apigw::{ApiGatewayProxyRequest, ApiGatewayV2httpRequest};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, header, request};
+use http::{HeaderMap, HeaderValue, Method, Version, header, request};
+use http_body::Body as _;
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use lambda_http::request::LambdaRequest;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -15,6 +16,8 @@ use tunnel_protocol::{
     upgrade,
 };
 use tunnel_service::routing::{PublicUrl, encode_decoded_path, encode_path, encode_query};
+
+use crate::error::ForwardError;
 
 /// What a visitor sends, as it arrives.
 pub type VisitorBody = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
@@ -112,6 +115,9 @@ pub struct RequestSource {
 impl VisitorRequest {
     /// A request that arrived over a connection, for fronts that stream responses.
     pub fn from_http(head: request::Parts, body: VisitorBody, source: RequestSource) -> Self {
+        // A body would come before the change of protocol, and is not carried then. RFC 9110, 7.8: who cannot change it goes on.
+        let may_upgrade = head.version == Version::HTTP_11 && body.is_end_stream();
+        let upgrade = upgrade::requested(&head.headers).filter(|_| may_upgrade);
         Self {
             front: Ingress::Streaming,
             response_timeout: Ingress::Streaming.response_timeout(),
@@ -120,10 +126,28 @@ impl VisitorRequest {
             host: source.host,
             path: encode_path(head.uri.path()),
             query: head.uri.query().map(str::to_owned),
-            upgrade: upgrade::requested(&head.headers).cloned(),
+            upgrade: upgrade.cloned(),
             headers: head.headers,
             source_ip: source.address,
             body,
+        }
+    }
+
+    /// Makes it a request that does not ask for an upgrade, where none can be carried. Only a WebSocket handshake makes no sense
+    /// as such.
+    ///
+    /// # Errors
+    /// [`ForwardError::NoUpgrade`] for a WebSocket.
+    pub(crate) fn without_upgrade(&mut self, why: &'static str) -> Result<(), ForwardError> {
+        match self.upgrade.take() {
+            Some(protocol) if protocol.as_bytes().eq_ignore_ascii_case(b"websocket") => {
+                Err(ForwardError::NoUpgrade(why))
+            }
+            Some(_) => {
+                self.body = whole(Bytes::new());
+                Ok(())
+            }
+            None => Ok(()),
         }
     }
 

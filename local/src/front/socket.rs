@@ -26,7 +26,7 @@ use crate::front::{
 /// How much of a head is read at once.
 const HEAD_READ_BYTES: usize = 4 * 1024;
 /// How long a visitor may take nothing of what is there for it.
-const MAX_STALL: Duration = Duration::from_secs(60);
+pub(crate) const MAX_STALL: Duration = Duration::from_secs(60);
 /// An answer that says nothing, by which it shows whether a visitor that has ended its side still listens: if not, its system
 /// answers with a reset. Every HTTP/1.1 client skips it (RFC 9110, 15.2).
 const PROBE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
@@ -12,10 +12,13 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncWriteExt, ReadHalf, WriteHalf, split},
     sync::oneshot,
+    time::timeout,
 };
 use tokio_util::io::ReaderStream;
 use tracing::debug;
 use tunnel_forward::{request::VisitorBody, response::ResponseBody};
+
+use crate::front::{listener::ConnectionPermit, socket::MAX_STALL};
 
 /// How many bytes are read from a visitor at once.
 const READ_BYTES: usize = 32 * 1024;
@@ -31,13 +34,17 @@ pub(crate) struct Upgrade {
 
 impl Upgrade {
     /// The connection, and what the visitor will send over it.
-    pub(crate) fn new(upgraded: OnUpgrade) -> (Self, VisitorBody) {
+    pub(crate) fn new(upgraded: OnUpgrade, permit: ConnectionPermit) -> (Self, VisitorBody) {
         let (reading, received) = oneshot::channel();
         let body = stream::once(received)
             .map_err(|_| io::Error::other("the protocol was not changed"))
             .map_ok(|reading| ReaderStream::with_capacity(reading, READ_BYTES))
             .try_flatten()
-            .map(|bytes| Ok(Frame::data(bytes?)));
+            .map(move |bytes| {
+                // The connection is open for as long as it is read.
+                let _open = &permit;
+                Ok(Frame::data(bytes?))
+            });
         (
             Self { upgraded, reading },
             BodyExt::boxed_unsync(StreamBody::new(body)),
@@ -69,9 +76,12 @@ async fn write(
     mut writing: WriteHalf<Socket>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     while let Some(frame) = body.frame().await {
-        let bytes: Bytes = frame?.into_data().unwrap_or_default();
-        writing.write_all(&bytes).await?;
-        writing.flush().await?;
+        let mut bytes: Bytes = frame?.into_data().unwrap_or_default();
+        while !bytes.is_empty() {
+            let taken = timeout(MAX_STALL, writing.write(&bytes)).await??;
+            bytes.advance(taken);
+        }
+        timeout(MAX_STALL, writing.flush()).await??;
     }
     Ok(writing.shutdown().await?)
 }

@@ -67,7 +67,7 @@ impl VisitorFront {
             Err(error) => return last(ForwardError::from(error).into_response(wants_html)),
         };
         let upgrade = visit.upgrade.is_some().then(|| {
-            let (upgrade, body) = Upgrade::new(upgraded);
+            let (upgrade, body) = Upgrade::new(upgraded, permit.clone());
             visit.body = body;
             upgrade
         });

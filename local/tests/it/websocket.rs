@@ -376,3 +376,38 @@ async fn a_slow_reader_slows_the_sender_down() {
         assert!(sent < MOST, "the sender is never stopped");
     }
 }
+
+#[tokio::test]
+async fn a_request_with_a_body_is_served_as_it_is_whatever_upgrade_it_offers() {
+    let stack = one_process().await;
+    let origin = Origin::echo().await;
+    let agent = Agent::online(settings(&stack, origin.address)).await;
+    for protocol in ["TLS/1.2", "websocket", "own/1"] {
+        let request = http::Request::post(format!("{}/x", agent.url))
+            .header("connection", "Upgrade")
+            .header("upgrade", protocol)
+            .body("hello".into())
+            .expect("a request");
+        let served = visit(request).await;
+        assert_eq!(served.status, StatusCode::OK, "{protocol}");
+        assert_eq!(&origin.last().body[..], b"hello", "{protocol}");
+        assert_eq!(origin.last().header("upgrade"), None, "{protocol}");
+    }
+}
+
+#[tokio::test]
+async fn an_offer_that_cannot_be_taken_is_passed_over_unless_it_is_a_websocket() {
+    let stack = one_process().await;
+    let mut agent = ScriptedAgent::online(&stack, "old-agent", &["body_parts", "window"]).await;
+    let request = http::Request::get(format!("{}/old-agent/", stack.public_url))
+        .header("connection", "Upgrade")
+        .header("upgrade", "TLS/1.2")
+        .body("".into())
+        .expect("a request");
+    let (served, ()) = tokio::join!(visit(request), async {
+        let request = agent.hear_type("http_request").await;
+        assert_eq!(request.get("upgrade"), None);
+        agent.say(&crate::harness::response(&request, "b2s=")).await;
+    });
+    assert_eq!(served.status, StatusCode::OK);
+}

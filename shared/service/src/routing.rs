@@ -127,14 +127,20 @@ impl PublicUrl {
 
     /// Where a tunnel has a web origin of its own: under its subdomain, or on this machine under `localhost`.
     pub fn own_origin(&self, id: &TunnelId, routing: Routing) -> Option<String> {
+        let parent = self.parent_of_subdomains(routing)?;
+        let port = self.authority.port().map(|port| format!(":{port}"));
+        let port = port.unwrap_or_default();
+        Some(format!("{}://{id}.{parent}{port}", self.scheme))
+    }
+
+    /// The host below which each tunnel has a name of its own. Browsers resolve all names below `localhost` to this machine.
+    fn parent_of_subdomains(&self, routing: Routing) -> Option<&str> {
+        let host = self.authority.host();
         match routing {
-            Routing::Subdomain => Some(self.by_subdomain(id)),
-            Routing::Path if self.is_loopback() => {
-                let port = self.authority.port().map(|port| format!(":{port}"));
-                let port = port.unwrap_or_default();
-                Some(format!("{}://{id}.localhost{port}", self.scheme))
-            }
-            Routing::Path => None,
+            Routing::Subdomain => Some(host),
+            Routing::Path if !self.is_loopback() => None,
+            Routing::Path if host_name(host).ends_with(".localhost") => Some(host),
+            Routing::Path => Some("localhost"),
         }
     }
 
@@ -216,12 +222,7 @@ pub enum Route {
 impl Route {
     /// Reads a visitor's address. `host` is the host it was sent to, with or without port; `path` is percent-encoded.
     pub fn of(routing: Routing, base: &PublicUrl, host: &str, path: &str) -> Self {
-        let parent = match routing {
-            Routing::Subdomain => Some(base.authority.host()),
-            // Browsers resolve the names below it to this machine, so that each tunnel has a web origin of its own.
-            Routing::Path if base.is_loopback() => Some("localhost"),
-            Routing::Path => None,
-        };
+        let parent = base.parent_of_subdomains(routing);
         if let Some(label) = parent.and_then(|parent| subdomain(host, parent)) {
             return match label.parse() {
                 Ok(id) => Self::Tunnel {
@@ -491,6 +492,52 @@ mod tests {
                 "{invalid}"
             );
         }
+    }
+
+    #[test]
+    fn on_this_machine_tunnels_have_names_below_localhost() {
+        let id: TunnelId = "my-app".parse().expect("an id");
+        for (url, own_origin, host) in [
+            (
+                "http://127.0.0.1:8080",
+                "http://my-app.localhost:8080",
+                "my-app.localhost:8080",
+            ),
+            (
+                "http://localhost",
+                "http://my-app.localhost",
+                "my-app.localhost",
+            ),
+            (
+                "http://tunnel.localhost:8080",
+                "http://my-app.tunnel.localhost:8080",
+                "my-app.tunnel.localhost:8080",
+            ),
+        ] {
+            let base = base(url);
+            assert_eq!(
+                base.own_origin(&id, Routing::Path).as_deref(),
+                Some(own_origin),
+                "{url}"
+            );
+            let route = |host, path| Route::of(Routing::Path, &base, host, path);
+            assert_eq!(route(host, "/x"), tunnel("my-app", "", "/x"), "{url}");
+            let own = base.authority().to_owned();
+            assert_eq!(
+                route(&own, "/my-app/x"),
+                tunnel("my-app", "/my-app", "/x"),
+                "{url}"
+            );
+            assert_eq!(
+                route(&own, "/_health"),
+                Route::Own("/_health".to_owned()),
+                "{url}"
+            );
+        }
+        assert_eq!(
+            base("https://example.com").own_origin(&id, Routing::Path),
+            None
+        );
     }
 
     #[test]
