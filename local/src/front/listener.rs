@@ -1,15 +1,16 @@
 //! The listening socket: connections are accepted up to a limit, and each is served to its end.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, MissedTickBehavior, interval_at},
 };
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use tunnel_forward::{error::ForwardError, request::wants_html};
 use tunnel_protocol::limits::MAX_HEADER_FIELDS;
@@ -56,20 +57,14 @@ impl ConnectionPermit {
 
 /// Accepts connections until the subsystem is stopped.
 pub(crate) async fn listen(listener: TcpListener, front: Front, visitors: Subsystem) {
-    let open = Arc::new(Semaphore::new(MAX_OPEN_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(MAX_OPEN_CONNECTIONS));
     loop {
-        let Ok(permit) = open.clone().acquire_owned().await else {
+        let next = next_connection(&listener, &places, visitors.stopping()).await;
+        let Some(accepted) = next else {
             return;
         };
-        let accepted = tokio::select! {
-            () = visitors.stopping().cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
         match accepted {
-            Ok((stream, peer)) => {
-                let permit = ConnectionPermit {
-                    _permit: Some(Arc::new(permit)),
-                };
+            Ok((stream, peer, permit)) => {
                 let socket = Arc::new(VisitorSocket::new(stream, peer));
                 visitors.spawn(serve(socket, front.clone(), permit, visitors.clone()));
             }
@@ -80,6 +75,24 @@ pub(crate) async fn listen(listener: TcpListener, front: Front, visitors: Subsys
             }
         }
     }
+}
+
+/// Waits for a place among the open connections and then for a connection to take it; `None` when `stopping` is cancelled.
+async fn next_connection(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+    stopping: &CancellationToken,
+) -> Option<io::Result<(TcpStream, SocketAddr, ConnectionPermit)>> {
+    let accept = async {
+        let place = places.clone().acquire_owned().await;
+        let place = place.expect("the semaphore is never closed");
+        let (stream, peer) = listener.accept().await?;
+        let permit = ConnectionPermit {
+            _permit: Some(Arc::new(place)),
+        };
+        Ok((stream, peer, permit))
+    };
+    stopping.run_until_cancelled(accept).await
 }
 
 /// Serves a connection until it ends, becomes an agent's, or its visitor has gone.
@@ -157,5 +170,26 @@ impl Front {
             Ok(()) => self.visitors.serve(request, &socket, permit).await,
         };
         response.map(|body| VisitorBody::new(body, socket))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn while_all_places_are_taken_no_connection_is_accepted_and_stopping_is_seen() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let _waits = TcpStream::connect(address).await.expect("a connection");
+        let places = Arc::new(Semaphore::new(0));
+        let stopping = CancellationToken::new();
+        let mut next = Box::pin(next_connection(&listener, &places, &stopping));
+        assert!(next.as_mut().now_or_never().is_none(), "accepted");
+        stopping.cancel();
+        let next = tokio::time::timeout(Duration::from_secs(20), next).await;
+        assert!(next.expect("in time").is_none());
     }
 }
