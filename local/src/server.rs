@@ -166,7 +166,7 @@ impl Server {
             engine.serve(management, api.merge(agents::router(&front.agents)));
         }
         let Subsystems { visitors, agents } = subsystems;
-        agents.spawn(front.agents.clone().recheck(agents.stopping().clone()));
+        agents.spawn(front.agents.clone().recheck());
         let first_token = first_token(options.auth, &engine.tables.tokens).await?;
         visitors.spawn(listener::listen(listener, front, visitors.clone()));
         Ok(Self {
@@ -224,7 +224,6 @@ impl Server {
         if timeout_at(drained_by, self.forward.finish()).await.is_err() {
             warn!("requests were still in flight");
         }
-        self.connections.close_all();
         self.agents.stop("agents", now + CLOSE_AGENTS_TIMEOUT).await;
         self.engine.stop("engine", now + STOP_TIMEOUT).await;
     }
@@ -353,6 +352,7 @@ fn front(
             quotas: options.quotas,
             limit: AgentLimit::default(),
             tasks: subsystems.agents.tracker().clone(),
+            stopping: subsystems.agents.stopping().clone(),
         }),
     }
 }
@@ -369,4 +369,31 @@ async fn first_token(auth: AuthMode, tokens: &TokensTable) -> Result<Option<Stri
         return Ok(None);
     }
     tokens.create("first", None, now()).await.map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt;
+    use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_agent_whose_connection_opens_while_the_server_stops_is_closed_as_going_away() {
+        let options = Options {
+            listen: LOOPBACK,
+            ..Options::default()
+        };
+        let server = Server::start(options).await.expect("a server");
+        server.agents.stopping().cancel();
+        let connecting = tokio_tungstenite::connect_async(&server.endpoint);
+        let (mut agent, _) = connecting.await.expect("a connection");
+        let close = tokio::time::timeout(Duration::from_secs(20), agent.next()).await;
+        let close = close.expect("in time").expect("open").expect("no error");
+        let Message::Close(Some(frame)) = close else {
+            panic!("{close:?}")
+        };
+        assert_eq!(frame.code, CloseCode::Away);
+        server.stop().await;
+    }
 }

@@ -161,13 +161,6 @@ impl ConnectionRegistry {
         self.lock().keys().cloned().collect()
     }
 
-    /// Closes all connections with 1001, "going away".
-    pub fn close_all(&self) {
-        for connection in self.lock().values() {
-            connection.close(1001, "going away");
-        }
-    }
-
     fn get(&self, id: &ConnectionId) -> Result<Arc<dyn Connection>, PostError> {
         self.lock().get(id).cloned().ok_or(PostError::Gone)
     }

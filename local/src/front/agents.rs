@@ -96,6 +96,8 @@ pub(crate) struct AgentFront {
     pub(crate) limit: AgentLimit,
     /// Holds a task for each connection and each message being handled.
     pub(crate) tasks: TaskTracker,
+    /// Cancelled when connections are to end, also those that open later.
+    pub(crate) stopping: CancellationToken,
 }
 
 impl AgentFront {
@@ -246,7 +248,7 @@ impl AgentFront {
         let handled_at_once = Arc::new(Semaphore::new(self.quotas.handled_at_once));
         loop {
             let message = tokio::select! {
-                () = connection.closing().cancelled() => return CLOSED_BY_SERVICE,
+                end = self.closing(connection) => return end,
                 message = stream.next() => message,
                 () = sleep_until(liveness.deadline(connection)) => match liveness.end(connection) {
                     Some(end) => return end,
@@ -259,7 +261,7 @@ impl AgentFront {
                     connection.use_now();
                     let permit = tokio::select! {
                         permit = handled_at_once.clone().acquire_owned() => permit,
-                        () = connection.closing().cancelled() => return CLOSED_BY_SERVICE,
+                        end = self.closing(connection) => return end,
                     };
                     let handled = self
                         .clone()
@@ -283,14 +285,22 @@ impl AgentFront {
         }
     }
 
-    /// Checks the open connections again and again until `stop` is cancelled, so that one whose token was revoked ends though it
+    /// Waits until the service closes the connection, and returns why.
+    async fn closing(&self, connection: &SocketConnection) -> ConnectionEnd {
+        tokio::select! {
+            () = connection.closing().cancelled() => CLOSED_BY_SERVICE,
+            () = self.stopping.cancelled() => GOING_AWAY,
+        }
+    }
+
+    /// Checks the open connections again and again until they are to end, so that one whose token was revoked ends though it
     /// sends nothing and has no visitors.
-    pub(crate) async fn recheck(self: Arc<Self>, stop: CancellationToken) {
+    pub(crate) async fn recheck(self: Arc<Self>) {
         let mut due = interval(self.quotas.recheck.max(MIN_RECHECK_INTERVAL));
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                () = stop.cancelled() => return,
+                () = self.stopping.cancelled() => return,
                 _ = due.tick() => {}
             }
             for connection in self.connections.ids() {
@@ -343,6 +353,11 @@ struct ConnectionEnd {
 const CLOSED_BY_SERVICE: ConnectionEnd = ConnectionEnd {
     code: 1000,
     reason: "closed by the service",
+};
+
+const GOING_AWAY: ConnectionEnd = ConnectionEnd {
+    code: 1001,
+    reason: "going away",
 };
 
 impl ConnectionEnd {
