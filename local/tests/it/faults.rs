@@ -24,7 +24,9 @@ use tunnel_protocol::limits::LAMBDA_TIMEOUT;
 use tunnel_service::{
     aws::sdk,
     aws::sdk::SdkConfig,
+    now,
     settings::{SettingsError, Variables},
+    tables::{connections::ConnectionsTable, tunnels::TunnelsTable},
 };
 
 use crate::harness::within;
@@ -290,6 +292,36 @@ async fn failures_of_aws_are_retried_and_then_reported() {
     let aws = Aws::failing(NONE, Fault(ALWAYS, 500, "InternalServerError")).await;
     assert_eq!(aws.visit().await, (500, Some("internal_error".to_owned())));
     assert_eq!(aws.count(POST), 3);
+}
+
+#[tokio::test]
+async fn every_kind_of_write_is_tried_again_after_a_conflict_with_a_transaction() {
+    let conflict = Fault(2, 400, "TransactionConflictException");
+    let (connection, tunnel) = (
+        "agent=".parse().expect("an id"),
+        "my-app".parse().expect("an id"),
+    );
+    let aws = Aws::failing(conflict, NONE).await;
+    let connections = ConnectionsTable::new(&aws.sdk, dynamodb::CONNECTIONS.to_owned());
+    within("an answer", connections.remove(&connection))
+        .await
+        .expect("deleted");
+    assert_eq!(aws.count("DeleteItem ConnectionsTable"), 3);
+    let aws = Aws::failing(conflict, NONE).await;
+    let connections = ConnectionsTable::new(&aws.sdk, dynamodb::CONNECTIONS.to_owned());
+    within("an answer", connections.issue_ticket(now()))
+        .await
+        .expect("put");
+    assert_eq!(aws.count("PutItem ConnectionsTable"), 3);
+    let aws = Aws::failing(conflict, NONE).await;
+    let tunnels = TunnelsTable::new(&aws.sdk, dynamodb::TUNNELS.to_owned());
+    within(
+        "an answer",
+        tunnels.mark_offline(&tunnel, &connection, now()),
+    )
+    .await
+    .expect("updated");
+    assert_eq!(aws.count("UpdateItem TunnelsTable"), 3);
 }
 
 #[tokio::test]

@@ -10,6 +10,8 @@ use aws_sdk_dynamodb::{
     },
     error::{ProvideErrorMetadata, SdkError},
     operation::{
+        delete_item::DeleteItemError,
+        put_item::PutItemError,
         transact_write_items::TransactWriteItemsError,
         update_item::{UpdateItemError, UpdateItemOutput},
     },
@@ -114,7 +116,12 @@ impl ClassifyRetry for TransactionConflict {
                 cancellation_codes(error).any(|code| code == "TransactionConflict")
             } else {
                 let update = error.downcast_ref::<UpdateItemError>();
-                update.and_then(ProvideErrorMetadata::code) == Some("TransactionConflictException")
+                let put = error.downcast_ref::<PutItemError>();
+                let delete = error.downcast_ref::<DeleteItemError>();
+                let code = (update.and_then(ProvideErrorMetadata::code))
+                    .or_else(|| put.and_then(ProvideErrorMetadata::code))
+                    .or_else(|| delete.and_then(ProvideErrorMetadata::code));
+                code == Some("TransactionConflictException")
             }
         });
         if is_conflict {
