@@ -92,7 +92,7 @@ impl DefaultRoute {
         let routing = variables.or("ROUTING", Routing::Path);
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
-            let packs = use_compression(in_process, &public_url);
+            let use_compression = use_compression(in_process, &public_url);
             let agents = agents?;
             Some(Self {
                 revalidator: Revalidator::new(auth?, TokensTable::new(sdk, tokens?)),
@@ -104,7 +104,7 @@ impl DefaultRoute {
                 relay: Relay::new(reply_path?, agents),
                 features: FEATURES
                     .into_iter()
-                    .filter(|feature| packs || *feature != Feature::Zstd)
+                    .filter(|feature| use_compression || *feature != Feature::Zstd)
                     .collect(),
                 public_url,
                 routing: routing?,

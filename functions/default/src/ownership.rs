@@ -109,13 +109,19 @@ impl Ownership {
     ) -> Result<Standing, DefaultRouteError> {
         let mut before = None;
         for _ in 0..ATTEMPTS {
+            let before_last_attempt = before.take();
             let Some(tunnel) = self.tunnel_of(&candidate.agent).await? else {
                 return Ok(Standing::Released);
             };
             let online = candidate.online();
             let from = match &tunnel.online {
-                // An earlier attempt may have succeeded although its answer was lost; then `before` still has to be notified.
-                Some(serving) if *serving == online => return Ok(Standing::Serves { before }),
+                // The last attempt may have succeeded although its answer was lost; then the connection that served before it
+                // still has to be notified.
+                Some(serving) if *serving == online => {
+                    return Ok(Standing::Serves {
+                        before: before_last_attempt,
+                    });
+                }
                 Some(serving) if serving.connection_id == candidate.id => Some(serving),
                 Some(serving) => {
                     if candidate.is_outranked_by(serving)

@@ -84,8 +84,8 @@ impl<B: Body<Data = Bytes> + Unpin> Chunker<B> {
         Ok(Some(body::join(runs)))
     }
 
-    /// What comes before `until`, or is there already if that is `None`, if it fits into `room` bytes, compressed or not; as much of it as fits otherwise. Bytes that
-    /// came before the body broke off are given out first.
+    /// What comes before `until`, or is there already if that is `None`, if it fits into `room` bytes, compressed or not; as much
+    /// of it as fits otherwise. Bytes that came before the body broke off are given out first.
     pub(super) async fn chunk(
         &mut self,
         room: usize,
