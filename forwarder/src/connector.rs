@@ -226,7 +226,11 @@ pub(crate) struct Record(Arc<Mutex<Recording>>);
 #[derive(Debug, Default)]
 struct Recording {
     has_served: bool,
-    /// The beginning of what was read since the last write.
+    /// A response was taken, and nothing has been written since.
+    is_answered: bool,
+    /// The beginning of what was read since the first write after the last response. Later writes do not clear it: a response may
+    /// begin while the body of its request is still being written. Where the last response came before its request was written,
+    /// what was read since counts, too, so that the next request is not repeated though it could be.
     head: Vec<u8>,
     is_complete: bool,
 }
@@ -234,7 +238,9 @@ struct Recording {
 impl Record {
     /// Notes that a request has had its response on this connection.
     pub(crate) fn mark_served(&self) {
-        self.lock().has_served = true;
+        let mut recording = self.lock();
+        recording.has_served = true;
+        recording.is_answered = true;
     }
 
     /// Whether an earlier request has had its response on this connection.
@@ -254,8 +260,10 @@ impl Record {
 
 impl Recording {
     fn write(&mut self) {
-        self.head.clear();
-        self.is_complete = false;
+        if std::mem::take(&mut self.is_answered) {
+            self.head.clear();
+            self.is_complete = false;
+        }
     }
 
     fn read(&mut self, bytes: &[u8]) {

@@ -103,6 +103,26 @@ async fn a_request_is_not_made_again_where_it_may_have_been_carried_out() {
 }
 
 #[tokio::test]
+async fn a_response_that_begins_while_the_body_is_written_has_begun() {
+    // More than sockets hold, so that the body is still being written when the response begins.
+    const BODY_BYTES: usize = 32_000_000;
+    let service = Service::running(|mut stream| async move {
+        read_head(&mut stream).await;
+        let _ = stream.write_all(OK).await;
+        read_head(&mut stream).await;
+        let _ = stream.write_all(b"HTTP/1.1 200 O").await;
+        let mut body = stream.take(BODY_BYTES as u64);
+        let _ = tokio::io::copy(&mut body, &mut tokio::io::sink()).await;
+    })
+    .await;
+    let origin = Origin::new(&service.settings());
+    assert_eq!(status(&origin, "GET", "").await, Ok(200));
+    let outcome = status(&origin, "PUT", &"x".repeat(BODY_BYTES)).await;
+    assert!(outcome.is_err(), "{outcome:?}");
+    assert_eq!(service.connections(), 1);
+}
+
+#[tokio::test]
 async fn a_request_is_made_once_more_and_not_for_ever() {
     let never_twice = Service::running(|mut stream: TcpStream| async move {
         if !read_head(&mut stream).await.contains("DELETE") {
