@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tunnel_protocol::id::{ConnectionId, RequestId};
@@ -22,11 +22,15 @@ struct Seen {
 }
 
 impl SeenRequests {
+    /// The connection that a request was carried out for, if it was.
+    pub fn connection(&self, id: &RequestId) -> Option<ConnectionId> {
+        self.lock().connections.get(id).cloned()
+    }
+
     /// Remembers that a request is being carried out for `connection`. Returns the connection that it came over before, if it
     /// did.
     pub fn insert(&self, id: &RequestId, connection: &ConnectionId) -> Option<ConnectionId> {
-        // Held for these few lines only.
-        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = self.lock();
         if let Some(before) = seen.connections.get(id) {
             return Some(before.clone());
         }
@@ -39,6 +43,11 @@ impl SeenRequests {
         seen.in_order.push_back(id.clone());
         None
     }
+
+    /// Held for a few lines only.
+    fn lock(&self) -> MutexGuard<'_, Seen> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]
@@ -50,7 +59,9 @@ mod tests {
         let seen = SeenRequests::default();
         let connection = |text: &str| text.parse::<ConnectionId>().expect("an id");
         let request = |number: usize| format!("r{number}").parse::<RequestId>().expect("an id");
+        assert_eq!(seen.connection(&request(0)), None);
         assert_eq!(seen.insert(&request(0), &connection("a")), None);
+        assert_eq!(seen.connection(&request(0)), Some(connection("a")));
         assert_eq!(
             seen.clone().insert(&request(0), &connection("b")),
             Some(connection("a"))

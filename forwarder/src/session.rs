@@ -141,14 +141,6 @@ enum Phase {
     },
 }
 
-/// Who has the tunnel, where the service says that another connection does.
-#[derive(Debug)]
-struct Doubt {
-    reason: String,
-    /// How many `pong` must come before one of them answers the `ping` that asked.
-    pongs: u32,
-}
-
 /// A connection that serves a tunnel.
 pub struct Session {
     tunnel: TunnelContext,
@@ -163,17 +155,17 @@ pub struct Session {
     liveness: Liveness,
     tick: Interval,
     phase: Phase,
-    /// Another connection of this agent has taken over.
-    has_moved: bool,
     /// When a request was last in flight.
     busy: Option<Instant>,
     end_of_life: Option<Instant>,
     /// The service answers a `ping` of a connection that it has replaced with `replaced`.
     confirms_replaced: bool,
-    doubt: Option<Doubt>,
-    unanswered_pings: u32,
+    /// The service has said `replaced`, and was asked to confirm it.
+    awaits_confirmation: bool,
     /// Cancelled when another agent has taken the tunnel over for good.
     replaced: CancellationToken,
+    /// Cancelled when another connection of this agent has taken over.
+    moved: CancellationToken,
 }
 
 impl Session {
@@ -204,15 +196,14 @@ impl Session {
             liveness: Liveness::new(),
             tick,
             phase: Phase::Serving,
-            has_moved: false,
             busy: None,
             end_of_life: established
                 .life_ms
                 .and_then(|life| opened.at.checked_add(Duration::from_millis(life))),
             confirms_replaced: established.features.contains(&Feature::ConfirmReplaced),
-            doubt: None,
-            unanswered_pings: 0,
+            awaits_confirmation: false,
             replaced: CancellationToken::new(),
+            moved: CancellationToken::new(),
         }
     }
 
@@ -221,13 +212,19 @@ impl Session {
         self.replaced.clone()
     }
 
-    /// Serves until the connection ends, or `stop` or `moved` are cancelled and all that was promised has been delivered.
-    pub async fn serve(mut self, stop: CancellationToken, moved: CancellationToken) -> SessionEnd {
+    /// To be cancelled when another connection of this agent has taken over.
+    pub fn moved(&self) -> CancellationToken {
+        self.moved.clone()
+    }
+
+    /// Serves until the connection ends, or `stop` or [`Session::moved`] are cancelled and all that was promised has been
+    /// delivered.
+    pub async fn serve(mut self, stop: CancellationToken) -> SessionEnd {
         for text in std::mem::take(&mut self.early) {
             self.receive(&text);
         }
         let end = loop {
-            if let Some(end) = self.step(&stop, &moved).await {
+            if let Some(end) = self.step(&stop).await {
                 break end;
             }
         };
@@ -240,11 +237,7 @@ impl Session {
     }
 
     /// Waits for what happens next. Returns the end if that is it.
-    async fn step(
-        &mut self,
-        stop: &CancellationToken,
-        moved: &CancellationToken,
-    ) -> Option<SessionEnd> {
+    async fn step(&mut self, stop: &CancellationToken) -> Option<SessionEnd> {
         let is_serving = matches!(self.phase, Phase::Serving);
         let due = self.due();
         tokio::select! {
@@ -265,8 +258,7 @@ impl Session {
                 self.leave(Departure::Stopped);
                 self.observe(Event::Draining { in_flight: self.requests.len() });
             }
-            () = moved.cancelled(), if is_serving => {
-                self.has_moved = true;
+            () = self.moved.cancelled(), if is_serving => {
                 self.phase = Phase::HandingOver { until: Instant::now() + HANDOVER_TIME };
             }
             () = sleep_until_some(due) => match self.phase {
@@ -303,7 +295,17 @@ impl Session {
         // A connection that this agent's own next one took over from has as long as it lives.
         let deadline = match departure {
             Departure::Moved => self.end_of_life,
-            Departure::Stopped | Departure::Replaced(_) => Some(Instant::now() + DRAIN_TIMEOUT),
+            Departure::Stopped | Departure::Replaced(_) => {
+                let latest = Instant::now() + DRAIN_TIMEOUT;
+                match self.phase {
+                    // One that is leaving already gets no more time for a second reason.
+                    Phase::Leaving {
+                        deadline: Some(deadline),
+                        ..
+                    } => Some(deadline.min(latest)),
+                    _ => Some(latest),
+                }
+            }
         };
         self.phase = Phase::Leaving {
             departure,
@@ -376,11 +378,15 @@ impl Session {
         silence
     }
 
-    fn ping(&mut self) {
+    /// Returns whether there was room for a `ping`.
+    fn ping(&mut self) -> bool {
         let ping = message::encode(&FromAgent::Ping);
-        if let Ok(receipt) = self.context.outgoing.try_control(ping) {
-            self.liveness.ping_message_queued(receipt);
-            self.unanswered_pings += 1;
+        match self.context.outgoing.try_control(ping) {
+            Ok(receipt) => {
+                self.liveness.ping_message_queued(receipt);
+                true
+            }
+            Err(_) => false,
         }
     }
 
@@ -442,55 +448,72 @@ impl Session {
     /// The service says that another connection has taken the tunnel over. Messages overtake each other, so a service that can is
     /// asked again: it answers `replaced` once more if that is so, and `pong` if this connection serves after all.
     fn on_replaced(&mut self, reason: String) {
-        if self.confirms_replaced && self.doubt.is_none() {
-            self.ping();
-            self.doubt = Some(Doubt {
-                reason,
-                pongs: self.unanswered_pings,
-            });
+        if self.confirms_replaced && !self.awaits_confirmation {
+            // Where there is no room to ask, the answer to the next `ping` says it again.
+            self.awaits_confirmation = self.ping();
             return;
         }
         self.replaced.cancel();
-        self.leave(Departure::Replaced(reason));
+        // A stopping agent ends as the user asked, and as soon.
+        if !self.is_stopping() {
+            self.leave(Departure::Replaced(reason));
+        }
     }
 
+    /// Any `pong` ends the wait, also one that answers an earlier `ping`: if the connection is replaced all the same, the answer to
+    /// the later one makes the agent ask once more. Were answers counted, after a lost one a late `replaced` would be believed.
     fn on_pong(&mut self) {
-        self.unanswered_pings = self.unanswered_pings.saturating_sub(1);
-        if let Some(doubt) = &mut self.doubt {
-            doubt.pongs = doubt.pongs.saturating_sub(1);
-            if doubt.pongs == 0 {
-                debug!(doubt.reason, "this connection serves the tunnel after all");
-                self.doubt = None;
-            }
+        if std::mem::take(&mut self.awaits_confirmation) {
+            debug!("this connection serves the tunnel after all");
         }
     }
 
     fn start(&mut self, request: HttpRequest) {
-        let id = request.request_id.clone();
-        if self.requests.contains_key(&id) {
+        let id = &request.request_id;
+        // Before anything is refused: the service sends a refused request elsewhere, where it would be carried out a second time.
+        if self.requests.contains_key(id) {
             debug!(request = %id, "request received twice");
             return;
+        }
+        if let Some(before) = self.tunnel.seen.connection(id) {
+            return self.repeated(request, &before);
         }
         let permit = match self.permit() {
             Ok(permit) => permit,
             Err((code, message)) => {
                 self.observe(RequestLine::of(&request).failed(message));
-                return self.refuse(id, request.reply_to, code, message);
+                return self.refuse(request.request_id, request.reply_to, code, message);
             }
         };
-        match self.tunnel.seen.insert(&id, &self.connection) {
+        match self
+            .tunnel
+            .seen
+            .insert(&request.request_id, &self.connection)
+        {
             None => self.carry_out(request, permit),
-            Some(before) if before == self.connection => {
-                debug!(request = %id, "request received twice");
-            }
-            // Its answer went to a connection that the service no longer listens to.
-            Some(_) => self.refuse(
-                id,
-                request.reply_to,
-                AgentErrorCode::InternalError,
-                "the request was carried out over another connection",
-            ),
+            // It came over another connection in the meantime.
+            Some(before) => self.repeated(request, &before),
         }
+    }
+
+    /// A request that was carried out for the connection `before`.
+    fn repeated(&mut self, request: HttpRequest, before: &ConnectionId) {
+        if *before == self.connection {
+            debug!(request = %request.request_id, "request received twice");
+            return;
+        }
+        // Its answer went to a connection that the service no longer listens to.
+        self.refuse(
+            request.request_id,
+            request.reply_to,
+            AgentErrorCode::InternalError,
+            "the request was carried out over another connection",
+        );
+    }
+
+    /// Whether another connection has taken over, of this agent or of another.
+    fn has_successor(&self) -> bool {
+        self.moved.is_cancelled() || self.replaced.is_cancelled()
     }
 
     /// Room for one more request, or why none is taken.
@@ -508,8 +531,8 @@ impl Session {
             Phase::Leaving {
                 departure: Departure::Stopped,
                 ..
-            } if !self.has_moved => Err((AgentErrorCode::Busy, "the agent is stopping")),
-            // Where a stopping agent had moved already, another agent may serve: the service looks again.
+            } if !self.has_successor() => Err((AgentErrorCode::Busy, "the agent is stopping")),
+            // Also where the agent is stopping: another one may serve, so the service looks again.
             Phase::Leaving { .. } => Err((
                 AgentErrorCode::Replaced,
                 "another connection serves the tunnel",

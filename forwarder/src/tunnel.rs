@@ -246,9 +246,9 @@ impl Tunnel {
         let move_at = established.life_ms.map(|life| at + move_after(life));
         let span = info_span!("connection", id = %connection);
         let session = span.in_scope(|| Session::new(self.context.clone(), opened));
-        let moved = CancellationToken::new();
+        let moved = session.moved();
         let replaced = session.replaced();
-        let serving = session.serve(self.stop.clone(), moved.clone());
+        let serving = session.serve(self.stop.clone());
         let current = Current {
             task: self.sessions.spawn(serving.instrument(span)).id(),
             connection,

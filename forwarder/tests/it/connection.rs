@@ -12,6 +12,7 @@ use std::{
 use forwarder::{
     Observer,
     event::Event,
+    session::SOLE_PING_MESSAGE_INTERVAL,
     settings::{HostHeader, MAX_CONCURRENT, Settings, TargetTls},
     tunnel::TunnelError,
     visitor_rules::Policy,
@@ -127,6 +128,14 @@ impl Connection {
         .await;
     }
 
+    /// Waits until the agent has read all that came before.
+    async fn until_read(&mut self) {
+        let unreadable = r#"{"type":"http_request","request_id":"unreadable"}"#;
+        let sent = self.socket.send(Message::text(unreadable)).await;
+        sent.expect("sent");
+        assert_eq!(self.refusal().await, AgentErrorCode::InvalidRequest);
+    }
+
     /// The agent's next message; `None` once it has said goodbye and was answered.
     async fn next(&mut self) -> Option<FromAgent> {
         loop {
@@ -154,8 +163,16 @@ impl Connection {
     }
 
     async fn refusal(&mut self) -> AgentErrorCode {
+        self.refused().await.1
+    }
+
+    /// Which request is refused, and how.
+    async fn refused(&mut self) -> (String, AgentErrorCode) {
         match self.hear().await {
-            FromAgent::Error(error) => error.code,
+            FromAgent::Error(error) => {
+                let id = error.request_id.expect("of a request");
+                (id.as_str().to_owned(), error.code)
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -165,6 +182,7 @@ impl Connection {
 struct Origin {
     address: SocketAddr,
     answered: Arc<AtomicUsize>,
+    may_answer: Arc<Semaphore>,
     _tasks: JoinSet<()>,
 }
 
@@ -173,7 +191,7 @@ impl Origin {
         Self::that_answers(Semaphore::MAX_PERMITS, bytes).await
     }
 
-    /// One that answers so many requests, and the others never.
+    /// One that answers so many requests, and the others when `may_answer` has permits for them.
     async fn that_answers(requests: usize, bytes: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("bound");
@@ -181,15 +199,17 @@ impl Origin {
         let may_answer = Arc::new(Semaphore::new(requests));
         let mut tasks = JoinSet::new();
         let count = answered.clone();
+        let permits = may_answer.clone();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                connections.spawn(answer(stream, bytes, count.clone(), may_answer.clone()));
+                connections.spawn(answer(stream, bytes, count.clone(), permits.clone()));
             }
         });
         Self {
             address,
             answered,
+            may_answer,
             _tasks: tasks,
         }
     }
@@ -253,9 +273,14 @@ impl Agent {
             .expect("no panic")
     }
 
+    /// Waits for an event of a kind.
+    async fn until(&mut self, is_it: impl Fn(&Event) -> bool) {
+        let it = async { while !is_it(&self.events.recv().await.expect("running")) {} };
+        timeout(PATIENCE, it).await.expect("in time");
+    }
+
     fn has_finished_a_request(&mut self) -> bool {
-        std::iter::from_fn(|| self.events.try_recv().ok())
-            .any(|event| matches!(event, Event::Request { .. }))
+        std::iter::from_fn(|| self.events.try_recv().ok()).any(|event| is_request(&event))
     }
 }
 
@@ -274,6 +299,18 @@ fn settings(service: &Service, origin: &Origin) -> Settings {
         compression: false,
         access: Policy::default(),
     }
+}
+
+fn is_request(event: &Event) -> bool {
+    matches!(event, Event::Request { .. })
+}
+
+fn is_draining(event: &Event) -> bool {
+    matches!(event, Event::Draining { .. })
+}
+
+fn is_online(event: &Event) -> bool {
+    matches!(event, Event::Online { .. })
 }
 
 fn replaced() -> ToAgent {
@@ -335,6 +372,38 @@ async fn a_takeover_is_believed_when_the_service_confirms_it() {
 }
 
 #[tokio::test]
+async fn a_ping_answered_late_or_with_a_takeover_leaves_no_doubt_behind() {
+    for answer in [ToAgent::Pong, replaced()] {
+        let mut service = Service::start();
+        let origin = Origin::start(2).await;
+        let mut agent = Agent::start(&service, &origin);
+        let mut connection = service.accept().await;
+        connection
+            .establish(&[Feature::Notices, Feature::ConfirmReplaced], None)
+            .await;
+        agent.until(is_online).await;
+        tokio::time::pause();
+        tokio::time::advance(SOLE_PING_MESSAGE_INTERVAL).await;
+        tokio::time::resume();
+        assert_eq!(connection.hear().await, FromAgent::Ping);
+        connection.say(&replaced()).await;
+        assert_eq!(connection.hear().await, FromAgent::Ping);
+        connection.say(&ToAgent::Pong).await;
+        // Not believed at once, whichever of the two `ping` has its answer.
+        connection.say(&replaced()).await;
+        assert_eq!(connection.hear().await, FromAgent::Ping);
+        connection.say(&answer).await;
+        if answer == ToAgent::Pong {
+            connection.request("still-served").await;
+            assert_eq!(connection.response().await.as_str(), "still-served");
+        } else {
+            assert_eq!(connection.next().await, None);
+            assert_eq!(agent.end().await, taken_over());
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_request_repeated_over_another_connection_is_not_carried_out_again() {
     let mut service = Service::start();
     let origin = Origin::start(2).await;
@@ -349,6 +418,86 @@ async fn a_request_repeated_over_another_connection_is_not_carried_out_again() {
     second.request("once").await;
     assert_eq!(second.refusal().await, AgentErrorCode::InternalError);
     assert_eq!(origin.answered(), 1);
+}
+
+#[tokio::test]
+async fn a_repeated_request_is_not_refused_as_one_that_may_be_sent_elsewhere() {
+    let mut service = Service::start();
+    let origin = Origin::that_answers(1, 2).await;
+    let mut agent = Agent::with(Settings {
+        max_concurrent: 1,
+        ..settings(&service, &origin)
+    });
+    let mut old = service.accept().await;
+    old.establish(&[], Some(Duration::from_secs(2))).await;
+    old.request("once").await;
+    assert_eq!(old.response().await.as_str(), "once");
+    agent.until(is_request).await;
+    old.request("pending").await;
+    // The agent is full.
+    old.request("once").await;
+    old.request("other").await;
+    let busy = AgentErrorCode::Busy;
+    assert_eq!(old.refused().await, ("other".to_owned(), busy));
+    let mut new = service.accept().await;
+    new.establish(&[], None).await;
+    new.request("once").await;
+    let carried_out = AgentErrorCode::InternalError;
+    assert_eq!(new.refused().await, ("once".to_owned(), carried_out));
+    // The agent is stopping.
+    agent.stop.cancel();
+    agent.until(is_draining).await;
+    agent.until(is_draining).await;
+    old.request("once").await;
+    old.request("another").await;
+    assert_eq!(old.refused().await.0, "another");
+    assert_eq!(origin.answered(), 1);
+}
+
+#[tokio::test]
+async fn a_stopping_agent_says_whether_a_request_may_be_sent_elsewhere() {
+    let mut service = Service::start();
+    let origin = Origin::that_answers(0, 2).await;
+    let mut agent = Agent::start(&service, &origin);
+    let mut old = service.accept().await;
+    old.establish(&[], Some(Duration::from_secs(2))).await;
+    old.request("pending").await;
+    old.until_read().await;
+    let mut new = service.accept().await;
+    new.establish(&[], None).await;
+    agent.until(is_online).await;
+    agent.until(is_online).await;
+    new.request("pending-too").await;
+    new.until_read().await;
+    agent.stop.cancel();
+    agent.until(is_draining).await;
+    agent.until(is_draining).await;
+    new.request("nowhere").await;
+    assert_eq!(new.refusal().await, AgentErrorCode::Busy);
+    old.request("elsewhere").await;
+    assert_eq!(old.refusal().await, AgentErrorCode::Replaced);
+}
+
+#[tokio::test]
+async fn a_takeover_does_not_restart_the_end_of_a_stopping_agent() {
+    let mut service = Service::start();
+    let origin = Origin::that_answers(0, 2).await;
+    let mut agent = Agent::start(&service, &origin);
+    let mut connection = service.accept().await;
+    connection.establish(&[Feature::Notices], None).await;
+    connection.request("pending").await;
+    connection.until_read().await;
+    agent.stop.cancel();
+    agent.until(is_draining).await;
+    connection.say(&replaced()).await;
+    connection.request("elsewhere").await;
+    assert_eq!(connection.refusal().await, AgentErrorCode::Replaced);
+    origin.may_answer.add_permits(1);
+    assert_eq!(connection.response().await.as_str(), "pending");
+    assert_eq!(connection.next().await, None);
+    assert_eq!(agent.end().await, Ok(()));
+    let more = std::iter::from_fn(|| agent.events.try_recv().ok());
+    assert_eq!(more.filter(is_draining).count(), 0);
 }
 
 #[tokio::test]
