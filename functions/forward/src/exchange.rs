@@ -269,7 +269,7 @@ impl Exchange {
             sent_bytes.clone(),
         );
         let (fail, failed) = oneshot::channel();
-        let task = self.state.tasks.spawn(
+        let task = self.state.uploads.spawn(
             async move {
                 if let Err(error) = send.await {
                     // The exchange may have ended meanwhile; then the error interests no one.
@@ -341,8 +341,8 @@ impl Exchange {
         let Some(upload) = self.upload.take() else {
             return;
         };
-        let tasks = self.state.tasks.clone();
-        tasks.spawn(self.finish_upload(upload).instrument(Span::current()));
+        let uploads = self.state.uploads.clone();
+        uploads.spawn(self.finish_upload(upload).instrument(Span::current()));
     }
 
     async fn finish_upload(mut self, mut upload: Upload) {

@@ -55,6 +55,9 @@ use crate::{
 /// Where an owner asks how a tunnel is: its id follows.
 const STATUS: &str = "/_status/";
 
+/// How long a Lambda function keeps its visitor waiting for the end of a complete answer, because an upload goes on.
+const MAX_UPLOAD_LINGER: Duration = Duration::from_secs(1);
+
 /// The function: its settings and clients, made once per execution environment. Clones share everything.
 #[derive(Clone, Debug)]
 pub struct Forward(Arc<State>);
@@ -74,8 +77,10 @@ pub(crate) struct State {
     streaming_url: Option<PublicUrl>,
     /// The Lambda function's name; `None` outside Lambda.
     lambda: Option<String>,
-    /// What outlives the request that started it: uploads while the reply streams, and cancellations.
+    /// Messages on their way to agents, such as cancellations. They may outlive their request.
     pub(crate) tasks: TaskTracker,
+    /// Uploads. They may outlive the reply to their request.
+    pub(crate) uploads: TaskTracker,
     /// Cancelled when a streamed answer has broken off.
     broken_off: CancellationToken,
 }
@@ -134,6 +139,7 @@ impl Forward {
                 streaming_url: streaming_url?,
                 lambda,
                 tasks: TaskTracker::new(),
+                uploads: TaskTracker::new(),
                 broken_off: CancellationToken::new(),
             })))
         })
@@ -318,16 +324,26 @@ impl Forward {
         serve.instrument(span).await
     }
 
-    /// Waits for what requests have left behind, such as cancellations on their way to agents.
+    /// Waits for what requests have left behind: uploads, and messages on their way to agents, such as cancellations.
     pub async fn finish(&self) {
-        self.0.tasks.close();
-        self.0.tasks.wait().await;
+        finish(&self.0.uploads).await;
+        // Last, because an upload may leave messages behind.
+        finish(&self.0.tasks).await;
     }
 
+    /// [`Forward::finish`] for a Lambda function, whose visitor waits for it.
     async fn finish_by(&self, deadline: Instant) {
         // What is not done by then is done at the next event, or not at all: agents have limits of their own.
-        let _ = timeout_at(deadline, self.finish()).await;
+        let uploads_deadline = deadline.min(Instant::now() + MAX_UPLOAD_LINGER);
+        let _ = timeout_at(uploads_deadline, finish(&self.0.uploads)).await;
+        let _ = timeout_at(deadline, finish(&self.0.tasks)).await;
     }
+}
+
+/// Waits until all tasks have ended, those that are added meanwhile too.
+async fn finish(tasks: &TaskTracker) {
+    tasks.close();
+    tasks.wait().await;
 }
 
 /// Where the requests of this process wait for replies.
@@ -416,11 +432,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_streamed_answer_ends_once_its_last_messages_are_out_but_in_time() {
-        for (posting_secs, expected_secs) in [(3, 3), (100, 60)] {
+    async fn a_streamed_answer_ends_once_its_last_messages_are_out_but_in_time_and_soon_if_an_upload_goes_on()
+     {
+        for (posting_secs, uploading_secs, expected_secs) in
+            [(3, 0, 3), (100, 0, 60), (0, 30, 1), (3, 30, 3)]
+        {
             let function = function();
             let post = tokio::time::sleep(Duration::from_secs(posting_secs));
             function.0.tasks.spawn(post);
+            let upload = tokio::time::sleep(Duration::from_secs(uploading_secs));
+            function.0.uploads.spawn(upload);
             let started = Instant::now();
             let mut streamed = function.to_its_end(answer(vec![Ok("x")]), soon());
             while streamed.next().await.is_some() {}
