@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fmt,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
@@ -20,7 +21,7 @@ use axum::{
 };
 use tokio::{
     sync::mpsc,
-    time::{Instant, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tunnel_protocol::{id::ConnectionId, writer::MessageSender};
@@ -36,7 +37,7 @@ const POST_PATIENCE: Duration = Duration::from_millis(250);
 
 /// An open connection, as the registry knows it.
 pub trait Connection: fmt::Debug + Send + Sync {
-    /// Sends a text message, and waits for as long as `patience` for its turn.
+    /// Sends a text message, and waits for its turn until the connection has taken nothing for `patience`.
     ///
     /// # Errors
     /// [`PostError::Busy`] when there is no room, [`PostError::Gone`] when the connection has ended.
@@ -96,13 +97,22 @@ impl SocketConnection {
 impl Connection for SocketConnection {
     fn send(&self, text: String, patience: Duration) -> Sending<'_> {
         Box::pin(async move {
-            match timeout(patience, self.0.sender.send(text)).await {
-                Ok(Ok(_)) => {
-                    self.use_now();
-                    Ok(())
+            let sender = &self.0.sender;
+            let mut queue = pin!(sender.send(text));
+            let mut deadline = Instant::now() + patience;
+            loop {
+                match timeout_at(deadline, queue.as_mut()).await {
+                    Ok(Ok(_)) => {
+                        self.use_now();
+                        return Ok(());
+                    }
+                    Ok(Err(_)) => return Err(PostError::Gone),
+                    // Many may be in line before it: its turn comes as long as the peer reads.
+                    Err(_) if sender.last_written() + patience > deadline => {
+                        deadline = sender.last_written() + patience;
+                    }
+                    Err(_) => return Err(PostError::Busy),
                 }
-                Ok(Err(_)) => Err(PostError::Gone),
-                Err(_) => Err(PostError::Busy),
             }
         })
     }
@@ -272,7 +282,9 @@ async fn post_to(
     // Frames to agents are text: what is not UTF-8 is replaced.
     let id = id.parse().map_err(|_| ManagementError::Invalid)?;
     let text = String::from_utf8_lossy(&body).into_owned();
-    Ok(api.connections.send(&id, text, POST_PATIENCE).await?)
+    let send = api.connections.send(&id, text, POST_PATIENCE);
+    let sent = timeout(POST_PATIENCE, send).await;
+    Ok(sent.unwrap_or(Err(PostError::Busy))?)
 }
 
 /// Answers whether a connection is open, without what API Gateway says about it.

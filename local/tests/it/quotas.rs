@@ -3,11 +3,17 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::sink;
 use local::{Options, Server};
 use serde_json::json;
-use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
+use tokio::{
+    net::TcpListener,
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, sleep},
+};
 use tokio_tungstenite::tungstenite::{
-    Message,
+    self, Message,
     protocol::frame::{
         Frame,
         coding::{Data, OpCode},
@@ -15,12 +21,13 @@ use tokio_tungstenite::tungstenite::{
 };
 use tunnel_local_aws::{
     caller::AccessKey,
-    management::{self, ConnectionCommand, ConnectionRegistry},
+    management::{self, Connection, ConnectionCommand, ConnectionRegistry, SocketConnection},
     quotas::Quotas,
 };
 use tunnel_protocol::{
     id::ConnectionId,
     limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
+    writer::MessageWriter,
 };
 use tunnel_service::{
     agents::{AgentConnections, PostError},
@@ -210,6 +217,59 @@ async fn a_connection_whose_agent_does_not_read_accepts_a_limited_number_of_mess
     connections.insert(id.clone(), commands);
     api.post(&id, &"one").await.expect("taken");
     assert!(matches!(api.post(&id, &"two").await, Err(PostError::Busy)));
+}
+
+/// A connection whose socket takes this long for each of its first frames, and nothing after them.
+fn slow_connection(
+    per_frame: Duration,
+    frames: usize,
+    writing: &mut JoinSet<()>,
+) -> SocketConnection {
+    let sink = sink::unfold(frames, move |left, _: Message| async move {
+        let Some(left) = left.checked_sub(1) else {
+            return std::future::pending().await;
+        };
+        sleep(per_frame).await;
+        Ok::<_, tungstenite::Error>(left)
+    });
+    let (sender, writer) = MessageWriter::new(Box::pin(sink), None);
+    writing.spawn(async move {
+        let _ = writer.run().await;
+    });
+    SocketConnection::new(sender)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_waits_for_its_turn_as_long_as_the_agent_reads_however_many_are_before_it() {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let mut writing = JoinSet::new();
+    let connection = slow_connection(Duration::from_secs(4), usize::MAX, &mut writing);
+    let mut uploads = JoinSet::new();
+    let begin = Instant::now();
+    for _ in 0..10 {
+        let connection = connection.clone();
+        uploads.spawn(async move { connection.send("x".repeat(MAX_FRAME_BYTES), PATIENCE).await });
+    }
+    while let Some(sent) = uploads.join_next().await {
+        sent.expect("no panic").expect("sent");
+    }
+    assert!(begin.elapsed() > 3 * PATIENCE, "the agent was not slow");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_is_refused_once_the_agent_has_read_nothing_for_as_long_as_its_sender_waits() {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let mut writing = JoinSet::new();
+    let connection = slow_connection(Duration::from_secs(4), 1, &mut writing);
+    let begin = Instant::now();
+    let long = || "x".repeat(MAX_FRAME_BYTES);
+    for _ in 0..3 {
+        connection.send(long(), PATIENCE).await.expect("room");
+    }
+    assert_eq!(begin.elapsed(), Duration::from_secs(4));
+    let refused = connection.send(long(), PATIENCE).await;
+    assert!(matches!(refused, Err(PostError::Busy)), "{refused:?}");
+    assert_eq!(begin.elapsed(), Duration::from_secs(4) + PATIENCE);
 }
 
 #[tokio::test]

@@ -110,10 +110,30 @@ pub struct Progress {
     pub ping_frames: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct ProgressCounters {
     unblocked_writes: AtomicU64,
     ping_frames: AtomicU64,
+    opened: Instant,
+    /// When the socket last took a frame, in milliseconds after `opened`.
+    last_written: AtomicU64,
+}
+
+impl ProgressCounters {
+    fn new() -> Self {
+        Self {
+            unblocked_writes: AtomicU64::new(0),
+            ping_frames: AtomicU64::new(0),
+            opened: Instant::now(),
+            last_written: AtomicU64::new(0),
+        }
+    }
+
+    fn write_now(&self) {
+        let elapsed = self.opened.elapsed().as_millis();
+        let milliseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        self.last_written.store(milliseconds, Ordering::Relaxed);
+    }
 }
 
 /// Queues messages for a [`MessageWriter`]. Clones share its lanes. The writer closes the connection when the last clone is gone.
@@ -195,6 +215,12 @@ impl MessageSender {
             ping_frames: self.progress.ping_frames.load(Ordering::Relaxed),
         }
     }
+
+    /// When the socket last took a frame, to the millisecond; when the writer was made, if it has taken none yet.
+    pub fn last_written(&self) -> Instant {
+        let milliseconds = self.progress.last_written.load(Ordering::Relaxed);
+        self.progress.opened + Duration::from_millis(milliseconds)
+    }
 }
 
 async fn enqueue(lane: &mpsc::Sender<Queued>, text: String) -> Result<Receipt, SendError> {
@@ -232,7 +258,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
         let (control, queued_control) = mpsc::channel(MAX_QUEUED_CONTROL_MESSAGES);
         let (bodies, queued_bodies) = mpsc::channel(MAX_QUEUED_BODY_MESSAGES);
         let (close, close_requested) = watch::channel(None);
-        let progress = Arc::<ProgressCounters>::default();
+        let progress = Arc::new(ProgressCounters::new());
         let ping_frames = ping_interval.map(|period| {
             let mut due = interval_at(Instant::now() + period, period);
             due.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -350,10 +376,13 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
                 written => break written,
             }
         };
-        if written.is_ok() && began.elapsed() >= BLOCKED_AFTER {
-            self.progress
-                .unblocked_writes
-                .fetch_add(1, Ordering::Relaxed);
+        if written.is_ok() {
+            self.progress.write_now();
+            if began.elapsed() >= BLOCKED_AFTER {
+                self.progress
+                    .unblocked_writes
+                    .fetch_add(1, Ordering::Relaxed);
+            }
         }
         written
     }

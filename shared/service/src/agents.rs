@@ -90,7 +90,7 @@ pub type Sending<'s> = Pin<Box<dyn Future<Output = Result<(), PostError>> + Send
 
 /// Connections that this process holds itself.
 pub trait OpenConnections: fmt::Debug + Send + Sync {
-    /// Sends a text message to a connection, and waits for as long as `patience` for its turn.
+    /// Sends a text message to a connection, and waits for its turn until the connection has taken nothing for `patience`.
     ///
     /// # Errors
     /// As @connections answers: see [`PostError`].
@@ -199,7 +199,8 @@ impl AgentConnections {
     }
 
     /// Like [`AgentConnections::post_text`], but again and again, for as long as `patience`, while the connection is busy: a
-    /// message that is refused so was not taken.
+    /// message that is refused so was not taken. Within the process it waits in line instead, until the connection has taken
+    /// nothing for `patience`.
     ///
     /// # Errors
     /// See [`PostError`].
