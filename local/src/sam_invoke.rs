@@ -158,7 +158,7 @@ async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {
         connected_at_ms,
         previous: None,
         features: FEATURES.to_vec(),
-        access: None,
+        policy: None,
     };
     tunnels
         .hand_over(&tunnel_id, None, &online, &identity, &connections, now())

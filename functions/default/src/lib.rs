@@ -211,20 +211,20 @@ impl DefaultRoute {
         if !self.is_still_valid(&agent).await? {
             return self.close_revoked(sender, &agent.tunnel_id).await;
         }
-        let access = match ready
+        let policy = match ready
             .access
             .map(serde_json::from_value::<VisitorPolicy>)
             .transpose()
         {
-            Ok(access) => access.map(Arc::new),
+            Ok(policy) => policy.map(Arc::new),
             // Without it the tunnel would be open to everyone.
-            Err(error) => return self.refuse_access(sender, &error).await,
+            Err(error) => return self.refuse_policy(sender, &error).await,
         };
         let address = self.address(sender, agent.tunnel_id.clone());
         let opened = Opened {
             features: ready.features,
             public_url: address.public_url.clone(),
-            access,
+            policy,
             previous: ready.previous,
         };
         info!(connection = %sender, tunnel = %agent.tunnel_id, agent = ready.agent, "ready");
@@ -288,13 +288,13 @@ impl DefaultRoute {
         Ok(RouteResponse::ok())
     }
 
-    /// Says what is wrong with the rules, and closes the connection.
-    async fn refuse_access(
+    /// Says what is wrong with the visitor policy, and closes the connection.
+    async fn refuse_policy(
         &self,
         sender: &ConnectionId,
         fault: &serde_json::Error,
     ) -> Result<RouteResponse, DefaultRouteError> {
-        let message = format!("the service cannot enforce the visitor rules in access: {fault}");
+        let message = format!("the service cannot enforce the visitor policy in access: {fault}");
         warn!(connection = %sender, message, "refused");
         self.post(
             sender,

@@ -92,7 +92,7 @@ impl Candidate {
             connected_at_ms: self.agent.connected_at_ms,
             previous: self.opened.previous.clone(),
             features: self.opened.features.clone(),
-            access: self.opened.access.clone(),
+            policy: self.opened.policy.clone(),
         }
     }
 }

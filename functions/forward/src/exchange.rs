@@ -119,8 +119,8 @@ impl Visitor {
     /// The connection that serves the tunnel, if it lets this visitor in. Nothing is sent to one that was not asked here.
     async fn admitted(&self, state: &State, tunnel: &TunnelId) -> Result<Online, ForwardError> {
         let online = state.lookup.find(tunnel).await?;
-        if let Some(access) = &online.access {
-            access
+        if let Some(policy) = &online.policy {
+            policy
                 .admit(self.address, &self.fields)
                 .map_err(|denied| ForwardError::of_denied(denied, tunnel))?;
         }
@@ -223,8 +223,8 @@ impl Exchange {
             }
             _ => None,
         };
-        if let Some(access) = &online.access {
-            access.remove_secrets(&mut message.headers);
+        if let Some(policy) = &online.policy {
+            policy.remove_secrets(&mut message.headers);
         }
         // Before it is sent: the reply may be here before the answer to the post.
         let expected = state

@@ -118,12 +118,12 @@ impl Forward {
         let lambda = variables.raw("AWS_LAMBDA_FUNCTION_NAME");
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
-            let access = Authenticator::new(auth?, sdk);
+            let authenticator = Authenticator::new(auth?, sdk);
             let tunnels = TunnelsTable::new(sdk, tunnels?);
             let agents = agents?;
             let waits = Waits::of(reply_path?, &endpoint?);
             Some(Self(Arc::new(State {
-                lookup: Lookup::new(tunnels.clone(), access.revalidator(), agents.clone()),
+                lookup: Lookup::new(tunnels.clone(), authenticator.revalidator(), agents.clone()),
                 rate_limiter: RateLimiter::new(max_concurrent?, per_second?),
                 agents,
                 replies: waits.replies,
@@ -131,7 +131,7 @@ impl Forward {
                 reply_connection: waits.connection,
                 use_compression: use_compression(in_process, &public_url),
                 status: Status {
-                    access,
+                    authenticator,
                     tunnels,
                     public_url,
                     routing: routing?,

@@ -22,7 +22,7 @@ const LAST: u64 = 253_402_300_799;
 /// What the answers are made from.
 #[derive(Debug)]
 pub(crate) struct Status {
-    pub(crate) access: Authenticator,
+    pub(crate) authenticator: Authenticator,
     pub(crate) tunnels: TunnelsTable,
     pub(crate) public_url: PublicUrl,
     pub(crate) routing: Routing,
@@ -39,7 +39,7 @@ impl Status {
         headers: &HeaderMap,
     ) -> Result<Response<ResponseBody>, ForwardError> {
         let identity = self
-            .access
+            .authenticator
             .identify(headers, now())
             .await?
             .ok_or(ForwardError::NotTheOwner)?;

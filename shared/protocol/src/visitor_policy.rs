@@ -245,8 +245,8 @@ impl TryFrom<Fields> for VisitorPolicy {
 }
 
 impl From<VisitorPolicy> for Fields {
-    fn from(access: VisitorPolicy) -> Self {
-        access.0
+    fn from(policy: VisitorPolicy) -> Self {
+        policy.0
     }
 }
 
@@ -299,7 +299,7 @@ fn is_one_of<'h>(hash: &[u8; HASH_BYTES], accepted: impl IntoIterator<Item = &'h
 mod tests {
     use super::*;
 
-    fn access(
+    fn policy(
         basic: &[&str],
         required: &[(&'static str, &str)],
         allow: &[&str],
@@ -347,14 +347,14 @@ mod tests {
 
     #[test]
     fn only_a_user_name_with_its_password_is_admitted() {
-        let access = access(&["alice:opensesame", "bob:a:b"], &[], &[], &[]).expect("rules");
+        let policy = policy(&["alice:opensesame", "bob:a:b"], &[], &[], &[]).expect("rules");
         let admit = |values: &[&str]| {
             let fields = HeaderMap::from_iter(
                 values
                     .iter()
                     .map(|value| (header::AUTHORIZATION, value.parse().expect("a value"))),
             );
-            access.admit(None, &fields)
+            policy.admit(None, &fields)
         };
         let encoded = BASE64_STANDARD.encode("alice:opensesame");
         for good in [
@@ -393,16 +393,16 @@ mod tests {
 
     #[test]
     fn denied_networks_override_allowed_ones_and_an_allow_list_excludes_all_others() {
-        let both = access(
+        let both = policy(
             &[],
             &[],
             &["192.0.2.0/24", "2001:db8::/32"],
             &["192.0.2.128/25"],
         )
         .expect("rules");
-        let only_deny = access(&[], &[], &[], &["192.0.2.0/24"]).expect("rules");
-        let admit = |access: &VisitorPolicy, address: &str| {
-            access
+        let only_deny = policy(&[], &[], &[], &["192.0.2.0/24"]).expect("rules");
+        let admit = |policy: &VisitorPolicy, address: &str| {
+            policy
                 .admit(address.parse().ok(), &HeaderMap::new())
                 .is_ok()
         };
@@ -425,7 +425,7 @@ mod tests {
 
     #[test]
     fn every_required_field_must_have_one_of_its_values_once() {
-        let access = access(
+        let policy = policy(
             &[],
             &[("x-key", "one"), ("x-key", "two"), ("x-other", "three")],
             &[],
@@ -446,7 +446,7 @@ mod tests {
             (&[], false),
         ] {
             assert_eq!(
-                access.admit(None, &fields(sent)).is_ok(),
+                policy.admit(None, &fields(sent)).is_ok(),
                 is_admitted,
                 "{sent:?}"
             );
@@ -455,44 +455,44 @@ mod tests {
 
     #[test]
     fn secrets_are_removed_and_nothing_else() {
-        let of = |access: VisitorPolicy| {
+        let of = |policy: VisitorPolicy| {
             let mut sent = fields(&[("authorization", "x"), ("x-key", "one"), ("accept", "*/*")]);
-            access.remove_secrets(&mut sent);
+            policy.remove_secrets(&mut sent);
             sent
         };
         assert_eq!(
-            of(access(&["a:b"], &[], &[], &[]).expect("rules")),
+            of(policy(&["a:b"], &[], &[], &[]).expect("rules")),
             fields(&[("x-key", "one"), ("accept", "*/*")])
         );
         assert_eq!(
-            of(access(&[], &[("x-key", "one")], &[], &[]).expect("rules")),
+            of(policy(&[], &[("x-key", "one")], &[], &[]).expect("rules")),
             fields(&[("authorization", "x"), ("accept", "*/*")])
         );
     }
 
     #[test]
     fn a_policy_survives_the_wire_and_reveals_no_secret() {
-        let rules = access(
+        let policy = policy(
             &["alice:opensesame"],
             &[("x-key", "swordfish")],
             &["192.0.2.0/24"],
             &["::1"],
         )
         .expect("rules");
-        let text = serde_json::to_string(&rules).expect("JSON");
+        let text = serde_json::to_string(&policy).expect("JSON");
         assert!(
             !text.contains("sesame") && !text.contains("alice") && !text.contains("swordfish"),
             "{text}"
         );
         assert_eq!(
             serde_json::from_str::<VisitorPolicy>(&text).expect("what we wrote"),
-            rules
+            policy
         );
         let other_salt =
             VisitorPolicy::new([8; SALT_BYTES], &["alice:opensesame"], &[], vec![], vec![])
                 .expect("rules");
         assert_ne!(
-            other_salt.0.basic[0], rules.0.basic[0],
+            other_salt.0.basic[0], policy.0.basic[0],
             "a secret must not have the same hash in every session"
         );
     }
@@ -510,7 +510,7 @@ mod tests {
         ] {
             let texts = many(count);
             assert_eq!(
-                access(
+                policy(
                     &texts.iter().map(String::as_str).collect::<Vec<_>>(),
                     &[],
                     &[],
@@ -526,14 +526,14 @@ mod tests {
             (MAX_NETWORKS + 1, Some(PolicyError::TooMany)),
         ] {
             assert_eq!(
-                access(&[], &[], &vec!["::1"; count - 1], &["::2"]).err(),
+                policy(&[], &[], &vec!["::1"; count - 1], &["::2"]).err(),
                 expected,
                 "{count}"
             );
         }
-        assert_eq!(access(&[], &[], &[], &[]), Err(PolicyError::Empty));
+        assert_eq!(policy(&[], &[], &[], &[]), Err(PolicyError::Empty));
         assert_eq!(
-            access(&["a:b"], &[("authorization", "x")], &[], &[]),
+            policy(&["a:b"], &[("authorization", "x")], &[], &[]),
             Err(PolicyError::Authorization)
         );
         for name in [
@@ -545,7 +545,7 @@ mod tests {
             "transfer-encoding",
         ] {
             assert_eq!(
-                access(&[], &[(name, "x")], &[], &[]),
+                policy(&[], &[(name, "x")], &[], &[]),
                 Err(PolicyError::Field(name.to_owned()))
             );
         }

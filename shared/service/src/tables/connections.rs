@@ -8,7 +8,7 @@ use aws_sdk_dynamodb::types::{AttributeValue, ConditionCheck, ReturnValue, Trans
 use crate::tables::dynamodb::{
     Change, Item, StoreError, Table, is_live, number, read_flag, read_number, read_text, text,
 };
-use crate::tables::tunnels::{access_of, access_to_text, features_of_text, features_to_text};
+use crate::tables::tunnels::{features_of_text, features_to_text, policy_of, policy_to_text};
 use crate::{
     auth::{
         Identity,
@@ -63,7 +63,7 @@ pub struct Opened {
     /// The public address that it was sent.
     pub public_url: String,
     /// The visitor policy; without one, all visitors are admitted.
-    pub access: Option<Arc<VisitorPolicy>>,
+    pub policy: Option<Arc<VisitorPolicy>>,
     /// The agent's own connection that this one takes over from.
     pub previous: Option<ConnectionId>,
 }
@@ -128,7 +128,7 @@ impl ConnectionsTable {
         let change = Change::default()
             .set("features", text(features_to_text(&opened.features)))
             .set("publicUrl", text(&opened.public_url))
-            .set_or_remove("access", opened.access.as_deref().map(access_to_text))
+            .set_or_remove("access", opened.policy.as_deref().map(policy_to_text))
             .set_or_remove(
                 "previous",
                 opened.previous.as_ref().map(|id| text(id.as_str())),
@@ -300,7 +300,7 @@ fn opened(item: &Item) -> Option<Opened> {
     Some(Opened {
         features: features_of_text(read_text(item, "features")?),
         public_url: read_text(item, "publicUrl")?.to_owned(),
-        access: item.get("access").map(|rules| Arc::new(access_of(rules))),
+        policy: item.get("access").map(|policy| Arc::new(policy_of(policy))),
         previous: read_text(item, "previous").and_then(|id| id.parse().ok()),
     })
 }

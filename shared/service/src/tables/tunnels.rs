@@ -54,7 +54,7 @@ pub struct Online {
     /// What its agent announced.
     pub features: Vec<Feature>,
     /// The visitor policy; without one, all visitors are admitted.
-    pub access: Option<Arc<VisitorPolicy>>,
+    pub policy: Option<Arc<VisitorPolicy>>,
 }
 
 impl Online {
@@ -366,7 +366,7 @@ impl TunnelsTable {
 }
 
 /// The attributes of a tunnel that `online` serves. They are written at once: there is no moment in which it is served without
-/// its rules.
+/// its policy.
 fn online(online: &Online, identity: &Identity, now: Duration) -> Change {
     let expires_at = identity
         .expires_at
@@ -378,7 +378,7 @@ fn online(online: &Online, identity: &Identity, now: Duration) -> Change {
         .set("expiresAt", expires_at)
         .set("since", number(now.as_secs()))
         .set("ttl", number((now + NAME_LEASE).as_secs()))
-        .set_or_remove("access", online.access.as_deref().map(access_to_text))
+        .set_or_remove("access", online.policy.as_deref().map(policy_to_text))
         .set_or_remove(
             "previous",
             online.previous.as_ref().map(|id| text(id.as_str())),
@@ -428,7 +428,7 @@ fn online_of(item: &Item) -> Option<Online> {
         features: read_text(item, "features")
             .map(features_of_text)
             .unwrap_or_default(),
-        access: item.get("access").map(|rules| Arc::new(access_of(rules))),
+        policy: item.get("access").map(|policy| Arc::new(policy_of(policy))),
     })
 }
 
@@ -440,15 +440,15 @@ pub(super) fn features_of_text(text: &str) -> Vec<Feature> {
     serde_json::from_str(text).unwrap_or_default()
 }
 
-pub(super) fn access_to_text(access: &VisitorPolicy) -> AttributeValue {
+pub(super) fn policy_to_text(policy: &VisitorPolicy) -> AttributeValue {
     AttributeValue::S(
-        serde_json::to_string(access).expect("lists of texts can always be encoded as JSON"),
+        serde_json::to_string(policy).expect("lists of texts can always be encoded as JSON"),
     )
 }
 
 /// The visitor policy of an item, which another version may have written: one that cannot be read admits no one.
-pub(super) fn access_of(rules: &AttributeValue) -> VisitorPolicy {
-    let read = rules
+pub(super) fn policy_of(policy: &AttributeValue) -> VisitorPolicy {
+    let read = policy
         .as_s()
         .ok()
         .and_then(|text| serde_json::from_str(text).ok());
@@ -469,16 +469,16 @@ mod tests {
     #[test]
     fn a_stored_policy_that_cannot_be_read_admits_no_one() {
         let address: IpAddr = "192.0.2.1".parse().expect("an address");
-        let admits = |rules: Option<AttributeValue>| {
+        let admits = |policy: Option<AttributeValue>| {
             let mut item = Item::from([
                 ("owner".to_owned(), text("open")),
                 ("connectionId".to_owned(), text("abc=")),
             ]);
-            item.extend(rules.map(|rules| ("access".to_owned(), rules)));
+            item.extend(policy.map(|policy| ("access".to_owned(), policy)));
             let online = tunnel(&item).expect("a tunnel").online.expect("online");
             online
-                .access
-                .is_none_or(|access| access.admit(Some(address), &HeaderMap::new()).is_ok())
+                .policy
+                .is_none_or(|policy| policy.admit(Some(address), &HeaderMap::new()).is_ok())
         };
         assert!(admits(None));
         assert!(admits(Some(text(r#"{"allow":["192.0.2.0/24"]}"#))));
