@@ -167,7 +167,11 @@ impl Lines {
             loop {
                 let line = queue.next();
                 // A closed reader is no reason to stop.
-                let _ = writeln!(stream, "{line}").and_then(|()| stream.flush());
+                // In one write, so that the other stream's lines do not come in between where both go to one place.
+                let line = line + "\n";
+                let _ = stream
+                    .write_all(line.as_bytes())
+                    .and_then(|()| stream.flush());
             }
         });
         Self(shared)
@@ -303,6 +307,18 @@ mod tests {
             browser_url: None,
             target: "http://127.0.0.1:3000".to_owned(),
         }
+    }
+
+    #[test]
+    fn each_line_is_one_write() {
+        let (written, writes) = mpsc::channel();
+        let (allow, may_write) = mpsc::channel();
+        drop(allow);
+        let lines = Lines::to(Slow { written, may_write });
+        lines.line("one");
+        lines.line("two");
+        lines.flush(PATIENCE);
+        assert_eq!(writes.try_iter().collect::<Vec<_>>(), ["one\n", "two\n"]);
     }
 
     #[test]
