@@ -79,7 +79,7 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
             }
             Step::Take => {
                 let expected = parts.remove(&next).map(Chunk::decompress);
-                match (receiver.next(), expected) {
+                match (receiver.next_chunk(), expected) {
                     (Ok(Some(received)), Some(Ok(bytes))) => {
                         assert_eq!(received.bytes, bytes, "part {next}");
                         assert!(received.bytes.len() <= MAX_DECOMPRESSED_BYTES);

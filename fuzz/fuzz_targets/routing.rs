@@ -44,7 +44,7 @@ fuzz_target!(|text: &str| {
         Route::Tunnel { id, prefix, path } => {
             assert!(path.starts_with('/'), "{path}");
             assert!(
-                prefix.is_empty() && routing == Routing::Subdomain
+                prefix.is_empty() && base.own_origin(&id, routing).is_some()
                     || prefix.ends_with(&format!("/{id}")),
                 "{prefix} of {id}"
             );
@@ -53,6 +53,12 @@ fuzz_target!(|text: &str| {
                 whole == rooted || path == "/" && prefix == rooted,
                 "{whole} of {rooted}"
             );
+        }
+        Route::OwnOrigin { id, path } => {
+            assert_eq!(routing, Routing::Subdomain);
+            assert!(path.starts_with('/'), "{path}");
+            let named = format!("/{id}");
+            assert!(rooted.contains(&named), "{id} of {rooted}");
         }
         Route::Own(page) => assert!(
             page.starts_with("/_") && rooted.ends_with(&page),
@@ -95,10 +101,12 @@ fn check_addresses(base: &PublicUrl) {
             .strip_suffix("/x")
             .expect("it was added")
             .to_owned();
-        let expected = Route::Tunnel {
-            id: id.clone(),
-            prefix,
-            path: "/x".to_owned(),
+        let (id, path) = (id.clone(), "/x".to_owned());
+        let redirects = routing == Routing::Subdomain && *address == by_path && !base.is_loopback();
+        let expected = if redirects {
+            Route::OwnOrigin { id, path }
+        } else {
+            Route::Tunnel { id, prefix, path }
         };
         assert_eq!(
             Route::of(routing, base, host, uri.path()),
