@@ -93,51 +93,35 @@ impl From<BodyPart> for Part {
     }
 }
 
-impl HttpRequest {
-    /// Takes the first chunk of the body out.
-    pub fn take_chunk(&mut self) -> Chunk {
-        Chunk {
-            bytes: std::mem::take(&mut self.body.0),
-            encoding: self.encoding.take(),
-            more: std::mem::take(&mut self.more),
+/// What the two messages with a head have in common: the first chunk of the body beside it.
+macro_rules! first_chunk {
+    ($($message:ty),*) => {$(
+        impl $message {
+            /// Takes the first chunk of the body out.
+            pub fn take_chunk(&mut self) -> Chunk {
+                Chunk {
+                    bytes: std::mem::take(&mut self.body.0),
+                    encoding: self.encoding.take(),
+                    more: std::mem::take(&mut self.more),
+                }
+            }
+
+            /// Puts the first chunk of the body in.
+            pub fn set_chunk(&mut self, chunk: Chunk) {
+                self.body = Body(chunk.bytes);
+                self.encoding = chunk.encoding;
+                self.more = chunk.more;
+            }
+
+            /// How many body bytes fit beside the head; `None` when the head itself does not fit into a message.
+            pub fn room(&self) -> Option<usize> {
+                room_beside(message::encoded_length(self) + ENVELOPE_SLACK_BYTES)
+            }
         }
-    }
-
-    /// Puts the first chunk of the body in.
-    pub fn set_chunk(&mut self, chunk: Chunk) {
-        self.body = Body(chunk.bytes);
-        self.encoding = chunk.encoding;
-        self.more = chunk.more;
-    }
-
-    /// How many body bytes fit beside the head; `None` when the head itself does not fit into a message.
-    pub fn room(&self) -> Option<usize> {
-        room_beside(message::encoded_length(self) + ENVELOPE_SLACK_BYTES)
-    }
+    )*};
 }
 
-impl HttpResponse {
-    /// Takes the first chunk of the body out.
-    pub fn take_chunk(&mut self) -> Chunk {
-        Chunk {
-            bytes: std::mem::take(&mut self.body.0),
-            encoding: self.encoding.take(),
-            more: std::mem::take(&mut self.more),
-        }
-    }
-
-    /// Puts the first chunk of the body in.
-    pub fn set_chunk(&mut self, chunk: Chunk) {
-        self.body = Body(chunk.bytes);
-        self.encoding = chunk.encoding;
-        self.more = chunk.more;
-    }
-
-    /// How many body bytes fit beside the head; `None` when the head itself does not fit into a message.
-    pub fn room(&self) -> Option<usize> {
-        room_beside(message::encoded_length(self) + ENVELOPE_SLACK_BYTES)
-    }
-}
+first_chunk!(HttpRequest, HttpResponse);
 
 /// How many body bytes fit beside `envelope` bytes of JSON in one message that may be passed on; `None` when not even the
 /// envelope does.

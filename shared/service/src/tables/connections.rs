@@ -156,18 +156,8 @@ impl ConnectionsTable {
         id: &ConnectionId,
         now: Duration,
     ) -> Result<Option<Connection>, StoreError> {
-        let table = &self.0;
-        let output = table
-            .client
-            .get_item()
-            .table_name(&table.name)
-            .key("connectionId", text(id.as_str()))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(table.failed("GetItem"))?;
-        Ok(output
-            .item
+        let item = self.0.get("connectionId", text(id.as_str())).await?;
+        Ok(item
             .filter(|item| is_live(item, now) && !read_flag(item, "ended"))
             .and_then(|item| connection(&item)))
     }

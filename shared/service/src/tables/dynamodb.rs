@@ -53,6 +53,24 @@ impl Table {
         }
     }
 
+    /// The item with this key, with all writes that were answered before.
+    pub(crate) async fn get(
+        &self,
+        attribute: &str,
+        key: AttributeValue,
+    ) -> Result<Option<Item>, StoreError> {
+        let output = self
+            .client
+            .get_item()
+            .table_name(&self.name)
+            .key(attribute, key)
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(self.failed("GetItem"))?;
+        Ok(output.item)
+    }
+
     /// All items, for administration. Page by page, so that no table is too long.
     pub(crate) async fn scan(&self) -> Result<Vec<Item>, StoreError> {
         let pages = self

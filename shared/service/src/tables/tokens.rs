@@ -27,19 +27,10 @@ impl TokensTable {
     /// # Errors
     /// If DynamoDB does not answer.
     pub async fn good(&self, hash: &TokenHash, now: Duration) -> Result<Option<Token>, StoreError> {
-        let table = &self.0;
-        let output = table
-            .client
-            .get_item()
-            .table_name(&table.name)
-            .key("tokenHash", text(hash.to_string()))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(table.failed("GetItem"))?;
+        let item = self.0.get("tokenHash", text(hash.to_string())).await?;
         let is_good =
             |token: &Token| !token.revoked && token.expires_at.is_none_or(|at| at > now.as_secs());
-        Ok(output.item.as_ref().and_then(token).filter(is_good))
+        Ok(item.as_ref().and_then(token).filter(is_good))
     }
 
     /// Creates a token with this name and returns it: it is not stored, and cannot be shown again.

@@ -91,18 +91,8 @@ impl TunnelsTable {
     /// # Errors
     /// See [`StoreError`].
     pub async fn get(&self, id: &TunnelId, now: Duration) -> Result<Option<Tunnel>, StoreError> {
-        let table = &self.0;
-        let output = table
-            .client
-            .get_item()
-            .table_name(&table.name)
-            .key("tunnelId", text(id.as_str()))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(table.failed("GetItem"))?;
-        Ok(output
-            .item
+        let item = self.0.get("tunnelId", text(id.as_str())).await?;
+        Ok(item
             .filter(|item| is_live(item, now))
             .and_then(|item| tunnel(&item)))
     }
