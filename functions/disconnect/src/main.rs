@@ -1,5 +1,8 @@
 //! The executable of the `$disconnect` route: starts the Lambda runtime around [`tunnel_disconnect`].
 
+// The futures of the SDK's calls are nested deeply.
+#![recursion_limit = "256"]
+
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use tunnel_disconnect::Disconnect;
