@@ -2,9 +2,10 @@
 //!
 //! A user's words become [`settings`]: `args` is the command line and `config_file` the file, `endpoint`, `target` and
 //! [`visitor_rules`] are the values in them. [`tunnel`] keeps one tunnel open over as many connections as it takes, [`handshake`]
-//! opens a connection and [`session`] serves it. `exchange` is one request with its response, `upload` the rest of its body, `origin`
-//! the local service, and `addresses` what the service is called on either side. `tunnel_ids` keeps the tunnel's address over
-//! restarts. [`event`] is what happens, `display` how the user sees it, and [`exit`] the executable's life.
+//! opens a connection and [`session`] serves it. `exchange` is one request with its response, `upload` the request's body,
+//! `outgoing` what the service is told about it, `origin` the local service, and `addresses` what that is called on either side.
+//! `tunnel_ids` keeps the tunnel's address over restarts. [`event`] is what happens, `display` how the user sees it, and [`exit`]
+//! the executable's life.
 
 mod addresses;
 mod args;
@@ -20,6 +21,7 @@ mod failure;
 pub mod handshake;
 mod liveness;
 mod origin;
+mod outgoing;
 #[cfg(test)]
 mod scripted;
 mod seen_requests;

@@ -13,7 +13,7 @@ use tokio_tungstenite::tungstenite::{self, Message, error::ProtocolError};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info_span, warn};
 use tunnel_protocol::{
-    body::{budget::BodyBudget, window::WindowUpdates},
+    body::{Part, budget::BodyBudget, window::WindowUpdates},
     id::{ConnectionId, RequestId},
     message,
     message::{
@@ -32,7 +32,7 @@ use crate::{
     origin::Origin,
     seen_requests::SeenRequests,
     settings::Settings,
-    upload::UploadFeed,
+    upload::{UploadFeed, upload},
 };
 
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
@@ -80,7 +80,7 @@ pub enum SessionEnd {
 #[derive(Debug)]
 struct InFlight {
     task: AbortHandle,
-    upload: Option<UploadFeed>,
+    upload: UploadFeed,
     /// How many parts of the response may be sent.
     window: WindowUpdates,
     line: RequestLine,
@@ -540,18 +540,22 @@ impl Session {
         }
     }
 
-    fn carry_out(&mut self, request: HttpRequest, permit: OwnedSemaphorePermit) {
+    fn carry_out(&mut self, mut request: HttpRequest, permit: OwnedSemaphorePermit) {
         let id = request.request_id.clone();
-        let (upload, parts) = if request.more {
-            let (feed, parts) = UploadFeed::new(&self.tunnel.budget);
-            (Some(feed), Some(parts))
-        } else {
-            (None, None)
+        let first = Part {
+            number: 0,
+            chunk: request.take_chunk(),
         };
+        let (upload, body) = upload(&self.tunnel.budget);
+        if let Err(error) = upload.take(first) {
+            let message = error.to_string();
+            self.observe(RequestLine::of(&request).failed(&message));
+            return self.refuse(id, request.reply_to, AgentErrorCode::Busy, &message);
+        }
         let window = WindowUpdates::default();
         let line = RequestLine::of(&request);
         let reply_to = request.reply_to.clone();
-        let exchange = exchange::run(self.context.clone(), request, parts, window.window());
+        let exchange = exchange::run(self.context.clone(), request, body, window.window());
         let span = info_span!("request", %id);
         let task = self.running.spawn({
             let id = id.clone();
@@ -570,17 +574,12 @@ impl Session {
 
     /// Hands a part to the local service. A request whose part cannot be handed on is dropped: its body would be cut.
     fn body_part(&mut self, part: BodyPart) {
-        let Some(request) = self.requests.get_mut(&part.request_id) else {
-            return;
-        };
-        let Some(upload) = &mut request.upload else {
+        let Some(request) = self.requests.get(&part.request_id) else {
             return;
         };
         let id = part.request_id.clone();
-        match upload.take(part) {
-            Ok(true) => {}
-            Ok(false) => request.upload = None,
-            Err(error) => self.drop_request(id, &error.to_string()),
+        if let Err(error) = request.upload.take(part.into()) {
+            self.drop_request(id, &error.to_string());
         }
     }
 

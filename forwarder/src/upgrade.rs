@@ -16,8 +16,8 @@ use tokio_util::io::ReaderStream;
 use tunnel_protocol::body::{BodySender, Mode, SendBodyError, window::SendWindow};
 
 use crate::{
-    exchange::{Outgoing, UploadProgress, UploadStream},
-    upload::BodyParts,
+    outgoing::Outgoing,
+    upload::{UploadProgress, UploadStream},
 };
 
 /// How many bytes are read from the local service at once.
@@ -91,15 +91,9 @@ async fn to_local_service(
     mut upload: UploadStream,
     mut writing: WriteHalf<TokioIo<Upgraded>>,
 ) -> io::Result<()> {
-    let Some(mut parts): Option<BodyParts> = upload.begin() else {
-        return Ok(());
-    };
-    loop {
-        let (bytes, more) = upload.next(&mut parts).await;
+    while let Some(bytes) = upload.next().await {
         writing.write_all(&bytes?).await?;
         writing.flush().await?;
-        if !more {
-            return writing.shutdown().await;
-        }
     }
+    writing.shutdown().await
 }

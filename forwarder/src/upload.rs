@@ -1,160 +1,329 @@
-//! The rest of a request's body, on its way from the connection to the local service.
+//! The body of a request on its way from the connection to the local service.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use tokio::sync::mpsc::{self, error::TrySendError};
-use tunnel_protocol::{
-    body::{
-        budget::{BodyBudget, BudgetExceededError, BudgetShare},
-        reorder::{Reorder, ReorderError},
-    },
-    limits::MAX_REORDER_PARTS,
-    message::BodyPart,
+use std::{
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-/// The parts of a request's body that follow its first message, in order, up to the one that says it is the last. Closed before
-/// that, the body has broken off.
-pub(crate) type BodyParts = mpsc::Receiver<HeldPart>;
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep_until},
+};
+use tunnel_protocol::body::{
+    BodyReceiver, Part, ReceiveBodyError, ReceivedChunk, budget::BodyBudget,
+};
 
-/// Why the rest of a body cannot be handed on.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum FeedError {
-    #[error(transparent)]
-    Reorder(#[from] ReorderError),
-    #[error(transparent)]
-    Budget(#[from] BudgetExceededError),
-    /// Only a service that does not heed `window` sends more than fits.
-    #[error("the local service reads the request too slowly")]
-    TooSlow,
-}
+use crate::{origin::OriginBody, outgoing::Outgoing};
 
-/// Takes the parts of one body as they arrive, and hands them on in their order.
+/// How long an upload may stand still after its response has ended: no visitor waits for it then.
+const UPLOAD_STALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A body between the connection, which feeds it, and the exchange, which reads it.
 #[derive(Debug)]
-pub(crate) struct UploadFeed {
-    parts: Reorder<HeldPart>,
-    share: Arc<Mutex<BudgetShare>>,
-    to_origin: mpsc::Sender<HeldPart>,
-}
-
-/// A part, which counts towards the budget for as long as it waits.
-#[derive(Debug)]
-pub(crate) struct HeldPart {
-    part: BodyPart,
-    _held: HeldBytes,
+struct Shared {
+    state: Mutex<State>,
+    changed: Notify,
 }
 
 #[derive(Debug)]
-struct HeldBytes {
-    share: Arc<Mutex<BudgetShare>>,
-    bytes: usize,
+struct State {
+    /// What has arrived; `None` once nobody reads it any more.
+    receiver: Option<BodyReceiver>,
+    /// Nothing will be fed any more.
+    is_cut: bool,
 }
 
-impl HeldPart {
-    /// The part, which does not count any more.
-    pub(crate) fn into_part(self) -> BodyPart {
-        self.part
+impl Shared {
+    /// Held between awaits only.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for HeldBytes {
-    fn drop(&mut self) {
-        lock(&self.share).release(self.bytes);
-    }
+/// Where the parts of a body go in as they arrive. Dropped before the last one, the body has broken off.
+#[derive(Debug)]
+pub(crate) struct UploadFeed(Arc<Shared>);
+
+/// Where a body comes out. Dropped, the rest of the body is of no interest.
+#[derive(Debug)]
+pub(crate) struct UploadBody(Arc<Shared>);
+
+/// A body that holds what `budget` allows.
+pub(crate) fn upload(budget: &BodyBudget) -> (UploadFeed, UploadBody) {
+    let shared = Arc::new(Shared {
+        state: Mutex::new(State {
+            receiver: Some(BodyReceiver::new(budget)),
+            is_cut: false,
+        }),
+        changed: Notify::new(),
+    });
+    (UploadFeed(shared.clone()), UploadBody(shared))
 }
 
 impl UploadFeed {
-    /// A feed that holds what `budget` allows, and where the parts come out.
-    pub(crate) fn new(budget: &BodyBudget) -> (Self, BodyParts) {
-        let (to_origin, parts) = mpsc::channel(MAX_REORDER_PARTS);
-        let feed = Self {
-            parts: Reorder::starting_at(1),
-            share: Arc::new(Mutex::new(budget.share())),
-            to_origin,
-        };
-        (feed, parts)
-    }
-
-    /// Takes a part, and hands on what is in order now. Returns whether more is to come.
-    pub(crate) fn take(&mut self, part: BodyPart) -> Result<bool, FeedError> {
-        if self.parts.has_seen(part.part) {
-            return Ok(true);
+    /// Takes a part. The chunk that came with the request is part 0.
+    ///
+    /// # Errors
+    /// If it cannot be held. The body cannot be completed then.
+    pub(crate) fn take(&self, part: Part) -> Result<(), ReceiveBodyError> {
+        // A local service may answer without reading all; that is its right.
+        if let Some(receiver) = &mut self.0.state().receiver {
+            receiver.insert(part.number, part.chunk)?;
         }
-        let held = self.hold(part.body.0.len())?;
-        let number = part.part;
-        self.parts.insert(number, HeldPart { part, _held: held })?;
-        while let Some(next) = self.parts.take_next() {
-            let more = next.part.more;
-            match self.to_origin.try_send(next) {
-                // The local service has answered without reading all; that is its right.
-                Ok(()) | Err(TrySendError::Closed(_)) => {}
-                Err(TrySendError::Full(_)) => return Err(FeedError::TooSlow),
-            }
-            if !more {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    fn hold(&self, bytes: usize) -> Result<HeldBytes, BudgetExceededError> {
-        lock(&self.share).hold(bytes)?;
-        Ok(HeldBytes {
-            share: self.share.clone(),
-            bytes,
-        })
+        self.0.changed.notify_one();
+        Ok(())
     }
 }
 
-/// Held between awaits only.
-fn lock(share: &Mutex<BudgetShare>) -> std::sync::MutexGuard<'_, BudgetShare> {
-    share.lock().unwrap_or_else(PoisonError::into_inner)
+impl Drop for UploadFeed {
+    fn drop(&mut self) {
+        self.0.state().is_cut = true;
+        self.0.changed.notify_one();
+    }
+}
+
+impl UploadBody {
+    /// What comes next, if it is there.
+    fn try_next(&self) -> io::Result<Option<ReceivedChunk>> {
+        let mut state = self.0.state();
+        let next = match &mut state.receiver {
+            Some(receiver) => receiver.next_chunk().map_err(io::Error::other)?,
+            None => None,
+        };
+        if next.is_none() && state.is_cut {
+            // Only an error says that the rest will not come: the local service would take an end for the body's end.
+            return Err(broken_off());
+        }
+        Ok(next)
+    }
+
+    async fn next(&self) -> io::Result<ReceivedChunk> {
+        loop {
+            if let Some(chunk) = self.try_next()? {
+                return Ok(chunk);
+            }
+            self.0.changed.notified().await;
+        }
+    }
+}
+
+impl Drop for UploadBody {
+    fn drop(&mut self) {
+        self.0.state().receiver = None;
+    }
+}
+
+fn broken_off() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the upload broke off")
+}
+
+/// The body of a request as the local service reads it.
+pub(crate) struct UploadStream {
+    body: UploadBody,
+    /// Allows more parts, where the service waits for that.
+    grants: Option<Outgoing>,
+    progress: watch::Sender<Instant>,
+    is_over: bool,
+}
+
+/// When the local service last read something of the upload. The sender is gone when it reads no more.
+#[derive(Clone)]
+pub(crate) struct UploadProgress(watch::Receiver<Instant>);
+
+impl UploadStream {
+    /// Reads `body`.
+    pub(crate) fn new(body: UploadBody, grants: Option<Outgoing>) -> (Self, UploadProgress) {
+        let (progress, receiver) = watch::channel(Instant::now());
+        let upload = Self {
+            body,
+            grants,
+            progress,
+            is_over: false,
+        };
+        (upload, UploadProgress(receiver))
+    }
+
+    /// The chunk that came with the request.
+    ///
+    /// # Errors
+    /// If it cannot be decompressed.
+    pub(crate) fn first(&mut self) -> io::Result<ReceivedChunk> {
+        let first = self.body.try_next()?.ok_or_else(broken_off)?;
+        self.is_over = !first.more;
+        Ok(first)
+    }
+
+    /// The body as the local service gets it, after its first bytes.
+    pub(crate) fn into_body(self, first: Bytes) -> OriginBody {
+        let first = stream::iter([Ok(first)]);
+        let rest = stream::unfold(Some(self), async |upload| {
+            let mut upload = upload?;
+            let bytes = upload.next().await?;
+            // After an error nothing comes.
+            let upload = bytes.is_ok().then_some(upload);
+            Some((bytes, upload))
+        });
+        let frames = first.chain(rest).map(|bytes| bytes.map(Frame::data));
+        OriginBody::Streamed(StreamBody::new(frames).boxed_unsync())
+    }
+
+    /// The next bytes; `None` after the last. Each part that the local service takes lets the sender send more.
+    pub(crate) async fn next(&mut self) -> Option<io::Result<Bytes>> {
+        if self.is_over {
+            return None;
+        }
+        self.progress.send_replace(Instant::now());
+        let chunk = match self.body.next().await {
+            Ok(chunk) => chunk,
+            Err(error) => return Some(Err(error)),
+        };
+        self.progress.send_replace(Instant::now());
+        self.is_over = !chunk.more;
+        if let (Some(outgoing), Some(allowed)) = (&self.grants, chunk.window) {
+            outgoing.window(allowed).await;
+        }
+        Some(Ok(chunk.bytes))
+    }
+}
+
+impl UploadProgress {
+    /// When the local service last read something.
+    pub(crate) fn last(&self) -> Instant {
+        *self.0.borrow()
+    }
+
+    /// Completes when nothing has been taken of the upload for this long.
+    pub(crate) async fn silent_for(&self, time: Duration) {
+        loop {
+            let last = self.last();
+            sleep_until(last + time).await;
+            if self.last() == last {
+                return;
+            }
+        }
+    }
+
+    /// Waits for the end of an upload whose response is there already: the local service still gets all that it takes.
+    pub(crate) async fn ended(mut self) {
+        let stalled = self.clone();
+        let taken = async { while self.0.changed().await.is_ok() {} };
+        tokio::select! {
+            () = taken => {}
+            () = stalled.silent_for(UPLOAD_STALL_TIMEOUT) => {}
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use tunnel_protocol::message::Body;
+    use futures_util::FutureExt;
+    use tokio::time::{advance, timeout};
+    use tunnel_protocol::body::Chunk;
 
     use super::*;
 
-    fn part(number: u32, bytes: usize, more: bool) -> BodyPart {
-        BodyPart {
-            request_id: "r".parse().expect("an id"),
-            part: number,
-            body: Body(vec![0; bytes].into()),
-            encoding: None,
+    fn part(number: u32, bytes: usize, more: bool) -> Part {
+        let chunk = Chunk {
             more,
-            reply_to: None,
-        }
+            ..Chunk::last(vec![0; bytes].into())
+        };
+        Part { number, chunk }
+    }
+
+    fn idle() -> (UploadFeed, UploadStream, UploadProgress) {
+        let (feed, body) = upload(&BodyBudget::default());
+        let (stream, progress) = UploadStream::new(body, None);
+        (feed, stream, progress)
     }
 
     #[test]
     fn parts_come_out_in_order_and_count_until_they_are_taken() {
         let budget = BodyBudget::new(1000);
-        let (mut feed, mut parts) = UploadFeed::new(&budget);
-        assert!(feed.take(part(2, 10, false)).expect("room"));
-        assert!(feed.take(part(2, 10, false)).expect("seen"));
+        let (feed, body) = upload(&budget);
+        feed.take(part(1, 10, false)).expect("room");
+        feed.take(part(1, 10, false)).expect("seen");
         assert_eq!(budget.held_bytes(), 10);
-        assert!(!feed.take(part(1, 20, true)).expect("room"));
+        feed.take(part(0, 20, true)).expect("room");
         assert_eq!(budget.held_bytes(), 30);
-        let first = parts.try_recv().expect("in order").into_part();
-        assert_eq!((first.part, budget.held_bytes()), (1, 10));
-        drop((parts, feed));
+        let (mut stream, _) = UploadStream::new(body, None);
+        assert_eq!(stream.first().expect("in order").bytes.len(), 20);
+        assert_eq!(budget.held_bytes(), 10);
+        drop(stream);
         assert_eq!(budget.held_bytes(), 0);
+        feed.take(part(2, 10, true)).expect("of no interest");
+        assert_eq!(budget.held_bytes(), 0);
+    }
+
+    #[test]
+    fn a_body_that_is_cut_never_looks_complete() {
+        let (feed, mut stream, _progress) = idle();
+        feed.take(part(0, 1, true)).expect("room");
+        feed.take(part(1, 2, true)).expect("room");
+        drop(feed);
+        assert_eq!(stream.first().expect("it came").bytes.len(), 1);
+        let mut next = || stream.next().now_or_never().expect("no wait");
+        assert_eq!(next().expect("more").expect("it came").len(), 2);
+        let error = next().expect("no end").expect_err("no part");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+
+        let (feed, mut stream, _progress) = idle();
+        feed.take(part(0, 1, true)).expect("room");
+        feed.take(part(1, 0, false)).expect("room");
+        drop(feed);
+        stream.first().expect("it came");
+        let mut next = || stream.next().now_or_never().expect("no wait");
+        assert_eq!(next().expect("a part").expect("it came").len(), 0);
+        assert!(next().is_none());
     }
 
     #[test]
     fn parts_that_are_not_read_are_bounded_over_all_bodies() {
         let budget = BodyBudget::new(100_000);
-        let mut feeds: Vec<_> = (0..100).map(|_| UploadFeed::new(&budget)).collect();
+        let uploads: Vec<_> = (0..100).map(|_| upload(&budget)).collect();
         let mut refused = 0;
-        for number in 1..=32 {
-            for (feed, _) in &mut feeds {
-                // Part 0 came with the request: these are early, or wait for the local service.
-                let early = if number == 32 { 1 } else { number + 1 };
+        for number in 0..32 {
+            for (feed, _) in &uploads {
+                // The last is early; the others wait for the local service.
+                let early = number + u32::from(number == 31);
                 refused += usize::from(feed.take(part(early, 1000, true)).is_err());
                 assert!(budget.held_bytes() <= 100_000);
             }
         }
         assert!(refused > 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_counts_from_the_last_progress_of_an_upload() {
+        const LIMIT: Duration = Duration::from_secs(10);
+        let (_feed, upload, progress) = idle();
+        let silent = progress.silent_for(LIMIT);
+        tokio::pin!(silent);
+        for _ in 0..10 {
+            assert!(timeout(LIMIT * 9 / 10, &mut silent).await.is_err());
+            upload.progress.send_replace(Instant::now());
+        }
+        let last = Instant::now();
+        silent.await;
+        assert_eq!(last.elapsed().as_secs(), LIMIT.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upload_is_awaited_until_it_ends_or_stalls() {
+        let (_feed, upload, progress) = idle();
+        let started = Instant::now();
+        advance(UPLOAD_STALL_TIMEOUT / 2).await;
+        drop(upload);
+        progress.ended().await;
+        assert!(started.elapsed() < UPLOAD_STALL_TIMEOUT);
+
+        let (_feed, _upload, progress) = idle();
+        let started = Instant::now();
+        progress.ended().await;
+        assert_eq!(started.elapsed().as_secs(), UPLOAD_STALL_TIMEOUT.as_secs());
     }
 }

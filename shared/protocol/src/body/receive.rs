@@ -17,6 +17,9 @@ pub enum ReceiveBodyError {
     /// A part came too early.
     #[error(transparent)]
     Reorder(#[from] ReorderError),
+    /// More parts came than are held for a slow reader. A sender that heeds the window never sends that many.
+    #[error("the body is read too slowly")]
+    Unread,
     /// A part cannot be decompressed.
     #[error(transparent)]
     Decompress(#[from] DecompressError),
@@ -73,7 +76,12 @@ impl BodyReceiver {
         self.held.hold(bytes)?;
         if let Err(error) = self.parts.insert(number, chunk) {
             self.held.release(bytes);
-            return Err(error.into());
+            let is_unread = !self.parts.is_empty() && !self.parts.is_incomplete();
+            return Err(if is_unread {
+                ReceiveBodyError::Unread
+            } else {
+                error.into()
+            });
         }
         self.note_missing();
         Ok(())
@@ -129,5 +137,36 @@ impl BodyReceiver {
         } else {
             None
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::MAX_REORDER_PARTS;
+
+    #[test]
+    fn what_a_reader_leaves_lying_and_what_comes_too_early_are_told_apart() {
+        let more = |number: usize| {
+            let chunk = Chunk {
+                more: true,
+                ..Chunk::default()
+            };
+            (u32::try_from(number).expect("small"), chunk)
+        };
+        let mut body = BodyReceiver::new(&BodyBudget::default());
+        for number in 0..MAX_REORDER_PARTS {
+            let (number, chunk) = more(number);
+            body.insert(number, chunk).expect("room");
+        }
+        let (number, chunk) = more(MAX_REORDER_PARTS);
+        let error = body.insert(number, chunk.clone()).expect_err("no room");
+        assert!(matches!(error, ReceiveBodyError::Unread), "{error:?}");
+        body.next_chunk().expect("bytes").expect("part 0");
+        body.insert(number, chunk.clone()).expect("room again");
+
+        let mut body = BodyReceiver::new(&BodyBudget::default());
+        let error = body.insert(number, chunk).expect_err("too early");
+        assert!(matches!(error, ReceiveBodyError::Reorder(_)), "{error:?}");
     }
 }

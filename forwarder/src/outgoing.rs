@@ -1,0 +1,97 @@
+//! What an exchange says to the service about its request.
+
+use http::{HeaderMap, StatusCode};
+use tunnel_protocol::{
+    body::Part,
+    id::{ConnectionId, RequestId},
+    message::{
+        self, AgentError, AgentErrorCode, Body, FromAgent, HttpRequest, HttpResponse, Window,
+    },
+    writer::MessageSender,
+};
+
+/// What an exchange says to the service.
+#[derive(Clone, Debug)]
+pub(crate) struct Outgoing {
+    messages: MessageSender,
+    request_id: RequestId,
+    reply_to: Option<ConnectionId>,
+}
+
+impl Outgoing {
+    /// For what is said about this request, over `messages`.
+    pub(crate) fn about(request: &HttpRequest, messages: &MessageSender) -> Self {
+        Self {
+            messages: messages.clone(),
+            request_id: request.request_id.clone(),
+            reply_to: request.reply_to.clone(),
+        }
+    }
+
+    /// The response's message, with no body yet.
+    pub(crate) fn response(
+        &self,
+        status: StatusCode,
+        headers: HeaderMap,
+        processing_time_ms: u64,
+    ) -> HttpResponse {
+        HttpResponse {
+            request_id: self.request_id.clone(),
+            status_code: status.as_u16(),
+            headers,
+            body: Body::default(),
+            encoding: None,
+            processing_time_ms,
+            more: false,
+            reply_to: self.reply_to.clone(),
+        }
+    }
+
+    /// Waits for room on the connection, which is what slows a fast local service down, and with an exchange's last message until
+    /// the socket has taken it. When the connection has ended the exchange is about to be dropped with it.
+    pub(crate) async fn send(&self, message: FromAgent) {
+        let text = message::encode(&message);
+        let is_last = match &message {
+            FromAgent::HttpResponse(response) => !response.more,
+            FromAgent::BodyPart(part) => !part.more,
+            FromAgent::Error(_) => true,
+            _ => false,
+        };
+        let queued = match message {
+            // An error must not overtake the parts before it.
+            FromAgent::Error(_) => self.messages.body(text).await,
+            _ => self.messages.send(text).await,
+        };
+        if is_last && let Ok(receipt) = queued {
+            let _ = receipt.taken().await;
+        }
+    }
+
+    /// Allows the parts of the request's body with numbers below `parts`.
+    pub(crate) async fn window(&self, parts: u32) {
+        self.send(FromAgent::Window(Window {
+            request_id: self.request_id.clone(),
+            parts,
+            reply_to: self.reply_to.clone(),
+        }))
+        .await;
+    }
+
+    /// Sends a part of the response's body.
+    pub(crate) async fn part(&self, part: Part) {
+        let message = part.into_message(self.request_id.clone(), self.reply_to.clone());
+        self.send(FromAgent::BodyPart(message)).await;
+    }
+
+    /// Says that there is no response, or no more of it.
+    pub(crate) async fn error(&self, code: AgentErrorCode, message: String) {
+        let request_id = Some(self.request_id.clone());
+        self.send(FromAgent::Error(AgentError {
+            request_id,
+            code,
+            message,
+            reply_to: self.reply_to.clone(),
+        }))
+        .await;
+    }
+}
