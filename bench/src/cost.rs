@@ -23,6 +23,10 @@ pub mod price {
     pub const WRITE_UNIT: f64 = 0.625e-6;
     /// A GB to the internet.
     pub const GB_OUT: f64 = 0.09;
+    /// A GB of logs taken in by CloudWatch.
+    pub const LOG_GB: f64 = 0.50;
+    /// A GB of a streamed response, after its first 6 MB.
+    pub const STREAMED_GB: f64 = 0.008;
 }
 
 /// What AWS bills for, per request or in total.
@@ -216,6 +220,70 @@ pub fn table() -> String {
     table
 }
 
+/// Bytes of logs for a request: `forward`'s line of figures, and what CloudWatch adds to each event ("Amazon CloudWatch Logs
+/// concepts" in its user guide).
+const LOGGED: f64 = 657.0 + 26.0;
+
+/// Use of a tunnel for a month of 30 days.
+pub struct Scenario {
+    /// Requests a day, each with a response of 1 KiB.
+    pub requests_a_day: f64,
+    /// Hours a day for which the agent is connected.
+    pub hours_a_day: f64,
+}
+
+/// The rows of the table of monthly bills.
+pub const SCENARIOS: [Scenario; 2] = [
+    Scenario {
+        requests_a_day: 100.0,
+        hours_a_day: 2.0,
+    },
+    Scenario {
+        requests_a_day: 10_000.0,
+        hours_a_day: 24.0,
+    },
+];
+
+/// The third table: what a month costs, with an agent whose ping frames are not answered, which is the dearer kind.
+pub fn scenarios_table() -> String {
+    let mut table = String::from(
+        "| requests a day | agent, hours a day | requests | agent | logs | traffic out | sum |\n|---|---|---|---|---|---|---|\n",
+    );
+    for Scenario {
+        requests_a_day,
+        hours_a_day,
+    } in SCENARIOS
+    {
+        let requests = 30.0 * requests_a_day;
+        let small = &EXAMPLES[0];
+        let each = Usage::of_response(small.bytes, small.sent, small.forward, DEFAULT).bill();
+        let seconds = 30.0 * hours_a_day * 3600.0;
+        let agent = idle(seconds, SOLE_PING_MESSAGE_INTERVAL.as_secs_f64()).sum()
+            + seconds / 60.0 * price::CONNECTION_MINUTE;
+        let logs = requests * LOGGED / 1e9 * price::LOG_GB;
+        let out = requests * small.bytes as f64 / 1e9 * price::GB_OUT;
+        let requests = requests * each.sum();
+        table += &format!(
+            "| {requests_a_day} | {hours_a_day} | {requests:.2} | {agent:.2} | {logs:.2} | {out:.2} | **{:.2}** |\n",
+            requests + agent + logs + out
+        );
+    }
+    table
+}
+
+/// What the messages of an agent without visitors cost.
+fn idle(seconds: f64, ping_interval: f64) -> Bill {
+    let pings = seconds / ping_interval;
+    // Each is answered with a `pong`.
+    Usage {
+        messages: 2.0 * pings,
+        calls: pings,
+        milliseconds: pings * DEFAULT,
+        ..Usage::default()
+    }
+    .bill()
+}
+
 /// The second table: what an agent without visitors costs in 30 days.
 pub fn idle_table() -> String {
     let seconds = 30.0 * 24.0 * 3600.0;
@@ -228,14 +296,7 @@ pub fn idle_table() -> String {
         ("not answered", SOLE_PING_MESSAGE_INTERVAL),
     ] {
         let pings = seconds / every.as_secs_f64();
-        // Each is answered with a `pong`.
-        let bill = Usage {
-            messages: 2.0 * pings,
-            calls: pings,
-            milliseconds: pings * DEFAULT,
-            ..Usage::default()
-        }
-        .bill();
+        let bill = idle(seconds, every.as_secs_f64());
         table += &format!(
             "| {are} | {} s | {} | {:.2} | {:.2} | {minutes:.2} | **{:.2}** |\n",
             every.as_secs(),

@@ -21,8 +21,18 @@ const PAGE: &str = include_str!("../../docs/cost.md");
 
 #[test]
 fn the_tables_of_the_cost_page_match_the_formula() {
-    for table in [cost::table(), cost::idle_table()] {
+    for table in [cost::table(), cost::idle_table(), cost::scenarios_table()] {
         assert!(PAGE.contains(&table), "docs/cost.md should have\n\n{table}");
+    }
+}
+
+#[test]
+fn the_page_has_the_prices_of_logs_and_streams() {
+    for price in [cost::price::LOG_GB, cost::price::STREAMED_GB] {
+        assert!(
+            PAGE.contains(&format!("${price} a GB")) || PAGE.contains(&format!("${price:.2} a GB")),
+            "{price}"
+        );
     }
 }
 

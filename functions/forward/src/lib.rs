@@ -75,6 +75,8 @@ pub(crate) struct State {
     pub(crate) use_compression: bool,
     /// The function URL, for visitors whose response is too long for the HTTP API.
     streaming_url: Option<PublicUrl>,
+    /// Whether streamed answers without a body get one, of a line end.
+    pad_empty_streams: bool,
     /// The Lambda function's name; `None` outside Lambda.
     lambda: Option<String>,
     /// Messages on their way to agents, such as cancellations. They may outlive their request.
@@ -115,6 +117,7 @@ impl Forward {
         let streaming_url = variables.optional("STREAMING_URL");
         let max_concurrent = variables.or("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
         let per_second = variables.or("MAX_REQUESTS_PER_SECOND", 0);
+        let pad_empty_streams = variables.or("PAD_EMPTY_STREAMS", false);
         let lambda = variables.raw("AWS_LAMBDA_FUNCTION_NAME");
         variables.finish(|| {
             let public_url: PublicUrl = public_url?;
@@ -137,6 +140,7 @@ impl Forward {
                     routing: routing?,
                 },
                 streaming_url: streaming_url?,
+                pad_empty_streams: pad_empty_streams?,
                 lambda,
                 tasks: TaskTracker::new(),
                 uploads: TaskTracker::new(),
@@ -170,6 +174,9 @@ impl Forward {
             }
             Ingress::Streaming => {
                 let mut answer = response::stream(self.serve(request).await);
+                if self.0.pad_empty_streams {
+                    answer.stream = response::padded(answer.stream);
+                }
                 answer.stream = self.to_its_end(answer.stream, started + time);
                 FunctionResponse::StreamingResponse(answer)
             }

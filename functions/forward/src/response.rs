@@ -10,7 +10,7 @@ use http_body::Body;
 use http_body_util::{BodyDataStream, BodyExt, Full, combinators::UnsyncBoxBody};
 use lambda_runtime::{MetadataPrelude, StreamResponse};
 use serde::Serialize;
-use tunnel_protocol::{headers::value_to_text, limits::MAX_LAMBDA_PAYLOAD_BYTES};
+use tunnel_protocol::limits::MAX_LAMBDA_PAYLOAD_BYTES;
 use tunnel_service::routing::PublicUrl;
 
 use crate::{error::ForwardError, request::Payload};
@@ -112,7 +112,7 @@ pub async fn buffer(
             answer.cookies = headers
                 .get_all(header::SET_COOKIE)
                 .iter()
-                .map(value_to_text)
+                .map(to_ascii)
                 .collect();
             headers.remove(header::SET_COOKIE);
             answer.headers = values_by_name(&headers)
@@ -166,10 +166,45 @@ fn values_by_name(headers: &HeaderMap) -> BTreeMap<String, Vec<String>> {
         .map(|name| {
             (
                 name.to_string(),
-                headers.get_all(name).iter().map(value_to_text).collect(),
+                headers.get_all(name).iter().map(to_ascii).collect(),
             )
         })
         .collect()
+}
+
+/// A field's value for an answer in JSON. What AWS makes of other characters than ASCII is not documented, so bytes above 0x7F are
+/// percent-encoded, which is what they are to become in most fields that have any: addresses and file names.
+fn to_ascii(value: &HeaderValue) -> String {
+    value
+        .as_bytes()
+        .iter()
+        .fold(String::new(), |mut text, &byte| {
+            if byte.is_ascii() {
+                text.push(char::from(byte));
+            } else {
+                text.push_str(percent_encoding::percent_encode_byte(byte));
+            }
+            text
+        })
+}
+
+/// What a streamed answer has in place of an empty body, if it must have one.
+const PADDING: Bytes = Bytes::from_static(b"\n");
+
+/// Adds a line end to a streamed answer that turns out to have no body.
+pub(crate) fn padded(stream: ResponseStream) -> ResponseStream {
+    let first = Some(stream);
+    Box::pin(futures_util::stream::unfold(
+        (first, true),
+        |(stream, is_empty)| async move {
+            let mut stream = stream?;
+            match stream.next().await {
+                Some(chunk) => Some((chunk, (Some(stream), false))),
+                None if is_empty => Some((Ok(PADDING), (None, false))),
+                None => None,
+            }
+        },
+    ))
 }
 
 /// A response as a streamed answer. Function URLs take one value a field, so repeated fields are joined; cookies have a list.
@@ -181,7 +216,7 @@ pub fn stream(response: Response<ResponseBody>) -> StreamResponse<ResponseStream
     let cookies = headers
         .get_all(header::SET_COOKIE)
         .iter()
-        .map(value_to_text)
+        .map(to_ascii)
         .collect();
     headers.remove(header::SET_COOKIE);
     let metadata_prelude = MetadataPrelude {
@@ -201,12 +236,8 @@ pub fn stream(response: Response<ResponseBody>) -> StreamResponse<ResponseStream
 
 fn joined(headers: &HeaderMap) -> HeaderMap {
     let join = |name: &HeaderName| {
-        let values: Vec<&[u8]> = headers
-            .get_all(name)
-            .iter()
-            .map(HeaderValue::as_bytes)
-            .collect();
-        HeaderValue::from_bytes(&values.join(&b", "[..]))
+        let values: Vec<String> = headers.get_all(name).iter().map(to_ascii).collect();
+        HeaderValue::from_str(&values.join(", "))
             .ok()
             .map(|value| (name.clone(), value))
     };
@@ -332,6 +363,52 @@ mod tests {
             .await;
         // An empty chunk would end the stream.
         assert_eq!(chunks, ["he", "llo"]);
+    }
+
+    #[tokio::test]
+    async fn bytes_above_ascii_are_percent_encoded_in_every_answer() {
+        let latin = |fields: &[&'static str]| {
+            let mut response = Response::new(whole(Bytes::new()));
+            for name in fields {
+                let value = HeaderValue::from_bytes(b"caf\xe9%20\xc3\xa9").expect("a value");
+                response.headers_mut().append(*name, value);
+            }
+            response
+        };
+        let fields = ["location", "x-twice", "x-twice", "set-cookie"];
+        let prelude = stream(latin(&fields)).metadata_prelude;
+        let prelude = serde_json::to_value(&prelude).expect("JSON");
+        let value = "caf%E9%20%C3%A9";
+        let expected = json!({ "location": value, "x-twice": format!("{value}, {value}") });
+        assert_eq!(prelude["headers"], expected);
+        assert_eq!(prelude["cookies"], json!([value]));
+        let answer = buffered(latin(&fields), Payload::V2, false).await;
+        assert_eq!(
+            (&answer["headers"], &answer["cookies"]),
+            (&expected, &json!([value]))
+        );
+        let answer = buffered(latin(&fields), Payload::V1, false).await;
+        assert_eq!(
+            answer["multiValueHeaders"]["x-twice"],
+            json!([value, value])
+        );
+    }
+
+    #[tokio::test]
+    async fn only_an_empty_stream_is_padded() {
+        for (body, expected) in [("", "\n"), ("x", "x")] {
+            let answer = stream(response(&LINES, body.into()));
+            let chunks: Vec<_> = padded(answer.stream)
+                .map(|chunk| chunk.expect("bytes"))
+                .collect()
+                .await;
+            assert_eq!(chunks, [expected]);
+        }
+        let broken = Box::pin(futures_util::stream::iter([Err(ResponseBodyError(
+            ForwardError::AgentLost,
+        ))]));
+        let chunks: Vec<_> = padded(broken).collect().await;
+        assert!(matches!(&chunks[..], [Err(_)]), "{chunks:?}");
     }
 
     #[tokio::test]

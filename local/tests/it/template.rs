@@ -774,6 +774,7 @@ fn each_function_gets_its_own_tables_addresses_and_rules() {
             "!If [HasDomain, !Sub https://${DomainName}, !Sub https://${HttpApi}.execute-api.${AWS::Region}.${AWS::URLSuffix}]",
         ),
         ("STREAMING_URL", "!Ref KnownStreamingUrl"),
+        ("PAD_EMPTY_STREAMS", "!Ref PadEmptyStreams"),
         ("ROUTING", "!Ref Routing"),
         ("MAX_TUNNEL_IDS_PER_OWNER", "!Ref MaxTunnelIdsPerOwner"),
         ("MAX_CONCURRENT_REQUESTS", "!Ref MaxConcurrentRequests"),
@@ -969,7 +970,92 @@ fn a_domain_leads_to_the_http_api() {
                 ),
             ],
         );
+        let [mut ipv4, mut ipv6] = [record.to_owned(), format!("{record}Ipv6")]
+            .map(|record| properties(&template, &record));
+        assert_eq!(written(&ipv6["Type"]), "AAAA");
+        for record in [&mut ipv4, &mut ipv6] {
+            record["Type"] = Value::Null;
+        }
+        assert_eq!(written(&ipv4), written(&ipv6), "{record}");
     }
+}
+
+#[test]
+fn what_reserves_executions_needs_the_quota_and_the_quota_has_an_alarm() {
+    let template = template();
+    for (function, condition, parameter) in [
+        ("ConnectFunction", "ReservesForAgents", "AgentsConcurrency"),
+        (
+            "DisconnectFunction",
+            "ReservesForAgents",
+            "AgentsConcurrency",
+        ),
+        ("DefaultFunction", "ReservesForAgents", "AgentsConcurrency"),
+        ("ForwardFunction", "CapsVisitors", "VisitorsConcurrency"),
+    ] {
+        assert_written(
+            &template,
+            function,
+            &[(
+                "ReservedConcurrentExecutions",
+                format!("!If [{condition}, !Ref {parameter}, !Ref AWS::NoValue]").as_str(),
+            )],
+        );
+        let rule = &template["Rules"][format!("{parameter}NeedsQuota").as_str()];
+        assert_eq!(
+            written(&rule["RuleCondition"]),
+            format!("!Not [!Equals [!Ref {parameter}, 0]]")
+        );
+        assert_eq!(
+            written(&rule["Assertions"][0]["Assert"]),
+            "!Not [!Contains [[0, 10, 50, 100], !Ref AccountConcurrency]]"
+        );
+    }
+    assert_eq!(
+        written(&template["Resources"]["ConcurrencyAlarm"]["Condition"]),
+        "KnowsQuota"
+    );
+    let alarm = properties(&template, "ConcurrencyAlarm");
+    assert_eq!(
+        written(&alarm["Metrics"][0]["Expression"]),
+        "!Sub 100 * executions / ${AccountConcurrency}"
+    );
+    assert_eq!(written(&alarm["Threshold"]), "80");
+}
+
+#[test]
+fn the_dashboard_is_json_that_shows_every_function() {
+    let template = template();
+    let body = written(&properties(&template, "Dashboard")["DashboardBody"]);
+    let body = body.strip_prefix("!Sub ").expect("a substitution");
+    let dashboard: serde_json::Value = serde_json::from_str(body).expect("JSON");
+    let widgets = dashboard["widgets"].as_array().expect("widgets");
+    let of_title = |title: &str| {
+        let widget = widgets
+            .iter()
+            .find(|widget| widget["properties"]["title"] == title);
+        widget.unwrap_or_else(|| panic!("{title}")).to_string()
+    };
+    for title in [
+        "Invocations",
+        "Errors",
+        "Function duration p99 (ms)",
+        "Cost: Lambda GB-seconds",
+    ] {
+        let widget = of_title(title);
+        for function in FUNCTIONS {
+            assert!(
+                widget.contains(&format!("${{{function}}}")),
+                "{title}: {function}"
+            );
+        }
+    }
+    assert!(of_title("Errors").contains("\"4xx\""));
+    // A sum of metrics has no point where one of them has none.
+    assert_eq!(
+        of_title("Cost: Lambda GB-seconds").matches("FILL(").count(),
+        4
+    );
 }
 
 #[test]
