@@ -81,6 +81,9 @@ struct Options {
     /// What to log on stderr: error, warn, info, debug, trace, off, or a list such as warn,forwarder=debug [default: warn]
     #[arg(long, global = true, env = "TTF_LOG_LEVEL", value_name = "LEVEL")]
     log_level: Option<String>,
+    /// Whether a terminal shows the console, redrawn in place, instead of lines [default: true]
+    #[arg(long, global = true, env = "TTF_CONSOLE", value_name = "BOOL")]
+    console: Option<bool>,
 }
 
 /// A command line with everything that belongs to it.
@@ -90,6 +93,8 @@ pub(crate) struct Invocation {
     pub action: Action,
     /// What is logged.
     pub log: Targets,
+    /// Whether a terminal shows the console.
+    pub console: bool,
 }
 
 /// What an invocation is to do.
@@ -181,6 +186,7 @@ impl Cli {
         };
         let log = self.options.log_level.as_ref().or(file.log_level.as_ref());
         let log = log_filter(log.map_or(DEFAULT_LOG_LEVEL, String::as_str))?;
+        let console = self.options.console.or(file.console).unwrap_or(true);
         let layer = self.options.layer;
         let action = match self.command {
             Some(Command::Http { target }) => {
@@ -199,7 +205,11 @@ impl Cli {
             None if !file.tunnels.is_empty() => return Err(UsageError::StartMissing),
             None => Action::Open(vec![layer.or(&file.top).settings("http")?]),
         };
-        Ok(Invocation { action, log })
+        Ok(Invocation {
+            action,
+            log,
+            console,
+        })
     }
 }
 

@@ -18,6 +18,8 @@ use crate::settings::{Layer, Secret};
 pub(crate) struct ConfigFile {
     /// What is logged on stderr.
     pub log_level: Option<String>,
+    /// Whether a terminal shows the console.
+    pub console: Option<bool>,
     /// The top of the file: defaults of all tunnels, and the single tunnel of a file without `[tunnels]`.
     pub top: Layer,
     /// The tables `[tunnels.NAME]`.
@@ -87,9 +89,11 @@ impl ConfigFile {
             });
         }
         let log_level = top.remove("log_level");
+        let console = top.remove("console");
         let tunnels = top.remove("tunnels");
         Ok(Self {
             log_level: log_level.map(value).transpose().map_err(fault)?,
+            console: console.map(value).transpose().map_err(fault)?,
             tunnels: tunnels
                 .map(value)
                 .transpose()

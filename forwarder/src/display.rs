@@ -39,13 +39,18 @@ impl Display {
         }
     }
 
-    /// Shows what happened to a tunnel. Never blocks.
-    pub(crate) fn show(&self, tunnel: &str, event: &Event) {
+    /// Prints a tunnel's URL on stdout, if it is a new one. Never blocks.
+    pub(crate) fn print_url(&self, tunnel: &str, event: &Event) {
         if let Event::Online { public_url, .. } = event
             && self.is_new_url(tunnel, public_url)
         {
             self.stdout.line(public_url);
         }
+    }
+
+    /// Shows what happened to a tunnel. Never blocks.
+    pub(crate) fn show(&self, tunnel: &str, event: &Event) {
+        self.print_url(tunnel, event);
         let text = text(event);
         if self.names_tunnels {
             self.stderr.line(&format!("[{tunnel}] {text}"));
@@ -108,7 +113,8 @@ fn text(event: &Event) -> String {
     }
 }
 
-fn size(bytes: u64) -> String {
+/// A number of bytes, as a reader wants it.
+pub(crate) fn size(bytes: u64) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),
         1024..1_048_576 => format!("{} KiB", in_tenths(bytes, 1024)),
@@ -123,7 +129,7 @@ fn in_tenths(bytes: u64, unit: u64) -> String {
 
 /// A text as part of one line: what would end the line, steer a terminal or change the direction of writing becomes `?`. Texts of
 /// visitors, of the service and of the local service are all printed so.
-fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> String {
     let is_unsafe = |c: char| {
         c.is_control()
             || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')

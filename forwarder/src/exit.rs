@@ -1,6 +1,11 @@
 //! The executable's life: start, signals, end, and the codes that it ends with.
 
-use std::{io, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    io::{self, IsTerminal},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -11,6 +16,7 @@ use tunnel_protocol::id::TunnelId;
 use crate::{
     Observer,
     args::{Action, Cli, Invocation},
+    console::Console,
     display::{Display, Lines},
     handshake::{self, HandshakeError},
     settings::Settings,
@@ -89,19 +95,33 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
-    let Invocation { action, log } = cli
+    let Invocation {
+        action,
+        log,
+        console,
+    } = cli
         .invocation()
         .map_err(|error| ExitFailure::new(Exit::Usage, &error))?;
+    let cannot_start = |error| ExitFailure::new(Exit::Failed, &format!("cannot start: {error}"));
+    let runtime = Runtime::new().map_err(cannot_start)?;
+    let console = match &action {
+        Action::Open(tunnels) if console && Console::is_possible() => {
+            // A terminal that cannot be controlled gets lines.
+            Console::open(tunnels.iter().map(|tunnel| tunnel.name.clone())).ok()
+        }
+        _ => None,
+    };
+    let logged = console
+        .as_ref()
+        .map_or_else(|| stderr.clone(), Console::log);
     tracing_subscriber::registry()
-        .with(fmt::layer().with_writer(stderr.clone()))
+        .with(fmt::layer().with_ansi(false).with_writer(logged))
         .with(log)
         .init();
     raise_open_files();
-    let cannot_start = |error| ExitFailure::new(Exit::Failed, &format!("cannot start: {error}"));
-    let runtime = Runtime::new().map_err(cannot_start)?;
     let outcome = runtime.block_on(async {
         match action {
-            Action::Open(tunnels) => open(tunnels, stdout, stderr).await,
+            Action::Open(tunnels) => open(tunnels, stdout, stderr, console).await,
             Action::Release(settings, tunnel_id) => {
                 let released = release(&settings, &tunnel_id).await?;
                 stdout.line(&released);
@@ -114,21 +134,56 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
     outcome
 }
 
-async fn open(tunnels: Vec<Settings>, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
+async fn open(
+    tunnels: Vec<Settings>,
+    stdout: &Lines,
+    stderr: &Lines,
+    console: Option<Console>,
+) -> Result<(), ExitFailure> {
     let mut signals = Signals::new()
         .map_err(|error| ExitFailure::new(Exit::Failed, &format!("cannot start: {error}")))?;
     let stop = CancellationToken::new();
     let display = Display::new(stdout.clone(), stderr.clone(), tunnels.len() > 1);
-    let observer: Observer = Arc::new(move |tunnel, event| display.show(tunnel, &event));
+    let console = console.map(Arc::new);
+    let observer = observer(display, console.clone());
     let mut run = std::pin::pin!(crate::run(tunnels, observer, stop.clone()));
-    tokio::select! {
-        outcome = &mut run => return Ok(outcome?),
-        () = signals.next() => stop.cancel(),
+    let stop_requested = async |signals: &mut Signals| {
+        tokio::select! {
+            () = signals.next() => {}
+            () = Console::stop_requested(console.as_deref()) => {}
+        }
+    };
+    let outcome = tokio::select! {
+        outcome = &mut run => Some(outcome),
+        () = stop_requested(&mut signals) => {
+            stop.cancel();
+            tokio::select! {
+                outcome = &mut run => Some(outcome),
+                () = stop_requested(&mut signals) => None,
+            }
+        }
+    };
+    if let Some(console) = console {
+        stderr.line(&console.close());
     }
-    tokio::select! {
-        outcome = &mut run => Ok(outcome?),
-        () = signals.next() => Err(ExitFailure::new(Exit::Failed, &"")),
+    match outcome {
+        Some(outcome) => Ok(outcome?),
+        None => Err(ExitFailure::new(Exit::Failed, &"")),
     }
+}
+
+/// Shows what happens: in the console if there is one, else as lines. URLs are lines on a stdout that somebody else reads.
+fn observer(display: Display, console: Option<Arc<Console>>) -> Observer {
+    let prints_urls = !io::stdout().is_terminal();
+    Arc::new(move |tunnel, event| match &console {
+        None => display.show(tunnel, &event),
+        Some(console) => {
+            if prints_urls {
+                display.print_url(tunnel, &event);
+            }
+            console.show(tunnel, &event);
+        }
+    })
 }
 
 /// Gives up a tunnel id, and returns the message for the user.

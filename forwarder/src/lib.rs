@@ -12,6 +12,7 @@ mod args;
 mod authority;
 mod config_file;
 mod connector;
+mod console;
 mod display;
 mod endpoint;
 pub mod event;
