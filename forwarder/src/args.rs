@@ -1,23 +1,32 @@
-//! The command line: flags with the environment, over the config file, over defaults.
+//! The command line: flags with the environment, over the config files, over defaults.
 
-use std::{collections::HashMap, path::PathBuf};
-
-use clap::{
-    Args, Parser, Subcommand,
-    error::{ContextKind, ContextValue},
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    path::{Path, PathBuf},
 };
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tunnel_protocol::id::TunnelId;
 
 use crate::{
+    background::{Background, BackgroundCommand, BackgroundError, BackgroundOptions},
+    config_command,
     config_file::{ConfigFile, ConfigFileError},
-    settings::{Layer, LayerError, Settings},
+    endpoint::Endpoint,
+    login::Login,
+    settings::{Layer, LayerError, ProcessLayer, Settings},
+    status::StatusSubject,
     target::Target,
+    words,
 };
 
 const AFTER_HELP: &str = "\
+`ttf 3000` is short for `ttf http 3000`.
 The public URL is printed on stdout, one line for each tunnel; everything else goes to stderr.
-Flags override environment variables, and those override the config file.
+Flags override environment variables, and those override the config files.
 
 Exit codes: 0 stopped on request, 1 failed, 2 wrong usage or config, 3 token refused, 4 tunnel id taken,
 5 replaced by another agent of the same owner, or the tunnel id was released,
@@ -51,7 +60,7 @@ enum Command {
     /// Open one tunnel to an HTTP service
     Http {
         /// A port (3000), host:port, http(s)://host:port, or unix:/path
-        #[arg(id = "service", value_name = "TARGET")]
+        #[arg(id = "local_service", value_name = "TARGET")]
         target: Option<Target>,
     },
     /// Open tunnels from the config file
@@ -69,21 +78,86 @@ enum Command {
         #[arg(id = "released", value_name = "ID")]
         tunnel_id: TunnelId,
     },
+    /// Try an endpoint and a token, and store them for every later start
+    Login {
+        /// The service's address, such as https://tunnel.example.com
+        #[arg(id = "login_endpoint", value_name = "ENDPOINT")]
+        endpoint: Option<Endpoint>,
+    },
+    /// Find, check or edit the config file
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print how a tunnel is, as the service says
+    Status {
+        /// The tunnel's id, or its public URL
+        #[arg(value_name = "TUNNEL")]
+        tunnel: Option<StatusSubject>,
+    },
+    /// Try every step from here to the service and to the local service, and say what is wrong
+    Diagnose {
+        /// A local service to try, if not that of the settings
+        #[arg(id = "diagnosed", value_name = "TARGET")]
+        target: Option<Target>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keep the tunnels of the config file open in the background, also after a restart of the machine
+    Service {
+        #[command(subcommand)]
+        command: BackgroundCommand,
+        #[command(flatten)]
+        options: BackgroundOptions,
+    },
+    /// Print a script that completes commands and flags
+    #[command(visible_alias = "completion")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the manual page, or write one for each command
+    Man {
+        /// Write the pages into this directory
+        #[arg(long, value_name = "DIRECTORY")]
+        directory: Option<PathBuf>,
+    },
+    /// Print the version
+    Version,
+    #[command(external_subcommand)]
+    Unknown(Vec<OsString>),
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Print where the config file is
+    Path,
+    /// Check the config files
+    Check,
+    /// Open the config file in an editor, and check it afterwards
+    Edit {
+        /// The editor
+        #[arg(long, env = "VISUAL", value_name = "PROGRAM")]
+        editor: Option<String>,
+        /// The editor if VISUAL is not set
+        #[arg(long, env = "EDITOR", hide = true)]
+        default_editor: Option<String>,
+    },
+    #[command(external_subcommand)]
+    Unknown(Vec<OsString>),
 }
 
 #[derive(Debug, Args)]
 struct Options {
     #[command(flatten)]
     layer: Layer,
-    /// A config file in TOML
+    #[command(flatten)]
+    process: ProcessLayer,
+    /// A config file in TOML, read over the one in its default place; may be repeated, and later files override earlier ones
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// What to log on stderr: error, warn, info, debug, trace, off, or a list such as warn,forwarder=debug [default: warn]
-    #[arg(long, global = true, env = "TTF_LOG_LEVEL", value_name = "LEVEL")]
-    log_level: Option<String>,
-    /// Whether a terminal shows the console, redrawn in place, instead of lines [default: true]
-    #[arg(long, global = true, env = "TTF_CONSOLE", value_name = "BOOL")]
-    console: Option<bool>,
+    config: Vec<PathBuf>,
+    /// The process that systemd has started
+    #[arg(long, global = true, hide = true, env = "SYSTEMD_EXEC_PID")]
+    systemd_exec_pid: Option<String>,
 }
 
 /// A command line with everything that belongs to it.
@@ -95,6 +169,8 @@ pub(crate) struct Invocation {
     pub log: Targets,
     /// Whether a terminal shows the console.
     pub console: bool,
+    /// The config files that were read.
+    pub files: Vec<PathBuf>,
 }
 
 /// What an invocation is to do.
@@ -104,6 +180,27 @@ pub(crate) enum Action {
     Open(Vec<Settings>),
     /// Give up a tunnel id.
     Release(Box<Settings>, TunnelId),
+    /// Store an endpoint and a token.
+    Login(Box<Login>),
+    /// Print this.
+    Print(String),
+    /// Print this as it is.
+    PrintDocument(Vec<u8>),
+    /// Write manual pages into this directory.
+    WriteManual(PathBuf),
+    /// Open a file in an editor.
+    Edit(config_command::Edit),
+    /// Say how a tunnel is.
+    Status(Box<Settings>, StatusSubject),
+    /// Try every step.
+    Diagnose {
+        /// Of this tunnel.
+        settings: Box<Settings>,
+        /// For a program.
+        json: bool,
+    },
+    /// Control the service of the system.
+    Background(Background),
 }
 
 /// A command line or file that cannot be carried out; the text says what to do.
@@ -121,11 +218,43 @@ pub(crate) enum UsageError {
         parts = LOG_TARGETS.join(", ")
     )]
     LogLevel(String),
+    /// The directory of the user's files is not known.
+    #[error(
+        "there is no home directory, so the config file has no default place: pass one with --config"
+    )]
+    NoHome,
+    /// No such service is stored.
+    #[error("there is no service {name} in the config files; they have: {known}")]
+    UnknownService {
+        /// The requested name.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// `ttf login` without an endpoint.
+    #[error("which service? `ttf login ENDPOINT`, such as `ttf login https://tunnel.example.com`")]
+    NoLoginEndpoint,
+    /// `ttf status` without a tunnel.
+    #[error("which tunnel? `ttf status ID`, or its public URL in place of the id")]
+    NoTunnel,
+    /// The manual cannot be made.
+    #[error("cannot write the manual: {0}")]
+    Manual(std::io::Error),
+    /// The service could not open a tunnel.
+    #[error(transparent)]
+    Background(BackgroundError),
+    /// Not a command of `ttf config`.
+    #[error(
+        "there is no `ttf config {0}`; there are path, check and edit, and `ttf login ENDPOINT --token TOKEN` stores a token"
+    )]
+    ConfigCommand(String),
     /// The file is for `ttf start`.
     #[error("the config file has [tunnels]: open them with `ttf start --all` or `ttf start NAME`")]
     StartMissing,
     /// `ttf start` without a file that has tunnels.
-    #[error("`ttf start` needs a config file with [tunnels.NAME]: pass it with --config")]
+    #[error(
+        "`ttf start` needs a config file with [tunnels.NAME]: write one (`ttf config edit`), or pass one with --config"
+    )]
     NoTunnels,
     /// `ttf start` without names.
     #[error("name the tunnels to start, or pass --all; the config file has: {0}")]
@@ -163,54 +292,241 @@ pub(crate) enum UsageError {
 impl Cli {
     /// Reads the command line and environment of the process. Exits if they are wrong or request help.
     pub(crate) fn from_process() -> Self {
-        Self::try_parse().unwrap_or_else(|mut error| {
-            // An address with a password in it is a mistake that must not end up in a terminal's history or a log.
-            if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
-                && value.contains('@')
-            {
-                let hidden = ContextValue::String("(not shown)".to_owned());
-                error.insert(ContextKind::InvalidValue, hidden);
-            }
-            error.exit()
-        })
+        let arguments: Vec<OsString> = std::env::args_os().collect();
+        words::read(&arguments).unwrap_or_else(|error| error.exit())
     }
 
-    /// Reads the config file, and puts all layers together.
+    /// The words of a command that there is not.
+    pub(crate) fn unknown_command(&self) -> Option<&[OsString]> {
+        match &self.command {
+            Some(Command::Unknown(words)) => Some(words),
+            _ => None,
+        }
+    }
+
+    /// Reads the config files, and puts all layers together. `default_file` is read if it exists.
     ///
     /// # Errors
     /// If something is missing, malformed or contradictory.
-    pub(crate) fn invocation(self) -> Result<Invocation, UsageError> {
-        let file = match &self.options.config {
-            Some(path) => ConfigFile::read(path)?,
-            None => ConfigFile::default(),
-        };
-        let log = self.options.log_level.as_ref().or(file.log_level.as_ref());
-        let log = log_filter(log.map_or(DEFAULT_LOG_LEVEL, String::as_str))?;
-        let console = self.options.console.or(file.console).unwrap_or(true);
-        let layer = self.options.layer;
-        let action = match self.command {
-            Some(Command::Http { target }) => {
-                let command = Layer {
-                    target,
-                    ..Layer::default()
-                };
-                let settings = command.or(&layer).or(&file.top).settings("http")?;
-                Action::Open(vec![settings])
+    pub(crate) fn invocation(
+        self,
+        default_file: Option<PathBuf>,
+    ) -> Result<Invocation, UsageError> {
+        let Self { command, options } = self;
+        let files = options.files(default_file.as_deref());
+        let (action, process) = match command {
+            Some(Command::Version) => (Action::Print(version()), options.process),
+            Some(Command::Completions { shell }) => {
+                (Action::PrintDocument(completions(shell)), options.process)
             }
-            Some(Command::Start { all, names }) => Action::Open(start(&layer, all, names, &file)?),
-            Some(Command::Release { tunnel_id }) => {
-                let settings = layer.or(&file.top).settings("release")?;
-                Action::Release(Box::new(settings), tunnel_id)
+            Some(Command::Man { directory: None }) => {
+                let page = manual().map_err(UsageError::Manual)?;
+                (Action::PrintDocument(page), options.process)
             }
-            None if !file.tunnels.is_empty() => return Err(UsageError::StartMissing),
-            None => Action::Open(vec![layer.or(&file.top).settings("http")?]),
+            Some(Command::Man {
+                directory: Some(directory),
+            }) => (Action::WriteManual(directory), options.process),
+            Some(Command::Config(command)) => {
+                (command.action(&files, default_file)?, options.process)
+            }
+            command => {
+                let file = ConfigFile::read_all(&files)?;
+                let process = options.process.or(&file.process);
+                (options.action(command, &file, default_file)?, process)
+            }
         };
+        let log = log_filter(process.log_level.as_deref().unwrap_or(DEFAULT_LOG_LEVEL))?;
         Ok(Invocation {
             action,
             log,
-            console,
+            console: process.console.unwrap_or(true),
+            files,
         })
     }
+}
+
+impl ConfigCommand {
+    fn action(
+        self,
+        files: &[PathBuf],
+        default_file: Option<PathBuf>,
+    ) -> Result<Action, UsageError> {
+        match self {
+            Self::Path => {
+                let path = default_file.ok_or(UsageError::NoHome)?;
+                Ok(Action::Print(path.display().to_string()))
+            }
+            Self::Check => {
+                let file = ConfigFile::read_all(files)?;
+                Ok(Action::Print(config_command::check(files, &file)?))
+            }
+            Self::Edit {
+                editor,
+                default_editor,
+            } => Ok(Action::Edit(config_command::Edit {
+                editor: editor.or(default_editor),
+                file: default_file.ok_or(UsageError::NoHome)?,
+            })),
+            Self::Unknown(words) => {
+                let word = words
+                    .first()
+                    .map(|word| word.to_string_lossy().into_owned());
+                Err(UsageError::ConfigCommand(word.unwrap_or_default()))
+            }
+        }
+    }
+}
+
+impl Options {
+    /// The config files, the later over the earlier ones.
+    fn files(&self, default_file: Option<&Path>) -> Vec<PathBuf> {
+        let default_file = default_file
+            .filter(|file| file.exists())
+            .map(Path::to_owned);
+        default_file
+            .into_iter()
+            .chain(self.config.iter().cloned())
+            .collect()
+    }
+
+    fn action(
+        self,
+        command: Option<Command>,
+        file: &ConfigFile,
+        default_file: Option<PathBuf>,
+    ) -> Result<Action, UsageError> {
+        let has_started_me = |pid: &String| *pid == std::process::id().to_string();
+        let is_service = self.systemd_exec_pid.as_ref().is_some_and(has_started_me);
+        let flags = Layer {
+            keep_trying: self.layer.keep_trying.or(is_service.then_some(true)),
+            ..self.layer
+        };
+        let one = |layer: &Layer, name| settings_of_one(layer, file, name);
+        match command {
+            Some(Command::Http { target }) => {
+                Ok(Action::Open(vec![one(&flags.with_target(target), "http")?]))
+            }
+            Some(Command::Start { all, names }) => {
+                Ok(Action::Open(start(&flags, all, names, file)?))
+            }
+            Some(Command::Release { tunnel_id }) => {
+                let settings = one(&flags, "release")?;
+                Ok(Action::Release(Box::new(settings), tunnel_id))
+            }
+            Some(Command::Login { endpoint }) => {
+                let endpoint = endpoint.or(flags.endpoint.clone());
+                login(Layer { endpoint, ..flags }, default_file)
+            }
+            Some(Command::Status { tunnel }) => {
+                let settings = one(&flags, "status")?;
+                let id = settings.tunnel_id.clone().map(StatusSubject::Id);
+                let subject = tunnel.or(id).ok_or(UsageError::NoTunnel)?;
+                Ok(Action::Status(Box::new(settings), subject))
+            }
+            Some(Command::Diagnose { target, json }) => {
+                let settings = Box::new(one(&flags.with_target(target), "diagnose")?);
+                Ok(Action::Diagnose { settings, json })
+            }
+            Some(Command::Service { command, options }) => {
+                background(command, options, self.config, file)
+            }
+            None if !file.tunnels.is_empty() && flags.target().is_none() => {
+                Err(UsageError::StartMissing)
+            }
+            None => Ok(Action::Open(vec![one(&flags, "http")?])),
+            Some(
+                Command::Config(_)
+                | Command::Version
+                | Command::Completions { .. }
+                | Command::Man { .. }
+                | Command::Unknown(_),
+            ) => unreachable!("these need no config file"),
+        }
+    }
+}
+
+/// The settings of a tunnel that has no table in the file.
+fn settings_of_one(layer: &Layer, file: &ConfigFile, name: &str) -> Result<Settings, UsageError> {
+    Ok(with_file(layer, &Layer::default(), file)?.settings(name)?)
+}
+
+fn login(flags: Layer, default_file: Option<PathBuf>) -> Result<Action, UsageError> {
+    if flags.endpoint.is_none() {
+        return Err(UsageError::NoLoginEndpoint);
+    }
+    Ok(Action::Login(Box::new(Login {
+        service: flags.service.clone(),
+        settings: flags.settings("login")?,
+        file: default_file.ok_or(UsageError::NoHome)?,
+    })))
+}
+
+fn background(
+    command: BackgroundCommand,
+    options: BackgroundOptions,
+    files: Vec<PathBuf>,
+    file: &ConfigFile,
+) -> Result<Action, UsageError> {
+    if command == BackgroundCommand::Install && every_tunnel(file)?.is_empty() {
+        return Err(UsageError::Background(BackgroundError::NoTunnels));
+    }
+    Ok(Action::Background(Background {
+        command,
+        options,
+        files,
+    }))
+}
+
+fn version() -> String {
+    format!("ttf {}", env!("CARGO_PKG_VERSION"))
+}
+
+fn completions(shell: Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "ttf", &mut script);
+    script
+}
+
+/// The manual page ttf(1).
+fn manual() -> std::io::Result<Vec<u8>> {
+    let mut page = Vec::new();
+    clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+    Ok(page)
+}
+
+/// Writes the manual pages of all commands into a directory.
+///
+/// # Errors
+/// If that is impossible.
+pub(crate) fn write_manual(directory: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    clap_mangen::generate_to(Cli::command(), directory)
+}
+
+/// What the flags leave open, from a tunnel's table and what it takes from the rest of the file.
+fn with_file(flags: &Layer, tunnel: &Layer, file: &ConfigFile) -> Result<Layer, UsageError> {
+    let service = flags.service.as_deref().or(tunnel.service.as_deref());
+    let defaults = file.defaults(service).ok_or_else(|| {
+        let known: Vec<&str> = file.services.keys().map(String::as_str).collect();
+        UsageError::UnknownService {
+            name: service
+                .or(file.top.service.as_deref())
+                .unwrap_or_default()
+                .to_owned(),
+            known: known.join(", "),
+        }
+    })?;
+    let layer = flags.with_credentials_for_endpoint(&tunnel.or(&defaults));
+    // An endpoint that is given without a token has the one that is stored for it.
+    let token = layer.token.clone().or_else(|| {
+        let endpoint = layer.endpoint.as_ref()?;
+        let mut stored = file.services.values().chain([&file.top]);
+        stored
+            .find(|stored| stored.endpoint.as_ref() == Some(endpoint))?
+            .token
+            .clone()
+    });
+    Ok(Layer { token, ..layer })
 }
 
 fn start(
@@ -237,14 +553,14 @@ fn start(
     if let Some(twice) = first_duplicate(&names) {
         return Err(UsageError::NamedTwice(twice.clone()));
     }
-    if names.len() > 1 && (flags.tunnel_id.is_some() || flags.target.is_some()) {
+    if names.len() > 1
+        && (flags.tunnel_id().is_some() || flags.target().is_some() || flags.url.is_some())
+    {
         return Err(UsageError::ForOneTunnel);
     }
     // A tunnel id at the top is the one of `ttf http`: two tunnels cannot share it.
-    let top = Layer {
-        tunnel_id: None,
-        ..file.top.clone()
-    };
+    let mut file = file.clone();
+    file.top.tunnel_id = None;
     let mut tunnels = Vec::new();
     for name in names {
         let tunnel = file
@@ -254,10 +570,18 @@ fn start(
                 known: known(),
                 name: name.clone(),
             })?;
-        tunnels.push(flags.or(tunnel).or(&top).settings(&name)?);
+        tunnels.push(with_file(flags, tunnel, &file)?.settings(&name)?);
     }
     check_tunnel_ids(&tunnels)?;
     Ok(tunnels)
+}
+
+/// Every tunnel of a file, checked.
+pub(crate) fn every_tunnel(file: &ConfigFile) -> Result<Vec<Settings>, UsageError> {
+    if file.tunnels.is_empty() {
+        return Ok(Vec::new());
+    }
+    start(&Layer::default(), true, Vec::new(), file)
 }
 
 fn first_duplicate(names: &[String]) -> Option<&String> {
@@ -316,11 +640,11 @@ fn log_filter(text: &str) -> Result<Targets, UsageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{settings::TargetTls, tunnel_ids};
+    use crate::{settings::AcceptedCertificates, tunnel_ids};
 
     fn parse(arguments: &[&str]) -> Result<Vec<Settings>, String> {
         let cli = Cli::try_parse_from([&["ttf"], arguments].concat()).expect("a command line");
-        match cli.invocation() {
+        match cli.invocation(None) {
             Ok(Invocation {
                 action: Action::Open(tunnels),
                 ..
@@ -531,7 +855,7 @@ mod tests {
                 "wss://y.example.com/".to_owned(),
                 "own".to_owned(),
                 false,
-                TargetTls::System
+                AcceptedCertificates::System
             )
         );
         assert_eq!(
@@ -540,13 +864,13 @@ mod tests {
                 "wss://x.example.com/".to_owned(),
                 "top".to_owned(),
                 true,
-                TargetTls::Insecure
+                AcceptedCertificates::Insecure
             )
         );
         let insecure = parse(&["start", "api", "--target-insecure", "--config", path]);
         assert_eq!(
             insecure.expect("settings")[0].target_tls,
-            TargetTls::Insecure
+            AcceptedCertificates::Insecure
         );
     }
 

@@ -1,7 +1,17 @@
-//! The config file, in TOML. docs/agent.md lists the keys.
+//! The config files, in TOML. docs/agent.md lists the keys, which are those of the flags.
 
-use std::{collections::BTreeMap, fmt, marker::PhantomData, path::Path, str::FromStr};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, btree_map::Entry},
+    fmt,
+    marker::PhantomData,
+    ops::Range,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
+use clap::{Args, Command};
+use etcetera::{BaseStrategy, choose_base_strategy};
 use serde::{
     Deserialize, Deserializer,
     de::{Error, IntoDeserializer, Visitor},
@@ -11,17 +21,30 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use crate::settings::{Layer, Secret};
+use crate::{
+    settings::{Layer, ProcessLayer, Secret},
+    suggestion::closest,
+};
 
-/// A config file.
+/// Where the files of a user are. A user without a home has none.
+pub(crate) fn user_directory() -> Option<PathBuf> {
+    Some(choose_base_strategy().ok()?.config_dir().join("ttf"))
+}
+
+/// The file that is read without being named.
+pub(crate) fn default_path() -> Option<PathBuf> {
+    Some(user_directory()?.join("config.toml"))
+}
+
+/// What stands in one config file, or in several that were put over each other.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ConfigFile {
-    /// What is logged on stderr.
-    pub log_level: Option<String>,
-    /// Whether a terminal shows the console.
-    pub console: Option<bool>,
+    /// What concerns the process and not one of its tunnels.
+    pub process: ProcessLayer,
     /// The top of the file: defaults of all tunnels, and the single tunnel of a file without `[tunnels]`.
     pub top: Layer,
+    /// The tables `[services.NAME]`: services that tunnels choose by name.
+    pub services: BTreeMap<String, Layer>,
     /// The tables `[tunnels.NAME]`.
     pub tunnels: BTreeMap<String, Layer>,
 }
@@ -37,81 +60,349 @@ pub(crate) enum ConfigFileError {
         /// Why.
         source: std::io::Error,
     },
+    /// It is a config file of another program.
+    #[error("{0} is YAML: ttf reads TOML, see docs/agent.md for an example")]
+    Yaml(String),
     /// It is not TOML, or has keys or values it may not have.
-    #[error("{path}, line {line}: {message}")]
+    #[error("{path}:{fault}")]
     Content {
         /// The file.
         path: String,
-        /// Where.
-        line: usize,
-        /// Why, without what stands there: it may be a secret.
-        message: String,
+        /// What is wrong, and where.
+        fault: Fault,
     },
 }
 
-/// A fault in a file's text.
+/// A fault in a file's text: `LINE:COLUMN: MESSAGE`, and the line itself where it cannot hold a secret.
 #[derive(Debug)]
-struct Fault {
+pub(crate) struct Fault {
     line: usize,
+    column: usize,
+    message: String,
+    excerpt: Option<String>,
+    width: usize,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { line, column, .. } = self;
+        write!(f, "{line}:{column}: {}", self.message)?;
+        if let Some(excerpt) = &self.excerpt {
+            let gutter = " ".repeat(line.to_string().len());
+            let indent = " ".repeat(column - 1);
+            let marks = "^".repeat(self.width);
+            write!(f, "\n  {line} | {excerpt}\n  {gutter} | {indent}{marks}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A fault whose place is still a range of bytes.
+#[derive(Debug)]
+struct FaultAt {
+    span: Range<usize>,
     message: String,
 }
 
+impl FaultAt {
+    fn new(span: Range<usize>, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { span, message }
+    }
+
+    fn syntax(error: &toml::de::Error) -> Self {
+        Self::new(error.span().unwrap_or_default(), error.message())
+    }
+
+    fn in_text(self, text: &str) -> Fault {
+        let start = text.floor_char_boundary(self.span.start);
+        let before = &text[..start];
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let line = text[line_start..].lines().next().unwrap_or_default();
+        let excerpt = public_part(line);
+        let marked = text.get(self.span.clone()).unwrap_or_default();
+        Fault {
+            line: before.matches('\n').count() + 1,
+            column: text[line_start..start].chars().count() + 1,
+            message: self.message,
+            width: marked
+                .lines()
+                .next()
+                .map_or(1, |marked| marked.chars().count().max(1)),
+            // What lies behind the part that is shown cannot be pointed at.
+            excerpt: excerpt
+                .filter(|shown| line_start + shown.len() >= self.span.start)
+                .map(Cow::into_owned),
+        }
+    }
+}
+
+/// The part of a line that holds no secret: all of it, the key alone, or nothing.
+fn public_part(line: &str) -> Option<Cow<'_, str>> {
+    let trimmed = line.trim();
+    if trimmed.starts_with('[') && trimmed.ends_with(']') && !trimmed.contains(['"', '\'']) {
+        return Some(line.into());
+    }
+    let (key, _) = line.split_once('=')?;
+    let keys = Keys::known();
+    let shows_value = keys
+        .canonical(key.trim())
+        .is_some_and(|key| !SECRET_KEYS.contains(&key));
+    let is_key = key
+        .trim()
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+    match (shows_value, is_key) {
+        (true, _) => Some(line.into()),
+        (false, true) => Some(format!("{key}= ...").into()),
+        (false, false) => None,
+    }
+}
+
+/// Keys whose values may be secrets.
+const SECRET_KEYS: [&str; 5] = ["token", "basic_auth", "require_header", "proxy", "header"];
+/// Keys of tables with names of the user's own.
+const TABLES: [&str; 2] = ["services", "tunnels"];
+
+/// The keys that a file may have. They are the flags of the command line, under each of their names.
+struct Keys {
+    process: Vec<(String, String)>,
+    layer: Vec<(String, String)>,
+}
+
+impl Keys {
+    fn known() -> Self {
+        Self {
+            process: keys_of::<ProcessLayer>(),
+            layer: keys_of::<Layer>(),
+        }
+    }
+
+    /// The key that a name stands for.
+    fn canonical(&self, name: &str) -> Option<&str> {
+        find(&self.layer, name).or_else(|| find(&self.process, name))
+    }
+
+    /// What to say about a name that is none.
+    fn unknown(&self, name: &str, is_top: bool) -> String {
+        if !is_top && find(&self.process, name).is_some() {
+            return format!("`{name}` can only be set at the top level of the file");
+        }
+        if TABLES
+            .iter()
+            .any(|table| table.strip_suffix('s') == Some(name))
+        {
+            return format!("tables of {name}s must be named [{name}s.NAME]");
+        }
+        let mut known: Vec<&str> = self.layer.iter().map(|(name, _)| name.as_str()).collect();
+        if is_top {
+            known.extend(self.process.iter().map(|(name, _)| name.as_str()));
+            known.extend(TABLES);
+        }
+        match closest(name, known.iter().copied()) {
+            Some(meant) => format!("unknown key `{name}`; did you mean `{meant}`?"),
+            None => format!("unknown key `{name}`; docs/agent.md lists the keys"),
+        }
+    }
+}
+
+/// Each name of each flag, with the key it stands for.
+fn keys_of<T: Args>() -> Vec<(String, String)> {
+    T::augment_args(Command::new(""))
+        .get_arguments()
+        .flat_map(|flag| {
+            let id = flag.get_id().as_str();
+            let aliases = flag.get_all_aliases().unwrap_or_default();
+            [id].into_iter()
+                .chain(aliases)
+                .map(|name| (name.replace('-', "_"), id.to_owned()))
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn find<'a>(keys: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    let name = name.replace('-', "_");
+    keys.iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, id)| id.as_str())
+}
+
 impl ConfigFile {
-    /// Reads a file.
+    /// Reads files and puts each over those before it.
     ///
     /// # Errors
-    /// If it cannot be read or has a fault: the text names line and key.
+    /// If one cannot be read or has a fault: the text names file, line and key.
+    pub(crate) fn read_all(paths: &[PathBuf]) -> Result<Self, ConfigFileError> {
+        paths.iter().try_fold(Self::default(), |under, path| {
+            Ok(Self::read(path)?.over(under))
+        })
+    }
+
+    /// Reads one file.
+    ///
+    /// # Errors
+    /// As [`ConfigFile::read_all`].
     pub(crate) fn read(path: &Path) -> Result<Self, ConfigFileError> {
         let name = || path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|source| ConfigFileError::Unreadable {
             path: name(),
             source,
         })?;
-        Self::parse(&text).map_err(|Fault { line, message }| ConfigFileError::Content {
-            path: name(),
-            line,
-            message,
+        Self::parse(&text).map_err(|fault| match path.extension() {
+            Some(extension) if extension == "yml" || extension == "yaml" => {
+                ConfigFileError::Yaml(name())
+            }
+            _ => ConfigFileError::Content {
+                path: name(),
+                fault: fault.in_text(&text),
+            },
         })
     }
 
-    fn parse(text: &str) -> Result<Self, Fault> {
-        let fault = |error: toml::de::Error| Fault {
-            line: error.span().map_or(1, |span| line(text, span.start)),
-            message: error.message().to_owned(),
-        };
-        let table = DeTable::parse(text).map_err(fault)?;
-        let span = table.span();
-        let mut top = table.into_inner();
-        if let Some((key, _)) = top.get_key_value("tunnel") {
-            return Err(Fault {
-                line: line(text, key.span().start),
-                message: "tables of tunnels must be named [tunnels.NAME]".to_owned(),
-            });
+    /// This file, and what it leaves open from `under`.
+    fn over(self, under: Self) -> Self {
+        let top = self.top.with_credentials_for_endpoint(&under.top);
+        Self {
+            process: self.process.or(&under.process),
+            top,
+            services: merge(self.services, under.services),
+            tunnels: merge(self.tunnels, under.tunnels),
         }
-        let log_level = top.remove("log_level");
-        let console = top.remove("console");
-        let tunnels = top.remove("tunnels");
-        Ok(Self {
-            log_level: log_level.map(value).transpose().map_err(fault)?,
-            console: console.map(value).transpose().map_err(fault)?,
-            tunnels: tunnels
-                .map(value)
-                .transpose()
-                .map_err(fault)?
-                .unwrap_or_default(),
-            top: value(Spanned::new(span, DeValue::Table(top))).map_err(fault)?,
-        })
+    }
+
+    /// What tunnels take from the file beside their own tables: the service of this name, if one is named, and the defaults.
+    /// `None` if there is no such service.
+    pub(crate) fn defaults(&self, service: Option<&str>) -> Option<Layer> {
+        let Some(service) = service.or(self.top.service.as_deref()) else {
+            return Some(self.top.clone());
+        };
+        let service = self.services.get(service)?;
+        // Another service's token must not go there.
+        let top = Layer {
+            endpoint: None,
+            token: None,
+            ..self.top.clone()
+        };
+        Some(service.or(&top))
+    }
+
+    fn parse(text: &str) -> Result<Self, FaultAt> {
+        let table = DeTable::parse(text).map_err(|error| FaultAt::syntax(&error))?;
+        let span = table.span();
+        let keys = Keys::known();
+        let mut process = DeTable::new();
+        let mut top = DeTable::new();
+        let mut file = Self::default();
+        for (key, value) in table.into_inner() {
+            let name = key.get_ref().as_ref();
+            match name {
+                "tunnels" => file.tunnels = named_layers(&keys, &key, value)?,
+                "services" => file.services = named_layers(&keys, &key, value)?,
+                _ => match find(&keys.process, name) {
+                    Some(id) => insert(&mut process, id, &key, value)?,
+                    None => insert(&mut top, layer_key(&keys, &key, true)?, &key, value)?,
+                },
+            }
+        }
+        file.process = read_table(process, span.clone())?;
+        file.top = read_table(top, span)?;
+        Ok(file)
     }
 }
 
-fn value<'de, T: Deserialize<'de>>(value: Spanned<DeValue<'de>>) -> Result<T, toml::de::Error> {
-    T::deserialize(value.into_deserializer())
+fn merge(
+    mut over: BTreeMap<String, Layer>,
+    under: BTreeMap<String, Layer>,
+) -> BTreeMap<String, Layer> {
+    for (name, layer) in under {
+        match over.entry(name) {
+            Entry::Occupied(mut entry) => {
+                let merged = entry.get().with_credentials_for_endpoint(&layer);
+                entry.insert(merged);
+            }
+            Entry::Vacant(entry) => {
+                entry.insert(layer);
+            }
+        }
+    }
+    over
 }
 
-/// The number of the line that has this byte.
-fn line(text: &str, at: usize) -> usize {
-    let before = text.get(..at).unwrap_or_default();
-    before.matches('\n').count() + 1
+type Key<'a> = Spanned<Cow<'a, str>>;
+
+fn layer_key<'k>(keys: &'k Keys, key: &Key<'_>, is_top: bool) -> Result<&'k str, FaultAt> {
+    let name = key.get_ref();
+    find(&keys.layer, name).ok_or_else(|| FaultAt::new(key.span(), keys.unknown(name, is_top)))
+}
+
+fn named_layers(
+    keys: &Keys,
+    key: &Key<'_>,
+    tables: Spanned<DeValue<'_>>,
+) -> Result<BTreeMap<String, Layer>, FaultAt> {
+    let kind = key.get_ref();
+    let must_be_tables =
+        |span| FaultAt::new(span, format!("`{kind}` must be tables [{kind}.NAME]"));
+    let span = tables.span();
+    let DeValue::Table(tables) = tables.into_inner() else {
+        return Err(must_be_tables(span));
+    };
+    let mut layers = BTreeMap::new();
+    for (name, table) in tables {
+        let span = table.span();
+        let DeValue::Table(table) = table.into_inner() else {
+            return Err(must_be_tables(name.span()));
+        };
+        let mut canonical = DeTable::new();
+        for (key, value) in table {
+            insert(&mut canonical, layer_key(keys, &key, false)?, &key, value)?;
+        }
+        layers.insert(name.into_inner().into_owned(), read_table(canonical, span)?);
+    }
+    Ok(layers)
+}
+
+/// Puts a value under its canonical key.
+fn insert<'a>(
+    table: &mut DeTable<'a>,
+    id: &str,
+    key: &Key<'a>,
+    value: Spanned<DeValue<'a>>,
+) -> Result<(), FaultAt> {
+    let canonical = Spanned::new(key.span(), Cow::Owned(id.to_owned()));
+    match table.insert(canonical, value) {
+        None => Ok(()),
+        Some(_) => {
+            let message = format!(
+                "`{}` is set already: it is another name of `{id}`",
+                key.get_ref()
+            );
+            Err(FaultAt::new(key.span(), message))
+        }
+    }
+}
+
+/// Reads values, and names the key of one that cannot be used.
+fn read_table<'de, T: Deserialize<'de>>(
+    table: DeTable<'de>,
+    span: Range<usize>,
+) -> Result<T, FaultAt> {
+    let places: Vec<(Range<usize>, String)> = table
+        .iter()
+        .map(|(key, value)| (value.span(), key.get_ref().to_string()))
+        .collect();
+    let table = Spanned::new(span, DeValue::Table(table));
+    T::deserialize(table.into_deserializer()).map_err(|error| {
+        let fault = FaultAt::syntax(&error);
+        let place = places
+            .iter()
+            .find(|(span, _)| span.contains(&fault.span.start));
+        match place {
+            Some((span, key)) => FaultAt::new(span.clone(), format!("`{key}`: {}", fault.message)),
+            None => fault,
+        }
+    })
 }
 
 /// A secret, whose faults do not show it.
@@ -166,50 +457,168 @@ mod tests {
     use super::*;
     use crate::settings::HostHeader;
 
+    fn fault(text: &str) -> String {
+        let fault = ConfigFile::parse(text).expect_err("a bad file");
+        fault.in_text(text).to_string()
+    }
+
     #[test]
     fn a_file_is_read() {
         let file = ConfigFile::parse(
             "endpoint = 'wss://x.example.com/dev'\ntoken = 't'\nlog_level = 'info'\nrequest_timeout = '30s'\n\
-             [tunnels.web]\nport = 3000\nsubdomain = 'my-app'\nhost_header = 'preserve'\n\
+             [services.work]\nendpoint = 'wss://w.example.com'\n\
+             [tunnels.web]\nport = 3000\nsubdomain = 'my-app'\nhost-header = 'preserve'\n\
              target_insecure = true\ncompression = false\n",
         )
         .expect("a good file");
         let web = &file.tunnels["web"];
-        assert_eq!(file.log_level.as_deref(), Some("info"));
+        assert_eq!(file.process.log_level.as_deref(), Some("info"));
         assert_eq!(
             file.top.request_timeout.map(|time| time.as_secs()),
             Some(30)
         );
         assert_eq!(web.target, Some("3000".parse().expect("a target")));
+        assert_eq!(web.tunnel_id, Some("my-app".parse().expect("an id")));
         assert_eq!(web.host_header, Some(HostHeader::Preserve));
         assert_eq!(web.target_insecure, Some(true));
         assert_eq!(web.compression, Some(false));
+        assert!(file.services.contains_key("work"));
+    }
+
+    /// Files, where their fault is, and what is said about it.
+    const FAULTS: &[(&str, &str, &str)] = &[
+        (
+            "endpoint = 'wss://x'\nendpiont = 1\n",
+            "2:1",
+            "unknown key `endpiont`; did you mean `endpoint`?",
+        ),
+        (
+            "[tunnels.web]\n  targt = 1\n",
+            "2:3",
+            "did you mean `target`?",
+        ),
+        ("zzz = 1\n", "1:1", "docs/agent.md"),
+        ("\n\ntunnel_id = 'NO'\n", "3:13", "`tunnel_id`: a tunnel id"),
+        (
+            "target = 70000\n",
+            "1:10",
+            "`target`: a target must be a port (3000)",
+        ),
+        ("target = 70000\n", "1:10", "1 to 65535"),
+        ("target = -1\n", "1:10", "a target must be a port (3000)"),
+        (
+            "target = 3000.5\n",
+            "1:10",
+            "a target must be a port (3000)",
+        ),
+        (
+            "\ntarget = [3000]\n",
+            "2:10",
+            "`target`: invalid type: sequence, expected a string in quotes",
+        ),
+        ("target = true\n", "1:10", "a string in quotes"),
+        (
+            "request_timeout = 30\n",
+            "1:19",
+            "`request_timeout`: time unit needed",
+        ),
+        ("[tunnel.web]\n", "1:2", "[tunnels.NAME]"),
+        ("tunnels = 3\n", "1:11", "`tunnels` must be tables"),
+        (
+            "[tunnels.web]\nlog_level = 'info'\n",
+            "2:1",
+            "only be set at the top level",
+        ),
+        ("port = 1\ntarget = 2\n", "", "another name of `target`"),
+        (
+            "basic_auth = 'alice:swordfish'\n",
+            "1:14",
+            "`basic_auth`: must be a list",
+        ),
+        (
+            "token = ['swordfish']\n",
+            "1:9",
+            "`token`: must be a string",
+        ),
+        ("token = 'swordfish\n", "1:", ""),
+        ("tokn = 'swordfish'\n", "1:1", "did you mean `token`?"),
+        (
+            "basic_auth = [\n'alice:swordfish',\n3]\n",
+            "1:14",
+            "must be a list",
+        ),
+        ("basic_auth = [\n'alice:swordfish\n", "2:", ""),
+    ];
+
+    #[test]
+    fn a_fault_has_its_line_column_key_and_what_would_be_right() {
+        for (text, place, words) in FAULTS {
+            let said = fault(text);
+            assert!(
+                said.starts_with(place) && said.contains(words) && !said.contains("sword"),
+                "{text}: {said}"
+            );
+        }
     }
 
     #[test]
-    fn errors_in_the_file_give_the_line_and_what_would_be_right() {
-        for (text, line, words) in [
-            ("endpoint = 'wss://x'\nendpiont = 1\n", 2, "endpiont"),
-            ("[tunnels.web]\nprot = 1\n", 2, "prot"),
-            ("\n\ntunnel_id = 'NO'\n", 3, "tunnel id"),
-            ("target = 70000\n", 1, "1 to 65535"),
-            ("target = -1\n", 1, "a target must be a port (3000)"),
-            ("target = 3000.5\n", 1, "a target must be a port (3000)"),
-            ("\ntarget = [3000]\n", 2, "a string in quotes"),
-            ("target = true\n", 1, "a string in quotes"),
-            ("request_timeout = 30\n", 1, "time unit needed"),
-            ("[tunnel.web]\n", 1, "[tunnels.NAME]"),
-            ("basic_auth = 'alice:swordfish'\n", 1, "a list"),
-            ("token = ['swordfish']\n", 1, "a string"),
-            ("token = 'swordfish\n", 1, ""),
+    fn a_fault_shows_its_line_unless_that_may_be_a_secret() {
+        assert_eq!(
+            fault("[tunnels.web]\n  targt = 3000\n"),
+            "2:3: unknown key `targt`; did you mean `target`?\n  2 |   targt = ...\n    |   ^^^^^"
+        );
+        assert!(fault("a = 1\nrequest_timeout = 30").contains("a = ..."));
+        assert!(
+            fault("request_timeout = 30")
+                .ends_with("\n  1 | request_timeout = 30\n    |                   ^^")
+        );
+        assert!(fault("token = 30").contains("| token = ...\n"));
+        assert!(!fault("header = ['x', 30]").contains("'x'"));
+    }
+
+    #[test]
+    fn a_file_over_another_changes_what_it_sets() {
+        let under = ConfigFile::parse(
+            "endpoint = 'wss://x.example.com'\ntoken = 't'\ntarget = 1\n[tunnels.web]\ntarget = 2\nallow = ['::1']\n",
+        );
+        let over = ConfigFile::parse("[tunnels.web]\ntarget = 3\n[tunnels.api]\n");
+        let both = over.expect("a file").over(under.expect("a file"));
+        assert!(both.top.token.is_some());
+        assert_eq!(both.tunnels.len(), 2);
+        let web = &both.tunnels["web"];
+        assert_eq!(web.target, Some("3".parse().expect("a target")));
+        assert!(web.allow.is_some());
+    }
+
+    #[test]
+    fn a_token_does_not_go_to_another_files_endpoint() {
+        let under = || {
+            ConfigFile::parse("endpoint = 'wss://x.example.com'\ntoken = 't'\n").expect("a file")
+        };
+        for (text, has_token) in [
+            ("target = 1\n", true),
+            ("endpoint = 'wss://x.example.com'\n", true),
+            ("endpoint = 'wss://evil.example.com'\n", false),
         ] {
-            let fault = ConfigFile::parse(text).expect_err("a bad file");
-            assert!(
-                fault.line == line
-                    && fault.message.contains(words)
-                    && !fault.message.contains("sword"),
-                "{text}: {fault:?}"
-            );
+            let over = ConfigFile::parse(text).expect("a file");
+            assert_eq!(over.over(under()).top.token.is_some(), has_token, "{text}");
         }
+    }
+
+    #[test]
+    fn a_named_service_stands_in_for_the_one_at_the_top() {
+        let file = ConfigFile::parse(
+            "endpoint = 'wss://x.example.com'\ntoken = 't'\ntarget = 7\n[services.open]\nendpoint = 'wss://o.example.com'\n",
+        )
+        .expect("a file");
+        let open = file.defaults(Some("open")).expect("a service");
+        assert_eq!(
+            open.endpoint.map(|endpoint| endpoint.to_string()),
+            Some("wss://o.example.com/".to_owned())
+        );
+        assert!(open.token.is_none());
+        assert!(open.target.is_some());
+        assert!(file.defaults(Some("other")).is_none());
+        assert!(file.defaults(None).expect("the top").token.is_some());
     }
 }

@@ -68,7 +68,14 @@ impl Display {
 
 fn text(event: &Event) -> String {
     match event {
-        Event::Connecting { endpoint } => format!("connecting to {endpoint}"),
+        Event::Connecting {
+            endpoint,
+            proxy: None,
+        } => format!("connecting to {endpoint}"),
+        Event::Connecting {
+            endpoint,
+            proxy: Some(proxy),
+        } => format!("connecting to {endpoint} through the proxy {proxy}"),
         Event::Online {
             public_url,
             browser_url: None,

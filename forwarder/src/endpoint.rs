@@ -35,16 +35,42 @@ pub struct Endpoint(Uri);
 impl Endpoint {
     /// Host and port to connect to.
     pub fn address(&self) -> String {
-        let default = if self.0.scheme_str() == Some("ws") {
-            80
-        } else {
-            443
-        };
+        let default = if self.is_secure() { 443 } else { 80 };
         format!(
             "{}:{}",
             self.0.host().unwrap_or_default(),
             self.0.port_u16().unwrap_or(default)
         )
+    }
+
+    /// The host, without its port.
+    pub fn host(&self) -> &str {
+        self.0.host().unwrap_or_default()
+    }
+
+    /// Whether it has TLS.
+    pub fn is_secure(&self) -> bool {
+        self.0.scheme_str() == Some("wss")
+    }
+
+    /// Whether visitors reach their tunnels at this host, too: `tunnel-local` takes agents there.
+    pub fn is_public_url(&self) -> bool {
+        self.0.path() == LOCAL_PATH.path()
+    }
+
+    /// Scheme, host and port as a web address, by which connections are made and proxies chosen.
+    pub fn as_http(&self) -> Uri {
+        let scheme = if self.is_secure() {
+            Scheme::HTTPS
+        } else {
+            Scheme::HTTP
+        };
+        Uri::builder()
+            .scheme(scheme)
+            .authority(self.address())
+            .path_and_query("/")
+            .build()
+            .expect("host and port were checked")
     }
 
     /// The address with a query that requests a tunnel id.

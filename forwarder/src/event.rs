@@ -11,6 +11,8 @@ pub enum Event {
     Connecting {
         /// Where to.
         endpoint: String,
+        /// The proxy that leads there, without credentials.
+        proxy: Option<String>,
     },
     /// The tunnel is open.
     Online {

@@ -1,7 +1,8 @@
 //! The executable's life: start, signals, end, and the codes that it ends with.
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
+    path::PathBuf,
     process::ExitCode,
     sync::Arc,
     time::Duration,
@@ -15,11 +16,15 @@ use tunnel_protocol::id::TunnelId;
 
 use crate::{
     Observer,
-    args::{Action, Cli, Invocation},
+    args::{self, Action, Cli, Invocation},
+    config_command, config_file,
     console::Console,
+    diagnose,
     display::{Display, Lines},
     handshake::{self, HandshakeError},
+    login::{self, LoginError},
     settings::Settings,
+    status::{self, StatusError},
     tunnel::TunnelError,
     tunnel_ids,
 };
@@ -45,6 +50,7 @@ impl From<&TunnelError> for Exit {
     fn from(error: &TunnelError) -> Self {
         match error {
             TunnelError::Invalid(_) => Self::Usage,
+            TunnelError::Misdirected(_) => Self::Failed,
             TunnelError::Unauthorized => Self::Unauthorized,
             TunnelError::NameTaken(_) => Self::NameTaken,
             TunnelError::Replaced(_) => Self::Replaced,
@@ -58,6 +64,8 @@ struct ExitFailure {
     exit: Exit,
     /// Empty if there is nothing left to say.
     text: String,
+    /// Further lines.
+    details: Vec<String>,
 }
 
 impl ExitFailure {
@@ -65,6 +73,58 @@ impl ExitFailure {
         Self {
             exit,
             text: text.to_string(),
+            details: Vec::new(),
+        }
+    }
+
+    /// A fault in what the user has written, which may take several lines: none of them is another party's.
+    fn usage(error: &impl ToString) -> Self {
+        let text = error.to_string();
+        let mut lines = text.lines().map(str::to_owned);
+        Self {
+            exit: Exit::Usage,
+            text: lines.next().unwrap_or_default(),
+            details: lines.collect(),
+        }
+    }
+}
+
+impl From<LoginError> for ExitFailure {
+    fn from(error: LoginError) -> Self {
+        match error {
+            LoginError::Handshake(error) => {
+                let failure = Self::from(error);
+                Self {
+                    text: format!("nothing is stored: {}", failure.text),
+                    ..failure
+                }
+            }
+            LoginError::NoToken => Self::new(Exit::Unauthorized, &error),
+            other => Self::new(Exit::Failed, &other),
+        }
+    }
+}
+
+impl From<StatusError> for ExitFailure {
+    fn from(error: StatusError) -> Self {
+        match error {
+            StatusError::Handshake(error) => error.into(),
+            StatusError::NoWebAddress(_) => Self::new(Exit::Usage, &error),
+            StatusError::Unknown(_) | StatusError::Status(_) => failed(&error),
+        }
+    }
+}
+
+impl From<HandshakeError> for ExitFailure {
+    fn from(error: HandshakeError) -> Self {
+        match error {
+            HandshakeError::Unauthorized => TunnelError::Unauthorized.into(),
+            HandshakeError::Unprotected => TunnelError::Unprotected.into(),
+            HandshakeError::Invalid(reason) => TunnelError::Invalid(reason).into(),
+            HandshakeError::NameTaken => TunnelError::NameTaken(String::new()).into(),
+            HandshakeError::Misdirected(reason) | HandshakeError::Unreachable(reason) => {
+                Self::new(Exit::Failed, &reason)
+            }
         }
     }
 }
@@ -85,6 +145,9 @@ pub fn main() -> ExitCode {
         Err(failure) => {
             if !failure.text.is_empty() {
                 stderr.line(&format!("error: {}", failure.text));
+                for detail in &failure.details {
+                    stderr.line(detail);
+                }
             }
             failure.exit
         }
@@ -99,9 +162,10 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
         action,
         log,
         console,
+        files,
     } = cli
-        .invocation()
-        .map_err(|error| ExitFailure::new(Exit::Usage, &error))?;
+        .invocation(config_file::default_path())
+        .map_err(|error| ExitFailure::usage(&error))?;
     let cannot_start = |error| ExitFailure::new(Exit::Failed, &format!("cannot start: {error}"));
     let runtime = Runtime::new().map_err(cannot_start)?;
     let console = match &action {
@@ -119,19 +183,86 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
         .with(log)
         .init();
     raise_open_files();
-    let outcome = runtime.block_on(async {
-        match action {
-            Action::Open(tunnels) => open(tunnels, stdout, stderr, console).await,
-            Action::Release(settings, tunnel_id) => {
-                let released = release(&settings, &tunnel_id).await?;
-                stdout.line(&released);
-                Ok(())
-            }
-        }
-    });
+    let output = Output {
+        stdout: stdout.clone(),
+        stderr: stderr.clone(),
+        console,
+    };
+    let outcome = runtime.block_on(act(action, &files, output));
     // A look-up of a name cannot be cancelled, and may hang for as long as the network is away.
     runtime.shutdown_background();
     outcome
+}
+
+/// Where what a user sees goes.
+struct Output {
+    stdout: Lines,
+    stderr: Lines,
+    console: Option<Console>,
+}
+
+async fn act(action: Action, files: &[PathBuf], output: Output) -> Result<(), ExitFailure> {
+    let Output {
+        stdout,
+        stderr,
+        console,
+    } = output;
+    match action {
+        Action::Open(tunnels) => {
+            if !files.is_empty() {
+                let names: Vec<_> = files
+                    .iter()
+                    .map(|file| file.display().to_string())
+                    .collect();
+                let log = console
+                    .as_ref()
+                    .map_or_else(|| stderr.clone(), Console::log);
+                log.line(&format!("config: {}", names.join(", ")));
+            }
+            return open(tunnels, &stdout, &stderr, console).await;
+        }
+        Action::Release(settings, tunnel_id) => {
+            stdout.line(&release(&settings, &tunnel_id).await?);
+        }
+        Action::Login(login) => stdout.line(&login::login(*login).await?),
+        Action::Print(text) => text.lines().for_each(|line| stdout.line(line)),
+        Action::PrintDocument(document) => {
+            // A reader who has seen enough, such as `head`, is no failure.
+            let _ = io::stdout().write_all(&document);
+        }
+        Action::WriteManual(directory) => {
+            args::write_manual(&directory).map_err(|error| failed(&error))?;
+        }
+        Action::Edit(edit) => {
+            let edited = config_command::edit(&edit);
+            stdout.line(&edited.map_err(|error| ExitFailure::usage(&error))?);
+        }
+        Action::Status(settings, subject) => {
+            stdout.line(&status::status(&settings, subject).await?);
+        }
+        Action::Diagnose { settings, json } => {
+            let diagnosis = diagnose::diagnose(&settings).await;
+            if json {
+                stdout.line(&diagnosis.to_json().to_string());
+            } else {
+                diagnosis
+                    .to_lines()
+                    .iter()
+                    .for_each(|line| stdout.line(line));
+            }
+            if !diagnosis.is_good() {
+                return Err(failed(&""));
+            }
+        }
+        Action::Background(background) => {
+            stdout.line(&background.run().map_err(|error| failed(&error))?);
+        }
+    }
+    Ok(())
+}
+
+fn failed(error: &impl ToString) -> ExitFailure {
+    ExitFailure::new(Exit::Failed, error)
 }
 
 async fn open(
@@ -195,10 +326,7 @@ async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<String, Ex
                 Exit::NameTaken,
                 &format!("the tunnel id {tunnel_id} belongs to another owner: only its owner can release it"),
             ),
-            HandshakeError::Unauthorized => TunnelError::Unauthorized.into(),
-            HandshakeError::Unprotected => TunnelError::Unprotected.into(),
-            HandshakeError::Invalid(reason) => TunnelError::Invalid(reason).into(),
-            HandshakeError::Unreachable(reason) => ExitFailure::new(Exit::Failed, &reason),
+            other => other.into(),
         })?;
     if let Some(file) = &settings.memory {
         tunnel_ids::forget(file, &settings.endpoint, tunnel_id).await;

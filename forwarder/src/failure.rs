@@ -42,7 +42,13 @@ pub(crate) fn explain(error: &legacy::Error, head: &[u8], target: &Target) -> Or
 fn explain_connect(error: &legacy::Error, target: &Target) -> OriginError {
     let unreachable = |cause| OriginError::unavailable("cannot connect to it", cause);
     if let Some(fault) = find::<rustls::Error>(error) {
-        return unreachable(Some(tls::explain(fault, target)));
+        let host = target.authority.host();
+        let remedy = if tunnel_protocol::url::is_loopback(host) {
+            "pass --target-insecure or --target-ca FILE"
+        } else {
+            "pass --target-ca FILE to accept it"
+        };
+        return unreachable(Some(tls::explain(fault, host, remedy)));
     }
     let Some(fault) = find::<io::Error>(error) else {
         return unreachable(innermost(error));
@@ -79,7 +85,7 @@ fn is_out_of_files(error: &io::Error) -> bool {
 }
 
 /// The first cause of a type. Errors that `io::Error` wraps are looked into, too: its own `source` skips them.
-fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
+pub(crate) fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
     causes(error).find_map(|cause| cause.downcast_ref::<T>())
 }
 
@@ -88,7 +94,10 @@ fn innermost(error: &(dyn Error + 'static)) -> Option<String> {
     Some(format!("cannot connect to it: {cause}"))
 }
 
-fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+/// An error and what caused it, the outermost first.
+pub(crate) fn causes<'a>(
+    error: &'a (dyn Error + 'static),
+) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |error: &&'a (dyn Error + 'static)| {
         let error: &'a (dyn Error + 'static) = *error;
         let wrapped = error

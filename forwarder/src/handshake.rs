@@ -1,19 +1,17 @@
 //! Opening a connection to the service: TCP, TLS, the WebSocket upgrade, and the first words of both sides.
 
-use std::time::Duration;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::{SinkExt, StreamExt};
-use http::{HeaderValue, StatusCode, header};
-use hyper_util::client::legacy::connect::HttpConnector;
-use tokio::{
-    net::TcpStream,
-    time::{Instant, timeout},
-};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use tokio::time::{Instant, timeout};
 use tokio_tungstenite::{
-    MaybeTlsStream, WebSocketStream, client_async_tls_with_config,
-    tungstenite::{self, Message, client::IntoClientRequest},
+    Connector, MaybeTlsStream, WebSocketStream, client_async_tls_with_config,
+    tungstenite::{self, Message, client::IntoClientRequest, handshake::client::Response},
 };
-use tower_service::Service;
 use tracing::debug;
 use tunnel_protocol::{
     frames,
@@ -21,25 +19,25 @@ use tunnel_protocol::{
     message,
     message::{ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, ToAgent},
     visitor_policy::VisitorPolicy,
-    writer,
 };
 
-use crate::settings::Settings;
+use crate::{
+    dial::{ServiceStream, dial, misdirected},
+    settings::Settings,
+    tls,
+};
 
-/// How long reaching the service's machine may take, over IPv6 and over IPv4, shared by the addresses of each. Short, because a
-/// network that has just come back is found by the next try.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long the addresses of the family that the resolver prefers are tried alone (RFC 8305, 5).
-const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
 /// How long saying goodbye may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the answer to a ping frame is waited for by who only wants to know whether there is one.
+const PONG_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long all of it may take. Functions of the service may be starting cold.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Most bytes of messages that are kept because they came before `connection_established`.
 const MAX_EARLY_BYTES: usize = 4 * 1024 * 1024;
 
 /// A connection over which messages go.
-pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+pub type Socket = WebSocketStream<MaybeTlsStream<ServiceStream>>;
 
 /// An open connection, and the first message of the service.
 #[derive(Debug)]
@@ -55,18 +53,35 @@ pub struct Opened {
 }
 
 /// Why there is no connection.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum HandshakeError {
     /// 401 or 403.
+    #[error("the service refuses the token, or requires one: `ttf login ENDPOINT` stores one")]
     Unauthorized,
     /// 409.
+    #[error("the tunnel id belongs to another owner")]
     NameTaken,
     /// 400, with the service's words.
+    #[error("the service refused the handshake: {0}")]
     Invalid(String),
     /// The service would admit visitors whom this agent refuses.
+    #[error("the service is too old to enforce visitor rules")]
     Unprotected,
+    /// What time does not mend: nobody is there, or somebody else.
+    #[error("{0}")]
+    Misdirected(String),
     /// Anything that may be better at the next try.
+    #[error("{0}")]
     Unreachable(String),
+}
+
+impl HandshakeError {
+    /// The service said nothing in time.
+    pub(crate) fn no_answer() -> Self {
+        Self::Unreachable(format!(
+            "the service did not answer within {HANDSHAKE_TIMEOUT:?}"
+        ))
+    }
 }
 
 /// Opens a connection that requests `tunnel_id` and takes over from `previous`.
@@ -85,10 +100,61 @@ pub async fn open(
     .await
     {
         Ok(opened) => opened,
-        Err(_) => Err(HandshakeError::Unreachable(format!(
-            "the service did not answer within {HANDSHAKE_TIMEOUT:?}"
-        ))),
+        Err(_) => Err(HandshakeError::no_answer()),
     }
+}
+
+/// What a connection that carries no tunnel tells of the service.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Probe {
+    /// The service's time.
+    pub date: Option<SystemTime>,
+    /// How long the answer to a ping frame took; `None` if there was none.
+    pub pong: Option<Duration>,
+}
+
+/// Whether the service takes this agent: it authenticates before the connection is open, and none is kept.
+///
+/// # Errors
+/// If the service cannot be reached or refuses.
+pub(crate) async fn check(settings: &Settings) -> Result<(), HandshakeError> {
+    let address = settings.endpoint.asking_for(None);
+    let (mut socket, _) = timeout(HANDSHAKE_TIMEOUT, connect(settings, address))
+        .await
+        .unwrap_or_else(|_| Err(HandshakeError::no_answer()))?;
+    let _ = timeout(CLOSE_TIMEOUT, socket.close(None)).await;
+    Ok(())
+}
+
+/// As [`check`], and looks around.
+///
+/// # Errors
+/// If the service cannot be reached or refuses.
+pub(crate) async fn probe(settings: &Settings) -> Result<Probe, HandshakeError> {
+    let address = settings.endpoint.asking_for(None);
+    let (mut socket, response) = timeout(HANDSHAKE_TIMEOUT, connect(settings, address))
+        .await
+        .unwrap_or_else(|_| Err(HandshakeError::no_answer()))?;
+    let date = response
+        .headers()
+        .get(header::DATE)
+        .and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
+    let asked = Instant::now();
+    socket
+        .send(Message::Ping(tungstenite::Bytes::new()))
+        .await
+        .map_err(|error| failed(&error))?;
+    let answered = timeout(PONG_TIMEOUT, async {
+        while let Some(Ok(message)) = socket.next().await {
+            if message.is_pong() {
+                return Some(asked.elapsed());
+            }
+        }
+        None
+    });
+    let pong = answered.await.unwrap_or_default();
+    let _ = timeout(CLOSE_TIMEOUT, socket.close(None)).await;
+    Ok(Probe { date, pong })
 }
 
 /// Gives up a tunnel id, and returns whether this agent owned it; if not, no one did.
@@ -97,11 +163,11 @@ pub async fn open(
 /// If the service cannot be reached or refuses.
 pub async fn release(settings: &Settings, tunnel_id: &TunnelId) -> Result<bool, HandshakeError> {
     let released = async {
-        let mut socket = connect(settings, settings.endpoint.releasing(tunnel_id)).await?;
+        let (mut socket, _) = connect(settings, settings.endpoint.releasing(tunnel_id)).await?;
         socket
             .send(Message::text(message::encode(&FromAgent::Release)))
             .await
-            .map_err(failed)?;
+            .map_err(|error| failed(&error))?;
         loop {
             let text = next_text(&mut socket).await?;
             if let Some(ToAgent::Released { existed, .. }) = read(&text)? {
@@ -124,7 +190,7 @@ async fn shake_hands(
     tunnel_id: Option<&TunnelId>,
     previous: Option<&ConnectionId>,
 ) -> Result<Opened, HandshakeError> {
-    let mut socket = connect(settings, settings.endpoint.asking_for(tunnel_id)).await?;
+    let (mut socket, _) = connect(settings, settings.endpoint.asking_for(tunnel_id)).await?;
     let access = settings.access.for_one_connection();
     let ready = Ready {
         protocol: Some(message::VERSION),
@@ -139,7 +205,7 @@ async fn shake_hands(
     socket
         .send(Message::text(message::encode(&FromAgent::Ready(ready))))
         .await
-        .map_err(failed)?;
+        .map_err(|error| failed(&error))?;
     let mut early = Vec::new();
     let established = established(&mut socket, &mut early).await?;
     if access.is_some() && !established.features.contains(&Feature::Access) {
@@ -179,12 +245,30 @@ async fn established(
     }
 }
 
-/// Opens a connection at an address of the endpoint's.
-async fn connect(settings: &Settings, address: String) -> Result<Socket, HandshakeError> {
+/// Opens a connection at an address of the endpoint's. Returns the answer to the upgrade, too.
+async fn connect(
+    settings: &Settings,
+    address: String,
+) -> Result<(Socket, Response), HandshakeError> {
     let endpoint = &settings.endpoint;
     let mut request = address
         .into_client_request()
         .map_err(|error| HandshakeError::Unreachable(error.to_string()))?;
+    request.headers_mut().extend(authorization(settings)?);
+    let needs_tls = endpoint.is_secure() || settings.proxy.is_some();
+    let tls = Arc::new(tls::client_config(needs_tls, &settings.endpoint_tls));
+    let stream = dial(endpoint, settings.proxy.as_ref(), &tls).await?;
+    let config = Some(frames::client_config());
+    let (socket, response) =
+        client_async_tls_with_config(request, stream, config, Some(Connector::Rustls(tls)))
+            .await
+            .map_err(|error| refused(error, settings))?;
+    Ok((socket, response))
+}
+
+/// The field by which the agent authenticates.
+pub(crate) fn authorization(settings: &Settings) -> Result<HeaderMap, HandshakeError> {
+    let mut fields = HeaderMap::new();
     if let Some(token) = &settings.token {
         let mut value =
             HeaderValue::from_str(&format!("Bearer {}", token.reveal())).map_err(|_| {
@@ -193,48 +277,9 @@ async fn connect(settings: &Settings, address: String) -> Result<Socket, Handsha
                 )
             })?;
         value.set_sensitive(true);
-        request.headers_mut().insert(header::AUTHORIZATION, value);
+        fields.insert(header::AUTHORIZATION, value);
     }
-    let stream = dial(&endpoint.address()).await?;
-    writer::tune(&stream);
-    let (socket, _) =
-        client_async_tls_with_config(request, stream, Some(frames::client_config()), None)
-            .await
-            .map_err(failed)?;
-    Ok(socket)
-}
-
-/// Connects to `address`, a host and a port, over whichever of its addresses answers first (RFC 8305).
-async fn dial(address: &str) -> Result<TcpStream, HandshakeError> {
-    let cannot_connect = |error: &dyn std::error::Error| {
-        HandshakeError::Unreachable(format!(
-            "cannot connect to {address}: {}",
-            root_cause(error)
-        ))
-    };
-    let uri = http::Uri::builder()
-        .scheme("http")
-        .authority(address)
-        .path_and_query("/")
-        .build()
-        .map_err(|error| cannot_connect(&error))?;
-    let mut connector = HttpConnector::new();
-    connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-    connector.set_happy_eyeballs_timeout(Some(HAPPY_EYEBALLS_DELAY));
-    let stream = connector
-        .call(uri)
-        .await
-        .map_err(|error| cannot_connect(&error))?;
-    Ok(stream.into_inner())
-}
-
-/// What is behind an error that only says which step failed.
-fn root_cause(error: &dyn std::error::Error) -> &dyn std::error::Error {
-    let mut cause = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    cause
+    Ok(fields)
 }
 
 /// Reads a message of a service that has not answered yet; `None` if it is not one.
@@ -263,7 +308,7 @@ async fn next_text(socket: &mut Socket) -> Result<String, HandshakeError> {
                 )));
             }
             Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(failed(error)),
+            Some(Err(error)) => return Err(failed(&error)),
             None => {
                 return Err(HandshakeError::Unreachable(
                     "the service closed the connection".to_owned(),
@@ -273,9 +318,16 @@ async fn next_text(socket: &mut Socket) -> Result<String, HandshakeError> {
     }
 }
 
-fn failed(error: tungstenite::Error) -> HandshakeError {
-    let tungstenite::Error::Http(response) = error else {
-        return HandshakeError::Unreachable(error.to_string());
+fn failed(error: &tungstenite::Error) -> HandshakeError {
+    HandshakeError::Unreachable(error.to_string())
+}
+
+/// Why the service did not accept the connection.
+fn refused(error: tungstenite::Error, settings: &Settings) -> HandshakeError {
+    let endpoint = &settings.endpoint;
+    let response = match error {
+        tungstenite::Error::Http(response) => response,
+        error => return misdirected(&error, endpoint).unwrap_or_else(|| failed(&error)),
     };
     let said = response
         .body()
@@ -286,8 +338,18 @@ fn failed(error: tungstenite::Error) -> HandshakeError {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => HandshakeError::Unauthorized,
         StatusCode::CONFLICT => HandshakeError::NameTaken,
         StatusCode::BAD_REQUEST => HandshakeError::Invalid(said),
-        status => {
+        status if status.is_server_error() || is_temporary(status) => {
             HandshakeError::Unreachable(format!("the service answered the handshake with {status}"))
         }
+        status => HandshakeError::Misdirected(format!(
+            "{endpoint} answered the handshake with {status}, so it is not where agents connect: check the endpoint (that of tunnel-local is its public URL, that of a stack on AWS its output AgentEndpoint)"
+        )),
     }
+}
+
+fn is_temporary(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS
+    )
 }

@@ -10,9 +10,13 @@
 mod addresses;
 mod args;
 mod authority;
+mod background;
+mod config_command;
 mod config_file;
 mod connector;
 mod console;
+mod diagnose;
+mod dial;
 mod display;
 mod endpoint;
 pub mod event;
@@ -21,13 +25,18 @@ pub mod exit;
 mod failure;
 pub mod handshake;
 mod liveness;
+mod login;
+mod named_address;
 mod origin;
 mod outgoing;
+mod proxy;
 #[cfg(test)]
 mod scripted;
 mod seen_requests;
 pub mod session;
 pub mod settings;
+mod status;
+mod suggestion;
 mod target;
 mod tls;
 pub mod tunnel;
@@ -35,6 +44,8 @@ mod tunnel_ids;
 mod upgrade;
 mod upload;
 pub mod visitor_rules;
+mod web_request;
+mod words;
 
 use std::sync::Arc;
 

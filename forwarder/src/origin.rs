@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header,
     request::Parts,
-    uri::{PathAndQuery, Uri},
+    uri::{PathAndQuery, Scheme, Uri},
 };
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
@@ -113,7 +113,8 @@ struct FailedCall {
 impl Origin {
     /// The local service of a tunnel.
     pub fn new(settings: &Settings) -> Self {
-        let tls = tls::client_config(&settings.target, &settings.target_tls);
+        let has_tls = settings.target.scheme == Scheme::HTTPS;
+        let tls = tls::client_config(has_tls, &settings.target_tls);
         let connector = Connector::new(&settings.target, tls);
         let mut builder = Client::builder(TokioExecutor::new());
         builder

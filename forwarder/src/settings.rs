@@ -1,6 +1,12 @@
 //! What an agent is to do: the checked values, and the layers that they come from.
 
-use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::{Args, builder::BoolishValueParser};
 use http::{HeaderValue, uri::Authority};
@@ -12,6 +18,8 @@ use crate::{
     authority,
     config_file::{parsed, secret, secrets},
     endpoint::Endpoint,
+    named_address::{NamedAddress, NamedAddressError},
+    proxy::{Proxy, ProxyChoice, ProxyError},
     target::Target,
     tunnel_ids,
     visitor_rules::{Policy, PolicyArgs, PolicyArgsError},
@@ -29,6 +37,10 @@ pub struct Settings {
     pub name: String,
     /// The service's WebSocket address.
     pub endpoint: Endpoint,
+    /// Which certificates the service may have.
+    pub endpoint_tls: AcceptedCertificates,
+    /// The proxy through which the service is reached.
+    pub proxy: Option<Proxy>,
     /// What the agent authenticates with.
     pub token: Option<Secret>,
     /// The tunnel id to request; without one the service picks one.
@@ -38,7 +50,7 @@ pub struct Settings {
     /// The local service.
     pub target: Target,
     /// Which certificates an `https` target may have.
-    pub target_tls: TargetTls,
+    pub target_tls: AcceptedCertificates,
     /// Which `Host` the local service sees.
     pub host_header: HostHeader,
     /// See [`REQUEST_TIMEOUT`].
@@ -49,11 +61,36 @@ pub struct Settings {
     pub compression: bool,
     /// Which visitors the service admits.
     pub access: Policy,
+    /// The first connection is tried again also where time does not mend what is wrong.
+    pub keep_trying: bool,
 }
 
-/// Which certificates an `https` target may have.
+impl Settings {
+    /// What a tunnel has if its user says nothing but where the service is. It remembers no tunnel id and uses no proxy.
+    pub fn new(endpoint: Endpoint) -> Self {
+        Self {
+            name: "http".to_owned(),
+            endpoint,
+            endpoint_tls: AcceptedCertificates::System,
+            proxy: None,
+            token: None,
+            tunnel_id: None,
+            memory: None,
+            target: Target::default(),
+            target_tls: AcceptedCertificates::System,
+            host_header: HostHeader::default(),
+            request_timeout: REQUEST_TIMEOUT,
+            max_concurrent: MAX_CONCURRENT,
+            compression: true,
+            access: Policy::default(),
+            keep_trying: false,
+        }
+    }
+}
+
+/// Which certificates the other end may have.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub enum TargetTls {
+pub enum AcceptedCertificates {
     /// Those that this machine trusts.
     #[default]
     System,
@@ -127,7 +164,14 @@ impl fmt::Debug for Secret {
 #[serde(deny_unknown_fields, default)]
 pub struct Layer {
     /// The service's address: wss://..., its public URL, or ws://127.0.0.1:8080/_ws for one on this machine
-    #[arg(short, long, global = true, env = "TTF_ENDPOINT", value_name = "URL")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        env = "TTF_ENDPOINT",
+        aliases = ["server", "server-addr", "connect-url", "to"],
+        value_name = "URL"
+    )]
     #[serde(deserialize_with = "parsed")]
     pub endpoint: Option<Endpoint>,
     /// The agent's token; prefer the environment to the command line
@@ -136,10 +180,28 @@ pub struct Layer {
         global = true,
         env = "TTF_TOKEN",
         hide_env_values = true,
+        alias = "authtoken",
         value_name = "TOKEN"
     )]
     #[serde(deserialize_with = "secret")]
     pub token: Option<Secret>,
+    /// Accept the certificates in this PEM file, and those that they have signed, from the service
+    #[arg(long, global = true, env = "TTF_ENDPOINT_CA", value_name = "FILE")]
+    pub endpoint_ca: Option<PathBuf>,
+    /// The proxy to the service: http://, https:// or socks5h://[USER:PASSWORD@]HOST:PORT, or none [default: as HTTPS_PROXY, ALL_PROXY and NO_PROXY say]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_PROXY",
+        hide_env_values = true,
+        alias = "proxy-url",
+        value_name = "URL"
+    )]
+    #[serde(deserialize_with = "parsed")]
+    pub proxy: Option<ProxyChoice>,
+    /// The service to use of those in the config file, as `ttf login --service NAME` stores it
+    #[arg(long, global = true, env = "TTF_SERVICE", value_name = "NAME")]
+    pub service: Option<String>,
     /// The tunnel id to request [default: a random one, the same each time for the same endpoint and target]
     #[arg(
         short = 's',
@@ -147,9 +209,10 @@ pub struct Layer {
         global = true,
         env = "TTF_TUNNEL_ID",
         visible_alias = "subdomain",
+        aliases = ["name", "sd"],
         value_name = "ID"
     )]
-    #[serde(deserialize_with = "parsed", alias = "subdomain")]
+    #[serde(deserialize_with = "parsed")]
     pub tunnel_id: Option<TunnelId>,
     /// The local service, if the command does not name it [default: 3000]
     #[arg(
@@ -158,15 +221,21 @@ pub struct Layer {
         global = true,
         env = "TTF_TARGET",
         visible_alias = "port",
+        alias = "addr",
         value_name = "TARGET"
     )]
-    #[serde(deserialize_with = "parsed", alias = "port")]
+    #[serde(deserialize_with = "parsed")]
     pub target: Option<Target>,
+    /// The local service or the tunnel, by an address, as other tunnels have it
+    #[arg(long = "url", global = true, hide = true, aliases = ["domain", "hostname"], value_name = "URL")]
+    #[serde(deserialize_with = "parsed")]
+    pub url: Option<NamedAddress>,
     /// Accept any certificate of an https:// target
     #[arg(
         long,
         global = true,
         env = "TTF_TARGET_INSECURE",
+        aliases = ["no-tls-verify", "insecure"],
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "true",
@@ -175,10 +244,22 @@ pub struct Layer {
     )]
     pub target_insecure: Option<bool>,
     /// Accept the certificates in this PEM file, and those that they have signed, from an https:// target
-    #[arg(long, global = true, env = "TTF_TARGET_CA", value_name = "FILE")]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_TARGET_CA",
+        alias = "origin-ca-pool",
+        value_name = "FILE"
+    )]
     pub target_ca: Option<PathBuf>,
     /// The Host that the local service sees: rewrite (its own), preserve (the visitor's), or a host [default: rewrite]
-    #[arg(long, global = true, env = "TTF_HOST_HEADER", value_name = "HOST")]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_HOST_HEADER",
+        alias = "http-host-header",
+        value_name = "HOST"
+    )]
     #[serde(deserialize_with = "parsed")]
     pub host_header: Option<HostHeader>,
     /// How long the local service may take to start its response [default: 5m]
@@ -197,6 +278,7 @@ pub struct Layer {
         global = true,
         env = "TTF_BASIC_AUTH",
         hide_env_values = true,
+        alias = "auth",
         value_name = "USER:PASSWORD"
     )]
     #[serde(deserialize_with = "secrets")]
@@ -206,6 +288,7 @@ pub struct Layer {
         long,
         global = true,
         env = "TTF_ALLOW",
+        alias = "cidr-allow",
         value_delimiter = ',',
         value_name = "CIDR"
     )]
@@ -215,6 +298,7 @@ pub struct Layer {
         long,
         global = true,
         env = "TTF_DENY",
+        alias = "cidr-deny",
         value_delimiter = ',',
         value_name = "CIDR"
     )]
@@ -232,6 +316,47 @@ pub struct Layer {
     /// Remember a random tunnel id for the next start [default: true]
     #[arg(long, global = true, env = "TTF_REMEMBER", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub remember: Option<bool>,
+    /// Keep trying although the first connection fails for a reason that time does not mend [default: only under systemd]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_KEEP_TRYING",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        value_parser = BoolishValueParser::new(),
+        value_name = "BOOL"
+    )]
+    pub keep_trying: Option<bool>,
+}
+
+/// Settings of the process from one place, as [`Layer`] has those of a tunnel.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProcessLayer {
+    /// What to log on stderr: error, warn, info, debug, trace, off, or a list such as warn,forwarder=debug [default: warn]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_LOG_LEVEL",
+        alias = "loglevel",
+        value_name = "LEVEL"
+    )]
+    pub log_level: Option<String>,
+    /// Whether a terminal shows the console, redrawn in place, instead of lines [default: true]
+    #[arg(long, global = true, env = "TTF_CONSOLE", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
+    pub console: Option<bool>,
+}
+
+impl ProcessLayer {
+    /// This layer, with what it leaves open taken from `next`.
+    #[must_use]
+    pub fn or(&self, next: &Self) -> Self {
+        Self {
+            log_level: self.log_level.as_ref().or(next.log_level.as_ref()).cloned(),
+            console: self.console.or(next.console),
+        }
+    }
 }
 
 /// Why layers do not make settings. The text says what to do, and shows no secret.
@@ -239,7 +364,7 @@ pub struct Layer {
 pub enum LayerError {
     /// No layer has an endpoint.
     #[error(
-        "no endpoint: pass --endpoint, set TTF_ENDPOINT, or put `endpoint` into the config file (for a tunnel-local on this machine: ws://127.0.0.1:8080/_ws)"
+        "no endpoint: run `ttf login ENDPOINT` once, pass --endpoint, or set TTF_ENDPOINT (for a tunnel-local on this machine: 127.0.0.1:8080)"
     )]
     NoEndpoint,
     /// No request could be passed on.
@@ -249,8 +374,10 @@ pub enum LayerError {
     #[error("request_timeout must be longer than zero")]
     RequestTimeout,
     /// The file cannot be read, or has no certificate.
-    #[error("target_ca {path}: {reason}")]
-    TargetCa {
+    #[error("{setting} {path}: {reason}")]
+    Authorities {
+        /// `target_ca` or `endpoint_ca`.
+        setting: &'static str,
         /// The file.
         path: String,
         /// What is wrong with it.
@@ -259,6 +386,12 @@ pub enum LayerError {
     /// The rules about visitors are malformed.
     #[error(transparent)]
     Policy(#[from] PolicyArgsError),
+    /// The environment names a proxy that cannot be used.
+    #[error("HTTPS_PROXY or ALL_PROXY: {0}")]
+    EnvironmentProxy(ProxyError),
+    /// The requested address cannot be had.
+    #[error(transparent)]
+    NamedAddress(#[from] NamedAddressError),
 }
 
 impl Layer {
@@ -271,8 +404,15 @@ impl Layer {
         Self {
             endpoint: first(&self.endpoint, &next.endpoint),
             token: first(&self.token, &next.token),
-            tunnel_id: first(&self.tunnel_id, &next.tunnel_id),
-            target: first(&self.target, &next.target),
+            endpoint_ca: first(&self.endpoint_ca, &next.endpoint_ca),
+            proxy: first(&self.proxy, &next.proxy),
+            service: first(&self.service, &next.service),
+            tunnel_id: self.tunnel_id().or_else(|| match self.url {
+                Some(NamedAddress::Public { .. }) => None,
+                _ => next.tunnel_id(),
+            }),
+            target: self.target().or_else(|| next.target()),
+            url: first(&self.url, &next.url),
             target_insecure: self.target_insecure.or(next.target_insecure),
             target_ca: first(&self.target_ca, &next.target_ca),
             host_header: first(&self.host_header, &next.host_header),
@@ -284,7 +424,51 @@ impl Layer {
             deny: first(&self.deny, &next.deny),
             require_header: first(&self.require_header, &next.require_header),
             remember: self.remember.or(next.remember),
+            keep_trying: self.keep_trying.or(next.keep_trying),
         }
+    }
+
+    /// As [`Layer::or`], but a token that `next` has for its own endpoint does not go to another one that this layer names.
+    #[must_use]
+    pub fn with_credentials_for_endpoint(&self, next: &Self) -> Self {
+        let goes_elsewhere = matches!(
+            (&self.endpoint, &next.endpoint),
+            (Some(own), Some(other)) if own != other
+        );
+        let merged = self.or(next);
+        if goes_elsewhere {
+            Self {
+                token: self.token.clone(),
+                ..merged
+            }
+        } else {
+            merged
+        }
+    }
+
+    /// This layer, with the target that a command names, if it names one.
+    #[must_use]
+    pub fn with_target(&self, target: Option<Target>) -> Self {
+        Self {
+            target: target.or_else(|| self.target()),
+            ..self.clone()
+        }
+    }
+
+    /// The requested tunnel id, as far as it is known without the endpoint.
+    pub fn tunnel_id(&self) -> Option<TunnelId> {
+        self.tunnel_id.clone().or_else(|| match &self.url {
+            Some(NamedAddress::TunnelId(id)) => Some(id.clone()),
+            _ => None,
+        })
+    }
+
+    /// The local service.
+    pub fn target(&self) -> Option<Target> {
+        self.target.clone().or_else(|| match &self.url {
+            Some(NamedAddress::Target(target)) => Some(target.clone()),
+            _ => None,
+        })
     }
 
     /// The settings of the tunnel `name`, with defaults for what this layer leaves open.
@@ -301,6 +485,14 @@ impl Layer {
         if max_concurrent == 0 {
             return Err(LayerError::MaxConcurrent);
         }
+        let endpoint = self.endpoint.clone().ok_or(LayerError::NoEndpoint)?;
+        let tunnel_id = match (self.tunnel_id(), &self.url) {
+            (None, Some(url)) => url.tunnel_id(&endpoint)?,
+            (tunnel_id, _) => tunnel_id,
+        };
+        let target = self.target().unwrap_or_default();
+        let endpoint_tls = authorities("endpoint_ca", self.endpoint_ca.as_deref())?;
+        let proxy = self.proxy(&endpoint)?;
         let policy = PolicyArgs {
             basic_auth: self.basic_auth,
             allow: self.allow,
@@ -309,39 +501,60 @@ impl Layer {
         };
         Ok(Settings {
             name: name.to_owned(),
-            endpoint: self.endpoint.ok_or(LayerError::NoEndpoint)?,
+            endpoint_tls,
+            proxy,
+            endpoint,
             token: self.token,
-            tunnel_id: self.tunnel_id,
+            tunnel_id,
             memory: tunnel_ids::default_file().filter(|_| self.remember.unwrap_or(true)),
-            target: self.target.unwrap_or_default(),
+            target,
             target_tls,
             host_header: self.host_header.unwrap_or_default(),
             request_timeout,
             max_concurrent,
             compression: self.compression.unwrap_or(true),
             access: policy.check()?,
+            keep_trying: self.keep_trying.unwrap_or(false),
         })
     }
 
-    fn target_tls(&self) -> Result<TargetTls, LayerError> {
+    fn target_tls(&self) -> Result<AcceptedCertificates, LayerError> {
         if self.target_insecure == Some(true) {
-            return Ok(TargetTls::Insecure);
+            return Ok(AcceptedCertificates::Insecure);
         }
-        let Some(path) = &self.target_ca else {
-            return Ok(TargetTls::System);
-        };
-        let fault = |reason: String| LayerError::TargetCa {
-            path: path.display().to_string(),
-            reason,
-        };
-        let certificates = CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .map_err(|error| fault(format!("cannot be read as PEM: {error}")))?;
-        if certificates.is_empty() {
-            return Err(fault("has no certificate".to_owned()));
-        }
-        Ok(TargetTls::Authorities(certificates.into()))
+        authorities("target_ca", self.target_ca.as_deref())
     }
+
+    /// The proxy to an endpoint: the chosen one, or the environment's.
+    fn proxy(&self, endpoint: &Endpoint) -> Result<Option<Proxy>, LayerError> {
+        match &self.proxy {
+            Some(ProxyChoice::Direct) => Ok(None),
+            Some(ProxyChoice::Through(proxy)) => Ok(Some(proxy.clone())),
+            None => Proxy::of_environment(endpoint).map_err(LayerError::EnvironmentProxy),
+        }
+    }
+}
+
+/// The certificates in a file, beside those of the system.
+fn authorities(
+    setting: &'static str,
+    path: Option<&Path>,
+) -> Result<AcceptedCertificates, LayerError> {
+    let Some(path) = path else {
+        return Ok(AcceptedCertificates::System);
+    };
+    let fault = |reason: String| LayerError::Authorities {
+        setting,
+        path: path.display().to_string(),
+        reason,
+    };
+    let certificates = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| fault(format!("cannot be read as PEM: {error}")))?;
+    if certificates.is_empty() {
+        return Err(fault("has no certificate".to_owned()));
+    }
+    Ok(AcceptedCertificates::Authorities(certificates.into()))
 }
 
 #[cfg(test)]
@@ -383,6 +596,6 @@ mod tests {
             ..layer
         };
         let settings = insecure.settings("x").expect("settings");
-        assert_eq!(settings.target_tls, TargetTls::Insecure);
+        assert_eq!(settings.target_tls, AcceptedCertificates::Insecure);
     }
 }

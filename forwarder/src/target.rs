@@ -51,7 +51,17 @@ pub struct Target {
 }
 
 impl Target {
-    fn port(port: &str) -> Result<Self, TargetError> {
+    /// The port to connect to.
+    pub fn port(&self) -> u16 {
+        let default = if self.scheme == Scheme::HTTPS {
+            443
+        } else {
+            80
+        };
+        self.authority.port_u16().unwrap_or(default)
+    }
+
+    fn on_port(port: &str) -> Result<Self, TargetError> {
         let port = authority::port(port)?;
         Ok(Self {
             scheme: Scheme::HTTP,
@@ -81,7 +91,7 @@ impl Target {
 
 impl Default for Target {
     fn default() -> Self {
-        Self::port("3000").expect("a port")
+        Self::on_port("3000").expect("a port")
     }
 }
 
@@ -105,7 +115,7 @@ impl FromStr for Target {
         }
         let port = text.strip_prefix(':').unwrap_or(text);
         if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Self::port(port);
+            return Self::on_port(port);
         }
         let with_scheme = if text.contains("://") {
             text.to_owned()

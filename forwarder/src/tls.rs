@@ -1,14 +1,10 @@
-//! Which certificates of a local service are accepted.
+//! Which certificates are accepted, of a local service and of the service that agents connect to.
 
 use std::sync::Arc;
 
-use http::uri::Scheme;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
-    client::{
-        WebPkiServerVerifier,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    },
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{
         CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature,
         verify_tls13_signature,
@@ -17,13 +13,13 @@ use rustls::{
 };
 use tracing::warn;
 
-use crate::{settings::TargetTls, target::Target};
+use crate::settings::AcceptedCertificates;
 
-/// The configuration for a target. Certificates of the system are only read for a target that has TLS.
-pub(crate) fn client_config(target: &Target, accepted: &TargetTls) -> ClientConfig {
+/// The configuration for connections that have TLS if `is_used`: only then certificates of the system are read.
+pub(crate) fn client_config(is_used: bool, accepted: &AcceptedCertificates) -> ClientConfig {
     let provider = Arc::new(ring::default_provider());
     let mut verifier = Verifier::new(&provider);
-    if target.scheme == Scheme::HTTPS {
+    if is_used {
         verifier.accept(accepted, &provider);
     }
     ClientConfig::builder_with_provider(provider)
@@ -38,7 +34,7 @@ pub(crate) fn client_config(target: &Target, accepted: &TargetTls) -> ClientConf
 /// valid as an authority and a server at once.
 #[derive(Debug)]
 struct Verifier {
-    authorities: Option<Arc<WebPkiServerVerifier>>,
+    system: Option<rustls_platform_verifier::Verifier>,
     exact: Arc<[CertificateDer<'static>]>,
     accepts_all: bool,
     algorithms: WebPkiSupportedAlgorithms,
@@ -48,31 +44,32 @@ impl Verifier {
     /// Accepts nothing yet.
     fn new(provider: &CryptoProvider) -> Self {
         Self {
-            authorities: None,
+            system: None,
             exact: Arc::new([]),
             accepts_all: false,
             algorithms: provider.signature_verification_algorithms,
         }
     }
 
-    fn accept(&mut self, accepted: &TargetTls, provider: &Arc<CryptoProvider>) {
+    fn accept(&mut self, accepted: &AcceptedCertificates, provider: &Arc<CryptoProvider>) {
         match accepted {
-            TargetTls::System => {}
-            TargetTls::Authorities(certificates) => self.exact = certificates.clone(),
-            TargetTls::Insecure => self.accepts_all = true,
+            AcceptedCertificates::System => {}
+            AcceptedCertificates::Authorities(certificates) => self.exact = certificates.clone(),
+            AcceptedCertificates::Insecure => self.accepts_all = true,
         }
-        let mut roots = RootCertStore::empty();
-        let system = rustls_native_certs::load_native_certs();
-        if !system.errors.is_empty() {
-            warn!(errors = ?system.errors, "some certificates of this system cannot be read");
-        }
-        roots.add_parsable_certificates(system.certs);
-        roots.add_parsable_certificates(self.exact.iter().cloned());
+        let system = rustls_platform_verifier::Verifier::new_with_extra_roots(
+            self.exact.iter().cloned(),
+            provider.clone(),
+        );
         // A system without certificates trusts none.
-        self.authorities =
-            WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone())
-                .build()
-                .ok();
+        self.system = system
+            .inspect_err(|error| {
+                warn!(
+                    error = error as &dyn std::error::Error,
+                    "the certificates of this system cannot be read"
+                );
+            })
+            .ok();
     }
 }
 
@@ -88,10 +85,10 @@ impl ServerCertVerifier for Verifier {
         if self.accepts_all || self.exact.iter().any(|exact| exact == end_entity) {
             return Ok(ServerCertVerified::assertion());
         }
-        let Some(authorities) = &self.authorities else {
+        let Some(system) = &self.system else {
             return Err(CertificateError::UnknownIssuer.into());
         };
-        authorities.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        system.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(
@@ -117,9 +114,8 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// What is wrong with a handshake, in words for the user.
-pub(crate) fn explain(error: &Error, target: &Target) -> String {
-    let host = target.authority.host();
+/// What is wrong with a handshake with `host`, in words for the user. `remedy` is what makes another certificate acceptable.
+pub(crate) fn explain(error: &Error, host: &str, remedy: &str) -> String {
     let Error::InvalidCertificate(fault) = error else {
         return match error {
             Error::InvalidMessage(_) => {
@@ -146,11 +142,6 @@ pub(crate) fn explain(error: &Error, target: &Target) -> String {
             format!("is not for the name {host}")
         }
         other => format!("is not valid: {other}"),
-    };
-    let remedy = if tunnel_protocol::url::is_loopback(host) {
-        "pass --target-insecure or --target-ca FILE"
-    } else {
-        "pass --target-ca FILE to accept it"
     };
     format!("its certificate {fault}; {remedy}")
 }

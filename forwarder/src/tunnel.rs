@@ -45,12 +45,15 @@ const MAX_LIFE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 pub enum TunnelError {
     /// The token is missing, unknown, expired or revoked.
     #[error(
-        "the service refused this agent: pass a valid token with --token, TTF_TOKEN, or `token` in the config file"
+        "the service refused this agent: run `ttf login ENDPOINT`, or pass a valid token with --token, TTF_TOKEN, or `token` in the config file"
     )]
     Unauthorized,
     /// The tunnel id belongs to another owner.
     #[error("the tunnel id {0} belongs to another owner: choose another with --tunnel-id")]
     NameTaken(String),
+    /// The first connection failed for a reason that time does not mend.
+    #[error("{0}; it is not tried again, as --keep-trying would")]
+    Misdirected(String),
     /// The service refused the handshake as invalid.
     #[error("the service refused the handshake: {0}")]
     Invalid(String),
@@ -97,6 +100,7 @@ pub async fn run(
         },
         stop: stop.child_token(),
         backoff: Backoff::new(MIN_PAUSE, MAX_PAUSE),
+        has_been_online: false,
         sessions: JoinSet::new(),
     };
     let outcome = tunnel.keep_open().await;
@@ -118,6 +122,7 @@ struct Tunnel {
     recalled: Option<TunnelId>,
     memory: Option<TunnelIdStore>,
     backoff: Backoff,
+    has_been_online: bool,
     /// The one that serves the tunnel, and those it took over from.
     sessions: JoinSet<SessionEnd>,
 }
@@ -161,6 +166,12 @@ impl Tunnel {
         loop {
             self.observe(Event::Connecting {
                 endpoint: self.context.settings.endpoint.to_string(),
+                proxy: self
+                    .context
+                    .settings
+                    .proxy
+                    .as_ref()
+                    .map(ToString::to_string),
             });
             let opened = tokio::select! {
                 opened = handshake::open(&self.context.settings, self.tunnel_id.as_ref(), None) => opened,
@@ -168,7 +179,12 @@ impl Tunnel {
             };
             match opened {
                 Ok(opened) => return Ok(Some(self.serve(opened).await)),
-                Err(HandshakeError::Unreachable(reason)) => self.pause(reason).await,
+                Err(HandshakeError::Misdirected(reason)) if self.gives_up() => {
+                    return Err(TunnelError::Misdirected(reason));
+                }
+                Err(HandshakeError::Misdirected(reason) | HandshakeError::Unreachable(reason)) => {
+                    self.pause(reason).await;
+                }
                 Err(HandshakeError::NameTaken) if self.recalled.take().is_some() => {
                     self.forget().await;
                 }
@@ -201,7 +217,7 @@ impl Tunnel {
                     current = self.serve(opened).await;
                 }
                 // The one that serves continues meanwhile.
-                Err(HandshakeError::Unreachable(reason)) => {
+                Err(HandshakeError::Misdirected(reason) | HandshakeError::Unreachable(reason)) => {
                     debug!(reason, "the next connection could not be opened");
                     current.move_at = Some(Instant::now() + self.backoff.next_pause());
                 }
@@ -224,14 +240,20 @@ impl Tunnel {
                 TunnelError::NameTaken(self.tunnel_id.take().map(String::from).unwrap_or_default())
             }
             HandshakeError::Unprotected => TunnelError::Unprotected,
-            HandshakeError::Invalid(reason) | HandshakeError::Unreachable(reason) => {
-                TunnelError::Invalid(reason)
-            }
+            HandshakeError::Invalid(reason)
+            | HandshakeError::Misdirected(reason)
+            | HandshakeError::Unreachable(reason) => TunnelError::Invalid(reason),
         }
+    }
+
+    /// Whether what time does not mend ends the tunnel: a mistyped endpoint has never worked.
+    fn gives_up(&self) -> bool {
+        !self.has_been_online && !self.context.settings.keep_trying
     }
 
     async fn serve(&mut self, opened: Opened) -> Current {
         let established = &opened.established;
+        self.has_been_online = true;
         self.tunnel_id = Some(established.tunnel_id.clone());
         self.observe(Event::Online {
             public_url: established.public_url.clone(),

@@ -10,13 +10,12 @@ use std::{
     time::Duration,
 };
 
-use etcetera::{BaseStrategy, choose_base_strategy};
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 use tracing::{info, warn};
 use tunnel_protocol::id::TunnelId;
 
-use crate::{endpoint::Endpoint, target::Target};
+use crate::{config_file, endpoint::Endpoint, target::Target};
 
 /// Most entries kept; the oldest make room.
 const MAX_ENTRIES: usize = 1000;
@@ -149,8 +148,7 @@ impl TunnelIdStore {
 
 /// The file in the user's configuration directory. A user without a home has none.
 pub(crate) fn default_file() -> Option<PathBuf> {
-    let strategy = choose_base_strategy().ok()?;
-    Some(strategy.config_dir().join("ttf").join("tunnels.toml"))
+    Some(config_file::user_directory()?.join("tunnels.toml"))
 }
 
 /// Forgets a tunnel id of an endpoint, whatever it was for. A file that does not exist is not made.

@@ -11,7 +11,7 @@ use tokio_rustls::TlsAcceptor;
 use super::*;
 use crate::{
     scripted::{Service, read_head, request, settings, within},
-    settings::TargetTls,
+    settings::AcceptedCertificates,
 };
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
@@ -327,7 +327,7 @@ async fn serving_tls(signed: &Signed) -> Service {
     .await
 }
 
-async fn status_with(service: &Service, accepted: TargetTls) -> Result<u16, String> {
+async fn status_with(service: &Service, accepted: AcceptedCertificates) -> Result<u16, String> {
     let target = format!("https://localhost:{}", service.address.port());
     let origin = Origin::new(&Settings {
         target_tls: accepted,
@@ -338,13 +338,16 @@ async fn status_with(service: &Service, accepted: TargetTls) -> Result<u16, Stri
 
 #[tokio::test]
 async fn a_certificate_is_accepted_as_configured_and_otherwise_refused_with_a_reason() {
-    let accept = |signed: &Signed| TargetTls::Authorities(signed.chain.clone().into());
+    let accept = |signed: &Signed| AcceptedCertificates::Authorities(signed.chain.clone().into());
     let own = self_signed();
     let service = serving_tls(&own).await;
-    assert_eq!(status_with(&service, TargetTls::Insecure).await, Ok(200));
+    assert_eq!(
+        status_with(&service, AcceptedCertificates::Insecure).await,
+        Ok(200)
+    );
     assert_eq!(status_with(&service, accept(&own)).await, Ok(200));
     let hint = "pass --target-insecure or --target-ca FILE";
-    let refused = status_with(&service, TargetTls::System)
+    let refused = status_with(&service, AcceptedCertificates::System)
         .await
         .expect_err("self-signed");
     assert!(
@@ -359,7 +362,7 @@ async fn a_certificate_is_accepted_as_configured_and_otherwise_refused_with_a_re
     let (authority, good) = signed("localhost", |_| {});
     let service = serving_tls(&good).await;
     assert_eq!(status_with(&service, accept(&authority)).await, Ok(200));
-    let refused = status_with(&service, TargetTls::System)
+    let refused = status_with(&service, AcceptedCertificates::System)
         .await
         .expect_err("unknown authority");
     assert!(
@@ -392,7 +395,7 @@ async fn a_service_without_tls_is_named_as_such() {
         let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
     })
     .await;
-    let refused = status_with(&service, TargetTls::System)
+    let refused = status_with(&service, AcceptedCertificates::System)
         .await
         .expect_err("no TLS");
     assert!(refused.contains("does not speak TLS"), "{refused}");
@@ -405,7 +408,7 @@ async fn a_tls_handshake_that_does_not_come_counts_as_connecting() {
         std::future::pending::<()>().await;
     })
     .await;
-    let refused = status_with(&service, TargetTls::System)
+    let refused = status_with(&service, AcceptedCertificates::System)
         .await
         .expect_err("no handshake");
     assert_eq!(refused, "no connection could be made within 5 s");

@@ -10,12 +10,8 @@ use std::{
 };
 
 use forwarder::{
-    Observer,
-    event::Event,
-    session::SOLE_PING_MESSAGE_INTERVAL,
-    settings::{HostHeader, MAX_CONCURRENT, Settings, TargetTls},
+    Observer, event::Event, session::SOLE_PING_MESSAGE_INTERVAL, settings::Settings,
     tunnel::TunnelError,
-    visitor_rules::Policy,
 };
 use futures_util::{SinkExt, StreamExt};
 use tokio::{
@@ -287,17 +283,11 @@ impl Agent {
 fn settings(service: &Service, origin: &Origin) -> Settings {
     Settings {
         name: "test".to_owned(),
-        endpoint: service.endpoint().parse().expect("an endpoint"),
-        token: None,
         tunnel_id: Some("my-app".parse().expect("an id")),
-        memory: None,
         target: origin.address.to_string().parse().expect("a target"),
-        target_tls: TargetTls::System,
-        host_header: HostHeader::Rewrite,
         request_timeout: PATIENCE,
-        max_concurrent: MAX_CONCURRENT,
         compression: false,
-        access: Policy::default(),
+        ..Settings::new(service.endpoint().parse().expect("an endpoint"))
     }
 }
 

@@ -138,9 +138,15 @@ pub(crate) struct Ended {
 impl Ttf {
     /// Starts it, with no settings but these arguments.
     pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::start_in("/nonexistent", arguments)
+    }
+
+    /// Starts it, with a directory for the user's files.
+    pub(crate) fn start_in(home: &str, arguments: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_ttf"))
             .args(arguments)
             .env_clear()
+            .env("XDG_CONFIG_HOME", home)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

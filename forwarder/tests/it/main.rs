@@ -2,7 +2,9 @@
 #![cfg(unix)]
 #![allow(clippy::panic, reason = "a test that goes wrong ends here")]
 
+mod commands;
 mod connection;
 mod executable;
+mod first_connection;
 mod harness;
 mod uploads;

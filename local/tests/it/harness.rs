@@ -224,17 +224,10 @@ pub(crate) fn settings(stack: &Server, target: SocketAddr) -> Settings {
 pub(crate) fn settings_for(endpoint: &str, target: SocketAddr) -> Settings {
     Settings {
         name: "test".to_owned(),
-        endpoint: endpoint.parse().expect("an endpoint"),
-        token: None,
         tunnel_id: Some("my-app".parse().expect("an id")),
-        memory: None,
         target: target.to_string().parse().expect("a target"),
-        target_tls: forwarder::settings::TargetTls::System,
-        host_header: forwarder::settings::HostHeader::Rewrite,
         request_timeout: PATIENCE,
-        max_concurrent: forwarder::settings::MAX_CONCURRENT,
-        compression: true,
-        access: forwarder::visitor_rules::Policy::default(),
+        ..Settings::new(endpoint.parse().expect("an endpoint"))
     }
 }
 

@@ -1,0 +1,169 @@
+//! Reaching the service's machine: directly or through a proxy, with or without TLS.
+
+use std::{error::Error, io, sync::Arc, time::Duration};
+
+use http::Uri;
+use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
+use hyper_util::{
+    client::legacy::connect::{
+        HttpConnector,
+        proxy::{SocksV5, Tunnel},
+    },
+    rt::TokioIo,
+};
+use rustls::ClientConfig;
+use tokio::net::TcpStream;
+use tower_service::Service;
+use tunnel_protocol::writer;
+
+use crate::{
+    endpoint::Endpoint,
+    failure::{causes, find},
+    handshake::HandshakeError,
+    proxy::{Proxy, ProxyKind},
+    tls,
+};
+
+/// How long reaching a machine may take, over IPv6 and over IPv4, shared by the addresses of each. Short, because a network that has
+/// just come back is found by the next try.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the addresses of the family that the resolver prefers are tried alone (RFC 8305, 5).
+const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
+
+/// The bytes between this machine and the service's, under the endpoint's own TLS.
+pub(crate) type ServiceStream = TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>;
+
+/// Connects to the endpoint's machine, over whichever of its addresses answers first (RFC 8305), or to the proxy's and through it.
+pub(crate) async fn dial(
+    endpoint: &Endpoint,
+    proxy: Option<&Proxy>,
+    tls: &Arc<ClientConfig>,
+) -> Result<ServiceStream, HandshakeError> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    tcp.set_happy_eyeballs_timeout(Some(HAPPY_EYEBALLS_DELAY));
+    let destination = endpoint.as_http();
+    let stream = match proxy {
+        None => tcp
+            .call(destination)
+            .await
+            .map(MaybeHttpsStream::Http)
+            .map_err(|error| unreachable(&endpoint.address(), &error))?,
+        Some(proxy) => through(proxy, tcp, destination, tls)
+            .await
+            .map_err(|error| unreachable_through(proxy, &endpoint.address(), error.as_ref()))?,
+    };
+    writer::tune(match &stream {
+        MaybeHttpsStream::Http(tcp) => tcp.inner(),
+        MaybeHttpsStream::Https(tls) => tls.inner().get_ref().0.inner().inner(),
+    });
+    Ok(TokioIo::new(stream))
+}
+
+async fn through(
+    proxy: &Proxy,
+    tcp: HttpConnector,
+    destination: Uri,
+    tls: &Arc<ClientConfig>,
+) -> Result<MaybeHttpsStream<TokioIo<TcpStream>>, Box<dyn Error + Send + Sync>> {
+    let connector = HttpsConnector::from((tcp, tls.clone()));
+    let address = proxy.address().clone();
+    match proxy.kind() {
+        ProxyKind::Http | ProxyKind::Https => {
+            let mut tunnel = Tunnel::new(address, connector);
+            if let Some(credentials) = proxy.basic_auth() {
+                tunnel = tunnel.with_auth(credentials.clone());
+            }
+            Ok(tunnel.call(destination).await?)
+        }
+        ProxyKind::Socks { local_dns } => {
+            let mut socks = SocksV5::new(address, connector).local_dns(local_dns);
+            if let Some((user, password)) = proxy.credentials() {
+                socks = socks.with_auth(user.to_owned(), password.reveal().to_owned());
+            }
+            Ok(socks.call(destination).await?)
+        }
+    }
+}
+
+fn unreachable(address: &str, error: &(dyn Error + 'static)) -> HandshakeError {
+    let cause = root_cause(error);
+    if is_unknown_host(&cause) {
+        let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+        return HandshakeError::Misdirected(format!(
+            "there is no host {host}: check the endpoint's spelling ({cause})"
+        ));
+    }
+    HandshakeError::Unreachable(format!("cannot connect to {address}: {cause}"))
+}
+
+fn unreachable_through(
+    proxy: &Proxy,
+    address: &str,
+    error: &(dyn Error + 'static),
+) -> HandshakeError {
+    if let Some(fault) = find::<rustls::Error>(error) {
+        let host = proxy.address().host().unwrap_or_default();
+        let fault = tls::explain(fault, host, "pass --endpoint-ca FILE to accept it");
+        return HandshakeError::Misdirected(format!("the proxy {proxy} cannot be used: {fault}"));
+    }
+    let cause = root_cause(error);
+    if is_unknown_host(&cause) {
+        return HandshakeError::Misdirected(format!("there is no proxy {proxy}: {cause}"));
+    }
+    if cause.contains("authorization required") || cause.contains("credentials") {
+        return HandshakeError::Misdirected(format!(
+            "the proxy {proxy} requires a user name and password, or refuses them: pass --proxy with user:password@ before the host"
+        ));
+    }
+    HandshakeError::Unreachable(format!(
+        "cannot connect to {address} through the proxy {proxy}: {cause}"
+    ))
+}
+
+/// What is behind an error that only says which step failed.
+fn root_cause(error: &(dyn Error + 'static)) -> String {
+    causes(error)
+        .last()
+        .map(ToString::to_string)
+        .unwrap_or_default()
+}
+
+/// Whether a resolver says that a name does not exist, and not that it cannot ask. Its words are all that there is to tell by.
+fn is_unknown_host(cause: &str) -> bool {
+    [
+        "Name or service not known",
+        "nodename nor servname",
+        "No such host",
+        "Name does not resolve",
+        "No address associated",
+    ]
+    .iter()
+    .any(|words| cause.contains(words))
+}
+
+/// Why the endpoint's TLS or its answer to the upgrade failed, if that will not be better at the next try.
+pub(crate) fn misdirected(
+    error: &(dyn Error + 'static),
+    endpoint: &Endpoint,
+) -> Option<HandshakeError> {
+    if let Some(fault) = find::<rustls::Error>(error) {
+        let remedy = "pass --endpoint-ca FILE to accept it";
+        let fault = match fault {
+            rustls::Error::InvalidMessage(_) => {
+                "it does not speak TLS; on this machine write ws:// in place of wss://".to_owned()
+            }
+            fault => tls::explain(fault, endpoint.host(), remedy),
+        };
+        return Some(HandshakeError::Misdirected(format!(
+            "{endpoint} cannot be used: {fault}"
+        )));
+    }
+    let is_foreign = find::<io::Error>(error).is_none();
+    is_foreign.then(|| {
+        HandshakeError::Misdirected(format!(
+            "{endpoint} is not the service: it does not speak HTTP ({error})"
+        ))
+    })
+}

@@ -1,0 +1,351 @@
+//! Answers to words that are not ours: those of other tunnels' command lines, and mistyped ones.
+
+use std::{ffi::OsString, path::Path};
+
+use clap::{
+    CommandFactory, Parser,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+
+use crate::{args::Cli, suggestion::closest};
+
+/// Flags of other tunnels that have no counterpart of the same meaning here, and what there is instead.
+const FLAGS: [(&[&str], &str); 17] = [
+    (
+        &[
+            "--oauth",
+            "--oidc",
+            "--saml",
+            "--verify-webhook",
+            "--mutual-tls-cas",
+            "--webhook-verification",
+        ],
+        "is not supported; visitors can be held to passwords (--basic-auth), networks (--allow, --deny) and secret headers (--require-header)",
+    ),
+    (
+        &["--region", "--edge-ip-version", "--region-name"],
+        "is not needed: the endpoint decides where the service is",
+    ),
+    (
+        &[
+            "--protocol",
+            "--proto",
+            "--scheme",
+            "--schemes",
+            "--bind-tls",
+            "--http2-origin",
+            "--app-protocol",
+        ],
+        "is not needed: the public side decides between http and https, and the local service is spoken to in HTTP/1.1",
+    ),
+    (
+        &[
+            "--remote-port",
+            "--remote-addr",
+            "--local-port",
+            "--local-ip",
+            "--crt",
+            "--key",
+        ],
+        "is not supported: tunnels carry HTTP and have names, not ports; see --tunnel-id and --target",
+    ),
+    (
+        &["--request-header-require"],
+        "is --require-header \"NAME: VALUE\" here",
+    ),
+    (
+        &["--hello-world", "--demo"],
+        "is not supported; `ttf http DIRECTORY` serves files",
+    ),
+    (
+        &[
+            "--policy",
+            "--traffic-policy-file",
+            "--traffic-policy-url",
+            "--policy-file",
+            "--circuit-breaker",
+        ],
+        "is not supported; visitor rules are --basic-auth, --allow, --deny and --require-header",
+    ),
+    (
+        &[
+            "--websocket-tcp-converter",
+            "--proxy-proto",
+            "--terminate-at",
+            "--upstream-protocol",
+        ],
+        "is not supported: tunnels carry HTTP requests and WebSockets as they are",
+    ),
+    (
+        &[
+            "--pooling-enabled",
+            "--binding",
+            "--internal",
+            "--ha-connections",
+            "--replicas",
+        ],
+        "is not supported: a tunnel has one agent, and the newest one of its owner serves it",
+    ),
+    (
+        &[
+            "--metadata",
+            "--description",
+            "--tag",
+            "--label",
+            "--labels",
+        ],
+        "is not supported: a tunnel has a name (--tunnel-id) and nothing else",
+    ),
+    (
+        &[
+            "--credentials-file",
+            "--credentials-contents",
+            "--origincert",
+            "--cred-file",
+            "--token-file",
+        ],
+        "is not supported: `ttf login ENDPOINT` stores a token, and TTF_TOKEN passes one",
+    ),
+    (
+        &[
+            "--no-autoupdate",
+            "--autoupdate-freq",
+            "--update",
+            "--update-channel",
+        ],
+        "is not needed: ttf never updates itself",
+    ),
+    (
+        &[
+            "--metrics",
+            "--metrics-update-freq",
+            "--management-diagnostics",
+        ],
+        "is not supported by the agent; `tunnel-local` has metrics, and `ttf status` says how a tunnel is",
+    ),
+    (
+        &["--grace-period"],
+        "is not needed: requests in progress have 10 seconds after Ctrl-C or SIGTERM",
+    ),
+    (&["--proxy-url"], "is --proxy URL here"),
+    (
+        &["--open", "-o", "--qr", "--print-requests"],
+        "is not needed: the URL is printed on stdout, and each request on stderr",
+    ),
+    (
+        &[
+            "--pidfile",
+            "--daemon",
+            "--background",
+            "--bg",
+            "-d",
+            "--detach",
+        ],
+        "is not supported; `ttf service install` keeps tunnels open in the background",
+    ),
+];
+
+/// Commands of other tunnels, and what there is instead.
+const COMMANDS: [(&[&str], &str); 9] = [
+    (
+        &[
+            "tcp", "tls", "udp", "stcp", "sudp", "xtcp", "ssh", "smb", "rdp",
+        ],
+        "tunnels carry HTTP alone: `ttf http TARGET`",
+    ),
+    (
+        &[
+            "authtoken",
+            "auth",
+            "add-authtoken",
+            "signin",
+            "enable",
+            "register",
+        ],
+        "`ttf login ENDPOINT --token TOKEN` stores a token",
+    ),
+    (
+        &[
+            "tunnel", "local", "share", "expose", "serve", "funnel", "run", "open", "forward",
+            "up", "https", "tcpmux", "client",
+        ],
+        "`ttf http TARGET` opens a tunnel, and `ttf start --all` those of the config file",
+    ),
+    (
+        &["update", "upgrade"],
+        "ttf never updates itself: install a newer version in its place",
+    ),
+    (
+        &["server", "proxy"],
+        "the public side is another program: tunnel-local, or the functions on AWS",
+    ),
+    (
+        &["list", "ls", "ps", "tunnels"],
+        "`ttf status ID` says how a tunnel is, and `tunnel-admin list-tunnels` lists those of a service",
+    ),
+    (
+        &[
+            "stop", "down", "delete", "disable", "logout", "route", "create",
+        ],
+        "a tunnel ends with its agent; `ttf release ID` gives up its name",
+    ),
+    (
+        &["api", "credits", "dashboard", "web"],
+        "there is no account to manage: the service is yours",
+    ),
+    (
+        &["reload", "verify", "validate"],
+        "`ttf config check` checks the config files; the agent reads them when it starts",
+    ),
+];
+
+/// Reads a command line. `ttf 3000` is `ttf http 3000`.
+///
+/// # Errors
+/// If there is something that it cannot have; the text says what there is instead.
+pub(crate) fn read(arguments: &[OsString]) -> Result<Cli, clap::Error> {
+    // Alone, ngrok and cloudflared print their version.
+    if matches!(arguments, [_, flag] if flag == "-v") {
+        return Err(Cli::command().error(ErrorKind::DisplayVersion, version()));
+    }
+    let cli = Cli::try_parse_from(arguments).map_err(answer)?;
+    let Some(words) = cli.unknown_command() else {
+        return Ok(cli);
+    };
+    let word = words.first().map(OsString::as_os_str).unwrap_or_default();
+    if is_like_a_target(&word.to_string_lossy()) {
+        let mut arguments = arguments.to_vec();
+        arguments.insert(arguments.len() - words.len(), "http".into());
+        return Cli::try_parse_from(arguments).map_err(answer);
+    }
+    let word = word.to_string_lossy();
+    Err(Cli::command().error(ErrorKind::InvalidSubcommand, about_command(&word)))
+}
+
+fn version() -> String {
+    Cli::command().render_version()
+}
+
+/// Not a command, but an address or a directory: `3000`, `localhost:3000`, `./dist`.
+fn is_like_a_target(word: &str) -> bool {
+    word == "localhost"
+        || word.contains(['.', ':', '/', '\\'])
+        || word.bytes().all(|byte| byte.is_ascii_digit())
+        || Path::new(word).is_dir()
+}
+
+fn about_command(word: &str) -> String {
+    if let Some((_, answer)) = COMMANDS.iter().find(|(words, _)| words.contains(&word)) {
+        return format!("there is no command '{word}': {answer}");
+    }
+    let command = Cli::command();
+    let known = command.get_subcommands().map(clap::Command::get_name);
+    match closest(word, known) {
+        Some(meant) => format!("there is no command '{word}'; did you mean '{meant}'?"),
+        None => format!("there is no command '{word}'; to open a tunnel: ttf http 3000"),
+    }
+}
+
+/// Says what there is instead of what a command line has, and takes back what clap suggests wrongly.
+fn answer(mut error: clap::Error) -> clap::Error {
+    let text = |error: &clap::Error, kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        _ => None,
+    };
+    if error.kind() == ErrorKind::UnknownArgument
+        && let Some(flag) = text(&error, ContextKind::InvalidArg)
+    {
+        if let Some((_, answer)) = FLAGS
+            .iter()
+            .find(|(flags, _)| flags.contains(&flag.as_str()))
+        {
+            let message = format!("'{flag}' {answer}");
+            return Cli::command().error(ErrorKind::UnknownArgument, message);
+        }
+        // "to pass '--x' as a value, use '-- --x'": no value of ours begins with a dash.
+        error.remove(ContextKind::Suggested);
+    }
+    // An address with a password in it is a mistake that must not end up in a terminal's history or a log.
+    if text(&error, ContextKind::InvalidValue).is_some_and(|value| value.contains('@')) {
+        let hidden = ContextValue::String("(not shown)".to_owned());
+        error.insert(ContextKind::InvalidValue, hidden);
+    }
+    error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(line: &str) -> String {
+        let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        match read(&arguments) {
+            Ok(cli) => panic!("{line}: {cli:?}"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    fn is_read(line: &str) -> bool {
+        let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        read(&arguments).is_ok()
+    }
+
+    #[test]
+    fn a_target_needs_no_command() {
+        for line in [
+            "ttf 3000",
+            "ttf :3000",
+            "ttf localhost:3000",
+            "ttf localhost",
+            "ttf https://localhost:8443 -s my-app",
+            "ttf -e 127.0.0.1:8080 3000 --subdomain my-app",
+            "ttf unix:/run/app.sock",
+        ] {
+            assert!(is_read(line), "{line}");
+        }
+        assert!(refusal("ttf 70000").contains("1 to 65535"));
+    }
+
+    #[test]
+    fn words_of_other_tunnels_are_taken() {
+        for line in [
+            "ttf http 3000 --authtoken abc",
+            "ttf http --url http://localhost:3000",
+            "ttf http 3000 --domain my-app",
+            "ttf http 3000 --hostname my-app",
+            "ttf http 3000 --cidr-allow ::1 --cidr-deny ::2",
+            "ttf http 3000 --host-header=rewrite",
+            "ttf http 3000 --basic-auth u:p --auth u:p",
+            "ttf http 3000 --no-tls-verify",
+            "ttf http --port 3000 --to 127.0.0.1:8080",
+            "ttf start --all --config a.toml --config b.toml",
+        ] {
+            assert!(is_read(line), "{line}: {}", refusal(line));
+        }
+    }
+
+    #[test]
+    fn words_that_do_not_exist_are_answered_with_what_there_is() {
+        for (line, words) in [
+            ("ttf http 3000 --oauth google", "--basic-auth"),
+            ("ttf http 3000 --region eu", "the endpoint decides"),
+            ("ttf http 3000 --scheme=https", "not needed"),
+            ("ttf http 3000 --metrics :9000", "ttf status"),
+            ("ttf tcp 22", "HTTP alone"),
+            ("ttf authtoken abc", "ttf login"),
+            ("ttf tunnel --url http://localhost:3000", "ttf http TARGET"),
+            ("ttf share", "ttf http TARGET"),
+            ("ttf update", "never updates itself"),
+            ("ttf strat --all", "did you mean 'start'?"),
+            ("ttf xyzzy", "ttf http 3000"),
+            ("ttf -v", env!("CARGO_PKG_VERSION")),
+        ] {
+            let said = refusal(line);
+            assert!(said.contains(words), "{line}: {said}");
+        }
+        let said = refusal("ttf http 3000 --tunel-id x");
+        assert!(said.contains("--tunnel-id"), "{said}");
+        let said = refusal("ttf http 3000 --xyzzy");
+        assert!(!said.contains("as a value"), "{said}");
+    }
+}

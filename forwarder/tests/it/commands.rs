@@ -1,0 +1,190 @@
+//! The commands beside those that open tunnels, and the config files.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+use tokio::net::TcpListener;
+
+use crate::harness::{Agent, Ended, Service, Ttf};
+
+async fn ttf(home: &Path, arguments: &[&str]) -> Ended {
+    Ttf::start_in(home.to_str().expect("a path"), arguments)
+        .ended()
+        .await
+}
+
+#[tokio::test]
+async fn after_a_login_a_tunnel_needs_no_endpoint() {
+    let home = tempfile::tempdir().expect("a directory");
+    let service = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
+    let login = ttf(home.path(), &["login", &service.endpoint]).await;
+    assert_eq!(login.code, Some(0), "{:?}", login.stderr);
+    assert!(
+        login.stdout[0].contains("needs no token"),
+        "{:?}",
+        login.stdout
+    );
+
+    let path = home.path().to_str().expect("a path");
+    let mut tunnel = Ttf::start_in(path, &["1", "--remember=false"]);
+    tunnel.until_line("online: ").await;
+}
+
+#[tokio::test]
+async fn a_login_that_is_refused_stores_nothing() {
+    let home = tempfile::tempdir().expect("a directory");
+    for (status, code) in [("401 Unauthorized", 3), ("404 Not Found", 1)] {
+        let service = Service::refusing(status).await;
+        let login = ttf(
+            home.path(),
+            &["login", &service.endpoint, "--token", "hunter2"],
+        )
+        .await;
+        let said = login.stderr.join("\n");
+        assert_eq!(login.code, Some(code), "{said}");
+        assert!(
+            said.contains("nothing is stored") && !said.contains("hunter2"),
+            "{said}"
+        );
+        assert!(!home.path().join("ttf").exists());
+    }
+    let service = Service::refusing("401 Unauthorized").await;
+    let login = ttf(home.path(), &["login", &service.endpoint]).await;
+    assert_eq!(login.code, Some(3));
+    assert!(
+        login.stderr.join("\n").contains("requires a token"),
+        "{:?}",
+        login.stderr
+    );
+}
+
+#[tokio::test]
+async fn files_are_merged_and_named() {
+    let home = tempfile::tempdir().expect("a directory");
+    let service = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
+    fs::create_dir(home.path().join("ttf")).expect("a directory");
+    let users = home.path().join("ttf/config.toml");
+    let endpoint = &service.endpoint;
+    fs::write(
+        &users,
+        format!("endpoint = '{endpoint}'\nremember = false\n"),
+    )
+    .expect("written");
+    let projects = home.path().join("project.toml");
+    fs::write(&projects, "[tunnels.web]\nport = 1\n").expect("written");
+    let (users, projects) = (users.display().to_string(), projects.display().to_string());
+
+    let path = home.path().to_str().expect("a path");
+    let mut tunnel = Ttf::start_in(path, &["start", "web", "--config", &projects]);
+    tunnel
+        .until_line(&format!("config: {users}, {projects}"))
+        .await;
+    tunnel.until_line("online: ").await;
+
+    let checked = ttf(home.path(), &["config", "check", "-c", &projects]).await;
+    assert_eq!(checked.code, Some(0), "{:?}", checked.stderr);
+    let said = checked.stdout.join("\n");
+    assert!(said.contains("tunnel web: http://127.0.0.1:1"), "{said}");
+    let path = ttf(home.path(), &["config", "path"]).await;
+    assert_eq!(path.stdout, [users]);
+}
+
+#[tokio::test]
+async fn a_fault_in_a_file_is_shown_with_its_line() {
+    let home = tempfile::tempdir().expect("a directory");
+    fs::create_dir(home.path().join("ttf")).expect("a directory");
+    let file = home.path().join("ttf/config.toml");
+    fs::write(&file, "\n  targt = 3000\n").expect("written");
+    let ended = ttf(home.path(), &["http", "3000"]).await;
+    assert_eq!(ended.code, Some(2));
+    let place = format!(
+        "error: {}:2:3: unknown key `targt`; did you mean `target`?",
+        file.display()
+    );
+    assert_eq!(
+        ended.stderr[..],
+        [place.as_str(), "  2 |   targt = ...", "    |   ^^^^^"]
+    );
+    // Nothing of that is needed to find and mend it.
+    for command in [
+        &["config", "path"][..],
+        &["version"],
+        &["completions", "bash"],
+    ] {
+        assert_eq!(ttf(home.path(), command).await.code, Some(0), "{command:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_editor_is_given_a_file_of_the_users_own() {
+    let home = tempfile::tempdir().expect("a directory");
+    let edited = ttf(home.path(), &["config", "edit", "--editor", "/bin/cat"]).await;
+    assert_eq!(edited.code, Some(0), "{:?}", edited.stderr);
+    assert!(
+        edited
+            .stdout
+            .iter()
+            .any(|line| line.contains("[tunnels.web]")),
+        "{:?}",
+        edited.stdout
+    );
+    let failed = ttf(home.path(), &["config", "edit", "--editor", "/bin/false"]).await;
+    assert_eq!(failed.code, Some(2));
+    assert!(failed.stderr[0].contains("EDITOR"), "{:?}", failed.stderr);
+}
+
+#[tokio::test]
+async fn documents_are_printed_whole() {
+    let home = Path::new("/nonexistent");
+    for (arguments, words) in [
+        (&["version"][..], "ttf "),
+        (&["completions", "bash"], "complete -F _ttf"),
+        (&["completions", "zsh"], "#compdef ttf"),
+        (&["completions", "fish"], "complete -c ttf"),
+        (&["man"], ".TH ttf 1"),
+    ] {
+        let ended = ttf(home, arguments).await;
+        assert_eq!(ended.code, Some(0), "{arguments:?}");
+        let said = ended.stdout.join("\n");
+        assert!(said.contains(words), "{arguments:?}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn a_diagnosis_names_each_step_and_fails_if_one_does() {
+    let home = Path::new("/nonexistent");
+    let service = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
+    let origin = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = origin.local_addr().expect("an address").port().to_string();
+    let good = ttf(
+        home,
+        &["diagnose", &port, "-e", &service.endpoint, "--json"],
+    )
+    .await;
+    assert_eq!(good.code, Some(0), "{:?}", good.stdout);
+    let said: Value = serde_json::from_str(&good.stdout.join("\n")).expect("JSON");
+    assert_eq!(said["ok"], true, "{said}");
+    let steps = said["steps"].as_array().expect("steps");
+    let names: Vec<&str> = steps
+        .iter()
+        .filter_map(|step| step["step"].as_str())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "version",
+            "endpoint",
+            "name",
+            "connection",
+            "handshake",
+            "clock",
+            "ping",
+            "target"
+        ]
+    );
+    drop(origin);
+    let bad = ttf(home, &["diagnose", &port, "-e", &service.endpoint]).await;
+    assert_eq!(bad.code, Some(1));
+    let target = bad.stdout.last().expect("a line");
+    assert!(target.starts_with("[FAIL] target"), "{target}");
+}
