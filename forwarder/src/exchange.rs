@@ -68,6 +68,7 @@ pub(crate) async fn run(
     let started = Instant::now();
     let method = message.method.parse().unwrap_or_default();
     let uri = message.uri.clone();
+    let is_upgrade = message.upgrade.is_some();
     let outgoing = Outgoing::about(&message, &context.outgoing);
     let mut reply = ResponseSender {
         outgoing: outgoing.clone(),
@@ -85,8 +86,9 @@ pub(crate) async fn run(
         }
     };
     let took = started.elapsed();
-    if outcome.is_ok() {
-        progress.ended().await;
+    if outcome.is_ok() && !progress.ended().await && context.has_windows && !is_upgrade {
+        // Otherwise the service would wait to be allowed more.
+        outgoing.window(0).await;
     }
     Event::Request {
         method,

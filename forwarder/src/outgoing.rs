@@ -1,5 +1,10 @@
 //! What an exchange says to the service about its request.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
+
 use http::{HeaderMap, StatusCode};
 use tunnel_protocol::{
     body::Part,
@@ -16,6 +21,8 @@ pub(crate) struct Outgoing {
     messages: MessageSender,
     request_id: RequestId,
     reply_to: Option<ConnectionId>,
+    /// How many of the response's parts were sent; its head is one.
+    parts: Arc<AtomicU32>,
 }
 
 impl Outgoing {
@@ -25,6 +32,7 @@ impl Outgoing {
             messages: messages.clone(),
             request_id: request.request_id.clone(),
             reply_to: request.reply_to.clone(),
+            parts: Arc::default(),
         }
     }
 
@@ -51,12 +59,15 @@ impl Outgoing {
     /// the socket has taken it. When the connection has ended the exchange is about to be dropped with it.
     pub(crate) async fn send(&self, message: FromAgent) {
         let text = message::encode(&message);
-        let is_last = match &message {
-            FromAgent::HttpResponse(response) => !response.more,
-            FromAgent::BodyPart(part) => !part.more,
-            FromAgent::Error(_) => true,
-            _ => false,
+        let (part, is_last) = match &message {
+            FromAgent::HttpResponse(response) => (Some(0), !response.more),
+            FromAgent::BodyPart(part) => (Some(part.part), !part.more),
+            FromAgent::Error(_) => (None, true),
+            _ => (None, false),
         };
+        if let Some(part) = part {
+            self.parts.store(part.saturating_add(1), Ordering::Relaxed);
+        }
         let queued = match message {
             // An error must not overtake the parts before it.
             FromAgent::Error(_) => self.messages.body(text).await,
@@ -67,7 +78,7 @@ impl Outgoing {
         }
     }
 
-    /// Allows the parts of the request's body with numbers below `parts`.
+    /// Allows the parts of the request's body with numbers below `parts`; 0 says that no more of it is wanted.
     pub(crate) async fn window(&self, parts: u32) {
         self.send(FromAgent::Window(Window {
             request_id: self.request_id.clone(),
@@ -90,6 +101,7 @@ impl Outgoing {
             request_id,
             code,
             message,
+            parts: self.parts.load(Ordering::Relaxed),
             reply_to: self.reply_to.clone(),
         }))
         .await;

@@ -616,6 +616,7 @@ impl Session {
             request_id: Some(id),
             code,
             message: message.to_owned(),
+            parts: 0,
             reply_to,
         }));
         self.busy = Some(Instant::now());

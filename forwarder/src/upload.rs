@@ -127,25 +127,40 @@ pub(crate) struct UploadStream {
     body: UploadBody,
     /// Allows more parts, where the service waits for that.
     grants: Option<Outgoing>,
-    progress: watch::Sender<Instant>,
+    progress: watch::Sender<Progress>,
+}
+
+/// How far the local service has come with an upload.
+#[derive(Clone, Copy, Debug)]
+struct Progress {
+    /// When it last read something.
+    at: Instant,
+    /// It has read all.
     is_over: bool,
 }
 
-/// When the local service last read something of the upload. The sender is gone when it reads no more.
+/// Tells how far the local service has come with an upload. The sender is gone when it reads no more.
 #[derive(Clone)]
-pub(crate) struct UploadProgress(watch::Receiver<Instant>);
+pub(crate) struct UploadProgress(watch::Receiver<Progress>);
 
 impl UploadStream {
     /// Reads `body`.
     pub(crate) fn new(body: UploadBody, grants: Option<Outgoing>) -> (Self, UploadProgress) {
-        let (progress, receiver) = watch::channel(Instant::now());
+        let (progress, receiver) = watch::channel(Progress {
+            at: Instant::now(),
+            is_over: false,
+        });
         let upload = Self {
             body,
             grants,
             progress,
-            is_over: false,
         };
         (upload, UploadProgress(receiver))
+    }
+
+    fn advance(&self, is_over: bool) {
+        let at = Instant::now();
+        self.progress.send_replace(Progress { at, is_over });
     }
 
     /// The chunk that came with the request.
@@ -154,7 +169,7 @@ impl UploadStream {
     /// If it cannot be decompressed.
     pub(crate) fn first(&mut self) -> io::Result<ReceivedChunk> {
         let first = self.body.try_next()?.ok_or_else(broken_off)?;
-        self.is_over = !first.more;
+        self.advance(!first.more);
         Ok(first)
     }
 
@@ -174,16 +189,15 @@ impl UploadStream {
 
     /// The next bytes; `None` after the last. Each part that the local service takes lets the sender send more.
     pub(crate) async fn next(&mut self) -> Option<io::Result<Bytes>> {
-        if self.is_over {
+        if self.progress.borrow().is_over {
             return None;
         }
-        self.progress.send_replace(Instant::now());
+        self.advance(false);
         let chunk = match self.body.next().await {
             Ok(chunk) => chunk,
             Err(error) => return Some(Err(error)),
         };
-        self.progress.send_replace(Instant::now());
-        self.is_over = !chunk.more;
+        self.advance(!chunk.more);
         if let (Some(outgoing), Some(allowed)) = (&self.grants, chunk.window) {
             outgoing.window(allowed).await;
         }
@@ -194,7 +208,7 @@ impl UploadStream {
 impl UploadProgress {
     /// When the local service last read something.
     pub(crate) fn last(&self) -> Instant {
-        *self.0.borrow()
+        self.0.borrow().at
     }
 
     /// Completes when nothing has been taken of the upload for this long.
@@ -208,14 +222,16 @@ impl UploadProgress {
         }
     }
 
-    /// Waits for the end of an upload whose response is there already: the local service still gets all that it takes.
-    pub(crate) async fn ended(mut self) {
+    /// Waits for the end of an upload whose response is there already: the local service still gets all that it takes. Returns
+    /// whether it took all.
+    pub(crate) async fn ended(mut self) -> bool {
         let stalled = self.clone();
         let taken = async { while self.0.changed().await.is_ok() {} };
         tokio::select! {
             () = taken => {}
             () = stalled.silent_for(UPLOAD_STALL_TIMEOUT) => {}
         }
+        self.0.borrow().is_over
     }
 }
 
@@ -305,7 +321,7 @@ mod tests {
         tokio::pin!(silent);
         for _ in 0..10 {
             assert!(timeout(LIMIT * 9 / 10, &mut silent).await.is_err());
-            upload.progress.send_replace(Instant::now());
+            upload.advance(false);
         }
         let last = Instant::now();
         silent.await;
@@ -314,16 +330,24 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_upload_is_awaited_until_it_ends_or_stalls() {
-        let (_feed, upload, progress) = idle();
+        let (feed, mut upload, progress) = idle();
+        feed.take(part(0, 1, true)).expect("room");
+        upload.first().expect("it came");
         let started = Instant::now();
         advance(UPLOAD_STALL_TIMEOUT / 2).await;
         drop(upload);
-        progress.ended().await;
+        assert!(!progress.ended().await, "more was to come");
         assert!(started.elapsed() < UPLOAD_STALL_TIMEOUT);
+
+        let (feed, mut upload, progress) = idle();
+        feed.take(part(0, 1, false)).expect("room");
+        upload.first().expect("it came");
+        drop(upload);
+        assert!(progress.ended().await);
 
         let (_feed, _upload, progress) = idle();
         let started = Instant::now();
-        progress.ended().await;
+        assert!(!progress.ended().await);
         assert_eq!(started.elapsed().as_secs(), UPLOAD_STALL_TIMEOUT.as_secs());
     }
 }

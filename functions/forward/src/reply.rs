@@ -110,7 +110,10 @@ impl PendingReply {
                 .map(|since| since + MISSING_PART_TIMEOUT);
             let give_up = limit.into_iter().chain(missing_until).min();
             if give_up.is_some_and(|at| Instant::now() >= at) {
-                return Err(ForwardError::LocalTimeout);
+                return Err(self
+                    .expected
+                    .failure()
+                    .map_or(ForwardError::LocalTimeout, of_failure));
             }
             let wake = next_look.into_iter().chain(give_up).min();
             tokio::select! {
@@ -284,6 +287,21 @@ mod tests {
             assert!(matches!(head, Err(ForwardError::LocalTimeout)), "{head:?}");
             assert_eq!(started.elapsed().as_secs(), silent_secs + 10);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_is_told_though_parts_before_it_never_come() {
+        let (agent, mut reply) = asked(None);
+        agent.head();
+        reply.head(after(60)).await.expect("a head");
+        let started = Instant::now();
+        agent.say(json!({ "type": "error", "code": "local_service_unavailable", "parts": 3 }));
+        let failed = reply.next(None).await;
+        assert!(
+            matches!(failed, Err(ForwardError::LocalUnreachable(_))),
+            "{failed:?}"
+        );
+        assert_eq!(started.elapsed().as_secs(), 10);
     }
 
     #[tokio::test(start_paused = true)]

@@ -362,6 +362,9 @@ pub struct AgentError {
     /// The failure in a sentence.
     #[serde(default)]
     pub message: String,
+    /// The response's parts with numbers below this were sent before it failed. They still count.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub parts: u32,
     /// See [`HttpRequest::reply_to`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<ConnectionId>,
@@ -445,6 +448,14 @@ pub(crate) fn encoded_length<M: Serialize>(message: &M) -> usize {
     serde_json::to_writer(&mut counter, message)
         .expect("maps with string keys, strings and numbers can always be encoded as JSON");
     counter.0
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 #[expect(

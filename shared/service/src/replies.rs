@@ -44,6 +44,8 @@ pub enum ReplyPart {
         code: AgentErrorCode,
         /// The failure in a sentence.
         message: String,
+        /// Parts with numbers below this were sent before.
+        parts: u32,
     },
     /// Parts of the request's body with smaller numbers may be sent.
     Window(u32),
@@ -124,8 +126,9 @@ impl Reply {
                 request_id: Some(request_id),
                 code,
                 message,
+                parts,
                 ..
-            }) => Ok(Self::failed(request_id, code, message)),
+            }) => Ok(Self::failed(request_id, code, message, parts)),
             other => Err(Box::new(other)),
         }
     }
@@ -133,14 +136,18 @@ impl Reply {
     /// What it means to a request that a message about it cannot be read.
     pub fn unreadable(request_id: RequestId) -> Self {
         let message = "a message has a header, a status or a body that cannot be read".to_owned();
-        Self::failed(request_id, AgentErrorCode::InternalError, message)
+        Self::failed(request_id, AgentErrorCode::InternalError, message, 0)
     }
 
-    fn failed(request_id: RequestId, code: AgentErrorCode, message: String) -> Self {
+    fn failed(request_id: RequestId, code: AgentErrorCode, message: String, parts: u32) -> Self {
         Self {
             request_id,
             part: 0,
-            content: ReplyPart::Failed { code, message },
+            content: ReplyPart::Failed {
+                code,
+                message,
+                parts,
+            },
         }
     }
 }
@@ -214,7 +221,16 @@ pub enum ReplyFailure {
 struct Arrived {
     head: Option<ReplyHead>,
     body: BodyReceiver,
-    failure: Option<ReplyFailure>,
+    end: Option<FailedEnd>,
+}
+
+/// That the rest of a reply will not come.
+#[derive(Debug)]
+struct FailedEnd {
+    failure: ReplyFailure,
+    /// Parts with numbers below this may still be on their way.
+    parts: u32,
+    since: Instant,
 }
 
 #[derive(Debug)]
@@ -229,17 +245,20 @@ impl Inbox {
         let mut arrived = self.arrived();
         match reply {
             ReplyPart::Window(parts) => return self.window.allow(parts),
-            ReplyPart::Failed { code, message } => {
-                arrived.fail(ReplyFailure::Agent { code, message });
+            ReplyPart::Failed {
+                code,
+                message,
+                parts,
+            } => {
+                arrived.fail(ReplyFailure::Agent { code, message }, parts);
             }
             ReplyPart::Head(head, chunk) => {
                 arrived.head.get_or_insert(head);
                 arrived.insert(0, chunk);
             }
             ReplyPart::Body(_) if number == 0 => {
-                arrived.fail(ReplyFailure::Invalid(
-                    "its first part has no head".to_owned(),
-                ));
+                let why = "its first part has no head".to_owned();
+                arrived.fail(ReplyFailure::Invalid(why), 0);
             }
             ReplyPart::Body(chunk) => arrived.insert(number, chunk),
         }
@@ -248,7 +267,7 @@ impl Inbox {
     }
 
     fn fail(&self, failure: ReplyFailure) {
-        self.arrived().fail(failure);
+        self.arrived().fail(failure, 0);
         self.changed.notify_one();
     }
 
@@ -259,14 +278,19 @@ impl Inbox {
 }
 
 impl Arrived {
-    /// The first failure counts.
-    fn fail(&mut self, failure: ReplyFailure) {
-        self.failure.get_or_insert(failure);
+    /// The first failure counts; a later one may show that the parts before it will not come either.
+    fn fail(&mut self, failure: ReplyFailure, parts: u32) {
+        let end = self.end.get_or_insert_with(|| FailedEnd {
+            failure,
+            parts,
+            since: Instant::now(),
+        });
+        end.parts = end.parts.min(parts);
     }
 
     fn insert(&mut self, number: u32, chunk: Chunk) {
         if let Err(error) = self.body.insert(number, chunk) {
-            self.fail(ReplyFailure::Invalid(error.to_string()));
+            self.fail(ReplyFailure::Invalid(error.to_string()), 0);
         }
     }
 }
@@ -288,7 +312,7 @@ impl Replies {
             arrived: Mutex::new(Arrived {
                 head: None,
                 body: BodyReceiver::new(&self.budget),
-                failure: None,
+                end: None,
             }),
             changed: Notify::new(),
             window: WindowUpdates::default(),
@@ -376,14 +400,25 @@ impl Expected {
         let mut arrived = self.inbox.arrived();
         match arrived.body.next_chunk() {
             Ok(Some(chunk)) => Ok(Some(chunk)),
-            Ok(None) => arrived.failure.clone().map_or(Ok(None), Err),
+            Ok(None) => match &arrived.end {
+                Some(end) if arrived.body.next_number() >= end.parts => Err(end.failure.clone()),
+                _ => Ok(None),
+            },
             Err(error) => Err(ReplyFailure::Invalid(error.to_string())),
         }
     }
 
-    /// Since when the next part has been missing while a later one is there.
+    /// Since when the next part has been missing although later ones, or the reply's end, are there.
     pub fn missing_since(&self) -> Option<Instant> {
-        self.inbox.arrived().body.missing_since()
+        let arrived = self.inbox.arrived();
+        let end = arrived.end.as_ref().map(|end| end.since);
+        arrived.body.missing_since().into_iter().chain(end).min()
+    }
+
+    /// Why no part comes after those that are missing, if that is known.
+    pub fn failure(&self) -> Option<ReplyFailure> {
+        let arrived = self.inbox.arrived();
+        arrived.end.as_ref().map(|end| end.failure.clone())
     }
 
     /// The number of the next part to be given out.
@@ -433,6 +468,14 @@ mod tests {
         serde_json::from_value::<HttpResponse>(response)
             .expect("a response")
             .into()
+    }
+
+    /// That the reply ends after this many parts.
+    fn error(request: &RequestId, parts: u32) -> Reply {
+        let error =
+            json!({ "type": "error", "request_id": request, "code": "timeout", "parts": parts });
+        Reply::from_message(serde_json::from_value(error).expect("a message"))
+            .expect("about a request")
     }
 
     fn id(text: &str) -> ConnectionId {
@@ -485,10 +528,7 @@ mod tests {
         let (replies, request) = (Replies::default(), RequestId::generate());
         let expected = replies.expect(id("c"), request.clone());
         replies.deliver(&id("c"), part(&request, 1));
-        let error =
-            json!({ "type": "error", "request_id": request, "code": "timeout", "message": "" });
-        let error = Reply::from_message(serde_json::from_value(error).expect("a message"));
-        replies.deliver(&id("c"), error.expect("about a request"));
+        replies.deliver(&id("c"), error(&request, 0));
         replies.deliver(&id("c"), head(&request));
         assert_eq!(expected.take_head().map(|head| head.status_code), Some(200));
         for bytes in ["", "1 "] {
@@ -501,6 +541,37 @@ mod tests {
                 code: AgentErrorCode::Timeout,
                 ..
             })
+        ));
+    }
+
+    #[test]
+    fn a_failure_that_overtakes_the_parts_before_it_counts_after_them() {
+        let (replies, request) = (Replies::default(), RequestId::generate());
+        let expected = replies.expect(id("c"), request.clone());
+        replies.deliver(&id("c"), error(&request, 3));
+        assert_eq!(expected.try_next(), Ok(None));
+        assert!(expected.missing_since().is_some());
+        replies.deliver(&id("c"), part(&request, 2));
+        replies.deliver(&id("c"), head(&request));
+        assert!(matches!(expected.try_next(), Ok(Some(_))), "the head");
+        assert_eq!(expected.try_next(), Ok(None));
+        replies.deliver(&id("c"), part(&request, 1));
+        for number in [1, 2] {
+            assert!(matches!(expected.try_next(), Ok(Some(_))), "{number}");
+        }
+        assert!(matches!(
+            expected.try_next(),
+            Err(ReplyFailure::Agent { .. })
+        ));
+
+        // What is missing does not come over a connection that has ended.
+        let request = RequestId::generate();
+        let expected = replies.expect(id("c"), request.clone());
+        replies.deliver(&id("c"), error(&request, u32::MAX));
+        replies.lose(&id("c"));
+        assert!(matches!(
+            expected.try_next(),
+            Err(ReplyFailure::Agent { .. })
         ));
     }
 

@@ -6,21 +6,25 @@ use crate::limits::INITIAL_WINDOW_PARTS;
 
 /// The sender's side, which receives `window` messages. Clones share one window; it closes when the last is dropped.
 #[derive(Clone, Debug)]
-pub struct WindowUpdates(watch::Sender<u32>);
+pub struct WindowUpdates(watch::Sender<Allowed>);
+
+/// The parts with numbers below this; `None` once the receiver wants no more.
+type Allowed = Option<u32>;
 
 impl Default for WindowUpdates {
     fn default() -> Self {
-        Self(watch::Sender::new(INITIAL_WINDOW_PARTS))
+        Self(watch::Sender::new(Some(INITIAL_WINDOW_PARTS)))
     }
 }
 
 impl WindowUpdates {
-    /// Allows the parts with numbers below `parts`. Updates may arrive in any order: the largest counts.
+    /// Allows the parts with numbers below `parts`. Updates may arrive in any order: the largest counts, but after 0 none does,
+    /// because the receiver wants no more of the body.
     pub fn allow(&self, parts: u32) {
         self.0.send_if_modified(|allowed| {
-            let is_more = parts > *allowed;
-            *allowed = parts.max(*allowed);
-            is_more
+            let before = *allowed;
+            *allowed = before.filter(|_| parts > 0).map(|before| before.max(parts));
+            *allowed != before
         });
     }
 
@@ -32,11 +36,11 @@ impl WindowUpdates {
 
 /// The sender's side, where a body waits to be allowed more parts.
 #[derive(Clone, Debug)]
-pub struct SendWindow(watch::Receiver<u32>);
+pub struct SendWindow(watch::Receiver<Allowed>);
 
-/// The receiver of a body is gone: it will never allow more parts.
+/// The receiver of a body is gone or wants no more of it: it will never allow more parts.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("the receiver of the body is gone")]
+#[error("the receiver of the body takes no more")]
 pub struct WindowClosedError;
 
 impl SendWindow {
@@ -45,9 +49,10 @@ impl SendWindow {
     /// # Errors
     /// If the window closes first.
     pub async fn wait_for(&mut self, part: u32) -> Result<(), WindowClosedError> {
-        match self.0.wait_for(|allowed| part < *allowed).await {
-            Ok(_) => Ok(()),
-            Err(_) => Err(WindowClosedError),
+        let is_decided = |allowed: &Allowed| allowed.is_none_or(|allowed| part < allowed);
+        match self.0.wait_for(is_decided).await {
+            Ok(allowed) if allowed.is_some() => Ok(()),
+            _ => Err(WindowClosedError),
         }
     }
 }
@@ -128,6 +133,18 @@ mod tests {
         drop(updates);
         assert_eq!(
             window.wait_for(50).now_or_never(),
+            Some(Err(WindowClosedError))
+        );
+    }
+
+    #[test]
+    fn a_receiver_that_wants_no_more_allows_nothing_any_more() {
+        let updates = WindowUpdates::default();
+        let mut window = updates.window();
+        updates.allow(0);
+        updates.allow(50);
+        assert_eq!(
+            window.wait_for(1).now_or_never(),
             Some(Err(WindowClosedError))
         );
     }

@@ -63,9 +63,13 @@ impl MailboxTable {
         let put = match reply.content {
             ReplyPart::Head(head, chunk) => with_chunk(put.item("head", text(json(&head))), chunk),
             ReplyPart::Body(chunk) => with_chunk(put, chunk),
-            ReplyPart::Failed { code, message } => {
-                put.item("failure", text(json(&(code, message))))
-            }
+            ReplyPart::Failed {
+                code,
+                message,
+                parts,
+            } => put
+                .item("failure", text(json(&(code, message))))
+                .item("parts", number(parts.into())),
             ReplyPart::Window(parts) => put.item("window", number(parts.into())),
         };
         put.send().await.map_err(table.failed("PutItem"))?;
@@ -125,7 +129,12 @@ fn part(item: &Item) -> Option<(u32, ReplyPart)> {
     let number = u32::try_from(read_number(item, "part")?).ok()?;
     let content = if let Some(failure) = read_text(item, "failure") {
         let (code, message) = serde_json::from_str(failure).ok()?;
-        ReplyPart::Failed { code, message }
+        let parts = read_number(item, "parts").and_then(|parts| u32::try_from(parts).ok());
+        ReplyPart::Failed {
+            code,
+            message,
+            parts: parts.unwrap_or_default(),
+        }
     } else if let Some(parts) = read_number(item, "window") {
         ReplyPart::Window(u32::try_from(parts).ok()?)
     } else {
