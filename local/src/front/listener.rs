@@ -169,7 +169,7 @@ impl Front {
             }
             Ok(()) => self.visitors.serve(request, &socket, permit).await,
         };
-        response.map(|body| VisitorBody::new(body, socket))
+        VisitorBody::of(response, socket)
     }
 }
 

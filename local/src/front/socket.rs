@@ -27,10 +27,13 @@ use crate::front::{
 const HEAD_READ_BYTES: usize = 4 * 1024;
 /// How long a visitor may take nothing of what is there for it.
 pub(crate) const MAX_STALL: Duration = Duration::from_secs(60);
-/// An answer that says nothing, by which it shows whether a visitor that has ended its side still listens: if not, its system
-/// answers with a reset. Every HTTP/1.1 client skips it (RFC 9110, 15.2).
-const PROBE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
-/// When it is probed after the first doubt, and again. Not often: some clients accept no more than five such answers.
+/// What means nothing, and by which it shows whether a visitor that has ended its side still listens: if not, its system answers
+/// with a reset. Every HTTP/1.1 client skips this before the response (RFC 9110, 15.2).
+const PROBE_BEFORE_RESPONSE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+/// The same between two chunks: a zero before the size of the next one (RFC 9112, 7.1).
+const PROBE_BETWEEN_CHUNKS: &[u8] = b"0";
+/// When a visitor is probed after the first doubt, and again. Not often: some clients accept no more than five such answers, or
+/// sixteen digits of a size.
 const PROBE_DELAYS: [Duration; 4] = [
     Duration::from_millis(200),
     Duration::from_secs(5),
@@ -42,8 +45,11 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 3;
 /// How long what was sent has to reach a visitor before its connection is reset.
 const RESET_DELAY: Duration = Duration::from_secs(1);
-/// How long a visitor has to close its side behind the last answer, and what it sends meanwhile is read and dropped.
-const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a visitor may send nothing behind the last answer before its connection is closed. What it sends is read and dropped:
+/// many send all of a request before they read the answer.
+const LINGER_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long it may go on sending.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A visitor's socket. hyper has it as a [`VisitorStream`].
 #[derive(Debug)]
@@ -61,12 +67,10 @@ struct Exchange {
     checked: Option<Result<(), RequestHeadError>>,
     /// The request's version, while it is being served.
     version: Option<Version>,
-    /// Its response has begun.
-    has_response: bool,
+    /// What may be sent to ask the visitor whether it is there, while hyper has nothing to send.
+    probe: Option<&'static [u8]>,
     /// All of the request was read: bytes behind it are not its body.
     is_read: bool,
-    /// The visitor had ended its side before the response began.
-    is_half_closed: bool,
     /// Since when it is in doubt whether the visitor is still there.
     doubted_since: Option<Instant>,
     /// How often the visitor was asked.
@@ -81,6 +85,15 @@ struct Exchange {
     needs_reset: bool,
     /// What follows is not HTTP.
     is_upgraded: bool,
+}
+
+impl Exchange {
+    /// From now on the visitor is asked with this, if at all.
+    fn expect_probe(&mut self, probe: Option<&'static [u8]>) {
+        self.probe = probe;
+        self.probes = 0;
+        self.doubted_since = None;
+    }
 }
 
 /// Why a visitor's connection is cut.
@@ -112,17 +125,15 @@ impl VisitorSocket {
     pub(crate) fn begin_request(&self, version: Version) -> Result<(), RequestHeadError> {
         let mut exchange = self.exchange();
         exchange.version = Some(version);
-        exchange.has_response = false;
-        exchange.doubted_since = None;
-        exchange.probes = 0;
+        exchange.expect_probe((version == Version::HTTP_11).then_some(PROBE_BEFORE_RESPONSE));
         exchange.checked.take().unwrap_or(Ok(()))
     }
 
-    /// Notes that hyper was given the response.
-    pub(crate) fn begin_response(&self) {
+    /// Notes that hyper was given a response, whose body `is_open`: it has neither a length nor an end yet.
+    pub(crate) fn begin_response(&self, is_open: bool) {
         let mut exchange = self.exchange();
-        exchange.has_response = true;
-        exchange.is_half_closed = matches!(peer_state(&self.stream), PeerState::HalfClosed);
+        let is_chunked = is_open && exchange.version == Some(Version::HTTP_11);
+        exchange.expect_probe(is_chunked.then_some(PROBE_BETWEEN_CHUNKS));
     }
 
     /// Notes that the response was given whole.
@@ -172,36 +183,33 @@ impl VisitorSocket {
         {
             return Some(Departure::Stalled);
         }
-        let version = exchange.version?;
+        exchange.version?;
         match peer_state(&self.stream) {
             PeerState::Closed => Some(Departure::Left),
-            // A visitor ends its side behind its request. One that does so later has left.
-            PeerState::HalfClosed if exchange.has_response => {
-                (!exchange.is_half_closed).then_some(Departure::Left)
-            }
-            PeerState::HalfClosed => self.probe(&mut exchange, version, now),
+            // Some end their side behind their request, at any time, and wait for the answer; others have left.
+            PeerState::HalfClosed => self.probe(&mut exchange, now),
             // What is sent ahead may fill the socket, and hide the end behind it.
             PeerState::Open if exchange.is_read && has_unread(&self.stream) => {
-                self.probe(&mut exchange, version, now)
+                self.probe(&mut exchange, now)
             }
             PeerState::Open => None,
         }
     }
 
-    /// Asks a visitor that may have left whether it still listens.
-    fn probe(&self, exchange: &mut Exchange, version: Version, now: Instant) -> Option<Departure> {
+    /// Asks a visitor that may have left whether it still listens. Where it cannot be asked, the next bytes of its response show
+    /// it, or the system's own probes, once the visitor's system has forgotten the connection.
+    fn probe(&self, exchange: &mut Exchange, now: Instant) -> Option<Departure> {
         let since = *exchange.doubted_since.get_or_insert(now);
         let is_due = PROBE_DELAYS
             .get(exchange.probes)
             .is_some_and(|delay| now.duration_since(since) >= *delay);
-        let can_ask =
-            version == Version::HTTP_11 && !exchange.has_response && !exchange.is_unflushed;
-        if !is_due || !can_ask {
+        let probe = exchange.probe.filter(|_| !exchange.is_unflushed)?;
+        if !is_due {
             return None;
         }
         exchange.probes += 1;
-        match self.stream.try_write(PROBE) {
-            Ok(length) if length == PROBE.len() => None,
+        match self.stream.try_write(probe) {
+            Ok(length) if length == probe.len() => None,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             _ => Some(Departure::Left),
         }
@@ -220,7 +228,8 @@ impl VisitorSocket {
         let drain = async {
             let mut dropped = [0; HEAD_READ_BYTES];
             loop {
-                if self.stream.readable().await.is_err() {
+                let readable = timeout(LINGER_IDLE_TIMEOUT, self.stream.readable());
+                if !matches!(readable.await, Ok(Ok(()))) {
                     return;
                 }
                 match self.stream.try_read(&mut dropped) {

@@ -172,14 +172,19 @@ pub(crate) struct VisitorBody {
 }
 
 impl VisitorBody {
-    /// The body of a response that is sent over `socket`.
-    pub(crate) fn new(body: ResponseBody, socket: Arc<VisitorSocket>) -> Self {
-        socket.begin_response();
-        Self {
+    /// The response as it is sent over `socket`.
+    pub(crate) fn of(
+        response: Response<ResponseBody>,
+        socket: Arc<VisitorSocket>,
+    ) -> Response<Self> {
+        let has_length = response.headers().contains_key(header::CONTENT_LENGTH)
+            || response.body().size_hint().exact().is_some();
+        socket.begin_response(!has_length && !response.body().is_end_stream());
+        response.map(|body| Self {
             body,
             socket,
             broken: None,
-        }
+        })
     }
 }
 

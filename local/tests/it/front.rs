@@ -4,15 +4,18 @@ use std::{io::ErrorKind, time::Duration};
 
 use local::{Options, Server};
 use serde_json::json;
-use tokio::time::{Instant, sleep};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+    time::{Instant, sleep},
 };
 
 use crate::harness::{Origin, ScriptedAgent, agent, raw, stack, stack_with, within};
 
 const ASK: &str = "GET /my-app/x HTTP/1.1\r\nhost: localhost\r\n\r\n";
+
+const ASK_1_0: &str = "GET /my-app/x HTTP/1.0\r\n\r\n";
 
 async fn visitor(stack: &Server, request: &[u8]) -> TcpStream {
     let authority = stack.public_url.to_string().split_off("http://".len());
@@ -70,7 +73,7 @@ async fn a_visitor_that_leaves_is_noticed_whatever_it_sent_before() {
 async fn a_visitor_that_half_closes_after_its_request_gets_its_answer() {
     let stack = stack().await;
     let mut agent = online(&stack).await;
-    for request in [ASK, "GET /my-app/x HTTP/1.0\r\n\r\n"] {
+    for request in [ASK, ASK_1_0] {
         let mut stream = visitor(&stack, request.as_bytes()).await;
         stream.shutdown().await.expect("ended");
         let id = request_id(&mut agent).await;
@@ -86,6 +89,153 @@ async fn a_visitor_that_half_closes_after_its_request_gets_its_answer() {
         assert!(answer.ends_with("\r\n\r\nhello"), "{answer}");
         let last = answer.rfind("HTTP/1.").expect("a head");
         assert!(answer[last..].contains(" 200 OK"), "{answer}");
+    }
+}
+
+/// What a visitor gets that ends its side of the connection `when` the response to `request` has come so far.
+async fn half_closed_answer(
+    stack: &Server,
+    request: &str,
+    length: bool,
+    when: HalfClose,
+) -> String {
+    let mut agent = online(stack).await;
+    let mut stream = visitor(stack, request.as_bytes()).await;
+    if when == HalfClose::AtOnce {
+        stream.shutdown().await.expect("ended");
+    }
+    let id = request_id(&mut agent).await;
+    let headers = if length {
+        json!({ "content-length": ["10"] })
+    } else {
+        json!({})
+    };
+    agent
+        .say(&json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": headers, "body": "aGVsbG8=", "more": true }))
+        .await;
+    let mut answer = Vec::new();
+    if when != HalfClose::AtOnce {
+        while !String::from_utf8_lossy(&answer).contains("hello") {
+            within("the first bytes", stream.read_buf(&mut answer))
+                .await
+                .expect("open");
+        }
+        if when == HalfClose::InSilence {
+            sleep(Duration::from_millis(600)).await;
+        }
+        stream.shutdown().await.expect("ended");
+    }
+    // Long enough for the front to notice, and to ask.
+    sleep(Duration::from_millis(900)).await;
+    agent
+        .say(&json!({ "type": "body_part", "request_id": id, "part": 1, "body": "d29ybGQ=", "more": false }))
+        .await;
+    within("the rest", stream.read_to_end(&mut answer))
+        .await
+        .expect("an answer");
+    String::from_utf8(answer).expect("text")
+}
+
+/// What a chunked body carries. It must be complete, and end where `text` does.
+fn unchunked(text: &str) -> String {
+    let mut lines = text.split("\r\n");
+    let mut body = String::new();
+    loop {
+        let size = lines.next().expect("a size");
+        let chunk = lines.next().expect("a chunk");
+        assert_eq!(Ok(chunk.len()), usize::from_str_radix(size, 16), "{text}");
+        if chunk.is_empty() {
+            assert_eq!(lines.collect::<Vec<_>>(), [""], "{text}");
+            return body;
+        }
+        body += chunk;
+    }
+}
+
+/// When a visitor ends its side of the connection.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum HalfClose {
+    AtOnce,
+    AfterTheFirstBytes,
+    InSilence,
+}
+
+#[tokio::test]
+async fn a_visitor_that_half_closes_at_any_time_gets_its_whole_answer() {
+    let stack = stack().await;
+    for when in [
+        HalfClose::AtOnce,
+        HalfClose::AfterTheFirstBytes,
+        HalfClose::InSilence,
+    ] {
+        for (request, length) in [(ASK, false), (ASK, true), (ASK_1_0, false), (ASK_1_0, true)] {
+            let answer = half_closed_answer(&stack, request, length, when).await;
+            let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+            assert!(head.contains(" 200 OK"), "{when:?} {request}: {answer}");
+            let body = if head.contains("transfer-encoding: chunked") {
+                unchunked(body)
+            } else {
+                body.to_owned()
+            };
+            assert_eq!(body, "helloworld", "{when:?} {request}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_visitor_that_leaves_a_silent_stream_is_noticed_whatever_it_sent_before() {
+    let stack = stack().await;
+    let mut agent = online(&stack).await;
+    for behind in ["", "X", ASK] {
+        for by_reset in [false, true] {
+            let mut stream = visitor(&stack, ASK.as_bytes()).await;
+            let id = request_id(&mut agent).await;
+            agent
+                .say(&json!({ "type": "http_response", "request_id": id, "status_code": 200, "body": "aGVsbG8=", "more": true }))
+                .await;
+            let mut got = Vec::new();
+            while !got.ends_with(b"hello\r\n") {
+                within("the first bytes", stream.read_buf(&mut got))
+                    .await
+                    .expect("open");
+            }
+            stream.write_all(behind.as_bytes()).await.expect("sent");
+            if by_reset {
+                stream.set_zero_linger().expect("set");
+            }
+            drop(stream);
+            let heard = agent.hear().await;
+            assert_eq!(
+                heard,
+                json!({ "type": "cancel", "request_id": id }),
+                "{behind:?} behind, by reset: {by_reset}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_visitor_that_leaves_a_response_with_a_length_is_noticed_with_its_next_bytes() {
+    let stack = stack().await;
+    let mut agent = online(&stack).await;
+    for request in [ASK, ASK_1_0] {
+        let mut stream = visitor(&stack, request.as_bytes()).await;
+        let id = request_id(&mut agent).await;
+        agent
+            .say(&json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": { "content-length": ["15"] }, "body": "aGVsbG8=", "more": true }))
+            .await;
+        let mut got = Vec::new();
+        while !got.ends_with(b"hello") {
+            within("the first bytes", stream.read_buf(&mut got))
+                .await
+                .expect("open");
+        }
+        drop(stream);
+        agent
+            .say(&json!({ "type": "body_part", "request_id": id, "part": 1, "body": "d29ybGQ=", "more": true }))
+            .await;
+        let heard = agent.hear().await;
+        assert_eq!(heard, json!({ "type": "cancel", "request_id": id }));
     }
 }
 
@@ -131,11 +281,98 @@ async fn a_response_that_breaks_off_arrives_as_far_as_it_came_and_is_seen_to_be_
     assert!(got.contains("content-length: 50"), "{got}");
     assert!(got.ends_with("\r\n\r\nhello"), "{got}");
 
-    let (got, end) = broken_response(&stack, "GET /my-app/x HTTP/1.0\r\n\r\n", json!({})).await;
+    let (got, end) = broken_response(&stack, ASK_1_0, json!({})).await;
     let got = String::from_utf8(got).expect("text");
     assert!(got.ends_with("\r\n\r\nhello"), "{got}");
     let error = end.expect_err("only a reset shows an HTTP/1.0 visitor that this is not all");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+/// What a visitor gets whose agent says these things of its request, in this order.
+async fn answer_of(stack: &Server, said: &[serde_json::Value]) -> String {
+    let mut agent = online(stack).await;
+    let last = ASK.replacen("host", "connection: close\r\nhost", 1);
+    let mut stream = visitor(stack, last.as_bytes()).await;
+    let id = request_id(&mut agent).await;
+    for message in said {
+        let mut message = message.clone();
+        message["request_id"] = json!(id);
+        agent.say(&message).await;
+    }
+    let mut answer = Vec::new();
+    within("the end", stream.read_to_end(&mut answer))
+        .await
+        .expect("closed");
+    String::from_utf8(answer).expect("text")
+}
+
+#[tokio::test]
+async fn an_error_that_overtakes_what_was_sent_before_it_takes_nothing_away() {
+    let stack = stack().await;
+    let head =
+        json!({ "type": "http_response", "status_code": 200, "body": "aGVsbG8=", "more": true });
+    let part = json!({ "type": "body_part", "part": 1, "body": "d29ybGQ=", "more": true });
+    let error = json!({ "type": "error", "code": "local_service_unavailable", "parts": 2 });
+    for said in [
+        [error.clone(), head.clone(), part.clone()],
+        [head.clone(), error.clone(), part.clone()],
+        [part.clone(), error.clone(), head.clone()],
+        [head.clone(), part.clone(), error.clone()],
+    ] {
+        let answer = answer_of(&stack, &said).await;
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(
+            answer.ends_with("\r\n\r\n5\r\nhello\r\n5\r\nworld\r\n"),
+            "no last chunk: {answer}"
+        );
+    }
+    let nothing_sent = json!({ "type": "error", "code": "local_service_unavailable" });
+    let answer = answer_of(&stack, &[nothing_sent]).await;
+    assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
+}
+
+/// A local service that answers each request by its head alone, and ends its side.
+async fn hasty_service() -> (std::net::SocketAddr, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let mut serving = JoinSet::new();
+    serving.spawn(async move {
+        let mut open = Vec::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut head = Vec::new();
+            while !head.windows(4).any(|end| end == b"\r\n\r\n") {
+                if stream.read_buf(&mut head).await.unwrap_or(0) == 0 {
+                    break;
+                }
+            }
+            let answer = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 5\r\n\r\nlarge";
+            let _ = stream.write_all(answer).await;
+            let _ = stream.shutdown().await;
+            open.push(stream);
+        }
+    });
+    (address, serving)
+}
+
+#[tokio::test]
+async fn a_visitor_that_sends_everything_before_it_reads_gets_an_early_answer() {
+    const LENGTH: usize = 20_000_000;
+    let stack = stack().await;
+    let (address, _serving) = hasty_service().await;
+    let settings = crate::harness::settings(&stack, address);
+    let _agent = crate::harness::Agent::online(settings).await;
+    let head =
+        format!("POST /my-app/ HTTP/1.1\r\nhost: localhost\r\ncontent-length: {LENGTH}\r\n\r\n");
+    let mut stream = visitor(&stack, head.as_bytes()).await;
+    within("all to be sent", stream.write_all(&vec![b'x'; LENGTH]))
+        .await
+        .expect("sent");
+    let mut answer = String::new();
+    within("the answer", stream.read_to_string(&mut answer))
+        .await
+        .expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    assert!(answer.ends_with("\r\n\r\nlarge"), "{answer}");
 }
 
 #[tokio::test]
