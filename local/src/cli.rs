@@ -14,7 +14,7 @@ use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
 use tunnel_local_aws::quotas::Quotas;
 use tunnel_protocol::{cidr::Cidr, limits::WEBSOCKET_LIFETIME};
 use tunnel_service::{
-    auth::AuthMode,
+    auth::{AuthMode, jwt::JwtSettings},
     routing::{PublicUrl, Routing},
 };
 
@@ -22,7 +22,6 @@ use crate::{
     Options, Server, ServerError,
     console::{fail, interrupted, raise_open_files, say, start_log},
     front::listener::MAX_OPEN_CONNECTIONS,
-    options::JwtIssuer,
     sam_invoke,
 };
 
@@ -142,7 +141,7 @@ impl Cli {
             public_url: self.public_url.clone(),
             data: self.data.clone(),
             auth: self.auth.unwrap_or(default_auth),
-            jwt: Some(JwtIssuer {
+            jwt: Some(JwtSettings {
                 issuer: text(&self.jwt_issuer),
                 audience: text(&self.jwt_audience),
                 jwks_url: text(&self.jwt_jwks_url),

@@ -8,11 +8,13 @@ use tunnel_disconnect::Disconnect;
 use tunnel_forward::Forward;
 use tunnel_local_aws::{dynamodb, management::ConnectionRegistry};
 use tunnel_service::{
-    agents::InProcess,
+    agent_path::{AgentPath, CloudPath, InProcess},
+    agents::WebSocketApiUrl,
+    auth::{AuthMode, AuthSettings, Credentials, jwt::Jwt},
     aws::sdk::SdkConfig,
     replies::Replies,
-    routing::{PublicUrl, Routing},
-    settings::{SettingsError, Variables},
+    routing::PublicUrl,
+    settings::SettingsError,
 };
 
 use crate::options::{Options, Transport};
@@ -29,8 +31,8 @@ pub(crate) struct Functions {
 pub(crate) struct Surroundings<'s> {
     /// The front for visitors.
     pub(crate) public_url: &'s PublicUrl,
-    /// The address of the WebSocket API, where @connections is.
-    pub(crate) websocket_api: &'s str,
+    /// The WebSocket API, where @connections is.
+    pub(crate) websocket_api: &'s WebSocketApiUrl,
     /// Where the tables are.
     pub(crate) sdk: &'s SdkConfig,
     /// Agents' connections.
@@ -41,54 +43,90 @@ pub(crate) struct Surroundings<'s> {
 
 impl Functions {
     /// Makes them.
-    pub(crate) fn load(
+    ///
+    /// # Errors
+    /// If the settings for JSON Web Tokens cannot be used.
+    pub(crate) fn new(
         options: &Options,
         surroundings: &Surroundings<'_>,
     ) -> Result<Self, SettingsError> {
-        let variables = || {
-            Variables::new(|name| match name {
-                "WEBSOCKET_API_ENDPOINT" => Some(surroundings.websocket_api.to_owned()),
-                "PUBLIC_URL" => Some(surroundings.public_url.to_string()),
-                name => variable(options, name),
-            })
-        };
-        let in_process = InProcess {
-            connections: Arc::new(surroundings.connections.clone()),
-            replies: surroundings.replies.clone(),
-            life: options.quotas.life,
-        };
-        let in_process = match options.transport {
-            Transport::InProcess => Some(&in_process),
-            Transport::Emulated => None,
-        };
+        let auth = auth(options)?;
         let sdk = surroundings.sdk;
+        let connect = tunnel_connect::Settings {
+            auth: auth.clone(),
+            tunnels_table: dynamodb::TUNNELS.to_owned(),
+            connections_table: dynamodb::CONNECTIONS.to_owned(),
+            max_tunnel_ids: options.max_tunnel_ids_per_owner,
+        };
+        let disconnect = tunnel_disconnect::Settings {
+            tunnels_table: dynamodb::TUNNELS.to_owned(),
+            connections_table: dynamodb::CONNECTIONS.to_owned(),
+        };
         Ok(Self {
-            connect: Connect::load(variables(), sdk)?,
-            default: DefaultRoute::load(variables(), sdk, in_process)?,
-            disconnect: Disconnect::load(variables(), sdk)?,
-            forward: Forward::load(variables(), sdk, in_process)?,
+            connect: Connect::new(connect, sdk),
+            default: DefaultRoute::new(surroundings.default(options), sdk),
+            disconnect: Disconnect::new(disconnect, sdk),
+            forward: Forward::new(surroundings.forward(options, auth), sdk),
         })
     }
 }
 
-fn variable(options: &Options, name: &str) -> Option<String> {
-    let jwt = options.jwt.as_ref();
-    match name {
-        "ROUTING" => Some(
-            match options.routing {
-                Routing::Path => "path",
-                Routing::Subdomain => "subdomain",
-            }
-            .to_owned(),
-        ),
-        "MAX_CONCURRENT_REQUESTS" => Some(options.max_concurrent_requests.to_string()),
-        "MAX_REQUESTS_PER_SECOND" => Some(options.max_requests_per_second.to_string()),
-        "MAX_TUNNEL_IDS_PER_OWNER" => Some(options.max_tunnel_ids_per_owner.to_string()),
-        "AUTH" => Some(options.auth.word().to_owned()),
-        "JWT_ISSUER" => Some(jwt?.issuer.clone()),
-        "JWT_AUDIENCE" => Some(jwt?.audience.clone()),
-        "JWT_JWKS_URL" => Some(jwt?.jwks_url.clone()),
-        "JWT_SECRET" => Some(jwt?.secret.clone()),
-        table => dynamodb::table_of_variable(table).map(str::to_owned),
+impl Surroundings<'_> {
+    fn default(&self, options: &Options) -> tunnel_default::Settings {
+        tunnel_default::Settings {
+            auth: options.auth,
+            tokens_table: dynamodb::TOKENS.to_owned(),
+            tunnels_table: dynamodb::TUNNELS.to_owned(),
+            connections_table: dynamodb::CONNECTIONS.to_owned(),
+            agent_path: self.agent_path(options),
+            public_url: self.public_url.clone(),
+            routing: options.routing,
+        }
     }
+
+    fn forward(&self, options: &Options, auth: AuthSettings) -> tunnel_forward::Settings {
+        tunnel_forward::Settings {
+            auth,
+            tunnels_table: dynamodb::TUNNELS.to_owned(),
+            connections_table: dynamodb::CONNECTIONS.to_owned(),
+            agent_path: self.agent_path(options),
+            public_url: self.public_url.clone(),
+            routing: options.routing,
+            streaming_url: None,
+            max_concurrent_requests: options.max_concurrent_requests,
+            max_requests_per_second: options.max_requests_per_second,
+            pad_empty_streams: false,
+            lambda: None,
+        }
+    }
+
+    fn agent_path(&self, options: &Options) -> AgentPath {
+        match options.transport {
+            Transport::InProcess => AgentPath::InProcess(InProcess {
+                connections: Arc::new(self.connections.clone()),
+                replies: self.replies.clone(),
+                life: options.quotas.life,
+            }),
+            Transport::Emulated => AgentPath::Cloud(CloudPath {
+                websocket_api: self.websocket_api.clone(),
+                management: self.websocket_api.clone(),
+                pending_requests_table: dynamodb::PENDING_REQUESTS.to_owned(),
+            }),
+        }
+    }
+}
+
+fn auth(options: &Options) -> Result<AuthSettings, SettingsError> {
+    let credentials = match options.auth {
+        AuthMode::Token => Credentials::Token,
+        AuthMode::Jwt => {
+            let settings = options.jwt.clone().unwrap_or_default();
+            Credentials::Jwt(Arc::new(Jwt::new(settings)?))
+        }
+        AuthMode::Open => Credentials::Open,
+    };
+    Ok(AuthSettings {
+        credentials,
+        tokens_table: dynamodb::TOKENS.to_owned(),
+    })
 }

@@ -15,5 +15,5 @@ mod server;
 mod subsystem;
 
 pub use front::handshake::accept_key;
-pub use options::{JwtIssuer, Options, OptionsError, Transport};
+pub use options::{Options, OptionsError, Transport};
 pub use server::{Server, ServerError};

@@ -1,13 +1,13 @@
 //! What to start: the settings of a server, and which of them cannot be.
 
-use std::{fmt, net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf};
 
 use tunnel_connect::MAX_TUNNEL_IDS_PER_OWNER;
 use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
 use tunnel_local_aws::quotas::Quotas;
 use tunnel_protocol::cidr::Cidr;
 use tunnel_service::{
-    auth::AuthMode,
+    auth::{AuthMode, jwt::JwtSettings},
     routing::{PublicUrl, Routing},
 };
 
@@ -23,7 +23,7 @@ pub struct Options {
     /// How agents prove who they are.
     pub auth: AuthMode,
     /// Who issues agents' JSON Web Tokens, with [`AuthMode::Jwt`].
-    pub jwt: Option<JwtIssuer>,
+    pub jwt: Option<JwtSettings>,
     /// How public addresses name a tunnel.
     pub routing: Routing,
     /// Serve visitors whatever host they ask for, and treat that host as ours.
@@ -40,25 +40,6 @@ pub struct Options {
     pub trusted_proxies: Vec<Cidr>,
     /// How the functions reach each other and agents.
     pub transport: Transport,
-}
-
-/// Who issues agents' JSON Web Tokens, and how its signatures are checked.
-#[derive(Clone)]
-pub struct JwtIssuer {
-    /// `iss` of its tokens.
-    pub issuer: String,
-    /// What `aud` of tokens for this service contains.
-    pub audience: String,
-    /// Where it publishes its keys; empty if it signs with the secret.
-    pub jwks_url: String,
-    /// What it signs with; empty if it publishes keys.
-    pub secret: String,
-}
-
-impl fmt::Debug for JwtIssuer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "JwtIssuer({})", self.issuer)
-    }
 }
 
 /// How much of AWS requests see on their way.
@@ -128,19 +109,17 @@ impl Options {
         if self.public_url.is_none() && self.listen.ip().is_unspecified() {
             return Err(OptionsError::NoPublicUrl(self.listen));
         }
-        if self.auth == AuthMode::Jwt && !self.jwt.as_ref().is_some_and(JwtIssuer::is_complete) {
+        if self.auth == AuthMode::Jwt && !self.jwt.as_ref().is_some_and(is_complete) {
             return Err(OptionsError::IncompleteJwt);
         }
         Ok(())
     }
 }
 
-impl JwtIssuer {
-    fn is_complete(&self) -> bool {
-        !self.issuer.is_empty()
-            && !self.audience.is_empty()
-            && (self.jwks_url.is_empty() != self.secret.is_empty())
-    }
+fn is_complete(jwt: &JwtSettings) -> bool {
+    !jwt.issuer.is_empty()
+        && !jwt.audience.is_empty()
+        && (jwt.jwks_url.is_empty() != jwt.secret.is_empty())
 }
 
 #[cfg(test)]
@@ -187,7 +166,7 @@ mod tests {
     #[test]
     fn json_web_tokens_need_an_issuer_with_either_keys_or_a_secret() {
         let issuer = |jwks_url: &str, secret: &str| {
-            Some(JwtIssuer {
+            Some(JwtSettings {
                 issuer: "i".to_owned(),
                 audience: "a".to_owned(),
                 jwks_url: jwks_url.to_owned(),

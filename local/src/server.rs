@@ -17,7 +17,7 @@ use tunnel_local_aws::{
 };
 use tunnel_protocol::id::ConnectionId;
 use tunnel_service::{
-    agents::{OpenConnections, PostError},
+    agents::{OpenConnections, PostError, WebSocketApiUrl},
     auth::{AuthMode, token},
     aws::sdk::{self, SdkConfig},
     now,
@@ -138,10 +138,11 @@ impl Server {
         let public_url = public_url(&options, address)?;
         let engine = Engine::start(&options).await?;
         let management = bind(LOOPBACK).await?;
-        let websocket_api = format!("ws://{}/{}", local_address(&management)?, management::STAGE);
+        let websocket_api =
+            WebSocketApiUrl::of_socket(local_address(&management)?, management::STAGE);
         let connections = ConnectionRegistry::default();
         let replies = Replies::default();
-        let functions = Functions::load(
+        let functions = Functions::new(
             &options,
             &Surroundings {
                 public_url: &public_url,

@@ -14,18 +14,18 @@ use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::{debug, info, warn};
 use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
-    limits::WEBSOCKET_LIFETIME,
     message,
     message::{ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent},
     visitor_policy::VisitorPolicy,
 };
 use tunnel_service::{
-    agents::{AgentConnections, InProcess, PostError, use_compression},
+    agent_path::AgentPath,
+    agents::{AgentConnections, PostError},
     auth::{AuthMode, Revalidator},
     aws::route_event::{RouteEventError, RouteResponse, connection_of},
     aws::sdk::SdkConfig,
     now,
-    replies::{Reply, ReplyPath},
+    replies::Reply,
     routing::{PublicUrl, Routing},
     settings::{SettingsError, Variables},
     tables::connections::{AgentConnection, Connection, ConnectionsTable, Opened},
@@ -38,6 +38,52 @@ use crate::{
     ownership::{BUSY_TIMEOUT, Candidate, Ownership, RELEASED, Standing, TAKEN_OVER},
     relay::Relay,
 };
+
+/// What the function needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How agents authenticate.
+    pub auth: AuthMode,
+    /// The name of the tokens table.
+    pub tokens_table: String,
+    /// The name of the tunnels table.
+    pub tunnels_table: String,
+    /// The name of the connections table.
+    pub connections_table: String,
+    /// The way to agents, and of their replies.
+    pub agent_path: AgentPath,
+    /// Where visitors find the tunnels.
+    pub public_url: PublicUrl,
+    /// How public addresses name a tunnel.
+    pub routing: Routing,
+}
+
+impl Settings {
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// All variables that are missing or faulty.
+    pub fn read(variables: Variables<'_>) -> Result<Self, SettingsError> {
+        let auth = variables.or("AUTH", AuthMode::Token);
+        let tokens_table = variables.required("TOKENS_TABLE");
+        let tunnels_table = variables.required("TUNNELS_TABLE");
+        let connections_table = variables.required("CONNECTIONS_TABLE");
+        let agent_path = AgentPath::read(&variables);
+        let public_url = variables.required("PUBLIC_URL");
+        let routing = variables.or("ROUTING", Routing::Path);
+        variables.finish(|| {
+            Some(Self {
+                auth: auth?,
+                tokens_table: tokens_table?,
+                tunnels_table: tunnels_table?,
+                connections_table: connections_table?,
+                agent_path: agent_path?,
+                public_url: public_url?,
+                routing: routing?,
+            })
+        })
+    }
+}
 
 /// The function: its settings and clients, made once per execution environment.
 #[derive(Clone, Debug)]
@@ -71,46 +117,39 @@ pub enum DefaultRouteError {
 }
 
 impl DefaultRoute {
-    /// Reads the settings. `in_process` is for a process that runs `forward` as well.
+    /// Reads the settings and makes the function.
     ///
     /// # Errors
     /// All variables that are missing or faulty.
-    pub fn load(
-        variables: Variables<'_>,
-        sdk: &SdkConfig,
-        in_process: Option<&InProcess>,
-    ) -> Result<Self, SettingsError> {
-        let auth = variables.or("AUTH", AuthMode::Token);
-        let tokens = variables.required("TOKENS_TABLE");
-        let tunnels = variables.required("TUNNELS_TABLE");
-        let connections = variables
-            .required("CONNECTIONS_TABLE")
-            .map(|name| ConnectionsTable::new(sdk, name));
-        let agents = AgentConnections::load(&variables, sdk, in_process);
-        let reply_path = ReplyPath::load(&variables, sdk, in_process);
-        let public_url = variables.required("PUBLIC_URL");
-        let routing = variables.or("ROUTING", Routing::Path);
-        variables.finish(|| {
-            let public_url: PublicUrl = public_url?;
-            let use_compression = use_compression(in_process, &public_url);
-            let agents = agents?;
-            Some(Self {
-                revalidator: Revalidator::new(auth?, TokensTable::new(sdk, tokens?)),
-                ownership: Ownership {
-                    tunnels: TunnelsTable::new(sdk, tunnels?),
-                    connections: connections?,
-                    agents: agents.clone(),
-                },
-                relay: Relay::new(reply_path?, agents),
-                features: FEATURES
-                    .into_iter()
-                    .filter(|feature| use_compression || *feature != Feature::Zstd)
-                    .collect(),
-                public_url,
-                routing: routing?,
-                life: in_process.map_or(WEBSOCKET_LIFETIME, |in_process| in_process.life),
-            })
-        })
+    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, SettingsError> {
+        Ok(Self::new(Settings::read(variables)?, sdk))
+    }
+
+    /// Makes the function.
+    pub fn new(settings: Settings, sdk: &SdkConfig) -> Self {
+        let path = settings.agent_path;
+        let agents = path.agents(sdk);
+        let connections = ConnectionsTable::new(sdk, settings.connections_table);
+        let use_compression = path.use_compression(&settings.public_url);
+        Self {
+            revalidator: Revalidator::new(
+                settings.auth,
+                TokensTable::new(sdk, settings.tokens_table),
+            ),
+            relay: Relay::new(path.replies(sdk, connections.clone()), agents.clone()),
+            ownership: Ownership {
+                tunnels: TunnelsTable::new(sdk, settings.tunnels_table),
+                connections,
+                agents,
+            },
+            features: FEATURES
+                .into_iter()
+                .filter(|feature| use_compression || *feature != Feature::Zstd)
+                .collect(),
+            public_url: settings.public_url,
+            routing: settings.routing,
+            life: path.life(),
+        }
     }
 
     /// Handles an event.

@@ -3,22 +3,11 @@
 // The futures of the SDK's calls are nested deeply.
 #![recursion_limit = "256"]
 
-use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
-use lambda_runtime::{Error, LambdaEvent, service_fn};
 use tunnel_disconnect::Disconnect;
-use tunnel_service::{aws::sdk, settings::Variables, telemetry};
+use tunnel_service::aws::lambda;
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<(), Error> {
-    telemetry::init();
-    let function = &Disconnect::load(
-        Variables::of_process(),
-        &sdk::from_environment(Variables::of_process())?,
-    )?;
-    lambda_runtime::run(service_fn(
-        async |event: LambdaEvent<ApiGatewayWebsocketProxyRequest>| {
-            function.handle(event.payload).await.map_err(Error::from)
-        },
-    ))
-    .await
+async fn main() -> Result<(), lambda::Error> {
+    let function = lambda::start(Disconnect::load)?;
+    lambda::serve(async |event| function.handle(event).await).await
 }

@@ -31,12 +31,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, warn};
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
-    agents::{AgentConnections, InProcess, use_compression},
+    agent_path::AgentPath,
+    agents::AgentConnections,
     auth::{AuthSettings, Authenticator},
     aws::sdk::SdkConfig,
     replies::{Replies, ReplyPath},
     routing::{PublicUrl, Route, Routing},
     settings::{SettingsError, Variables},
+    tables::connections::ConnectionsTable,
     tables::tunnels::TunnelsTable,
 };
 
@@ -57,6 +59,68 @@ const STATUS: &str = "/_status/";
 
 /// How long a Lambda function keeps its visitor waiting for the end of a complete answer, because an upload goes on.
 const MAX_UPLOAD_LINGER: Duration = Duration::from_secs(1);
+
+/// What the function needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How owners who ask for a tunnel's status authenticate, as agents do.
+    pub auth: AuthSettings,
+    /// The name of the tunnels table.
+    pub tunnels_table: String,
+    /// The name of the connections table.
+    pub connections_table: String,
+    /// The way to agents, and of their replies.
+    pub agent_path: AgentPath,
+    /// Where visitors find the tunnels.
+    pub public_url: PublicUrl,
+    /// How public addresses name a tunnel.
+    pub routing: Routing,
+    /// The function URL, for visitors whose response is too long for the HTTP API.
+    pub streaming_url: Option<PublicUrl>,
+    /// Most requests of one tunnel at once; 0 means no limit.
+    pub max_concurrent_requests: u32,
+    /// Most new requests of one tunnel per second; 0 means no limit.
+    pub max_requests_per_second: u32,
+    /// Whether streamed answers without a body get one, of a line end.
+    pub pad_empty_streams: bool,
+    /// The Lambda function's name; `None` outside Lambda.
+    pub lambda: Option<String>,
+}
+
+impl Settings {
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// All variables that are missing or faulty.
+    pub fn read(variables: Variables<'_>) -> Result<Self, SettingsError> {
+        let auth = AuthSettings::read(&variables);
+        let tunnels_table = variables.required("TUNNELS_TABLE");
+        let connections_table = variables.required("CONNECTIONS_TABLE");
+        let agent_path = AgentPath::read(&variables);
+        let public_url = variables.required("PUBLIC_URL");
+        let routing = variables.or("ROUTING", Routing::Path);
+        let streaming_url = variables.optional("STREAMING_URL");
+        let max_concurrent = variables.or("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
+        let max_per_second = variables.or("MAX_REQUESTS_PER_SECOND", 0);
+        let pad_empty_streams = variables.or("PAD_EMPTY_STREAMS", false);
+        let lambda = variables.raw("AWS_LAMBDA_FUNCTION_NAME");
+        variables.finish(|| {
+            Some(Self {
+                auth: auth?,
+                tunnels_table: tunnels_table?,
+                connections_table: connections_table?,
+                agent_path: agent_path?,
+                public_url: public_url?,
+                routing: routing?,
+                streaming_url: streaming_url?,
+                max_concurrent_requests: max_concurrent?,
+                max_requests_per_second: max_per_second?,
+                pad_empty_streams: pad_empty_streams?,
+                lambda,
+            })
+        })
+    }
+}
 
 /// The function: its settings and clients, made once per execution environment. Clones share everything.
 #[derive(Clone, Debug)]
@@ -98,55 +162,53 @@ pub(crate) struct TunnelPath {
 }
 
 impl Forward {
-    /// Reads the settings. `in_process` is for a process that holds agents' connections itself.
+    /// Reads the settings and makes the function.
     ///
     /// # Errors
     /// All variables that are missing or faulty.
-    pub fn load(
-        variables: Variables<'_>,
-        sdk: &SdkConfig,
-        in_process: Option<&InProcess>,
-    ) -> Result<Self, SettingsError> {
-        let auth = AuthSettings::read(&variables);
-        let tunnels = variables.required("TUNNELS_TABLE");
-        let reply_path = ReplyPath::load(&variables, sdk, in_process);
-        let endpoint = variables.required::<String>("WEBSOCKET_API_ENDPOINT");
-        let agents = AgentConnections::load(&variables, sdk, in_process);
-        let public_url = variables.required("PUBLIC_URL");
-        let routing = variables.or("ROUTING", Routing::Path);
-        let streaming_url = variables.optional("STREAMING_URL");
-        let max_concurrent = variables.or("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
-        let per_second = variables.or("MAX_REQUESTS_PER_SECOND", 0);
-        let pad_empty_streams = variables.or("PAD_EMPTY_STREAMS", false);
-        let lambda = variables.raw("AWS_LAMBDA_FUNCTION_NAME");
-        variables.finish(|| {
-            let public_url: PublicUrl = public_url?;
-            let authenticator = Authenticator::new(auth?, sdk);
-            let tunnels = TunnelsTable::new(sdk, tunnels?);
-            let agents = agents?;
-            let waits = Waits::of(reply_path?, &endpoint?);
-            Some(Self(Arc::new(State {
-                lookup: Lookup::new(tunnels.clone(), authenticator.revalidator(), agents.clone()),
-                rate_limiter: RateLimiter::new(max_concurrent?, per_second?),
-                agents,
-                replies: waits.replies,
-                reply_path: waits.path,
-                reply_connection: waits.connection,
-                use_compression: use_compression(in_process, &public_url),
-                status: Status {
-                    authenticator,
-                    tunnels,
-                    public_url,
-                    routing: routing?,
-                },
-                streaming_url: streaming_url?,
-                pad_empty_streams: pad_empty_streams?,
-                lambda,
-                tasks: TaskTracker::new(),
-                uploads: TaskTracker::new(),
-                broken_off: CancellationToken::new(),
-            })))
-        })
+    pub fn load(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Self, SettingsError> {
+        Ok(Self::new(Settings::read(variables)?, sdk))
+    }
+
+    /// Makes the function.
+    pub fn new(settings: Settings, sdk: &SdkConfig) -> Self {
+        let agents = settings.agent_path.agents(sdk);
+        let tunnels = TunnelsTable::new(sdk, settings.tunnels_table);
+        let connections = ConnectionsTable::new(sdk, settings.connections_table);
+        let authenticator = Authenticator::new(settings.auth, sdk);
+        let (replies, reply_connection) = match &settings.agent_path {
+            AgentPath::InProcess(process) => (process.replies.clone(), None),
+            AgentPath::Cloud(path) => {
+                let replies = Replies::default();
+                let connection =
+                    ReplyConnection::new(&path.websocket_api, connections.clone(), replies.clone());
+                (replies, Some(connection))
+            }
+        };
+        Self(Arc::new(State {
+            lookup: Lookup::new(tunnels.clone(), authenticator.revalidator(), agents.clone()),
+            rate_limiter: RateLimiter::new(
+                settings.max_concurrent_requests,
+                settings.max_requests_per_second,
+            ),
+            agents,
+            replies,
+            reply_path: settings.agent_path.replies(sdk, connections),
+            reply_connection,
+            use_compression: settings.agent_path.use_compression(&settings.public_url),
+            status: Status {
+                authenticator,
+                tunnels,
+                public_url: settings.public_url,
+                routing: settings.routing,
+            },
+            streaming_url: settings.streaming_url,
+            pad_empty_streams: settings.pad_empty_streams,
+            lambda: settings.lambda,
+            tasks: TaskTracker::new(),
+            uploads: TaskTracker::new(),
+            broken_off: CancellationToken::new(),
+        }))
     }
 
     /// Handles an event, and answers whole or streamed as the front that sent it wants. `time` is how long Lambda lets it run.
@@ -353,35 +415,6 @@ async fn finish(tasks: &TaskTracker) {
     tasks.wait().await;
 }
 
-/// Where the requests of this process wait for replies.
-struct Waits {
-    replies: Replies,
-    path: ReplyPath,
-    connection: Option<ReplyConnection>,
-}
-
-impl Waits {
-    fn of(path: ReplyPath, endpoint: &str) -> Self {
-        let replies = match &path {
-            ReplyPath::InProcess(replies) => replies.clone(),
-            ReplyPath::Cloud { .. } => Replies::default(),
-        };
-        let connection = match &path {
-            ReplyPath::InProcess(_) => None,
-            ReplyPath::Cloud { connections, .. } => Some(ReplyConnection::new(
-                endpoint,
-                connections.clone(),
-                replies.clone(),
-            )),
-        };
-        Self {
-            replies,
-            path,
-            connection,
-        }
-    }
-}
-
 fn health() -> Response<ResponseBody> {
     let mut response = Response::new(response::whole(r#"{"status":"ok"}"#));
     response.headers_mut().insert(
@@ -409,7 +442,7 @@ mod tests {
             _ => None,
         };
         let sdk = sdk::for_loopback("http://127.0.0.1:9", "key");
-        Forward::load(Variables::new(read), &sdk, None).expect("settings")
+        Forward::load(Variables::new(read), &sdk).expect("settings")
     }
 
     fn answer(chunks: Vec<Result<&'static str, ForwardError>>) -> ResponseStream {

@@ -5,19 +5,14 @@ use std::time::{Duration, SystemTime};
 use lambda_http::request::LambdaRequest;
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use tunnel_forward::Forward;
-use tunnel_service::{aws::sdk, settings::Variables, telemetry};
+use tunnel_service::aws::lambda;
 
 /// How long the bytes of an answer that broke off may take to leave the process.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
-    telemetry::init();
-    let function = &Forward::load(
-        Variables::of_process(),
-        &sdk::from_environment(Variables::of_process())?,
-        None,
-    )?;
+    let function = &lambda::start(Forward::load)?;
     let serving = Box::pin(lambda_runtime::run(service_fn(
         async |event: LambdaEvent<LambdaRequest>| {
             let time = event

@@ -28,6 +28,7 @@ use tunnel_protocol::{
     message::{FromAgent, Ready, Relayed, Subject},
 };
 use tunnel_service::{
+    agents::WebSocketApiUrl,
     now,
     replies::{Replies, Reply},
     tables::connections::ConnectionsTable,
@@ -76,18 +77,13 @@ enum State {
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 impl ReplyConnection {
-    /// A connection to the WebSocket API at `endpoint` whose replies go to `replies`.
-    pub(crate) fn new(endpoint: &str, connections: ConnectionsTable, replies: Replies) -> Self {
-        let scheme_less = endpoint
-            .split_once("://")
-            .map_or(endpoint, |(_, rest)| rest)
-            .trim_end_matches('/');
-        let scheme = if endpoint.starts_with("wss://") || endpoint.starts_with("https://") {
-            "wss"
-        } else {
-            "ws"
-        };
-        let url = format!("{scheme}://{scheme_less}?reply=1");
+    /// A connection to the WebSocket API whose replies go to `replies`.
+    pub(crate) fn new(
+        websocket_api: &WebSocketApiUrl,
+        connections: ConnectionsTable,
+        replies: Replies,
+    ) -> Self {
+        let url = format!("{}?reply=1", websocket_api.for_websockets());
         Self(Arc::new(Shared {
             url,
             connections,

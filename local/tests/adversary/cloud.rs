@@ -115,10 +115,10 @@ impl Cloud {
                 })
             })
         };
-        let forward = || Forward::load(variables(), &sdk, None).expect("forward");
+        let forward = || Forward::load(variables(), &sdk).expect("forward");
         Self(Arc::new(Inner {
             connect: Connect::load(variables(), &sdk).expect("connect"),
-            default: DefaultRoute::load(variables(), &sdk, None).expect("default"),
+            default: DefaultRoute::load(variables(), &sdk).expect("default"),
             disconnect: Disconnect::load(variables(), &sdk).expect("disconnect"),
             forwards: (0..FORWARDS).map(|_| forward()).collect(),
             tunnels: TunnelsTable::new(&sdk, dynamodb::TUNNELS.to_owned()),

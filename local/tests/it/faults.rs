@@ -171,7 +171,7 @@ impl Aws {
 
     /// What a visitor of the HTTP API gets: the status and the tunnel's code.
     async fn visit(&self) -> (u64, Option<String>) {
-        let forward = self.load(|variables, sdk| Forward::load(variables, sdk, None));
+        let forward = self.load(Forward::load);
         let event = include_str!("../../../events/http-v2.json").replace("\"POST\"", "\"GET\"");
         let event = serde_json::from_str::<LambdaRequest>(&event).expect("an event");
         let answer = within("an answer", forward.handle(event, LAMBDA_TIMEOUT))
@@ -191,7 +191,7 @@ impl Aws {
 
     /// Whether an agent's message is handled.
     async fn takes(&self, event: &str) -> bool {
-        let default = self.load(|variables, sdk| DefaultRoute::load(variables, sdk, None));
+        let default = self.load(DefaultRoute::load);
         within("an answer", default.handle(websocket(event)))
             .await
             .is_ok()

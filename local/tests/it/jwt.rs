@@ -12,7 +12,7 @@ use std::{
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use forwarder::{settings::Secret, tunnel::TunnelError};
-use local::{JwtIssuer, Options};
+use local::Options;
 use ring::{
     hmac,
     rand::SystemRandom,
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 use tunnel_local_aws::quotas::Quotas;
 use tunnel_service::{
-    auth::{AuthError, AuthMode, AuthSettings, Authenticator, owner::Owner},
+    auth::{AuthError, AuthMode, AuthSettings, Authenticator, jwt::JwtSettings, owner::Owner},
     aws::sdk,
     now,
     settings::Variables,
@@ -522,7 +522,7 @@ async fn while_keys_cannot_be_fetched_no_token_is_reported_as_invalid() {
 
 #[tokio::test]
 async fn an_agent_with_a_json_web_token_is_an_owner_until_the_token_expires() {
-    let issuer = JwtIssuer {
+    let issuer = JwtSettings {
         issuer: ISSUER.to_owned(),
         audience: "tunnel".to_owned(),
         jwks_url: String::new(),

@@ -24,12 +24,12 @@ use tunnel_local_aws::{
 };
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
-    agents::InProcess,
-    auth::{AuthMode, owner::Owner, token::TokenHash},
+    agent_path::{AgentPath, InProcess},
+    auth::{AuthMode, AuthSettings, Credentials, owner::Owner, token::TokenHash},
     aws::sdk,
     now,
     replies::Replies,
-    settings::Variables,
+    routing::Routing,
 };
 
 use crate::harness::{
@@ -474,14 +474,30 @@ impl Deployment {
         "L0SM9cOFvHcCIhw=".parse().expect("an id")
     }
 
-    fn variables(public_url: &str) -> Variables<'_> {
-        Variables::new(move |name| {
-            Some(match name {
-                "AUTH" => "open".to_owned(),
-                "PUBLIC_URL" => public_url.to_owned(),
-                table => return dynamodb::table_of_variable(table).map(str::to_owned),
-            })
-        })
+    fn connect(&self) -> Connect {
+        let settings = tunnel_connect::Settings {
+            auth: AuthSettings {
+                credentials: Credentials::Open,
+                tokens_table: dynamodb::TOKENS.to_owned(),
+            },
+            tunnels_table: dynamodb::TUNNELS.to_owned(),
+            connections_table: dynamodb::CONNECTIONS.to_owned(),
+            max_tunnel_ids: 0,
+        };
+        Connect::new(settings, &self.sdk)
+    }
+
+    fn default_at(&self, public_url: &str) -> DefaultRoute {
+        let settings = tunnel_default::Settings {
+            auth: AuthMode::Open,
+            tokens_table: dynamodb::TOKENS.to_owned(),
+            tunnels_table: dynamodb::TUNNELS.to_owned(),
+            connections_table: dynamodb::CONNECTIONS.to_owned(),
+            agent_path: AgentPath::InProcess(self.in_process.clone()),
+            public_url: public_url.parse().expect("a URL"),
+            routing: Routing::Path,
+        };
+        DefaultRoute::new(settings, &self.sdk)
     }
 
     /// Lets the service at this address handle a message, and returns what the agent is told.
@@ -490,12 +506,7 @@ impl Deployment {
         public_url: &str,
         message: &serde_json::Value,
     ) -> Vec<serde_json::Value> {
-        let default = DefaultRoute::load(
-            Self::variables(public_url),
-            &self.sdk,
-            Some(&self.in_process),
-        )
-        .expect("settings");
+        let default = self.default_at(public_url);
         default
             .message(&Self::connection(), &message.to_string())
             .await
@@ -516,7 +527,7 @@ async fn an_agent_is_notified_once_when_the_services_address_changes() {
     let (ping, pong) = (json!({ "type": "ping" }), json!({ "type": "pong" }));
     for (features, is_told) in [(&["notices"][..], true), (&["cancel"], false)] {
         let mut service = Deployment::new().await;
-        let connect = Connect::load(Deployment::variables(old), &service.sdk).expect("settings");
+        let connect = service.connect();
         assert_eq!(
             connect
                 .handle(event.clone())

@@ -157,7 +157,7 @@ async fn management(
     let mut serving = JoinSet::new();
     serving.spawn(async move { axum::serve(listener, router).await.expect("served") });
     (
-        AgentConnections::new(&sdk::for_loopback("http://127.0.0.1:9", key), &endpoint),
+        AgentConnections::managed(&sdk::for_loopback("http://127.0.0.1:9", key), &endpoint),
         serving,
     )
 }

@@ -29,12 +29,12 @@ use tunnel_local_aws::{
 };
 use tunnel_protocol::id::{ConnectionId, TunnelId};
 use tunnel_service::{
-    agents::InProcess,
-    auth::{owner::Owner, token::TokenHash},
+    agent_path::{AgentPath, InProcess},
+    auth::{AuthMode, AuthSettings, Credentials, owner::Owner, token::TokenHash},
     aws::sdk::{self, SdkConfig},
     now,
     replies::Replies,
-    settings::Variables,
+    routing::Routing,
     tables::{
         connections::ConnectionsTable,
         tokens::{Token, TokensTable},
@@ -91,12 +91,36 @@ struct Service {
     _stop: tokio_util::sync::DropGuard,
 }
 
-fn variable(name: &str) -> Option<String> {
-    Some(match name {
-        "PUBLIC_URL" => "https://tunnel.example.com".to_owned(),
-        "MAX_TUNNEL_IDS_PER_OWNER" => "3".to_owned(),
-        table => return dynamodb::table_of_variable(table).map(str::to_owned),
-    })
+/// The functions of the agents' side, with tables behind `sdk`.
+fn functions(sdk: &SdkConfig, in_process: InProcess) -> (Connect, DefaultRoute, Disconnect) {
+    let auth = AuthSettings {
+        credentials: Credentials::Token,
+        tokens_table: dynamodb::TOKENS.to_owned(),
+    };
+    let connect = tunnel_connect::Settings {
+        auth,
+        tunnels_table: dynamodb::TUNNELS.to_owned(),
+        connections_table: dynamodb::CONNECTIONS.to_owned(),
+        max_tunnel_ids: 3,
+    };
+    let default = tunnel_default::Settings {
+        auth: AuthMode::Token,
+        tokens_table: dynamodb::TOKENS.to_owned(),
+        tunnels_table: dynamodb::TUNNELS.to_owned(),
+        connections_table: dynamodb::CONNECTIONS.to_owned(),
+        agent_path: AgentPath::InProcess(in_process),
+        public_url: "https://tunnel.example.com".parse().expect("a URL"),
+        routing: Routing::Path,
+    };
+    let disconnect = tunnel_disconnect::Settings {
+        tunnels_table: dynamodb::TUNNELS.to_owned(),
+        connections_table: dynamodb::CONNECTIONS.to_owned(),
+    };
+    (
+        Connect::new(connect, sdk),
+        DefaultRoute::new(default, sdk),
+        Disconnect::new(disconnect, sdk),
+    )
 }
 
 impl Service {
@@ -144,11 +168,11 @@ impl Service {
             replies: Replies::default(),
             life: Duration::from_secs(7200),
         };
-        let read = || Variables::new(variable);
+        let (connect, default, disconnect) = functions(&sdk, in_process);
         Self {
-            connect: Connect::load(read(), &sdk).expect("settings"),
-            default: DefaultRoute::load(read(), &sdk, Some(&in_process)).expect("settings"),
-            disconnect: Disconnect::load(read(), &sdk).expect("settings"),
+            connect,
+            default,
+            disconnect,
             sdk,
             registry,
             queues: Mutex::default(),

@@ -102,8 +102,8 @@ fn each_function_gets_exactly_the_variables_it_reads() {
     let asked = [
         asked_for(Connect::load),
         asked_for(Disconnect::load),
-        asked_for(load_default),
-        asked_for(load_forward),
+        asked_for(DefaultRoute::load),
+        asked_for(Forward::load),
     ];
     for (function, mut asked) in FUNCTIONS.into_iter().zip(asked) {
         // Set by Lambda, read by the SDK, and read when logging starts.
@@ -398,8 +398,8 @@ impl Functions {
         Self {
             connect: Observed::load(database, Connect::load).await,
             disconnect: Observed::load(database, Disconnect::load).await,
-            default: Observed::load(database, load_default).await,
-            forward: Observed::load(database, load_forward).await,
+            default: Observed::load(database, DefaultRoute::load).await,
+            forward: Observed::load(database, Forward::load).await,
         }
     }
 
@@ -443,14 +443,6 @@ impl Functions {
             .handle(websocket(event, &[(ID, id)]));
         answer.await.expect("handled");
     }
-}
-
-fn load_default(variables: Variables<'_>, sdk: &SdkConfig) -> Result<DefaultRoute, SettingsError> {
-    DefaultRoute::load(variables, sdk, None)
-}
-
-fn load_forward(variables: Variables<'_>, sdk: &SdkConfig) -> Result<Forward, SettingsError> {
-    Forward::load(variables, sdk, None)
 }
 
 /// Asserts that a visitor's request is answered, if only with an error.
@@ -534,7 +526,7 @@ async fn revoke_a_token(functions: &Functions, database: &Database) {
     assert_eq!(functions.connect(&[(ID, "third=")]).await, 200);
     functions.ready("third=", READY_TO_REPLY).await;
     database.tokens.revoke("sample").await.expect("revoked");
-    let afresh = functions.forward.surroundings.load(load_forward);
+    let afresh = functions.forward.surroundings.load(Forward::load);
     assert_answered(&afresh, "the tunnel is offline, which is an answer").await;
 }
 

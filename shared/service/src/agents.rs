@@ -1,7 +1,9 @@
 //! Sending to agents: over @connections, the management side of the WebSocket API, or, in `local`, which holds the connections itself,
 //! directly.
 
-use std::{fmt, future::Future, pin::Pin, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt, future::Future, net::SocketAddr, pin::Pin, str::FromStr, sync::Arc, time::Duration,
+};
 
 use aws_sdk_apigatewaymanagement::{
     Client, Config,
@@ -13,8 +15,7 @@ use http::uri::Uri;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
-use crate::routing::PublicUrl;
-use crate::{aws::sdk::SdkConfig, replies::Replies, settings::Variables};
+use crate::aws::sdk::SdkConfig;
 use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message, url::is_loopback};
 
 /// Pauses before a message is posted again that @connections has failed to take.
@@ -25,24 +26,24 @@ const SHORT_PATIENCE: Duration = Duration::from_millis(250);
 const MIN_BUSY_DELAY: Duration = Duration::from_millis(5);
 const MAX_BUSY_DELAY: Duration = Duration::from_millis(500);
 
-/// Where @connections is served: the WebSocket API's own address with the scheme of plain HTTP requests.
+/// The address of a WebSocket API, which is that of its @connections as well. It has the scheme of plain HTTP requests.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct ManagementEndpoint(String);
+pub struct WebSocketApiUrl(String);
 
 /// A text that is not the address of a WebSocket API.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error(
     "must be the WebSocket API's address with its stage, such as wss://id.execute-api.eu-west-1.amazonaws.com/dev (ws:// and http:// only on this machine)"
 )]
-pub struct ManagementEndpointError;
+pub struct WebSocketApiUrlError;
 
-impl FromStr for ManagementEndpoint {
-    type Err = ManagementEndpointError;
+impl FromStr for WebSocketApiUrl {
+    type Err = WebSocketApiUrlError;
 
-    fn from_str(text: &str) -> Result<Self, ManagementEndpointError> {
-        let uri: Uri = text.parse().map_err(|_| ManagementEndpointError)?;
+    fn from_str(text: &str) -> Result<Self, WebSocketApiUrlError> {
+        let uri: Uri = text.parse().map_err(|_| WebSocketApiUrlError)?;
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
-            return Err(ManagementEndpointError);
+            return Err(WebSocketApiUrlError);
         };
         let host = authority.host();
         // The last is how a container calls the machine it runs on.
@@ -50,12 +51,25 @@ impl FromStr for ManagementEndpoint {
         let scheme = match scheme {
             "wss" | "https" => "https",
             "ws" | "http" if is_this_machine => "http",
-            _ => return Err(ManagementEndpointError),
+            _ => return Err(WebSocketApiUrlError),
         };
         Ok(Self(format!(
             "{scheme}://{authority}{}",
             uri.path().trim_end_matches('/')
         )))
+    }
+}
+
+impl WebSocketApiUrl {
+    /// The address of a stand-in that listens on this machine.
+    pub fn of_socket(address: SocketAddr, stage: &str) -> Self {
+        Self(format!("http://{address}/{stage}"))
+    }
+
+    /// The address with the scheme of WebSocket connections.
+    pub fn for_websockets(&self) -> String {
+        // https becomes wss, and http ws.
+        self.0.replacen("http", "ws", 1)
     }
 }
 
@@ -106,24 +120,6 @@ pub trait OpenConnections: fmt::Debug + Send + Sync {
     fn close(&self, connection: &ConnectionId) -> Result<(), PostError>;
 }
 
-/// What a process that holds the connections itself gives to the functions it runs, so that they can send within the process to
-/// each other and to agents.
-#[derive(Clone, Debug)]
-pub struct InProcess {
-    /// The connections.
-    pub connections: Arc<dyn OpenConnections>,
-    /// Where replies are waited for.
-    pub replies: Replies,
-    /// How long a connection may live.
-    pub life: Duration,
-}
-
-/// Whether bodies are compressed between the service and agents: not if both are on one machine, where bytes cost
-/// nothing and compression does.
-pub fn use_compression(in_process: Option<&InProcess>, public_url: &PublicUrl) -> bool {
-    in_process.is_none() || !public_url.is_loopback()
-}
-
 /// The connections of one WebSocket API.
 #[derive(Clone, Debug)]
 pub struct AgentConnections(Reached);
@@ -135,30 +131,17 @@ enum Reached {
 }
 
 impl AgentConnections {
-    /// The WebSocket API at `endpoint`.
-    pub fn new(sdk: &SdkConfig, endpoint: &ManagementEndpoint) -> Self {
+    /// Those of the WebSocket API whose @connections is at `endpoint`.
+    pub fn managed(sdk: &SdkConfig, endpoint: &WebSocketApiUrl) -> Self {
         let config = aws_sdk_apigatewaymanagement::config::Builder::from(sdk)
             .endpoint_url(&endpoint.0)
             .build();
         Self(Reached::Management(Client::from_conf(config)))
     }
 
-    /// Those that the process holds itself, or else those of `WEBSOCKET_API_ENDPOINT`; @connections is under the same address
-    /// unless the SDK's own `AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI` names another, as emulators need it. `None` means that a
-    /// fault was noted.
-    pub fn load(
-        variables: &Variables<'_>,
-        sdk: &SdkConfig,
-        in_process: Option<&InProcess>,
-    ) -> Option<Self> {
-        if let Some(in_process) = in_process {
-            return Some(Self(Reached::InProcess(in_process.connections.clone())));
-        }
-        let endpoint = variables.required::<ManagementEndpoint>("WEBSOCKET_API_ENDPOINT");
-        let elsewhere =
-            variables.optional::<ManagementEndpoint>("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
-        let endpoint = endpoint?;
-        Some(Self::new(sdk, &elsewhere?.unwrap_or(endpoint)))
+    /// Those that this process holds itself.
+    pub fn in_process(connections: Arc<dyn OpenConnections>) -> Self {
+        Self(Reached::InProcess(connections))
     }
 
     /// Sends a message.
@@ -350,7 +333,7 @@ mod tests {
         ] {
             assert_eq!(
                 setting.parse(),
-                Ok(ManagementEndpoint(endpoint.to_owned())),
+                Ok(WebSocketApiUrl(endpoint.to_owned())),
                 "{setting}"
             );
         }
@@ -367,8 +350,8 @@ mod tests {
             "",
         ] {
             assert_eq!(
-                setting.parse::<ManagementEndpoint>(),
-                Err(ManagementEndpointError),
+                setting.parse::<WebSocketApiUrl>(),
+                Err(WebSocketApiUrlError),
                 "{setting}"
             );
         }
@@ -400,7 +383,7 @@ mod tests {
         });
         let sdk = crate::aws::sdk::for_loopback("http://127.0.0.1:9", "key");
         let endpoint = format!("http://{address}/v1").parse().expect("an endpoint");
-        (AgentConnections::new(&sdk, &endpoint), serving)
+        (AgentConnections::managed(&sdk, &endpoint), serving)
     }
 
     #[tokio::test]

@@ -1,9 +1,11 @@
 //! What the four functions share: everything they ask of AWS is here.
 //!
 //! [`settings`] and [`telemetry`] start a function. [`routing`] says which tunnel an address means. [`auth`] says who an agent is,
-//! [`tables`] is what DynamoDB stores, [`agents`] how messages are sent to agents, [`replies`] where their replies are awaited, and
-//! [`aws`] the SDK's configuration and API Gateway's events.
+//! [`tables`] is what DynamoDB stores, [`agent_path`] the way to agents and back: [`agents`] is how messages are sent to
+//! them, [`replies`] where their replies are awaited. And
+//! [`aws`] is the functions' life in Lambda, the SDK's configuration and API Gateway's events.
 
+pub mod agent_path;
 pub mod agents;
 pub mod auth;
 pub mod aws;

@@ -23,8 +23,7 @@ use tunnel_protocol::{
 };
 
 use crate::{
-    agents::InProcess, aws::sdk::SdkConfig, now, settings::Variables,
-    tables::connections::ConnectionsTable, tables::dynamodb::StoreError,
+    now, tables::connections::ConnectionsTable, tables::dynamodb::StoreError,
     tables::mailbox::MailboxTable,
 };
 
@@ -167,24 +166,6 @@ pub enum ReplyPath {
 }
 
 impl ReplyPath {
-    /// Reads the names of the tables. `None` means that a fault was noted.
-    pub fn load(
-        variables: &Variables<'_>,
-        sdk: &SdkConfig,
-        in_process: Option<&InProcess>,
-    ) -> Option<Self> {
-        let mailbox = variables.required("PENDING_REQUESTS_TABLE");
-        let connections = variables.required("CONNECTIONS_TABLE");
-        let (mailbox, connections) = mailbox.zip(connections)?;
-        Some(match in_process {
-            Some(in_process) => Self::InProcess(in_process.replies.clone()),
-            None => Self::Cloud {
-                mailbox: MailboxTable::new(sdk, mailbox),
-                connections: ConnectionsTable::new(sdk, connections),
-            },
-        })
-    }
-
     /// Leaves a reply where the request that waits for it finds it. A request that does not wait any more misses nothing.
     ///
     /// # Errors

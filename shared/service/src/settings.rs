@@ -21,7 +21,7 @@ pub struct Variables<'a> {
 
 /// Everything that is wrong with the settings.
 #[derive(Debug, thiserror::Error)]
-pub struct SettingsError(Vec<String>);
+pub struct SettingsError(pub(super) Vec<String>);
 
 impl fmt::Display for SettingsError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -74,10 +74,11 @@ impl<'a> Variables<'a> {
         }
     }
 
-    /// Notes a fault that no single text has. It is `None`, as what a faulty variable is read as.
-    pub(super) fn fault<T>(&self, name: &str, fault: &str) -> Option<T> {
-        self.faults.borrow_mut().push(format!("{name}: {fault}"));
-        None
+    /// Notes all that is wrong with settings of several variables. It is `None`, as what a faulty variable is read as.
+    pub(super) fn noted<T>(&self, settings: Result<T, SettingsError>) -> Option<T> {
+        settings
+            .map_err(|SettingsError(faults)| self.faults.borrow_mut().extend(faults))
+            .ok()
     }
 
     /// An unparsed variable, for settings that are not ours.

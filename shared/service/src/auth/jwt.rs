@@ -3,7 +3,7 @@
 //! Which algorithms are taken is the service's setting and never the token's: HS256 alone with a secret, asymmetric ones alone with
 //! the issuer's published keys. Signatures are checked with ring, as those of TLS are.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
 use serde::Deserialize;
@@ -15,7 +15,7 @@ use crate::{
         jwt_ring,
         owner::{Owner, SubjectHash},
     },
-    settings::Variables,
+    settings::{SettingsError, Variables},
 };
 
 /// How far the issuer's clock and ours may be apart.
@@ -58,13 +58,23 @@ struct Claims {
     exp: u64,
 }
 
-/// The settings as they are written. They mean something only where agents authenticate so.
-#[derive(Default)]
-pub(crate) struct JwtSettings {
-    issuer: String,
-    audience: String,
-    jwks_url: String,
-    secret: String,
+/// An issuer of JSON Web Tokens, and how its signatures are checked. What is empty is not set.
+#[derive(Clone, Default)]
+pub struct JwtSettings {
+    /// `iss` of its tokens.
+    pub issuer: String,
+    /// What `aud` of tokens for this service contains.
+    pub audience: String,
+    /// Where it publishes its keys; empty if it signs with the secret.
+    pub jwks_url: String,
+    /// What it signs with; empty if it publishes keys.
+    pub secret: String,
+}
+
+impl fmt::Debug for JwtSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "JwtSettings({})", self.issuer)
+    }
 }
 
 impl JwtSettings {
@@ -80,49 +90,32 @@ impl JwtSettings {
 }
 
 impl Jwt {
-    /// Checks the settings. `None` means that a fault was noted.
-    pub(crate) fn load(variables: &Variables<'_>, settings: JwtSettings) -> Option<Self> {
-        let JwtSettings {
-            issuer,
-            audience,
-            jwks_url,
-            secret,
-        } = settings;
-        let required = |name: &str, text: String| {
+    /// Tokens of the issuer that the settings describe.
+    ///
+    /// # Errors
+    /// All that is wrong with them, by the names of the functions' variables.
+    pub fn new(settings: JwtSettings) -> Result<Self, SettingsError> {
+        let mut faults = Vec::new();
+        for (name, text) in [
+            ("JWT_ISSUER", &settings.issuer),
+            ("JWT_AUDIENCE", &settings.audience),
+        ] {
             if text.is_empty() {
-                variables.fault(name, "is not set")
-            } else {
-                Some(text)
+                faults.push(format!("{name}: is not set"));
             }
-        };
-        let (issuer, audience) = (
-            required("JWT_ISSUER", issuer),
-            required("JWT_AUDIENCE", audience),
-        );
-        let given = |text: String| Some(text).filter(|text| !text.is_empty());
-        let keys = match (given(jwks_url), given(secret)) {
-            (Some(url), None) => match published(&url) {
-                Ok(keys) => Some(Keys::Published(Box::new(keys))),
-                Err(fault) => variables.fault("JWT_JWKS_URL", &fault),
-            },
-            (None, Some(secret)) if secret.len() >= MIN_SECRET_BYTES => {
-                Some(Keys::Secret(DecodingKey::from_secret(secret.as_bytes())))
-            }
-            (None, Some(_)) => variables.fault(
-                "JWT_SECRET",
-                &format!("must have at least {MIN_SECRET_BYTES} bytes"),
-            ),
-            (Some(_), Some(_)) | (None, None) => variables.fault(
-                "JWT_JWKS_URL, JWT_SECRET",
-                "exactly one of them must be set",
-            ),
-        };
+        }
+        let keys = Keys::of(&settings.jwks_url, &settings.secret)
+            .map_err(|fault| faults.push(fault))
+            .ok();
         jwt_ring::install();
-        Some(Self {
-            issuer: issuer?,
-            audience: audience?,
-            keys: keys?,
-        })
+        match keys {
+            Some(keys) if faults.is_empty() => Ok(Self {
+                issuer: settings.issuer,
+                audience: settings.audience,
+                keys,
+            }),
+            _ => Err(SettingsError(faults)),
+        }
     }
 
     /// Who presents this token. `None` when it proves nothing.
@@ -164,6 +157,24 @@ impl Jwt {
             owner: Owner::Jwt(SubjectHash::of(&iss, &sub)),
             expires_at: Some(exp.saturating_add(LEEWAY.as_secs())),
         }))
+    }
+}
+
+impl Keys {
+    /// The issuer's published keys, or else its secret. The error is a fault of the settings.
+    fn of(jwks_url: &str, secret: &str) -> Result<Self, String> {
+        match (jwks_url, secret) {
+            (url, "") if !url.is_empty() => published(url)
+                .map(|keys| Self::Published(Box::new(keys)))
+                .map_err(|fault| format!("JWT_JWKS_URL: {fault}")),
+            ("", secret) if secret.len() >= MIN_SECRET_BYTES => {
+                Ok(Self::Secret(DecodingKey::from_secret(secret.as_bytes())))
+            }
+            ("", short) if !short.is_empty() => Err(format!(
+                "JWT_SECRET: must have at least {MIN_SECRET_BYTES} bytes"
+            )),
+            _ => Err("JWT_JWKS_URL, JWT_SECRET: exactly one of them must be set".to_owned()),
+        }
     }
 }
 

@@ -35,17 +35,6 @@ pub enum AuthMode {
     Open,
 }
 
-impl AuthMode {
-    /// The word that is parsed as this.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Token => "token",
-            Self::Jwt => "jwt",
-            Self::Open => "open",
-        }
-    }
-}
-
 /// A setting that names no way to authenticate.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("must be token, jwt or open")]
@@ -129,7 +118,7 @@ impl AuthSettings {
         let jwt = JwtSettings::read(variables);
         let credentials = match mode? {
             AuthMode::Token => Credentials::Token,
-            AuthMode::Jwt => Credentials::Jwt(Arc::new(Jwt::load(variables, jwt)?)),
+            AuthMode::Jwt => Credentials::Jwt(Arc::new(variables.noted(Jwt::new(jwt))?)),
             AuthMode::Open => Credentials::Open,
         };
         Some(Self {
