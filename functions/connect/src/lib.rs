@@ -7,7 +7,7 @@ use std::{fmt, time::Duration};
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use http::HeaderMap;
-use tracing::{info, warn};
+use tracing::{Instrument, info, warn};
 use tunnel_protocol::id::{ConnectionId, IdError, TunnelId};
 use tunnel_service::{
     auth::{AuthError, AuthSettings, Authenticator, Identity, token},
@@ -18,6 +18,7 @@ use tunnel_service::{
     tables::connections::{AgentConnection, Connection, ConnectionsTable},
     tables::dynamodb::StoreError,
     tables::tunnels::{Claim, TunnelsTable},
+    telemetry::connection_span,
 };
 
 /// The query parameter with which an agent requests a tunnel id.
@@ -234,7 +235,9 @@ impl Connect {
         &self,
         event: ApiGatewayWebsocketProxyRequest,
     ) -> Result<RouteResponse, ConnectError> {
-        Ok(match self.serve(&Handshake::from_event(event)?).await? {
+        let handshake = Handshake::from_event(event)?;
+        let span = connection_span(&handshake.connection);
+        Ok(match self.serve(&handshake).instrument(span).await? {
             Admission::Agent { .. } | Admission::ReplyConnection => RouteResponse::ok(),
             Admission::Refused(refusal) => refusal.into(),
         })
@@ -247,7 +250,7 @@ impl Connect {
     pub async fn serve(&self, handshake: &Handshake) -> Result<Admission, ConnectError> {
         match self.identify(handshake).await? {
             Some(caller) => self.admit(handshake, caller).await,
-            None => Ok(refuse(handshake, HandshakeRefusal::NotAuthorized)),
+            None => Ok(refuse(HandshakeRefusal::NotAuthorized)),
         }
     }
 
@@ -282,10 +285,13 @@ impl Connect {
         };
         Ok(match admitted {
             Ok(admission) => {
-                info!(connection = %handshake.connection, tunnel = admission.tunnel_id().map(TunnelId::as_str), "connected");
+                info!(
+                    tunnel = admission.tunnel_id().map(TunnelId::as_str),
+                    "connected"
+                );
                 admission
             }
-            Err(refusal) => refuse(handshake, refusal),
+            Err(refusal) => refuse(refusal),
         })
     }
 
@@ -404,7 +410,7 @@ impl Admission {
     }
 }
 
-fn refuse(handshake: &Handshake, refusal: HandshakeRefusal) -> Admission {
-    warn!(connection = %handshake.connection, code = refusal.code(), "refused");
+fn refuse(refusal: HandshakeRefusal) -> Admission {
+    warn!(code = refusal.code(), "refused");
     Admission::Refused(refusal)
 }

@@ -11,7 +11,7 @@ mod relay;
 use std::{sync::Arc, time::Duration};
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
-use tracing::{debug, info, warn};
+use tracing::{Instrument, debug, info, warn};
 use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
     message,
@@ -32,6 +32,7 @@ use tunnel_service::{
     tables::dynamodb::StoreError,
     tables::tokens::TokensTable,
     tables::tunnels::TunnelsTable,
+    telemetry::connection_span,
 };
 
 use crate::{
@@ -167,10 +168,11 @@ impl DefaultRoute {
             context.connection_id.as_deref(),
         )?;
         self.message(&sender, event.body.as_deref().unwrap_or_default())
+            .instrument(connection_span(&sender))
             .await
     }
 
-    /// Handles a message that `sender` sent.
+    /// Handles a message that `sender` sent, within the caller's span of that connection.
     ///
     /// # Errors
     /// If the tables or @connections do not answer.
@@ -185,7 +187,7 @@ impl DefaultRoute {
         match message::decode(text) {
             Ok(message) => self.take(sender, message).await,
             Err(error) => {
-                warn!(connection = %sender, error = &error as &dyn std::error::Error, "message dropped");
+                warn!(error = &error as &dyn std::error::Error, "message dropped");
                 if let Ok(Subject { request_id }) = message::decode(text) {
                     self.relay
                         .deliver(sender, Reply::unreadable(request_id))
@@ -215,19 +217,19 @@ impl DefaultRoute {
         match message {
             FromAgent::Ready(ready) => return Box::pin(self.open(sender, ready)).await,
             FromAgent::Ping => {
-                // The dashboard counts live agents by this line.
-                info!(connection = %sender, "ping");
+                // The dashboard counts live agents by the connections of such lines.
+                info!("ping");
                 if self.check(sender).await? {
                     self.post(sender, &ToAgent::Pong).await?;
                 }
             }
             FromAgent::Release => return self.release(sender).await,
             FromAgent::Error(error) => {
-                info!(connection = %sender, code = ?error.code, message = error.message, "agent reports an error");
+                info!(code = ?error.code, message = error.message, "agent reports an error");
             }
             FromAgent::HttpResponse(_) | FromAgent::BodyPart(_) | FromAgent::Window(_) => {}
             FromAgent::Unknown => {
-                debug!(connection = %sender, "message of an unknown type ignored");
+                debug!("message of an unknown type ignored");
             }
         }
         Ok(RouteResponse::ok())
@@ -266,7 +268,7 @@ impl DefaultRoute {
             policy,
             previous: ready.previous,
         };
-        info!(connection = %sender, tunnel = %agent.tunnel_id, agent = ready.agent, "ready");
+        info!(tunnel = %agent.tunnel_id, agent = ready.agent, "ready");
         let candidate = Candidate {
             id: sender.clone(),
             agent,
@@ -295,9 +297,9 @@ impl DefaultRoute {
                     .await
                 {
                     Err(PostError::Gone | PostError::Unknown) => {
-                        info!(connection = %id, "gone before its tunnel was open");
+                        info!("gone before its tunnel was open");
                         Box::pin(self.ownership.withdraw(candidate, before.as_ref())).await?;
-                        return Ok(unknown(id));
+                        return Ok(unknown());
                     }
                     outcome => outcome?,
                 }
@@ -334,7 +336,7 @@ impl DefaultRoute {
         fault: &serde_json::Error,
     ) -> Result<RouteResponse, DefaultRouteError> {
         let message = format!("the service cannot enforce the visitor policy in access: {fault}");
-        warn!(connection = %sender, message, "refused");
+        warn!(message, "refused");
         self.post(
             sender,
             &ToAgent::Error {
@@ -362,7 +364,7 @@ impl DefaultRoute {
             .release_owned(&tunnel_id, &agent.identity.owner, now())
             .await?;
         let existed = released.is_some();
-        info!(connection = %sender, tunnel = %tunnel_id, existed, "released");
+        info!(tunnel = %tunnel_id, existed, "released");
         if let Some(online) = released
             .and_then(|tunnel| tunnel.online)
             .filter(|online| online.connection_id != *sender)
@@ -418,7 +420,7 @@ impl DefaultRoute {
             Standing::Outranked => TAKEN_OVER,
             Standing::Released => RELEASED,
         };
-        info!(%connection, tunnel = %candidate.agent.tunnel_id, reason, "notified that it was replaced");
+        info!(tunnel = %candidate.agent.tunnel_id, reason, "notified that it was replaced");
         self.ownership
             .notify_replaced(connection, &candidate.opened.features, reason)
             .await;
@@ -438,7 +440,7 @@ impl DefaultRoute {
         if opened.public_url == public_url || !opened.features.contains(&Feature::Notices) {
             return Ok(());
         }
-        info!(connection = %serving.id, tunnel = %serving.agent.tunnel_id, "sent the new address");
+        info!(tunnel = %serving.agent.tunnel_id, "sent the new address");
         let updated = ToAgent::UrlUpdated {
             public_url: public_url.clone(),
         };
@@ -460,7 +462,7 @@ impl DefaultRoute {
         connection: &ConnectionId,
         tunnel_id: &TunnelId,
     ) -> Result<RouteResponse, DefaultRouteError> {
-        warn!(%connection, tunnel = %tunnel_id, "closed: its token is revoked or expired");
+        warn!(tunnel = %tunnel_id, "closed: its token is revoked or expired");
         self.ownership
             .tunnels
             .mark_offline(tunnel_id, connection, now())
@@ -479,7 +481,7 @@ impl DefaultRoute {
         connection: &ConnectionId,
     ) -> Result<RouteResponse, DefaultRouteError> {
         self.agents().close(connection).await?;
-        Ok(unknown(connection))
+        Ok(unknown())
     }
 
     fn agents(&self) -> &AgentConnections {
@@ -505,7 +507,7 @@ impl DefaultRoute {
     async fn post(&self, to: &ConnectionId, message: &ToAgent) -> Result<(), PostError> {
         match self.agents().post(to, message).await {
             Err(PostError::Gone) => {
-                info!(connection = %to, "the connection closed before it could be answered");
+                info!("the connection closed before it could be answered");
                 Ok(())
             }
             outcome => outcome,
@@ -513,8 +515,8 @@ impl DefaultRoute {
     }
 }
 
-fn unknown(sender: &ConnectionId) -> RouteResponse {
-    warn!(connection = %sender, "message from a connection that is not recorded");
+fn unknown() -> RouteResponse {
+    warn!("message from a connection that is not recorded");
     RouteResponse::refused(
         410,
         "gone",

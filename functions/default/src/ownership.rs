@@ -151,7 +151,7 @@ impl Ownership {
                 )
                 .await?;
             if is_taken {
-                info!(connection = %candidate.id, tunnel = %candidate.agent.tunnel_id, "online");
+                info!(tunnel = %candidate.agent.tunnel_id, "online");
                 return Ok(Standing::Serves { before });
             }
             if self.connections.get(&candidate.id, now()).await?.is_none() {
@@ -210,7 +210,11 @@ impl Ownership {
         match outcome {
             Ok(()) | Err(PostError::Gone | PostError::Unknown) => {}
             Err(error) => {
-                warn!(%connection, error = &error as &dyn std::error::Error, "could not be notified that it was replaced");
+                warn!(
+                    replaced = %connection,
+                    error = &error as &dyn std::error::Error,
+                    "could not be notified that it was replaced"
+                );
             }
         }
     }

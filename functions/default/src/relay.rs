@@ -75,7 +75,7 @@ impl Relay {
             return Ok(false);
         }
         if !self.is_reply_connection(connections, &to).await? {
-            info!(connection = %sender, "a reply names a connection that is not, or no longer, a reply connection");
+            info!("a reply names a connection that is not, or no longer, a reply connection");
             return Ok(false);
         }
         let relayed = Relayed::encode(sender, text);
@@ -85,7 +85,7 @@ impl Relay {
                 if matches!(error, PostError::Gone) {
                     self.known().remove(&to);
                 }
-                debug!(connection = %to, error = &error as &dyn std::error::Error, "not passed on; stored in the mailbox");
+                debug!(to = %to, error = &error as &dyn std::error::Error, "not passed on; stored in the mailbox");
                 Ok(false)
             }
         }
@@ -103,7 +103,7 @@ impl Relay {
     /// Tells a reply connection its own id: it cannot know it otherwise.
     pub(crate) async fn open(&self, connection: &ConnectionId) -> Result<(), PostError> {
         if matches!(self.path, ReplyPath::InProcess(_)) {
-            warn!(%connection, "a reply connection in a process that does not use any");
+            warn!("a reply connection in a process that does not use any");
             return Ok(());
         }
         let ready = Relayed::encode(connection, r#"{"type":"ready"}"#);

@@ -4,7 +4,7 @@
 //! that cannot be delivered to it.
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
-use tracing::info;
+use tracing::{Instrument, info};
 use tunnel_protocol::id::ConnectionId;
 use tunnel_service::{
     aws::route_event::{RouteEventError, RouteResponse, connection_of},
@@ -14,6 +14,7 @@ use tunnel_service::{
     tables::connections::{AgentConnection, Connection, ConnectionsTable},
     tables::dynamodb::StoreError,
     tables::tunnels::TunnelsTable,
+    telemetry::connection_span,
 };
 
 /// What the function needs to know.
@@ -103,7 +104,10 @@ impl Disconnect {
         let code = context
             .disconnect_status_code
             .and_then(|code| u16::try_from(code).ok());
-        self.serve(&Ended { connection, code }).await?;
+        let span = connection_span(&connection);
+        self.serve(&Ended { connection, code })
+            .instrument(span)
+            .await?;
         Ok(RouteResponse::ok())
     }
 
@@ -120,7 +124,7 @@ impl Disconnect {
         };
         if let Connection::Agent(AgentConnection { tunnel_id, .. }) = connection {
             let went_offline = self.tunnels.mark_offline(&tunnel_id, id, now()).await?;
-            info!(connection = %id, tunnel = %tunnel_id, code = ended.code, went_offline, "disconnected");
+            info!(tunnel = %tunnel_id, code = ended.code, went_offline, "disconnected");
         }
         self.connections.remove(id).await?;
         Ok(())

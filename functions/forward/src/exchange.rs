@@ -58,7 +58,7 @@ pub(crate) async fn run(
     if !matches!(state.reply_path, ReplyPath::InProcess(_)) {
         request.without_upgrade("this deployment answers requests with functions")?;
     }
-    let deadline = matches!(request.front, Ingress::HttpApi(_)).then_some(head_deadline);
+    let deadline = matches!(request.ingress, Ingress::HttpApi(_)).then_some(head_deadline);
     let method = request.method.clone();
     let visitor = Visitor::of(&mut request);
     // Before the request is counted: a visitor who is refused uses up none of the tunnel's requests.

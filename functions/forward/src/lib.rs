@@ -225,7 +225,7 @@ impl Forward {
         request.response_timeout = request
             .response_timeout
             .min(time.saturating_sub(ANSWER_MARGIN));
-        Ok(match request.front {
+        Ok(match request.ingress {
             Ingress::HttpApi(payload) => {
                 let deadline = started + request.response_timeout + ANSWER_MARGIN / 2;
                 let answer = self.buffered(request, payload).await;

@@ -67,7 +67,7 @@ impl Ingress {
 #[derive(Debug)]
 pub struct VisitorRequest {
     /// Where it came in.
-    pub front: Ingress,
+    pub ingress: Ingress,
     /// How long the visitor can be made to wait for the response to start.
     pub response_timeout: Duration,
     /// The method as sent.
@@ -119,7 +119,7 @@ impl VisitorRequest {
         let may_upgrade = head.version == Version::HTTP_11 && body.is_end_stream();
         let upgrade = upgrade::requested(&head.headers).filter(|_| may_upgrade);
         Self {
-            front: Ingress::Streaming,
+            ingress: Ingress::Streaming,
             response_timeout: Ingress::Streaming.response_timeout(),
             method: head.method,
             scheme: source.scheme,
@@ -182,14 +182,14 @@ impl VisitorRequest {
             headers.insert(header::COOKIE, value);
         }
         let path = event.raw_path.unwrap_or_default();
-        let front = if is_function_url {
+        let ingress = if is_function_url {
             Ingress::Streaming
         } else {
             Ingress::HttpApi(Payload::V2)
         };
         Ok(Self {
-            front,
-            response_timeout: front.response_timeout(),
+            ingress,
+            response_timeout: ingress.response_timeout(),
             method: context.http.method,
             scheme: scheme(&headers),
             host: host(&headers, context.domain_name),
@@ -225,7 +225,7 @@ impl VisitorRequest {
             .collect();
         pairs.sort_by(|a, b| a.split('=').next().cmp(&b.split('=').next()));
         Ok(Self {
-            front: Ingress::HttpApi(Payload::V1),
+            ingress: Ingress::HttpApi(Payload::V1),
             response_timeout: Ingress::HttpApi(Payload::V1).response_timeout(),
             method: event.http_method,
             scheme: scheme(&headers),

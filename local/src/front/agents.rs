@@ -20,7 +20,7 @@ use tokio_tungstenite::{
     tungstenite::{self, Message, Utf8Bytes, protocol::Role},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{error, warn};
+use tracing::{Instrument, error, warn};
 use tunnel_connect::{
     Admission, Caller, Connect, ConnectError, Handshake, HandshakeRefusal, Purpose,
 };
@@ -33,7 +33,9 @@ use tunnel_local_aws::{
     quotas::Quotas,
 };
 use tunnel_protocol::{frames, id::ConnectionId, writer::MessageWriter};
-use tunnel_service::{aws::route_event::RouteResponse, now, replies::Replies};
+use tunnel_service::{
+    aws::route_event::RouteResponse, now, replies::Replies, telemetry::connection_span,
+};
 
 use crate::{
     front::{
@@ -118,13 +120,15 @@ impl AgentFront {
             source_ip: peer.ip().to_string(),
             stage: STAGE,
         };
+        let span = connection_span(&source.connection_id);
         let upgrade = hyper::upgrade::on(&mut request);
-        let agent_permit = match self.admit(request.headers(), request.uri(), &source).await {
+        let admitted = self.admit(request.headers(), request.uri(), &source);
+        let agent_permit = match admitted.instrument(span.clone()).await {
             Ok(agent_permit) => agent_permit,
             Err(refusal) => return refusal,
         };
         let front = self.clone();
-        self.tasks.spawn(async move {
+        let serving = async move {
             match upgrade.await {
                 Ok(upgraded) => front.serve(upgraded, source).await,
                 Err(error) => {
@@ -136,7 +140,8 @@ impl AgentFront {
                 }
             }
             drop((agent_permit, connection_permit));
-        });
+        };
+        self.tasks.spawn(serving.instrument(span));
         handshake::switching_protocols(accept_key)
     }
 
@@ -216,7 +221,7 @@ impl AgentFront {
         let connection = SocketConnection::new(sender);
         self.connections
             .insert(source.connection_id.clone(), connection.clone());
-        let writing = self.tasks.spawn(writer.run());
+        let writing = self.tasks.spawn(writer.run().in_current_span());
         let end = self.read(&mut stream, &source, &connection).await;
         self.connections.remove(&source.connection_id);
         self.replies.lose(&source.connection_id);
@@ -275,7 +280,7 @@ impl AgentFront {
                         .await
                         .is_pending()
                     {
-                        self.tasks.spawn(handling);
+                        self.tasks.spawn(handling.in_current_span());
                     }
                 }
                 // The protocol engine answers pings, and a close with a close.
@@ -304,7 +309,8 @@ impl AgentFront {
                 _ = due.tick() => {}
             }
             for connection in self.connections.ids() {
-                if let Err(error) = self.default.check(&connection).await {
+                let span = connection_span(&connection);
+                if let Err(error) = self.default.check(&connection).instrument(span).await {
                     error!(%connection, error = &error as &dyn std::error::Error, "could not be checked");
                 }
             }
@@ -326,7 +332,7 @@ impl AgentFront {
             Transport::Emulated => self.default.handle(source.message(text.to_string())).await,
         };
         if let Err(error) = outcome {
-            error!(connection = %source.connection_id, error = &error as &dyn std::error::Error, "$default failed");
+            error!(error = &error as &dyn std::error::Error, "$default failed");
             let said = serde_json::json!({ "message": "Internal server error", "connectionId": source.connection_id.as_str() });
             let _ = connection.sender().try_control(said.to_string());
         }
@@ -338,7 +344,10 @@ impl AgentFront {
             .handle(source.disconnect(code, reason))
             .await
         {
-            error!(connection = %source.connection_id, error = &error as &dyn std::error::Error, "$disconnect failed");
+            error!(
+                error = &error as &dyn std::error::Error,
+                "$disconnect failed"
+            );
         }
     }
 }

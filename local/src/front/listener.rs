@@ -131,8 +131,8 @@ async fn serve(
                 is_stopping = true;
                 connection.as_mut().graceful_shutdown();
             }
-            _ = check.tick() => if let Some(departure) = socket.departure() {
-                debug!(%peer, %departure, "connection cut");
+            _ = check.tick() => if let Some(reason) = socket.cut_reason() {
+                debug!(%peer, %reason, "connection cut");
                 socket.reset();
                 return;
             },

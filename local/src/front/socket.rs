@@ -98,7 +98,7 @@ impl Exchange {
 
 /// Why a visitor's connection is cut.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub(crate) enum Departure {
+pub(crate) enum CutReason {
     /// The visitor has closed its connection.
     #[error("the visitor has left")]
     Left,
@@ -173,19 +173,19 @@ impl VisitorSocket {
         exchange.needs_reset = exchange.version == Some(Version::HTTP_10);
     }
 
-    /// Whether the visitor has gone, as far as is known now.
-    pub(crate) fn departure(&self) -> Option<Departure> {
+    /// Why the connection is to be cut, as far as is known now.
+    pub(crate) fn cut_reason(&self) -> Option<CutReason> {
         let now = Instant::now();
         let mut exchange = self.exchange();
         if exchange
             .stalled_since
             .is_some_and(|since| now.duration_since(since) >= MAX_STALL)
         {
-            return Some(Departure::Stalled);
+            return Some(CutReason::Stalled);
         }
         exchange.version?;
         match peer_state(&self.stream) {
-            PeerState::Closed => Some(Departure::Left),
+            PeerState::Closed => Some(CutReason::Left),
             // Some end their side behind their request, at any time, and wait for the answer; others have left.
             PeerState::HalfClosed => self.probe(&mut exchange, now),
             // What is sent ahead may fill the socket, and hide the end behind it.
@@ -198,7 +198,7 @@ impl VisitorSocket {
 
     /// Asks a visitor that may have left whether it still listens. Where it cannot be asked, the next bytes of its response show
     /// it, or the system's own probes, once the visitor's system has forgotten the connection.
-    fn probe(&self, exchange: &mut Exchange, now: Instant) -> Option<Departure> {
+    fn probe(&self, exchange: &mut Exchange, now: Instant) -> Option<CutReason> {
         let since = *exchange.doubted_since.get_or_insert(now);
         let is_due = PROBE_DELAYS
             .get(exchange.probes)
@@ -211,7 +211,7 @@ impl VisitorSocket {
         match self.stream.try_write(probe) {
             Ok(length) if length == probe.len() => None,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            _ => Some(Departure::Left),
+            _ => Some(CutReason::Left),
         }
     }
 
@@ -497,11 +497,11 @@ mod tests {
             })
             .await;
         }
-        assert_eq!(socket.departure(), None);
+        assert_eq!(socket.cut_reason(), None);
         tokio::time::pause();
         tokio::time::advance(MAX_STALL - Duration::from_secs(1)).await;
-        assert_eq!(socket.departure(), None);
+        assert_eq!(socket.cut_reason(), None);
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(socket.departure(), Some(Departure::Stalled));
+        assert_eq!(socket.cut_reason(), Some(CutReason::Stalled));
     }
 }

@@ -35,7 +35,7 @@ fn visit(event: &str) -> VisitorRequest {
 fn payload_1_0_and_2_0_and_function_urls_are_read_alike() {
     let visits = HTTP.map(visit);
     assert_eq!(
-        visits.each_ref().map(|visit| visit.front),
+        visits.each_ref().map(|visit| visit.ingress),
         [
             Ingress::HttpApi(Payload::V1),
             Ingress::HttpApi(Payload::V2),
@@ -154,7 +154,7 @@ fn a_function_url_behind_a_custom_name_is_recognised_once_configured() {
             url.as_ref(),
         )
         .expect("a visit")
-        .front
+        .ingress
     };
     let domain = serde_json::from_str::<serde_json::Value>(&event).expect("JSON")["requestContext"]
         ["domainName"]

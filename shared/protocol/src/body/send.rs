@@ -145,11 +145,6 @@ impl<B: Body<Data = Bytes> + Unpin> BodySender<B> {
         }
     }
 
-    /// Whether the last part has been given out.
-    pub fn is_over(&self) -> bool {
-        self.is_over
-    }
-
     /// How many bytes of the body have been given out, counted before compression.
     pub fn sent_bytes(&self) -> u64 {
         self.chunker.cut_bytes()
