@@ -16,6 +16,7 @@ use crate::{
     config_command,
     config_file::{ConfigFile, ConfigFileError},
     endpoint::Endpoint,
+    inspector::InspectOptions,
     login::Login,
     settings::{Layer, LayerError, ProcessLayer, Settings},
     status::StatusSubject,
@@ -169,6 +170,8 @@ pub(crate) struct Invocation {
     pub log: Targets,
     /// Whether a terminal shows the console.
     pub console: bool,
+    /// What is inspected.
+    pub inspect: InspectOptions,
     /// The config files that were read.
     pub files: Vec<PathBuf>,
 }
@@ -340,6 +343,7 @@ impl Cli {
             action,
             log,
             console: process.console.unwrap_or(true),
+            inspect: process.inspect(),
             files,
         })
     }

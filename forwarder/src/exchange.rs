@@ -16,6 +16,7 @@ use tunnel_protocol::{
 
 use crate::{
     event::Event,
+    inspector::{RecordedStream, Recording},
     origin::{Origin, OriginBody, OriginError},
     outgoing::Outgoing,
     settings::Settings,
@@ -64,6 +65,7 @@ pub(crate) async fn run(
     message: HttpRequest,
     body: UploadBody,
     window: SendWindow,
+    recording: Recording,
 ) -> Event {
     let started = Instant::now();
     let method = message.method.parse().unwrap_or_default();
@@ -74,6 +76,7 @@ pub(crate) async fn run(
         outgoing: outgoing.clone(),
         window: context.has_windows.then_some(window),
         bytes: 0,
+        recording: recording.clone(),
     };
     let grants = context.has_windows.then(|| outgoing.clone());
     let (upload, progress) = UploadStream::new(body, grants);
@@ -86,6 +89,7 @@ pub(crate) async fn run(
         }
     };
     let took = started.elapsed();
+    recording.finish(&outcome);
     if outcome.is_ok() && !progress.ended().await && context.has_windows && !is_upgrade {
         // Otherwise the service would wait to be allowed more.
         outgoing.window(0).await;
@@ -118,10 +122,15 @@ async fn attempt(
             "its body cannot be decompressed",
         )
     })?;
+    let recording = &reply.recording;
     let (body, upgrade) = match (&message.upgrade, first.more) {
         (Some(_), _) => (OriginBody::Whole(Bytes::new()), Some(upload)),
-        (None, true) => (upload.into_body(first.bytes), None),
-        (None, false) => (OriginBody::Whole(first.bytes), None),
+        (None, true) => (upload.into_body(first.bytes, recording.clone()), None),
+        (None, false) => {
+            recording.request_bytes(&first.bytes);
+            recording.request_sent();
+            (OriginBody::Whole(first.bytes), None)
+        }
     };
     let request = context.origin.request(&message, body)?;
     let is_head = message.method == "HEAD";
@@ -158,6 +167,7 @@ struct ResponseSender {
     /// Which parts may be sent; `None` if the service does not know of windows.
     window: Option<SendWindow>,
     bytes: u64,
+    recording: Recording,
 }
 
 impl ResponseSender {
@@ -169,6 +179,7 @@ impl ResponseSender {
         context: &Context,
     ) -> Result<(), OriginError> {
         let (head, body) = response.into_parts();
+        self.recording.response_head(head.status, &head.headers);
         let compress = context.compresses && compression::is_compressible(&head.headers);
         let mut message = self
             .outgoing
@@ -181,7 +192,7 @@ impl ResponseSender {
             self.outgoing.send(FromAgent::HttpResponse(message)).await;
             return Ok(());
         }
-        let mut body = BodySender::new(body, Mode::Coalesced { compress });
+        let mut body = BodySender::new(self.recording.tap(body), Mode::Coalesced { compress });
         let first = self
             .first_chunk(&mut body, room, context.takes_parts)
             .await?;
@@ -208,6 +219,7 @@ impl ResponseSender {
         processing_time_ms: u64,
     ) -> Result<(), OriginError> {
         let headers = response.headers().clone();
+        self.recording.response_head(response.status(), &headers);
         let mut message = self
             .outgoing
             .response(response.status(), headers, processing_time_ms);
@@ -229,6 +241,7 @@ impl ResponseSender {
             progress,
             self.window.as_mut(),
             &self.outgoing,
+            &self.recording,
         )
         .await;
         self.bytes = sent.map_err(|error| broken(&error))?;
@@ -237,7 +250,7 @@ impl ResponseSender {
 
     async fn first_chunk(
         &self,
-        body: &mut BodySender<Incoming>,
+        body: &mut BodySender<RecordedStream<Incoming>>,
         room: usize,
         takes_parts: bool,
     ) -> Result<Chunk, OriginError> {

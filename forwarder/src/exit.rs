@@ -1,6 +1,7 @@
 //! The executable's life: start, signals, end, and the codes that it ends with.
 
 use std::{
+    convert::Infallible,
     io::{self, IsTerminal, Write},
     path::PathBuf,
     process::ExitCode,
@@ -8,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::runtime::Runtime;
+use tokio::{runtime::Runtime, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use tracing_subscriber::{fmt, layer::SubscriberExt, util::SubscriberInitExt};
@@ -22,6 +23,7 @@ use crate::{
     diagnose,
     display::{Display, Lines},
     handshake::{self, HandshakeError},
+    inspector::{InspectOptions, Inspector},
     login::{self, LoginError},
     settings::Settings,
     status::{self, StatusError},
@@ -163,6 +165,7 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
         log,
         console,
         files,
+        inspect,
     } = cli
         .invocation(config_file::default_path())
         .map_err(|error| ExitFailure::usage(&error))?;
@@ -188,7 +191,7 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
         stderr: stderr.clone(),
         console,
     };
-    let outcome = runtime.block_on(act(action, &files, output));
+    let outcome = runtime.block_on(act(action, &files, &inspect, output));
     // A look-up of a name cannot be cancelled, and may hang for as long as the network is away.
     runtime.shutdown_background();
     outcome
@@ -201,7 +204,12 @@ struct Output {
     console: Option<Console>,
 }
 
-async fn act(action: Action, files: &[PathBuf], output: Output) -> Result<(), ExitFailure> {
+async fn act(
+    action: Action,
+    files: &[PathBuf],
+    inspect: &InspectOptions,
+    output: Output,
+) -> Result<(), ExitFailure> {
     let Output {
         stdout,
         stderr,
@@ -219,7 +227,7 @@ async fn act(action: Action, files: &[PathBuf], output: Output) -> Result<(), Ex
                     .map_or_else(|| stderr.clone(), Console::log);
                 log.line(&format!("config: {}", names.join(", ")));
             }
-            return open(tunnels, &stdout, &stderr, console).await;
+            return open(tunnels, inspect, &stdout, &stderr, console).await;
         }
         Action::Release(settings, tunnel_id) => {
             stdout.line(&release(&settings, &tunnel_id).await?);
@@ -267,6 +275,7 @@ fn failed(error: &impl ToString) -> ExitFailure {
 
 async fn open(
     tunnels: Vec<Settings>,
+    inspect: &InspectOptions,
     stdout: &Lines,
     stderr: &Lines,
     console: Option<Console>,
@@ -276,8 +285,15 @@ async fn open(
     let stop = CancellationToken::new();
     let display = Display::new(stdout.clone(), stderr.clone(), tunnels.len() > 1);
     let console = console.map(Arc::new);
-    let observer = observer(display, console.clone());
-    let mut run = std::pin::pin!(crate::run(tunnels, observer, stop.clone()));
+    let (inspector, _serving) =
+        inspect_tunnels(inspect, &tunnels, console.as_deref(), stderr).await?;
+    let observer = observer(display, console.clone(), inspector.clone());
+    let mut run = std::pin::pin!(crate::run(
+        tunnels,
+        observer,
+        inspector.clone(),
+        stop.clone()
+    ));
     let stop_requested = async |signals: &mut Signals| {
         tokio::select! {
             () = signals.next() => {}
@@ -294,6 +310,7 @@ async fn open(
             }
         }
     };
+    inspector.close();
     if let Some(console) = console {
         stderr.line(&console.close());
     }
@@ -303,16 +320,41 @@ async fn open(
     }
 }
 
+/// Starts the inspector unless it is off, and says where it is. It is served for as long as the set lives.
+async fn inspect_tunnels(
+    options: &InspectOptions,
+    tunnels: &[Settings],
+    console: Option<&Console>,
+    stderr: &Lines,
+) -> Result<(Inspector, JoinSet<Infallible>), ExitFailure> {
+    let mut serving = JoinSet::new();
+    let started = Inspector::start(options, tunnels)
+        .await
+        .map_err(|error| ExitFailure::new(Exit::Failed, &error))?;
+    let Some((inspector, server)) = started else {
+        return Ok((Inspector::default(), serving));
+    };
+    match console {
+        Some(console) => console.show_inspector(server.url()),
+        None => stderr.line(&format!("inspector: {}", server.url())),
+    }
+    serving.spawn(server.run());
+    Ok((inspector, serving))
+}
+
 /// Shows what happens: in the console if there is one, else as lines. URLs are lines on a stdout that somebody else reads.
-fn observer(display: Display, console: Option<Arc<Console>>) -> Observer {
+fn observer(display: Display, console: Option<Arc<Console>>, inspector: Inspector) -> Observer {
     let prints_urls = !io::stdout().is_terminal();
-    Arc::new(move |tunnel, event| match &console {
-        None => display.show(tunnel, &event),
-        Some(console) => {
-            if prints_urls {
-                display.print_url(tunnel, &event);
+    Arc::new(move |tunnel, event| {
+        inspector.observe(tunnel, &event);
+        match &console {
+            None => display.show(tunnel, &event),
+            Some(console) => {
+                if prints_urls {
+                    display.print_url(tunnel, &event);
+                }
+                console.show(tunnel, &event);
             }
-            console.show(tunnel, &event);
         }
     })
 }

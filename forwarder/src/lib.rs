@@ -4,8 +4,8 @@
 //! [`visitor_rules`] are the values in them. [`tunnel`] keeps one tunnel open over as many connections as it takes, [`handshake`]
 //! opens a connection and [`session`] serves it. `exchange` is one request with its response, `upload` the request's body,
 //! `outgoing` what the service is told about it, `origin` the local service, and `addresses` what that is called on either side.
-//! `tunnel_ids` keeps the tunnel's address over restarts. [`event`] is what happens, `display` how the user sees it, and [`exit`]
-//! the executable's life.
+//! `tunnel_ids` keeps the tunnel's address over restarts. [`inspector`] records exchanges and shows them on a page. [`event`] is what
+//! happens, `display` how the user sees it, and [`exit`] the executable's life.
 
 mod addresses;
 mod args;
@@ -24,6 +24,7 @@ mod exchange;
 pub mod exit;
 mod failure;
 pub mod handshake;
+pub mod inspector;
 mod liveness;
 mod login;
 mod named_address;
@@ -53,25 +54,30 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tunnel_protocol::body::budget::BodyBudget;
 
-use crate::{event::Event, settings::Settings, tunnel::TunnelError};
+use crate::{event::Event, inspector::Inspector, settings::Settings, tunnel::TunnelError};
 
 /// Receives events, with the name of the tunnel they concern. Must not block.
 pub type Observer = Arc<dyn Fn(&str, Event) + Send + Sync>;
 
-/// Keeps all `tunnels` open until `stop` is cancelled, and then lets the requests in flight finish.
+/// Keeps all `tunnels` open until `stop` is cancelled, and then lets the requests in flight finish. `inspector` records them.
 ///
 /// # Errors
 /// As soon as one tunnel cannot be kept open by trying again; the others are closed then.
 pub async fn run(
     tunnels: Vec<Settings>,
     observer: Observer,
+    inspector: Inspector,
     stop: CancellationToken,
 ) -> Result<(), TunnelError> {
     let stop = stop.child_token();
     let budget = BodyBudget::default();
     let mut running: JoinSet<Result<(), TunnelError>> = tunnels
         .into_iter()
-        .map(|settings| tunnel::run(settings, observer.clone(), budget.clone(), stop.clone()))
+        .map(|settings| {
+            let recorder = inspector.recorder(&settings.name);
+            let observer = observer.clone();
+            tunnel::run(settings, observer, budget.clone(), recorder, stop.clone())
+        })
         .collect();
     let mut outcome = Ok(());
     while let Some(ended) = running.join_next().await {

@@ -28,6 +28,7 @@ use crate::{
     event::Event,
     exchange::{self, Context},
     handshake::{Opened, Socket},
+    inspector::{Recorder, Recording},
     liveness::{LIVENESS_TICK, Liveness},
     origin::Origin,
     seen_requests::SeenRequests,
@@ -63,6 +64,8 @@ pub struct TunnelContext {
     pub seen: SeenRequests,
     /// For the parts of bodies that this process holds.
     pub budget: BodyBudget,
+    /// Records every request, if the inspector is on.
+    pub recorder: Recorder,
 }
 
 /// How a session ended.
@@ -85,6 +88,7 @@ struct InFlight {
     window: WindowUpdates,
     line: RequestLine,
     reply_to: Option<ConnectionId>,
+    recording: Recording,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -482,6 +486,7 @@ impl Session {
             Ok(permit) => permit,
             Err((code, message)) => {
                 self.observe(RequestLine::of(&request).failed(message));
+                self.tunnel.recorder.begin(&request).refuse(message);
                 return self.refuse(request.request_id, request.reply_to, code, message);
             }
         };
@@ -555,7 +560,14 @@ impl Session {
         let window = WindowUpdates::default();
         let line = RequestLine::of(&request);
         let reply_to = request.reply_to.clone();
-        let exchange = exchange::run(self.context.clone(), request, body, window.window());
+        let recording = self.tunnel.recorder.begin(&request);
+        let exchange = exchange::run(
+            self.context.clone(),
+            request,
+            body,
+            window.window(),
+            recording.clone(),
+        );
         let span = info_span!("request", %id);
         let task = self.running.spawn({
             let id = id.clone();
@@ -567,6 +579,7 @@ impl Session {
             window,
             line,
             reply_to,
+            recording,
             _permit: permit,
         };
         self.requests.insert(id, in_flight);
@@ -589,6 +602,7 @@ impl Session {
             debug!(request = %id, "cancelled");
             request.task.abort();
             self.busy = Some(Instant::now());
+            request.recording.cancel("the visitor left");
             self.observe(request.line.failed("the visitor left"));
         }
     }
@@ -600,6 +614,7 @@ impl Session {
             return;
         };
         request.task.abort();
+        request.recording.cancel(message);
         self.observe(request.line.failed(message));
         self.refuse(id, request.reply_to, AgentErrorCode::Busy, message);
     }

@@ -18,6 +18,7 @@ use crate::{
     authority,
     config_file::{parsed, secret, secrets},
     endpoint::Endpoint,
+    inspector::{InspectAddress, InspectOptions, InspectSize},
     named_address::{NamedAddress, NamedAddressError},
     proxy::{Proxy, ProxyChoice, ProxyError},
     target::Target,
@@ -346,6 +347,16 @@ pub struct ProcessLayer {
     /// Whether a terminal shows the console, redrawn in place, instead of lines [default: true]
     #[arg(long, global = true, env = "TTF_CONSOLE", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub console: Option<bool>,
+    /// Where the inspector's page is: false, a port, or host:port [default: 127.0.0.1:4040, or the next free port]
+    #[arg(long, global = true, env = "TTF_INSPECT", value_name = "ADDRESS")]
+    pub inspect: Option<InspectAddress>,
+    /// How much memory the inspector may take for requests [default: 50MiB]
+    #[arg(long, global = true, env = "TTF_INSPECT_SIZE", value_name = "SIZE")]
+    #[serde(deserialize_with = "parsed")]
+    pub inspect_size: Option<InspectSize>,
+    /// A file that keeps the inspector's requests over restarts, with secrets in headers masked
+    #[arg(long, global = true, env = "TTF_INSPECT_HISTORY", value_name = "FILE")]
+    pub inspect_history: Option<PathBuf>,
 }
 
 impl ProcessLayer {
@@ -355,6 +366,22 @@ impl ProcessLayer {
         Self {
             log_level: self.log_level.as_ref().or(next.log_level.as_ref()).cloned(),
             console: self.console.or(next.console),
+            inspect: self.inspect.as_ref().or(next.inspect.as_ref()).cloned(),
+            inspect_size: self.inspect_size.or(next.inspect_size),
+            inspect_history: self
+                .inspect_history
+                .as_ref()
+                .or(next.inspect_history.as_ref())
+                .cloned(),
+        }
+    }
+
+    /// What is inspected.
+    pub fn inspect(&self) -> InspectOptions {
+        InspectOptions {
+            address: self.inspect.clone().unwrap_or_default(),
+            size: self.inspect_size,
+            history: self.inspect_history.clone(),
         }
     }
 }

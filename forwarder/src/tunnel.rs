@@ -20,6 +20,7 @@ use crate::{
     Observer,
     event::Event,
     handshake::{self, HandshakeError, Opened},
+    inspector::Recorder,
     origin::Origin,
     seen_requests::SeenRequests,
     session::{Session, SessionEnd, TunnelContext},
@@ -67,7 +68,8 @@ pub enum TunnelError {
     Replaced(String),
 }
 
-/// Keeps a tunnel open until `stop` is cancelled. What it holds of bodies counts towards `budget`.
+/// Keeps a tunnel open until `stop` is cancelled. What it holds of bodies counts towards `budget`, and `recorder` records its
+/// requests.
 ///
 /// # Errors
 /// If trying again would not help.
@@ -75,6 +77,7 @@ pub async fn run(
     settings: Settings,
     observer: Observer,
     budget: BodyBudget,
+    recorder: Recorder,
     stop: CancellationToken,
 ) -> Result<(), TunnelError> {
     let memory = match &settings.memory {
@@ -97,6 +100,7 @@ pub async fn run(
             settings: Arc::new(settings),
             observer,
             budget,
+            recorder,
         },
         stop: stop.child_token(),
         backoff: Backoff::new(MIN_PAUSE, MAX_PAUSE),

@@ -16,6 +16,7 @@ use tokio_util::io::ReaderStream;
 use tunnel_protocol::body::{BodySender, Mode, SendBodyError, window::SendWindow};
 
 use crate::{
+    inspector::{Recording, Side},
     outgoing::Outgoing,
     upload::{UploadProgress, UploadStream},
 };
@@ -35,18 +36,19 @@ pub(crate) async fn carry(
     progress: UploadProgress,
     window: Option<&mut SendWindow>,
     outgoing: &Outgoing,
+    recording: &Recording,
 ) -> io::Result<u64> {
     let (reading, writing) = split(TokioIo::new(upgraded));
     let (end, ended) = oneshot::channel();
     let to_service = async {
-        let sent = to_service(reading, window, outgoing).await;
+        let sent = to_service(reading, window, outgoing, recording).await;
         // The other direction may have ended already.
         let _ = end.send(());
         sent
     };
     let to_local_service = async {
         tokio::select! {
-            sent = to_local_service(upload, writing) => sent,
+            sent = to_local_service(upload, writing, recording) => sent,
             () = stalled(ended, progress) => Ok(()),
         }
     };
@@ -73,8 +75,12 @@ async fn to_service(
     reading: ReadHalf<TokioIo<Upgraded>>,
     mut window: Option<&mut SendWindow>,
     outgoing: &Outgoing,
+    recording: &Recording,
 ) -> io::Result<u64> {
-    let bytes = ReaderStream::with_capacity(reading, READ_BYTES).map_ok(Frame::data);
+    let bytes = ReaderStream::with_capacity(reading, READ_BYTES).map_ok(|bytes| {
+        recording.upgraded_bytes(Side::LocalService, &bytes);
+        Frame::data(bytes)
+    });
     let mut body = BodySender::new(StreamBody::new(bytes), Mode::Raw);
     body.begin();
     loop {
@@ -90,9 +96,12 @@ async fn to_service(
 async fn to_local_service(
     mut upload: UploadStream,
     mut writing: WriteHalf<TokioIo<Upgraded>>,
+    recording: &Recording,
 ) -> io::Result<()> {
     while let Some(bytes) = upload.next().await {
-        writing.write_all(&bytes?).await?;
+        let bytes = bytes?;
+        recording.upgraded_bytes(Side::Visitor, &bytes);
+        writing.write_all(&bytes).await?;
         writing.flush().await?;
     }
     writing.shutdown().await

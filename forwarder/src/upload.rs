@@ -18,7 +18,7 @@ use tunnel_protocol::body::{
     BodyReceiver, Part, ReceiveBodyError, ReceivedChunk, budget::BodyBudget,
 };
 
-use crate::{origin::OriginBody, outgoing::Outgoing};
+use crate::{inspector::Recording, origin::OriginBody, outgoing::Outgoing};
 
 /// How long an upload may stand still after its response has ended: no visitor waits for it then.
 const UPLOAD_STALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -158,6 +158,10 @@ impl UploadStream {
         (upload, UploadProgress(receiver))
     }
 
+    fn is_over(&self) -> bool {
+        self.progress.borrow().is_over
+    }
+
     fn advance(&self, is_over: bool) {
         let at = Instant::now();
         self.progress.send_replace(Progress { at, is_over });
@@ -173,15 +177,25 @@ impl UploadStream {
         Ok(first)
     }
 
-    /// The body as the local service gets it, after its first bytes.
-    pub(crate) fn into_body(self, first: Bytes) -> OriginBody {
+    /// The body as the local service gets it, after its first bytes; `recording` learns of both.
+    pub(crate) fn into_body(self, first: Bytes, recording: Recording) -> OriginBody {
+        recording.request_bytes(&first);
         let first = stream::iter([Ok(first)]);
-        let rest = stream::unfold(Some(self), async |upload| {
-            let mut upload = upload?;
-            let bytes = upload.next().await?;
-            // After an error nothing comes.
-            let upload = bytes.is_ok().then_some(upload);
-            Some((bytes, upload))
+        let rest = stream::unfold(Some(self), move |upload| {
+            let recording = recording.clone();
+            async move {
+                let mut upload = upload?;
+                let bytes = upload.next().await?;
+                if let Ok(bytes) = &bytes {
+                    recording.request_bytes(bytes);
+                }
+                if upload.is_over() {
+                    recording.request_sent();
+                }
+                // After an error nothing comes.
+                let upload = bytes.is_ok().then_some(upload);
+                Some((bytes, upload))
+            }
         });
         let frames = first.chain(rest).map(|bytes| bytes.map(Frame::data));
         OriginBody::Streamed(StreamBody::new(frames).boxed_unsync())
@@ -189,7 +203,7 @@ impl UploadStream {
 
     /// The next bytes; `None` after the last. Each part that the local service takes lets the sender send more.
     pub(crate) async fn next(&mut self) -> Option<io::Result<Bytes>> {
-        if self.progress.borrow().is_over {
+        if self.is_over() {
             return None;
         }
         self.advance(false);

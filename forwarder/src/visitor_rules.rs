@@ -84,6 +84,11 @@ impl PolicyArgs {
 }
 
 impl Policy {
+    /// The names of the fields that a request must have. Their values are secrets.
+    pub fn required_headers(&self) -> impl Iterator<Item = HeaderName> {
+        self.require_header.iter().map(|(name, _)| name.clone())
+    }
+
     /// Whether every visitor is admitted.
     pub fn is_empty(&self) -> bool {
         self.basic_auth.is_empty()

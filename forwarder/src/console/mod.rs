@@ -110,6 +110,11 @@ impl Console {
             .update(|state| state.apply(tunnel, event, Instant::now()));
     }
 
+    /// Shows where the inspector is, and opens it when its key is pressed.
+    pub(crate) fn show_inspector(&self, url: String) {
+        self.shared.update(|state| state.set_inspector_url(url));
+    }
+
     /// Where the log goes while the console has the terminal.
     pub(crate) fn log(&self) -> Lines {
         Lines::to(Log(self.shared.clone()))

@@ -272,6 +272,10 @@ impl State {
         Some(urls.browser.as_ref().unwrap_or(&urls.public))
     }
 
+    pub(super) fn set_inspector_url(&mut self, url: String) {
+        self.inspector_url = Some(url);
+    }
+
     /// Where the inspector is.
     pub(super) fn inspector_url(&self) -> Option<&str> {
         self.inspector_url.as_deref()

@@ -10,8 +10,8 @@ use std::{
 };
 
 use forwarder::{
-    Observer, event::Event, session::SOLE_PING_MESSAGE_INTERVAL, settings::Settings,
-    tunnel::TunnelError,
+    Observer, event::Event, inspector::Inspector, session::SOLE_PING_MESSAGE_INTERVAL,
+    settings::Settings, tunnel::TunnelError,
 };
 use futures_util::{SinkExt, StreamExt};
 use tokio::{
@@ -253,7 +253,12 @@ impl Agent {
         });
         let stop = CancellationToken::new();
         let mut running = JoinSet::new();
-        running.spawn(forwarder::run(vec![settings], observer, stop.clone()));
+        running.spawn(forwarder::run(
+            vec![settings],
+            observer,
+            Inspector::default(),
+            stop.clone(),
+        ));
         Self {
             events,
             stop,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use forwarder::{event::Event, settings::Settings, tunnel::TunnelError};
+use forwarder::{event::Event, inspector::Inspector, settings::Settings, tunnel::TunnelError};
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
@@ -234,13 +234,25 @@ pub(crate) fn settings_for(endpoint: &str, target: SocketAddr) -> Settings {
 impl Agent {
     /// Starts an agent that does not have to come online.
     pub(crate) fn start(settings: Settings) -> Self {
+        Self::inspected(settings, Inspector::default())
+    }
+
+    /// The same, with an inspector.
+    pub(crate) fn inspected(settings: Settings, inspector: Inspector) -> Self {
         let (send, events) = mpsc::unbounded_channel();
         let stop = CancellationToken::new();
         let mut running = JoinSet::new();
-        let observer: forwarder::Observer = Arc::new(move |_, event| {
+        let observing = inspector.clone();
+        let observer: forwarder::Observer = Arc::new(move |tunnel, event| {
+            observing.observe(tunnel, &event);
             let _ = send.send(event);
         });
-        running.spawn(forwarder::run(vec![settings], observer, stop.clone()));
+        running.spawn(forwarder::run(
+            vec![settings],
+            observer,
+            inspector,
+            stop.clone(),
+        ));
         Self {
             url: String::new(),
             events,

@@ -11,6 +11,7 @@ mod fidelity;
 mod front;
 mod harness;
 mod hostile;
+mod inspector;
 mod jwt;
 mod lifecycle;
 mod load;

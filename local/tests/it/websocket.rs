@@ -25,7 +25,7 @@ use crate::harness::{Agent, Origin, ScriptedAgent, reply, settings, visit, withi
 
 type VisitorWebSocket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-async fn one_process() -> Server {
+pub(crate) async fn one_process() -> Server {
     stack_as(Transport::InProcess).await
 }
 
@@ -41,14 +41,14 @@ async fn stack_as(transport: Transport) -> Server {
 }
 
 /// A WebSocket server that sends back what it gets, and passes on what its clients' handshakes said.
-struct EchoServer {
-    address: SocketAddr,
+pub(crate) struct EchoServer {
+    pub(crate) address: SocketAddr,
     handshakes: mpsc::UnboundedReceiver<Request>,
     _tasks: JoinSet<()>,
 }
 
 impl EchoServer {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let (seen, handshakes) = mpsc::unbounded_channel();

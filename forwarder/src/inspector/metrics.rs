@@ -1,0 +1,170 @@
+//! How many exchanges the tunnels have, how often and how long: the numbers of `/api/tunnels`.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use serde::Serialize;
+use tokio::time::Instant;
+
+/// The durations of so many exchanges are remembered.
+const MAX_DURATIONS: usize = 1024;
+/// How often rates are computed.
+const RATE_TICK: Duration = Duration::from_secs(5);
+/// Over how many minutes the rates are averaged.
+const RATE_MINUTES: [f64; 3] = [1.0, 5.0, 15.0];
+
+/// Counts the exchanges of each tunnel.
+#[derive(Debug, Default)]
+pub(crate) struct Metrics(Mutex<HashMap<Arc<str>, Counts>>);
+
+#[derive(Debug)]
+struct Counts {
+    count: u64,
+    open: u64,
+    since_tick: u32,
+    tick: Instant,
+    /// Exchanges per second.
+    rates: [f64; 3],
+    durations: VecDeque<Duration>,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self {
+            count: 0,
+            open: 0,
+            since_tick: 0,
+            tick: Instant::now(),
+            rates: [0.0; 3],
+            durations: VecDeque::new(),
+        }
+    }
+}
+
+/// The numbers of a tunnel. Rates are per second and averaged over so many minutes; percentiles are durations in nanoseconds.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Rates {
+    pub count: u64,
+    pub rate1: f64,
+    pub rate5: f64,
+    pub rate15: f64,
+    pub p50: u64,
+    pub p90: u64,
+    pub p95: u64,
+    pub p99: u64,
+}
+
+impl Metrics {
+    /// An exchange has begun.
+    pub(crate) fn started(&self, tunnel: &Arc<str>) {
+        self.with(tunnel, |counts| {
+            counts.count += 1;
+            counts.open += 1;
+            counts.advance();
+            counts.since_tick += 1;
+        });
+    }
+
+    /// An exchange took this long.
+    pub(crate) fn took(&self, tunnel: &Arc<str>, took: Duration) {
+        self.with(tunnel, |counts| {
+            if counts.durations.len() == MAX_DURATIONS {
+                counts.durations.pop_front();
+            }
+            counts.durations.push_back(took);
+        });
+    }
+
+    /// An exchange is not going on any more.
+    pub(crate) fn closed(&self, tunnel: &Arc<str>) {
+        self.with(tunnel, |counts| counts.open = counts.open.saturating_sub(1));
+    }
+
+    /// The numbers of a tunnel, and how many exchanges are going on.
+    pub(crate) fn of(&self, tunnel: &str) -> (Rates, u64) {
+        self.with(&Arc::from(tunnel), |counts| {
+            counts.advance();
+            (counts.rates(), counts.open)
+        })
+    }
+
+    fn with<T>(&self, tunnel: &Arc<str>, act: impl FnOnce(&mut Counts) -> T) -> T {
+        let mut tunnels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !tunnels.contains_key(tunnel) {
+            tunnels.insert(tunnel.clone(), Counts::default());
+        }
+        act(tunnels.get_mut(tunnel).expect("it was inserted"))
+    }
+}
+
+impl Counts {
+    /// Brings the averages up to now: each tick they move towards the rate since the last one.
+    fn advance(&mut self) {
+        let mut ticks = self.tick.elapsed().as_secs() / RATE_TICK.as_secs();
+        if ticks == 0 {
+            return;
+        }
+        self.tick += RATE_TICK * u32::try_from(ticks).unwrap_or(u32::MAX);
+        // After an hour without exchanges nothing is left of the averages.
+        ticks = ticks.min(720);
+        let mut rate = f64::from(std::mem::take(&mut self.since_tick)) / RATE_TICK.as_secs_f64();
+        for _ in 0..ticks {
+            for (average, minutes) in self.rates.iter_mut().zip(RATE_MINUTES) {
+                let weight = 1.0 - (-RATE_TICK.as_secs_f64() / 60.0 / minutes).exp();
+                *average += weight * (rate - *average);
+            }
+            rate = 0.0;
+        }
+    }
+
+    fn rates(&self) -> Rates {
+        let mut sorted: Vec<Duration> = self.durations.iter().copied().collect();
+        sorted.sort_unstable();
+        let percentile = |percent: usize| {
+            let at = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
+            let took = sorted.get(at).copied().unwrap_or_default();
+            u64::try_from(took.as_nanos()).unwrap_or(u64::MAX)
+        };
+        Rates {
+            count: self.count,
+            rate1: self.rates[0],
+            rate5: self.rates[1],
+            rate15: self.rates[2],
+            p50: percentile(50),
+            p90: percentile(90),
+            p95: percentile(95),
+            p99: percentile(99),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn rates_follow_the_exchanges_and_fade() {
+        let metrics = Metrics::default();
+        let tunnel = Arc::from("web");
+        for _ in 0..120 {
+            for _ in 0..10 {
+                metrics.started(&tunnel);
+                metrics.took(&tunnel, Duration::from_millis(5));
+                metrics.closed(&tunnel);
+            }
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        let (rates, open) = metrics.of("web");
+        assert_eq!(
+            (rates.count, open, rates.p50, rates.p99),
+            (1200, 0, 5_000_000, 5_000_000)
+        );
+        assert!((7.0..10.0).contains(&rates.rate1), "{rates:?}");
+        assert!(rates.rate15 < rates.rate1);
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        assert!(metrics.of("web").0.rate1 < 0.001);
+    }
+}
