@@ -136,9 +136,12 @@ impl Findings {
         }
     }
 
-    /// The tunnel was back in time after each fault.
+    /// The tunnel was back in time after each fault, and what was to end has ended.
     pub(crate) fn of_spells(&mut self, world: &World, spells: &[Spell]) {
         for spell in spells {
+            for problem in &spell.problems {
+                self.add(format!("{problem}: {}", line(world, spell)));
+            }
             let limit = spell.back_within();
             match spell.back_after {
                 Some(time) if time <= limit => {}

@@ -1,6 +1,6 @@
 //! What goes wrong, and what visitors may see of it.
 
-use std::time::Duration;
+use std::{io::Write, process::ExitStatus, time::Duration};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::{
@@ -24,6 +24,14 @@ const NOTICED_WITHIN: Duration = Duration::from_secs(30);
 pub(crate) const AGE: &str = "20s";
 /// A process that was killed is started again after this time at the latest.
 const LONGEST_DOWNTIME: Duration = Duration::from_secs(2);
+/// A process that was asked to end has done so within this time. The service and the agent promise ten seconds.
+const ENDS_WITHIN: Duration = Duration::from_secs(11);
+/// Of two agents one has ended within this time: what a network that is down delays, and one ping interval.
+const ONE_IS_LEFT_WITHIN: Duration = Duration::from_secs(60);
+/// With this code an agent ends because another one has taken its tunnel over.
+const TAKEN_OVER: i32 = 5;
+/// How often processes are looked at that are to end.
+const POLL: Duration = Duration::from_millis(20);
 /// How many requests fill the agent, and how long each stays.
 const FILLING: usize = 300;
 const FILLING_MS: u64 = 2000;
@@ -34,6 +42,8 @@ pub(crate) enum Fault {
     KillAgent,
     KillService,
     KillLocalService,
+    EndAgent,
+    EndService,
     StopAgent,
     StopService,
     StopLocalService,
@@ -47,9 +57,11 @@ pub(crate) enum Fault {
     ForgetConnections,
     DelayBytes,
     ThrottleBytes,
+    ReorderMessages,
     FillAgent,
     SecondAgent,
     StallTables,
+    FillDisk,
 }
 
 /// What a fault is about. Two at once are about two things.
@@ -62,10 +74,12 @@ pub(crate) enum Place {
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 19] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::KillAgent,
         Self::KillService,
         Self::KillLocalService,
+        Self::EndAgent,
+        Self::EndService,
         Self::StopAgent,
         Self::StopService,
         Self::StopLocalService,
@@ -79,15 +93,34 @@ impl Fault {
         Self::ForgetConnections,
         Self::DelayBytes,
         Self::ThrottleBytes,
+        Self::ReorderMessages,
         Self::FillAgent,
         Self::SecondAgent,
         Self::StallTables,
+        Self::FillDisk,
     ];
+
+    /// Whether it can be done here.
+    pub(crate) fn is_possible(self, world: &World) -> bool {
+        match self {
+            Self::DropPackets => world.can_drop_packets,
+            Self::FillDisk => world.can_fill_disk,
+            _ => true,
+        }
+    }
 
     pub(crate) fn place(self) -> Place {
         match self {
-            Self::KillAgent | Self::StopAgent | Self::FillAgent | Self::SecondAgent => Place::Agent,
-            Self::KillService | Self::StopService | Self::StallTables => Place::Service,
+            Self::KillAgent
+            | Self::EndAgent
+            | Self::StopAgent
+            | Self::FillAgent
+            | Self::SecondAgent => Place::Agent,
+            Self::KillService
+            | Self::EndService
+            | Self::StopService
+            | Self::StallTables
+            | Self::FillDisk => Place::Service,
             Self::KillLocalService | Self::StopLocalService => Place::LocalService,
             Self::ResetConnections
             | Self::CloseToAgent
@@ -98,7 +131,8 @@ impl Fault {
             | Self::DropPackets
             | Self::ForgetConnections
             | Self::DelayBytes
-            | Self::ThrottleBytes => Place::Network,
+            | Self::ThrottleBytes
+            | Self::ReorderMessages => Place::Network,
         }
     }
 
@@ -111,11 +145,17 @@ impl Fault {
             | Self::CloseToService
             | Self::RefuseConnections
             | Self::KillService
+            | Self::EndService
             | Self::StopService => &["agent_lost", "tunnel_offline"],
-            // An agent that is asked to end takes no more requests while it finishes those that it has.
-            Self::SecondAgent => &["agent_lost", "tunnel_offline", "agent_busy"],
+            // Requests go on to the agent that takes over, but for those that do not fit into one message.
+            Self::SecondAgent => &["tunnel_offline"],
+            // An agent that is asked to end takes no more requests while it finishes those that it has. What is sent to it when it
+            // has closed the connection crosses its close frame and is lost.
+            Self::EndAgent => &["agent_lost", "tunnel_offline", "agent_busy"],
             // The agent cannot move in time, and lookups fail.
-            Self::StallTables => &["agent_lost", "tunnel_offline", "internal_error"],
+            Self::StallTables | Self::FillDisk => {
+                &["agent_lost", "tunnel_offline", "internal_error"]
+            }
             // Messages for the agent wait, until there are too many.
             Self::StopAgent
             | Self::HoldBytes
@@ -129,7 +169,7 @@ impl Fault {
                 "agent_busy",
                 "agent_lost",
             ],
-            Self::DelayBytes => &[],
+            Self::DelayBytes | Self::ReorderMessages => &[],
             // A transfer may take longer than the ten seconds that connections live.
             Self::ThrottleBytes => &["agent_busy", "agent_lost", "local_timeout"],
             Self::FillAgent => &["agent_busy"],
@@ -138,7 +178,14 @@ impl Fault {
 
     /// Whether connections of visitors may end before their answers do.
     pub(crate) fn breaks(self) -> bool {
-        !matches!(self, Self::DelayBytes | Self::FillAgent)
+        !matches!(
+            self,
+            Self::EndAgent
+                | Self::SecondAgent
+                | Self::DelayBytes
+                | Self::ReorderMessages
+                | Self::FillAgent
+        )
     }
 
     /// When the tunnel must answer again, counted from its end.
@@ -150,29 +197,31 @@ impl Fault {
         }
     }
 
-    /// Lets it happen for `time`.
+    /// Lets it happen for `time`, and says what went wrong that visitors did not see.
     pub(crate) async fn run(
         self,
         world: &World,
         time: Duration,
         random: &mut StdRng,
-    ) -> std::io::Result<()> {
+    ) -> std::io::Result<Option<String>> {
         match self {
+            Self::EndAgent | Self::EndService => return end(world, self.place(), time).await,
+            Self::SecondAgent => return second_agent(world, time).await,
             Self::KillAgent | Self::KillService | Self::KillLocalService => {
                 let age = (self == Self::KillService)
                     .then(|| [AGE, AGE, "2h"][random.random_range(0..3)]);
-                kill(world, self.place(), time.min(LONGEST_DOWNTIME), age).await
+                kill(world, self.place(), time.min(LONGEST_DOWNTIME), age).await?;
             }
             Self::StopAgent | Self::StopService | Self::StopLocalService => {
-                stop(world, self.place(), time).await
+                stop(world, self.place(), time).await?;
             }
-            Self::FillAgent => fill(world).await,
-            Self::SecondAgent => second_agent(world, time).await,
-            Self::StallTables => stall_tables(world, time).await,
+            Self::FillAgent => fill(world).await?,
+            Self::StallTables => stall_tables(world, time).await?,
+            Self::FillDisk => fill_disk(world, time).await?,
             Self::DropPackets => {
                 world.drop_packets(true)?;
                 sleep(time).await;
-                world.drop_packets(false)
+                world.drop_packets(false)?;
             }
             Self::ResetConnections
             | Self::CloseToAgent
@@ -182,11 +231,10 @@ impl Fault {
             | Self::SwallowBytes
             | Self::ForgetConnections
             | Self::DelayBytes
-            | Self::ThrottleBytes => {
-                self.disturb(&world.network, time, random).await;
-                Ok(())
-            }
+            | Self::ThrottleBytes
+            | Self::ReorderMessages => self.disturb(&world.network, time, random).await,
         }
+        Ok(None)
     }
 
     /// Lets a fault of the proxy between agent and service happen.
@@ -203,6 +251,7 @@ impl Fault {
             Self::ForgetConnections => mode.forget_before = next,
             Self::DelayBytes => mode.delay = delay,
             Self::ThrottleBytes => mode.bytes_per_second = Some(rate),
+            Self::ReorderMessages => mode.reorders = true,
             _ => unreachable!("{self:?} is not a fault of the proxy"),
         });
         if self.lasts() {
@@ -216,7 +265,7 @@ impl Fault {
                 mode.reset_before
             };
             (mode.refuses, mode.holds, mode.swallows) = (false, false, false);
-            (mode.delay, mode.bytes_per_second) = (Duration::ZERO, None);
+            (mode.reorders, mode.delay, mode.bytes_per_second) = (false, Duration::ZERO, None);
         });
     }
 
@@ -273,21 +322,70 @@ async fn fill(world: &World) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Another agent asks for the same tunnel, and one of both ends. The one that is left goes on as the first one.
-async fn second_agent(world: &World, time: Duration) -> std::io::Result<()> {
-    let mut second = lock(&world.agent).twin("second-ttf")?;
+/// Asks a process to end, and starts it again.
+async fn end(world: &World, place: Place, time: Duration) -> std::io::Result<Option<String>> {
+    let (name, asked) = (lock(process(world, place)).name, Instant::now());
+    lock(process(world, place)).signal("TERM")?;
+    let status = loop {
+        if let Some(status) = lock(process(world, place)).ended() {
+            break Some(status);
+        }
+        if asked.elapsed() > ENDS_WITHIN {
+            break None;
+        }
+        sleep(POLL).await;
+    };
+    let problem = match status {
+        Some(status) if status.success() => None,
+        Some(status) => Some(format!("{name} was asked to end: {status}")),
+        None => Some(format!("{name} did not end within {ENDS_WITHIN:?}")),
+    };
+    lock(process(world, place)).kill()?;
+    sleep(time.min(LONGEST_DOWNTIME)).await;
+    lock(process(world, place)).restart(|_| {})?;
+    Ok(problem)
+}
+
+/// Another agent asks for the same tunnel. One of both ends, and the other is the agent from now on.
+async fn second_agent(world: &World, time: Duration) -> std::io::Result<Option<String>> {
+    let mut second = lock(&world.agent).twin()?;
     sleep(time).await;
-    second.terminate()?;
-    let mut first = lock(&world.agent);
-    match first.ended() {
-        Some(_) => first.restart(|_| {}),
-        None => Ok(()),
+    let since = Instant::now();
+    let (first_status, second_status) = loop {
+        let ended = (lock(&world.agent).ended(), second.ended());
+        if ended != (None, None) || since.elapsed() > ONE_IS_LEFT_WITHIN {
+            break ended;
+        }
+        sleep(POLL).await;
+    };
+    if first_status.is_some() {
+        std::mem::swap(&mut *lock(&world.agent), &mut second);
     }
+    let is_taken_over =
+        |status: Option<ExitStatus>| status.and_then(|status| status.code()) == Some(TAKEN_OVER);
+    Ok(match (first_status, second_status) {
+        (Some(first), Some(other)) => Some(format!("both agents ended: {first}, {other}")),
+        (None, None) => Some("neither of two agents has ended".to_owned()),
+        (one, other) if is_taken_over(one.or(other)) => None,
+        (one, other) => Some(format!("one of two agents ended: {:?}", one.or(other))),
+    })
+}
+
+/// The disk with the database is full.
+async fn fill_disk(world: &World, time: Duration) -> std::io::Result<()> {
+    let path = world.data().join("filler");
+    let mut filler = std::fs::File::create(&path)?;
+    for block in [64 * 1024, 4096] {
+        let bytes = vec![0; block];
+        while filler.write_all(&bytes).is_ok() {}
+    }
+    sleep(time).await;
+    std::fs::remove_file(path)
 }
 
 /// Another process writes to the database and does not come to an end.
 async fn stall_tables(world: &World, time: Duration) -> std::io::Result<()> {
-    let database = rusqlite::Connection::open(world.logs.join("data").join("tunnel.db"))
+    let database = rusqlite::Connection::open(world.data().join("tunnel.db"))
         .map_err(std::io::Error::other)?;
     database
         .busy_timeout(Duration::from_secs(10))
@@ -303,6 +401,8 @@ async fn stall_tables(world: &World, time: Duration) -> std::io::Result<()> {
 #[derive(Clone, Debug)]
 pub(crate) struct Spell {
     pub(crate) faults: Vec<Fault>,
+    /// What went wrong that visitors did not see.
+    pub(crate) problems: Vec<String>,
     pub(crate) began: Instant,
     pub(crate) ended: Instant,
     /// How long after its end a request was answered; none if none was.
@@ -329,19 +429,18 @@ impl Spell {
                 if let Some(fault) = faults.first() {
                     fault.run(world, time, random).await
                 } else {
-                    Ok(())
+                    Ok(None)
                 }
             },
             async {
                 if let Some(fault) = faults.get(1) {
                     fault.run(world, time.mul_f64(0.7), &mut other).await
                 } else {
-                    Ok(())
+                    Ok(None)
                 }
             },
         );
-        first?;
-        second?;
+        let problems = first?.into_iter().chain(second?).collect();
         let ended = Instant::now();
         let back_after = world.until_it_answers(Duration::from_secs(90)).await;
         // What was forgotten on the way may be noticed later than the tunnel is back, because the agent moves to other connections.
@@ -354,6 +453,7 @@ impl Spell {
         sleep_until(settled).await;
         Ok(Self {
             faults: faults.to_vec(),
+            problems,
             began,
             ended,
             back_after,

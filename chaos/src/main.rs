@@ -1,5 +1,5 @@
 //! Faults under load, at random: processes killed and stopped, the network between agent and service cut, delayed and silent, the
-//! agent full. `make chaos` runs it with the built executables; CONTRIBUTING.md says what it checks.
+//! agent or the disk full. `make chaos` runs it with the built executables; CONTRIBUTING.md says what it checks.
 
 #![expect(clippy::print_stdout, reason = "what is found is for whoever runs it")]
 
@@ -7,6 +7,7 @@ mod check;
 mod content;
 mod fault;
 mod load;
+mod message;
 mod process;
 mod proxy;
 mod scenario;
@@ -44,7 +45,7 @@ pub(crate) struct Cli {
     /// Where logs are written; kept when a check fails [default: a directory under /tmp]
     #[arg(long, env = "CHAOS_LOGS", global = true)]
     logs: Option<PathBuf>,
-    /// This process has a network of its own, in which packets can be dropped
+    /// This process has a network and mounts of its own: a disk can be filled, and with iptables packets can be dropped
     #[arg(long, hide = true, global = true)]
     isolated: bool,
     #[command(subcommand)]
@@ -96,21 +97,22 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether this process may make a network of its own and drop packets in it.
+/// Whether this process may have a network of its own, and mount a small disk that others do not see.
 fn can_isolate() -> bool {
-    let try_it = "ip link set lo up && iptables -A INPUT -s 127.0.0.2 -j DROP";
+    let try_it = "ip link set lo up && mount -t tmpfs tmpfs /mnt";
     Command::new("unshare")
-        .args(["--net", "sh", "-c", try_it])
+        .args(["--net", "--mount", "sh", "-c", try_it])
         .output()
         .is_ok_and(|output| output.status.success())
 }
 
-/// Runs this program in a network of its own, which ends with it.
+/// Runs this program with a network and mounts of its own, which end with it.
 fn isolated() -> ExitCode {
     let this = std::env::current_exe().expect("a running executable has a path");
     let status = Command::new("unshare")
         .args([
             "--net",
+            "--mount",
             "sh",
             "-c",
             "ip link set lo up && exec \"$0\" \"$@\"",

@@ -46,10 +46,10 @@ impl Process {
         })
     }
 
-    /// Starts another one with the same arguments, which logs under a name of its own.
-    pub(crate) fn twin(&self, name: &'static str) -> io::Result<Self> {
+    /// Starts another one with the same arguments, which writes to the same log.
+    pub(crate) fn twin(&self) -> io::Result<Self> {
         let logs = self.log.parent().unwrap_or(Path::new("."));
-        Self::start(name, &self.program, self.arguments.clone(), logs)
+        Self::start(self.name, &self.program, self.arguments.clone(), logs)
     }
 
     pub(crate) fn kill(&mut self) -> io::Result<()> {

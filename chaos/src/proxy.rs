@@ -11,9 +11,14 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
+use crate::message::{Message, Messages, Order};
+
 /// Bytes on the way in one direction: this many pieces of [`PIECE`].
 const PIECES: usize = 64;
 const PIECE: usize = 16 * 1024;
+/// How many of the messages that may wait do so while [`Mode::reorders`], and for how long at most.
+const LATE_SHARE: f64 = 0.3;
+const LATEST: Duration = Duration::from_millis(150);
 
 /// How the network is. Connections are numbered as they come; `..._before` is about those with smaller numbers.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +33,8 @@ pub(crate) struct Mode {
     pub(crate) delay: Duration,
     /// Each way, for each connection.
     pub(crate) bytes_per_second: Option<u32>,
+    /// Messages overtake each other, as those of a WebSocket API do.
+    pub(crate) reorders: bool,
     /// Are reset.
     pub(crate) reset_before: u64,
     /// Vanish, as behind a router that has forgotten them, and are not told.
@@ -173,26 +180,100 @@ async fn read(
     mode: watch::Receiver<Mode>,
 ) {
     let mut buffer = vec![0; PIECE];
-    while let Ok(length @ 1..) = reader.read(&mut buffer).await {
-        let (loses, delay) = {
-            let mode = mode.borrow();
-            (mode.loses(number), mode.delay)
+    let (mut messages, mut line) = (Messages::default(), Line::new(send, mode.clone()));
+    loop {
+        let length = tokio::select! {
+            read = reader.read(&mut buffer) => match read {
+                Ok(length @ 1..) => length,
+                _ => break,
+            },
+            () = line.until_one_is_due() => {
+                if line.send_late(Instant::now()).await.is_err() {
+                    return;
+                }
+                continue;
+            }
         };
-        if !loses
-            && send
-                .send((
-                    Instant::now() + delay,
-                    Bytes::copy_from_slice(&buffer[..length]),
-                ))
-                .await
-                .is_err()
-        {
-            return;
+        if mode.borrow().loses(number) {
+            continue;
+        }
+        messages.add(&buffer[..length]);
+        while let Some(message) = messages.next() {
+            if line.pass(message).await.is_err() {
+                return;
+            }
         }
     }
+    if let Some(rest) = messages.rest() {
+        let _ = line.pass(rest).await;
+    }
+    let _ = line.send_late(Instant::now() + LATEST).await;
     // That it has ended is lost as well.
     let mut mode = mode;
     let _ = mode.wait_for(|mode| !mode.loses(number)).await;
+}
+
+/// Messages in the order in which they go on.
+struct Line {
+    send: mpsc::Sender<(Instant, Bytes)>,
+    mode: watch::Receiver<Mode>,
+    /// Those that others overtake, and until when.
+    late: Vec<(Instant, Bytes)>,
+}
+
+/// Nobody takes what is sent.
+struct ClosedError;
+
+impl Line {
+    fn new(send: mpsc::Sender<(Instant, Bytes)>, mode: watch::Receiver<Mode>) -> Self {
+        let late = Vec::new();
+        Self { send, mode, late }
+    }
+
+    /// Sends a message on, or lets it wait.
+    async fn pass(&mut self, message: Message) -> Result<(), ClosedError> {
+        if message.order == Order::IsLast {
+            self.send_late(Instant::now() + LATEST).await?;
+        }
+        let waits = message.order == Order::MayWait
+            && self.mode.borrow().reorders
+            && rand::random_bool(LATE_SHARE);
+        if waits {
+            let due = Instant::now() + LATEST.mul_f64(rand::random());
+            let at = self.late.partition_point(|(other, _)| *other < due);
+            self.late.insert(at, (due, message.bytes));
+            return Ok(());
+        }
+        self.send(message.bytes).await
+    }
+
+    /// Sends on what has waited until `now`.
+    async fn send_late(&mut self, now: Instant) -> Result<(), ClosedError> {
+        let due = self.late.partition_point(|(due, _)| *due <= now);
+        for (_, bytes) in self.late.drain(..due).collect::<Vec<_>>() {
+            self.send(bytes).await?;
+        }
+        Ok(())
+    }
+
+    async fn until_one_is_due(&self) {
+        match self.late.first() {
+            Some((due, _)) => sleep_until(*due).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn send(&self, mut bytes: Bytes) -> Result<(), ClosedError> {
+        let due = Instant::now() + self.mode.borrow().delay;
+        while !bytes.is_empty() {
+            let piece = bytes.split_to(PIECE.min(bytes.len()));
+            self.send
+                .send((due, piece))
+                .await
+                .map_err(|_| ClosedError)?;
+        }
+        Ok(())
+    }
 }
 
 async fn write(

@@ -25,14 +25,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<bool> {
     let seed = cli
         .seed
         .unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
-    println!(
-        "seed {seed}; packets {}",
-        if cli.isolated {
-            "can be dropped"
-        } else {
-            "cannot be dropped here: that takes root, unshare and iptables"
-        }
-    );
+    println!("seed {seed}");
     match cli.scenario.as_ref().unwrap_or(&Scenario::Faults) {
         Scenario::Faults | Scenario::Service { .. } => faults(&cli, seed).await,
         Scenario::Rollovers => rollovers(&cli, seed).await,
@@ -75,16 +68,7 @@ async fn faults(cli: &Cli, seed: u64) -> anyhow::Result<bool> {
 /// Faults in random order, each kind once before any comes again, with calm between them.
 async fn happen(world: &World, cli: &Cli, seed: u64, end: Instant) -> anyhow::Result<Vec<Spell>> {
     let mut random = StdRng::seed_from_u64(seed);
-    let is_wanted = |fault: &Fault| {
-        let name = format!("{fault:?}").to_lowercase();
-        (world.can_drop_packets || *fault != Fault::DropPackets)
-            && cli.only.as_ref().is_none_or(|only| {
-                only.split(',')
-                    .any(|part| name.contains(&part.to_lowercase()))
-            })
-    };
-    let wanted: Vec<Fault> = Fault::ALL.into_iter().filter(is_wanted).collect();
-    anyhow::ensure!(!wanted.is_empty(), "no fault has such a name");
+    let wanted = wanted(world, cli)?;
     let (mut deck, mut spells) = (Vec::new(), Vec::new());
     loop {
         sleep(Duration::from_millis(random.random_range(1500..4000))).await;
@@ -128,6 +112,25 @@ async fn happen(world: &World, cli: &Cli, seed: u64, end: Instant) -> anyhow::Re
         }
         spells.push(spell);
     }
+}
+
+/// The faults that are asked for, and that can be done here.
+fn wanted(world: &World, cli: &Cli) -> anyhow::Result<Vec<Fault>> {
+    let is_asked_for = |fault: &Fault| {
+        let name = format!("{fault:?}").to_lowercase();
+        cli.only.as_ref().is_none_or(|only| {
+            only.split(',')
+                .any(|part| name.contains(&part.to_lowercase()))
+        })
+    };
+    let asked_for = Fault::ALL.into_iter().filter(is_asked_for);
+    let (wanted, impossible): (Vec<_>, Vec<_>) =
+        asked_for.partition(|fault| fault.is_possible(world));
+    for fault in impossible {
+        println!("{fault:?} is left out: it takes root and unshare, and iptables to drop packets");
+    }
+    anyhow::ensure!(!wanted.is_empty(), "no fault has such a name");
+    Ok(wanted)
 }
 
 /// Does something while memory is measured every second.
@@ -206,6 +209,7 @@ impl Outage {
         let back_after = world.until_it_answers(Duration::from_secs(60)).await;
         let spell = Spell {
             faults: vec![Fault::DropPackets],
+            problems: Vec::new(),
             began,
             ended,
             back_after,

@@ -26,6 +26,11 @@ const MAX_CONCURRENT: u32 = 128;
 /// Longer than any answer takes without a fault.
 const REQUEST_TIMEOUT: &str = "20s";
 
+/// The directory, below that of the logs, with the service's data.
+const DATA: &str = "data";
+/// The size of its disk. The database and its log need less than 8 MiB.
+const DISK_BYTES: u32 = 16 * 1024 * 1024;
+
 /// How often a request is made to see whether the tunnel answers.
 const PROBE: Duration = Duration::from_millis(100);
 
@@ -40,7 +45,10 @@ pub(crate) struct World {
     pub(crate) begun: Instant,
     pub(crate) logs: PathBuf,
     pub(crate) ledger: PathBuf,
+    /// This needs iptables and a network of our own.
     pub(crate) can_drop_packets: bool,
+    /// The disk with the service's data is small and nothing else is on it.
+    pub(crate) can_fill_disk: bool,
     visitors_at: SocketAddr,
     local_service_at: SocketAddr,
 }
@@ -49,6 +57,9 @@ impl World {
     /// Starts everything, and returns when the tunnel answers. Connections live `age` if that is given.
     pub(crate) async fn start(cli: &Cli, age: Option<&str>) -> anyhow::Result<Self> {
         let files = Files::new(cli)?;
+        if cli.isolated {
+            files.mount_disk()?;
+        }
         let visitors_at = free_port()?;
         let local_service_at = SocketAddr::new(visitors_at.ip(), visitors_at.port() + 3000);
         let local_service = files.start_local_service(local_service_at)?;
@@ -66,7 +77,8 @@ impl World {
             begun,
             ledger: files.ledger(),
             logs: files.logs,
-            can_drop_packets: cli.isolated,
+            can_drop_packets: cli.isolated && has_iptables(),
+            can_fill_disk: cli.isolated,
             visitors_at,
             local_service_at,
         };
@@ -125,6 +137,11 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// Where the service keeps its data.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.logs.join(DATA)
     }
 
     /// The processes, most interesting first.
@@ -202,6 +219,18 @@ impl Files {
         self.logs.join("ledger")
     }
 
+    /// Gives the service's data a disk of its own, which is easily filled.
+    fn mount_disk(&self) -> anyhow::Result<()> {
+        let data = self.logs.join(DATA);
+        std::fs::create_dir_all(&data)?;
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={DISK_BYTES}"), "tmpfs"])
+            .arg(&data)
+            .status()?;
+        ensure!(status.success(), "a disk cannot be mounted");
+        Ok(())
+    }
+
     fn start_local_service(&self, listen: SocketAddr) -> io::Result<Process> {
         let ledger = self.ledger();
         let arguments = ["service", &listen.to_string(), &ledger.to_string_lossy()];
@@ -214,7 +243,7 @@ impl Files {
             "--listen",
             &listen.to_string(),
             "--data",
-            &self.logs.join("data").to_string_lossy(),
+            &self.logs.join(DATA).to_string_lossy(),
         ]
         .map(str::to_owned)
         .to_vec();
@@ -243,6 +272,13 @@ impl Files {
         Process::start("ttf", &self.bin.join("ttf"), arguments, &self.logs)
             .context("cannot start ttf")
     }
+}
+
+fn has_iptables() -> bool {
+    Command::new("iptables")
+        .args(["-L", "INPUT"])
+        .output()
+        .is_ok_and(|output| output.status.success())
 }
 
 /// Held between awaits only.
