@@ -22,6 +22,7 @@ CARGO_FUZZ := 0.13.2
 # make invoke EVENT=ready   runs a function in a container with sam local invoke; needs a running `tunnel-local --samples`.
 #                           EVENT: connect disconnect ready ping http-response body-part agent-error http-v1 http-v2 url
 # make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with direct access
+# make inspector            looks at the inspector's page in headless Chromium
 # make fuzz                 runs each target of fuzz/fuzz_targets for FUZZ_SECONDS; make fuzz-decode runs one of them
 #                           failures go to fuzz/artifacts, inputs to fuzz/corpus
 # make chaos                injects random faults into the built executables while visitors use the tunnel, for CHAOS_SECONDS;
@@ -38,7 +39,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than the longest message. For the others, libFuzzer's default of 4,096 bytes is enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers chaos fuzz $(FUZZ)
+.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers inspector chaos fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -112,6 +113,9 @@ e2e-deploy: tools
 servers: build
 	.ci/servers $(BIN)
 	.ci/frameworks $(BIN)
+
+inspector: build
+	.ci/inspector/run $(BIN)
 
 chaos: build
 	$(BIN)/chaos $(SCENARIO)
