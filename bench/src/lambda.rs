@@ -50,8 +50,8 @@ const STREAMED: usize = 64;
 pub enum Outcome {
     /// A complete response.
     Whole(Bytes),
-    /// A streamed response, prelude first.
-    Stream(mpsc::Receiver<Bytes>),
+    /// A streamed response, prelude first. An error says that it broke off.
+    Stream(mpsc::Receiver<Result<Bytes, axum::Error>>),
     /// The function returned an error, exited, or took too long.
     Failed(String),
 }
@@ -387,7 +387,7 @@ async fn answer(
         // The visitor may have left; as in AWS, the function is not notified.
         let _ = running.answer.send(Outcome::Stream(receiver));
         let mut body = body.into_data_stream();
-        while let Some(Ok(chunk)) = body.next().await {
+        while let Some(chunk) = body.next().await {
             let _ = chunks.send(chunk).await;
         }
         lambda.ran(&environment, running.since);

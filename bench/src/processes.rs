@@ -27,6 +27,35 @@ pub fn built() -> anyhow::Result<PathBuf> {
         .context("not in a target directory")
 }
 
+/// Builds the executables of all packages, which cargo does not do for a test of this one, and returns their directory.
+///
+/// # Errors
+/// If they cannot be built.
+pub fn build() -> anyhow::Result<PathBuf> {
+    let mut cargo = Command::new(env!("CARGO"));
+    // These variables describe the package of the test; they would make the build scripts of others run again.
+    for (name, _) in std::env::vars_os() {
+        let is_of_package = [
+            "CARGO_PKG_",
+            "CARGO_MANIFEST_",
+            "CARGO_CRATE_",
+            "CARGO_BIN_",
+        ]
+        .iter()
+        .any(|start| name.to_str().is_some_and(|name| name.starts_with(start)));
+        if is_of_package {
+            cargo.env_remove(name);
+        }
+    }
+    cargo.args(["build", "--locked", "--quiet", "--workspace", "--bins"]);
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
+    }
+    let status = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status()?;
+    anyhow::ensure!(status.success(), "the executables cannot be built");
+    built()
+}
+
 /// A process that ends when it is dropped.
 pub struct Process {
     child: Child,

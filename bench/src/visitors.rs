@@ -144,7 +144,7 @@ async fn serve_function_url(State(fronts): State<Fronts>, request: Request) -> R
         {
             break end;
         }
-        let Some(chunk) = chunks.recv().await else {
+        let Some(Ok(chunk)) = chunks.recv().await else {
             return say(StatusCode::BAD_GATEWAY, "Internal Server Error");
         };
         start.extend_from_slice(&chunk);
@@ -157,13 +157,10 @@ async fn serve_function_url(State(fronts): State<Fronts>, request: Request) -> R
         (Some(first), chunks, under_way),
         |(first, mut chunks, under_way)| async move {
             let chunk = match first {
-                Some(first) => first,
+                Some(first) => Ok(first),
                 None => chunks.recv().await?,
             };
-            Some((
-                Ok::<_, std::convert::Infallible>(chunk),
-                (None, chunks, under_way),
-            ))
+            Some((chunk, (None, chunks, under_way)))
         },
     );
     answer.into_response(Body::from_stream(rest))

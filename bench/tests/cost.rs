@@ -4,7 +4,7 @@
 #![allow(clippy::panic, reason = "a story that goes wrong ends here")]
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "so does this")]
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{path::Path, time::Duration};
 
 use tokio::time::timeout;
 use tunnel_bench::{
@@ -36,39 +36,6 @@ fn the_page_has_the_prices_of_logs_and_streams() {
     }
 }
 
-/// The current executables. Cargo does not build those of other packages for a test.
-fn executables() -> std::path::PathBuf {
-    let mut cargo = Command::new(env!("CARGO"));
-    // These variables describe this test's package; they would make the build scripts of others run again.
-    for (name, _) in std::env::vars_os() {
-        let is_of_package = [
-            "CARGO_PKG_",
-            "CARGO_MANIFEST_",
-            "CARGO_CRATE_",
-            "CARGO_BIN_",
-        ]
-        .iter()
-        .any(|start| name.to_str().is_some_and(|name| name.starts_with(start)));
-        if is_of_package {
-            cargo.env_remove(name);
-        }
-    }
-    let status = cargo
-        .args([
-            "build",
-            "--release",
-            "--locked",
-            "--quiet",
-            "--workspace",
-            "--bins",
-        ])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status()
-        .expect("cargo");
-    assert!(status.success(), "the executables cannot be built");
-    processes::built().expect("a target directory")
-}
-
 fn said(log: &Path) -> String {
     std::fs::read_to_string(log).unwrap_or_default()
 }
@@ -92,7 +59,7 @@ async fn cheapest(cloud: &Cloud, url: &str, length: usize) -> (Usage, Counts) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_through_the_functions_executables_match_the_formula() {
-    let executables = executables();
+    let executables = processes::build().expect("executables");
     let work = tempfile::tempdir().expect("a directory");
     let log = work.path().join("functions.log");
     let story = async {
