@@ -41,6 +41,22 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// Fields in which proxies and content delivery networks tell a visitor's address, and from which frameworks take it, beside those
+/// that begin with `x-forwarded-`.
+const VISITOR_ADDRESS: [&str; 11] = [
+    "cf-connecting-ip",
+    "client-ip",
+    "fastly-client-ip",
+    "forwarded",
+    "forwarded-for",
+    "true-client-ip",
+    "x-client-ip",
+    "x-cluster-client-ip",
+    "x-forwarded",
+    "x-originating-ip",
+    "x-real-ip",
+];
+
 /// Removes everything a visitor may claim about where a request comes from: only what the front saw
 /// counts.
 pub fn remove_forwarding(headers: &mut HeaderMap) {
@@ -49,11 +65,7 @@ pub fn remove_forwarding(headers: &mut HeaderMap) {
         .filter(|name| {
             // Servers that hand fields on as variables (RFC 3875, 4.1.18) cannot tell one from the other.
             let name = name.as_str().replace('_', "-");
-            name.starts_with("x-forwarded-")
-                || matches!(
-                    &*name,
-                    "forwarded" | "x-real-ip" | "x-client-ip" | "true-client-ip"
-                )
+            name.starts_with("x-forwarded-") || VISITOR_ADDRESS.contains(&&*name)
         })
         .cloned()
         .collect();
@@ -231,6 +243,10 @@ mod tests {
             ("x_real_ip", "1.2.3.4"),
             ("true-client-ip", "1.2.3.4"),
             ("x-client-ip", "1.2.3.4"),
+            ("client_ip", "1.2.3.4"),
+            ("cf-connecting-ip", "1.2.3.4"),
+            ("x-cluster_client-ip", "1.2.3.4"),
+            ("x-forwarded", "1.2.3.4"),
             ("via", "1.1 p"),
         ]);
         remove_forwarding(&mut headers);
