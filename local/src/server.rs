@@ -34,6 +34,7 @@ use crate::{
     front::{
         agent_limit::AgentLimit,
         agents::{self, AgentFront},
+        connection_clock::ConnectionClock,
         forwarded::TrustedProxies,
         host::HostPolicy,
         listener::{self, Front},
@@ -352,6 +353,7 @@ fn front(
             replies,
             quotas: options.quotas,
             limit: AgentLimit::default(),
+            clock: ConnectionClock::default(),
             tasks: subsystems.agents.tracker().clone(),
             stopping: subsystems.agents.stopping().clone(),
         }),

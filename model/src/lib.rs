@@ -9,6 +9,13 @@
 //! Sooner or later it becomes calm: no more faults, no more connections. What is on its way arrives, every agent that believes it
 //! serves pings once, and then the tunnel must be right: see [`properties`].
 //!
+//! Which of two connections is newer follows from the times at which they were opened. The model leaves out that these times are the
+//! wrong way round, and that an agent which names no previous connection opens one in the millisecond of its last one. Neither can
+//! happen: such an agent has lost its connection or failed to open one, and has then paused, for 125 ms or more (half of `MIN_PAUSE`
+//! in `forwarder/src/tunnel.rs`); the clocks of API Gateway's hosts differ by far less, and `tunnel-local` gives every connection a
+//! later time than the one before, whatever the system's clock does (`local/src/front/connection_clock.rs`). An agent that moves
+//! pauses for nothing, but names the connection before; with that, times may be equal.
+//!
 //! [`Rules`] are what the product does. Each can be switched off, which puts a known fault back.
 
 use std::cmp::Reverse;

@@ -175,7 +175,7 @@ impl Ownership {
             });
             if is_next && !is_busy && !state.ended[agent] {
                 actions.push(Action::Connect(connection, false));
-                // An agent that comes back without a connection pauses first, for longer than clocks differ.
+                // An agent that comes back without a connection to name as the previous one has paused: see the crate's documentation.
                 let last_is_own = State::all()
                     .filter(same)
                     .any(|other| state.ends(other).connected_at == latest);

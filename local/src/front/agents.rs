@@ -40,6 +40,7 @@ use tunnel_service::{
 use crate::{
     front::{
         agent_limit::{AgentLimit, AgentPermit},
+        connection_clock::ConnectionClock,
         handshake,
         listener::ConnectionPermit,
         response::text,
@@ -96,6 +97,8 @@ pub(crate) struct AgentFront {
     pub(crate) quotas: Quotas,
     /// Whose connections are open.
     pub(crate) limit: AgentLimit,
+    /// Which connections are newer than others.
+    pub(crate) clock: ConnectionClock,
     /// Holds a task for each connection and each message being handled.
     pub(crate) tasks: TaskTracker,
     /// Cancelled when connections are to end, also those that open later.
@@ -116,7 +119,7 @@ impl AgentFront {
         };
         let source = EventSource {
             connection_id: connection_id(),
-            connected_at: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
+            connected_at: self.clock.open_ms(now()),
             source_ip: peer.ip().to_string(),
             stage: STAGE,
         };

@@ -1,9 +1,10 @@
 //! The sockets. `listener` accepts connections; on each, `request_stream` and `request_head` check requests before hyper reads
 //! them from `socket`; `visitors` serves them, by the rules of `host` and `forwarded`. `agents` serves the connections that
-//! `handshake` and `agent_limit` accept. `response` has the front's own answers.
+//! `handshake` and `agent_limit` accept, in the order of `connection_clock`. `response` has the front's own answers.
 
 pub(crate) mod agent_limit;
 pub(crate) mod agents;
+pub(crate) mod connection_clock;
 pub(crate) mod forwarded;
 pub(crate) mod handshake;
 pub(crate) mod host;
