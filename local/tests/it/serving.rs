@@ -727,3 +727,34 @@ async fn an_owner_has_no_more_ids_than_allowed_and_keeps_those_it_has() {
     ));
     assert_eq!(claim("ours", "six").await, refused);
 }
+
+#[tokio::test]
+async fn two_agents_that_claim_an_owners_last_id_at_once_both_get_it() {
+    let service = Service::new().await;
+    let claim = async |name: &str, connection: String| {
+        let purpose = Purpose::Serve(Some(name.to_owned()));
+        service.shake_hands("ours", &connection, purpose).await.1
+    };
+    claim("one", "one".to_owned()).await;
+    claim("two", "two".to_owned()).await;
+
+    // The second looks the id up and counts in any relation to the first.
+    for delay in 0..60 {
+        let second = async {
+            for _ in 0..delay {
+                tokio::task::yield_now().await;
+            }
+            claim("last", format!("second-{delay}")).await
+        };
+        let (first, second) = tokio::join!(claim("last", format!("first-{delay}")), second);
+        for admission in [first, second] {
+            assert!(
+                matches!(admission, Admission::Agent { .. }),
+                "delay {delay}: {admission:?}"
+            );
+        }
+        let (tunnels, last) = (service.tunnels(), id("last"));
+        let released = tunnels.release_owned(&last, &ours(), now()).await;
+        assert!(released.expect("an answer").is_some());
+    }
+}

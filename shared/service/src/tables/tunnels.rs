@@ -116,7 +116,11 @@ impl TunnelsTable {
                 }
                 Some(_) => return Ok(Claim::Taken),
                 None if max_ids > 0 && self.count_of(owner, max_ids).await? >= max_ids => {
-                    return Ok(Claim::TooMany);
+                    // Another connection of the owner may have claimed it meanwhile: then it is among those counted.
+                    if self.get(id, now).await?.is_none() {
+                        return Ok(Claim::TooMany);
+                    }
+                    false
                 }
                 None => self.claim_free(id, owner, now).await?,
             };
