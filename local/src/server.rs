@@ -354,6 +354,7 @@ fn front(
             quotas: options.quotas,
             limit: AgentLimit::default(),
             clock: ConnectionClock::default(),
+            disconnecting: agents::DisconnectPermits::default(),
             tasks: subsystems.agents.tracker().clone(),
             stopping: subsystems.agents.stopping().clone(),
         }),

@@ -56,6 +56,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 /// Shortest pause between two checks of all connections.
 const MIN_RECHECK_INTERVAL: Duration = Duration::from_millis(1);
+/// How many ended connections are noted in the tables at once. The tables serve one call at a time, and a call that waits for too
+/// many others fails: when all agents leave together, their tunnels would stay online.
+const MAX_DISCONNECTS_AT_ONCE: usize = 32;
 /// How long the last messages of a connection may take to be written.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -99,6 +102,8 @@ pub(crate) struct AgentFront {
     pub(crate) limit: AgentLimit,
     /// Which connections are newer than others.
     pub(crate) clock: ConnectionClock,
+    /// Places for ended connections that are being noted.
+    pub(crate) disconnecting: DisconnectPermits,
     /// Holds a task for each connection and each message being handled.
     pub(crate) tasks: TaskTracker,
     /// Cancelled when connections are to end, also those that open later.
@@ -342,6 +347,7 @@ impl AgentFront {
     }
 
     async fn disconnected(&self, source: &EventSource, code: u16, reason: &str) {
+        let _permit = self.disconnecting.0.acquire().await;
         if let Err(error) = self
             .disconnect
             .handle(source.disconnect(code, reason))
@@ -352,6 +358,16 @@ impl AgentFront {
                 "$disconnect failed"
             );
         }
+    }
+}
+
+/// See [`MAX_DISCONNECTS_AT_ONCE`].
+#[derive(Debug)]
+pub(crate) struct DisconnectPermits(Semaphore);
+
+impl Default for DisconnectPermits {
+    fn default() -> Self {
+        Self(Semaphore::new(MAX_DISCONNECTS_AT_ONCE))
     }
 }
 
