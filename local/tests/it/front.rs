@@ -298,6 +298,8 @@ async fn answer_of(stack: &Server, said: &[serde_json::Value]) -> String {
         let mut message = message.clone();
         message["request_id"] = json!(id);
         agent.say(&message).await;
+        // Long enough for the request to see it before the next one comes.
+        sleep(Duration::from_millis(100)).await;
     }
     let mut answer = Vec::new();
     within("the end", stream.read_to_end(&mut answer))
