@@ -9,10 +9,14 @@ use crate::limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES};
 /// newer service may put around one.
 const MAX_CLIENT_READ_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
 
-/// Most bytes that wait to be written to the socket: one frame, and as many pongs as fit beside it. The library answers each ping
+/// Bytes that wait to be written to the socket before they are written without being asked for: short messages that are ready
+/// together go out in one write.
+const WRITE_BUFFER_BYTES: usize = 2 * MAX_FRAME_BYTES;
+
+/// Most bytes that wait to be written to the socket: what is written at once, and as many pongs as fit beside it. The library answers each ping
 /// by itself; once there is no room, only the latest ping is answered (RFC 6455, 5.5.3, allows it), so that a flood of pings from
 /// a peer that does not read takes no more memory than this.
-const MAX_WRITE_BUFFER_BYTES: usize = 2 * MAX_FRAME_BYTES;
+const MAX_WRITE_BUFFER_BYTES: usize = 3 * MAX_FRAME_BYTES;
 
 /// The configuration of a connection to a service.
 pub fn client_config() -> WebSocketConfig {
@@ -23,7 +27,7 @@ pub fn client_config() -> WebSocketConfig {
 pub fn server_config(max_frame_bytes: usize, max_message_bytes: usize) -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(MAX_FRAME_BYTES)
-        .write_buffer_size(0)
+        .write_buffer_size(WRITE_BUFFER_BYTES)
         .max_write_buffer_size(MAX_WRITE_BUFFER_BYTES)
         .max_frame_size(Some(max_frame_bytes))
         .max_message_size(Some(max_message_bytes))

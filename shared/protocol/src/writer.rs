@@ -4,21 +4,29 @@
 //! to no body) are control messages and go first. Parts of bodies and what is as long as they are take turns, and at most two
 //! such messages are held: the one being written and the one after it. Senders that have more wait in line. So a large body delays short messages by no more than one message
 //! and what the socket holds.
+//!
+//! Whoever queues a message writes as much of what is queued as the socket takes at once, so that no other task has to be woken for
+//! it. While one task writes, the others only queue; the one that writes takes what they queued along, several short messages in
+//! one write. When the socket takes no more, the writer's own task waits and goes on from there.
 
 use std::{
-    future::pending,
+    collections::VecDeque,
+    fmt,
+    future::poll_fn,
+    mem,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
 use bytes::Bytes;
-use futures_util::{FutureExt, Sink, SinkExt};
+use futures_util::{Sink, SinkExt};
 use tokio::{
     net::TcpStream,
-    sync::{mpsc, oneshot, watch},
+    sync::{Semaphore, oneshot, watch},
     time::{Instant, Interval, MissedTickBehavior, interval_at},
 };
 use tokio_tungstenite::tungstenite::{
@@ -32,7 +40,7 @@ use tokio_tungstenite::tungstenite::{
     },
 };
 
-use crate::{frames, message};
+use crate::{frames, limits::MAX_FRAME_BYTES, message};
 
 /// Longest text, in bytes, that [`MessageSender::send`] takes for a control message: the head of a request or a response with
 /// next to no body, as a rule. [`MAX_CONTROL_BURST`] of them are as long as the longest message with a body.
@@ -88,17 +96,11 @@ impl Receipt {
     }
 }
 
+/// A message that waits for its turn.
 #[derive(Debug)]
 struct Queued {
     text: String,
     taken: oneshot::Sender<()>,
-}
-
-impl Queued {
-    fn new(text: String) -> (Self, Receipt) {
-        let (taken, receipt) = oneshot::channel();
-        (Self { text, taken }, Receipt(receipt))
-    }
 }
 
 /// What the writer has done so far, for those who judge whether the peer is alive.
@@ -136,13 +138,105 @@ impl ProgressCounters {
     }
 }
 
+/// The messages that wait.
+#[derive(Debug, Default)]
+struct Queues {
+    control: VecDeque<Queued>,
+    bodies: VecDeque<Queued>,
+    /// Control messages taken since the last one with a body.
+    control_burst: u32,
+    /// The close frame that follows what is queued, once nothing more may be.
+    close: Option<Option<CloseFrame>>,
+}
+
+impl Queues {
+    fn is_empty(&self) -> bool {
+        self.control.is_empty() && self.bodies.is_empty()
+    }
+}
+
+/// The two lanes, and who may queue in them.
+#[derive(Debug)]
+struct Lanes {
+    queues: Mutex<Queues>,
+    /// Room for control messages. Those who wait for it are served in turn.
+    control_room: Semaphore,
+    /// Room for messages with bodies.
+    body_room: Semaphore,
+    progress: ProgressCounters,
+}
+
+impl Lanes {
+    fn new() -> Self {
+        Self {
+            queues: Mutex::default(),
+            control_room: Semaphore::new(MAX_QUEUED_CONTROL_MESSAGES),
+            body_room: Semaphore::new(MAX_QUEUED_BODY_MESSAGES),
+            progress: ProgressCounters::new(),
+        }
+    }
+
+    /// Held between awaits only, and never while the socket is written to.
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The message whose turn it is. There is room for another one then.
+    fn pop(&self) -> Option<Queued> {
+        let mut queues = self.queues();
+        let is_turn_of_bodies =
+            queues.control_burst >= MAX_CONTROL_BURST && !queues.bodies.is_empty();
+        if !is_turn_of_bodies && let Some(queued) = queues.control.pop_front() {
+            queues.control_burst = queues.control_burst.saturating_add(1);
+            self.control_room.add_permits(1);
+            return Some(queued);
+        }
+        queues.control_burst = 0;
+        let queued = queues.bodies.pop_front()?;
+        self.body_room.add_permits(1);
+        Some(queued)
+    }
+
+    /// The close frame, once nothing is queued and nothing can be any more.
+    fn closes_now(&self) -> Option<Option<CloseFrame>> {
+        let queues = self.queues();
+        queues.close.clone().filter(|_| queues.is_empty())
+    }
+
+    /// Takes nothing more. The first close frame counts.
+    fn close(&self, close: Option<CloseFrame>) {
+        let mut queues = self.queues();
+        queues.close.get_or_insert(close);
+        self.control_room.close();
+        self.body_room.close();
+    }
+}
+
 /// Queues messages for a [`MessageWriter`]. Clones share its lanes. The writer closes the connection when the last clone is gone.
 #[derive(Clone, Debug)]
-pub struct MessageSender {
-    control: mpsc::Sender<Queued>,
-    bodies: mpsc::Sender<Queued>,
-    close: Arc<watch::Sender<Option<CloseFrame>>>,
-    progress: Arc<ProgressCounters>,
+pub struct MessageSender(Arc<Sending>);
+
+/// What the clones of a sender share.
+struct Sending {
+    lanes: Arc<Lanes>,
+    socket: Arc<dyn WriteQueued>,
+    /// Closed when the writer has ended.
+    ended: watch::Receiver<()>,
+}
+
+impl fmt::Debug for Sending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sending")
+            .field("lanes", &self.lanes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.lanes.close(None);
+        self.socket.wake_writer();
+    }
 }
 
 impl MessageSender {
@@ -164,7 +258,9 @@ impl MessageSender {
     /// # Errors
     /// [`SendError::Closed`].
     pub async fn control(&self, text: String) -> Result<Receipt, SendError> {
-        enqueue(&self.control, text).await
+        let room = self.0.lanes.control_room.acquire().await;
+        room.map_err(|_| SendError::Closed)?.forget();
+        self.queue(text, |queues| &mut queues.control)
     }
 
     /// Queues a control message if there is room.
@@ -172,12 +268,12 @@ impl MessageSender {
     /// # Errors
     /// If there is none, or the connection has ended.
     pub fn try_control(&self, text: String) -> Result<Receipt, SendError> {
-        let (queued, receipt) = Queued::new(text);
-        match self.control.try_send(queued) {
-            Ok(()) => Ok(receipt),
-            Err(mpsc::error::TrySendError::Full(_)) => Err(SendError::Full),
-            Err(mpsc::error::TrySendError::Closed(_)) => Err(SendError::Closed),
+        match self.0.lanes.control_room.try_acquire() {
+            Ok(room) => room.forget(),
+            Err(tokio::sync::TryAcquireError::NoPermits) => return Err(SendError::Full),
+            Err(tokio::sync::TryAcquireError::Closed) => return Err(SendError::Closed),
         }
+        self.queue(text, |queues| &mut queues.control)
     }
 
     /// Queues a message with a body behind those who wait already.
@@ -185,99 +281,337 @@ impl MessageSender {
     /// # Errors
     /// [`SendError::Closed`].
     pub async fn body(&self, text: String) -> Result<Receipt, SendError> {
-        enqueue(&self.bodies, text).await
+        let room = self.0.lanes.body_room.acquire().await;
+        room.map_err(|_| SendError::Closed)?.forget();
+        self.queue(text, |queues| &mut queues.bodies)
+    }
+
+    /// Queues a message for which there is room, and writes what the socket takes.
+    fn queue(
+        &self,
+        text: String,
+        lane: impl FnOnce(&mut Queues) -> &mut VecDeque<Queued>,
+    ) -> Result<Receipt, SendError> {
+        let (taken, receipt) = oneshot::channel();
+        {
+            let mut queues = self.0.lanes.queues();
+            if queues.close.is_some() {
+                return Err(SendError::Closed);
+            }
+            lane(&mut queues).push_back(Queued { text, taken });
+        }
+        self.0.socket.write_queued();
+        Ok(Receipt(receipt))
     }
 
     /// Has the connection closed with `code` once what is queued has been written. Those who wait for room are refused. Only the
     /// first call counts.
     pub fn close(&self, code: u16, reason: &'static str) {
-        self.close.send_if_modified(|close| {
-            let is_first = close.is_none();
-            if is_first {
-                *close = Some(CloseFrame {
-                    code: CloseCode::from(code),
-                    reason: reason.into(),
-                });
-            }
-            is_first
-        });
+        self.0.lanes.close(Some(CloseFrame {
+            code: CloseCode::from(code),
+            reason: reason.into(),
+        }));
+        self.0.socket.wake_writer();
     }
 
     /// Completes when the writer has ended.
     pub async fn closed(&self) {
-        self.close.closed().await;
+        // Nothing is ever sent through it.
+        let _ = self.0.ended.clone().changed().await;
     }
 
     /// What the writer has done so far.
     pub fn progress(&self) -> Progress {
+        let progress = &self.0.lanes.progress;
         Progress {
-            unblocked_writes: self.progress.unblocked_writes.load(Ordering::Relaxed),
-            ping_frames: self.progress.ping_frames.load(Ordering::Relaxed),
+            unblocked_writes: progress.unblocked_writes.load(Ordering::Relaxed),
+            ping_frames: progress.ping_frames.load(Ordering::Relaxed),
         }
     }
 
     /// When the socket last took a frame, to the millisecond; when the writer was made, if it has taken none yet.
     pub fn last_written(&self) -> Instant {
-        let milliseconds = self.progress.last_written.load(Ordering::Relaxed);
-        self.progress.opened + Duration::from_millis(milliseconds)
+        let progress = &self.0.lanes.progress;
+        let milliseconds = progress.last_written.load(Ordering::Relaxed);
+        progress.opened + Duration::from_millis(milliseconds)
     }
 }
 
-async fn enqueue(lane: &mpsc::Sender<Queued>, text: String) -> Result<Receipt, SendError> {
-    let (queued, receipt) = Queued::new(text);
-    match lane.send(queued).await {
-        Ok(()) => Ok(receipt),
-        Err(_) => Err(SendError::Closed),
+/// The socket, as a sender knows it.
+trait WriteQueued: Send + Sync {
+    /// Writes what is queued as far as the socket takes it at once, and leaves the rest to the writer's task. Where another task is
+    /// writing, it is left to that.
+    fn write_queued(&self);
+
+    /// Has the writer's task look what is to be done.
+    fn wake_writer(&self);
+}
+
+/// What senders and the writer's task share.
+struct Shared<W> {
+    lanes: Arc<Lanes>,
+    writing: Mutex<Writing<W>>,
+}
+
+impl<W> Shared<W> {
+    /// Held between awaits only.
+    fn writing(&self) -> MutexGuard<'_, Writing<W>> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the sink, and drops what was not written.
+    fn take_sink(&self) -> Option<W> {
+        // Dropped once the lock is free: a waker may hold a task that holds a sender.
+        let ended = mem::replace(&mut *self.writing(), Writing::new(None));
+        ended.sink
+    }
+}
+
+impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin> WriteQueued for Shared<W> {
+    fn write_queued(&self) {
+        loop {
+            let mut writing = match self.writing.try_lock() {
+                Ok(writing) => writing,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                // Whoever writes looks again below.
+                Err(TryLockError::WouldBlock) => return,
+            };
+            if !writing.write_at_once(&self.lanes) {
+                return;
+            }
+            drop(writing);
+            if self.lanes.queues().is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn wake_writer(&self) {
+        self.writing().waker.wake_by_ref();
+    }
+}
+
+/// How far writing has come.
+#[derive(Debug)]
+struct Writing<W> {
+    /// Gone once the writer has ended.
+    sink: Option<W>,
+    /// Of the writer's task, which goes on when the socket takes more.
+    waker: Waker,
+    /// Frames of the message whose turn it is, and one that found no room in the sink before them.
+    frames: VecDeque<Message>,
+    /// To be told when the last of `frames` is taken.
+    taken: Option<oneshot::Sender<()>>,
+    /// A ping frame goes next.
+    is_ping_due: bool,
+    /// Of what the sink holds and the socket has not taken yet.
+    unflushed: Unflushed,
+    /// A frame was refused: the sink has to be flushed first.
+    must_flush: bool,
+    /// Since when the socket has taken nothing of what the sink holds.
+    blocked_since: Option<Instant>,
+    /// Why the connection is broken, for the writer's task to report.
+    broken: Option<tungstenite::Error>,
+}
+
+/// What the sink holds.
+#[derive(Debug, Default)]
+struct Unflushed {
+    bytes: usize,
+    ping_frames: u64,
+    /// Of messages whose last byte is in the sink.
+    taken: Vec<oneshot::Sender<()>>,
+}
+
+impl<W> Writing<W> {
+    fn new(sink: Option<W>) -> Self {
+        Self {
+            sink,
+            waker: Waker::noop().clone(),
+            frames: VecDeque::new(),
+            taken: None,
+            is_ping_due: false,
+            unflushed: Unflushed::default(),
+            must_flush: false,
+            blocked_since: None,
+            broken: None,
+        }
+    }
+}
+
+impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
+    /// Writes for a sender. Returns whether the socket has taken all that was queued.
+    fn write_at_once(&mut self, lanes: &Lanes) -> bool {
+        if self.blocked_since.is_some() {
+            return false;
+        }
+        // No waker is left behind where the socket takes all: it would be woken whenever the connection can be read.
+        let mut written = self.poll_write(lanes, &mut Context::from_waker(Waker::noop()));
+        if written.is_pending() {
+            let waker = self.waker.clone();
+            written = self.poll_write(lanes, &mut Context::from_waker(&waker));
+        }
+        match written {
+            Poll::Ready(Ok(())) => true,
+            Poll::Ready(Err(error)) => {
+                self.broken = Some(error);
+                self.waker.wake_by_ref();
+                false
+            }
+            Poll::Pending => false,
+        }
+    }
+
+    /// Writes until nothing is queued and the socket has taken everything.
+    fn poll_write(
+        &mut self,
+        lanes: &Lanes,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<(), tungstenite::Error>> {
+        if let Some(error) = self.broken.take() {
+            return Poll::Ready(Err(error));
+        }
+        loop {
+            match self.poll_step(lanes, context) {
+                Poll::Ready(Ok(true)) => {}
+                Poll::Ready(Ok(false)) => return Poll::Ready(Ok(())),
+                // Pongs have taken the room.
+                Poll::Ready(Err(tungstenite::Error::WriteBufferFull(refused))) => {
+                    self.frames.push_front(*refused);
+                    self.must_flush = true;
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    self.blocked_since.get_or_insert_with(Instant::now);
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Hands the next frame to the sink, or flushes it where it holds enough or there is no frame. Returns whether there was
+    /// anything to do.
+    fn poll_step(
+        &mut self,
+        lanes: &Lanes,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<bool, tungstenite::Error>> {
+        let has_room = self.unflushed.bytes < MAX_FRAME_BYTES && !self.must_flush;
+        if has_room && self.has_frame(lanes) {
+            let Some(sink) = &mut self.sink else {
+                return Poll::Ready(Ok(false));
+            };
+            ready!(sink.poll_ready_unpin(context))?;
+            let is_ping = mem::take(&mut self.is_ping_due);
+            let frame = match is_ping {
+                true => Message::Ping(Bytes::new()),
+                false => self
+                    .frames
+                    .pop_front()
+                    .unwrap_or(Message::Ping(Bytes::new())),
+            };
+            self.unflushed.bytes += frame.len().max(1);
+            self.unflushed.ping_frames += u64::from(is_ping);
+            if self.frames.is_empty() {
+                self.unflushed.taken.extend(self.taken.take());
+            }
+            sink.start_send_unpin(frame)?;
+            return Poll::Ready(Ok(true));
+        }
+        if self.unflushed.bytes == 0 && !self.must_flush {
+            return Poll::Ready(Ok(false));
+        }
+        ready!(self.poll_flush(lanes, context))?;
+        Poll::Ready(Ok(true))
+    }
+
+    fn has_frame(&mut self, lanes: &Lanes) -> bool {
+        if self.is_ping_due || !self.frames.is_empty() {
+            return true;
+        }
+        let Some(queued) = lanes.pop() else {
+            return false;
+        };
+        let mut data = Data::Text;
+        for (frame, is_last) in frames::frames(queued.text) {
+            let frame = Frame::message(frame, OpCode::Data(data), is_last);
+            self.frames.push_back(Message::Frame(frame));
+            data = Data::Continue;
+        }
+        self.taken = Some(queued.taken);
+        true
+    }
+
+    fn poll_flush(
+        &mut self,
+        lanes: &Lanes,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<(), tungstenite::Error>> {
+        let Some(sink) = &mut self.sink else {
+            return Poll::Ready(Ok(()));
+        };
+        ready!(sink.poll_flush_unpin(context))?;
+        lanes.progress.write_now();
+        let blocked_since = self.blocked_since.take();
+        if blocked_since.is_some_and(|since| since.elapsed() >= BLOCKED_AFTER) {
+            let unblocked_writes = &lanes.progress.unblocked_writes;
+            unblocked_writes.fetch_add(1, Ordering::Relaxed);
+        }
+        self.unflushed.bytes = 0;
+        // A frame that was refused is the last of a message whose receipt waits here already.
+        if mem::take(&mut self.must_flush) {
+            return Poll::Ready(Ok(()));
+        }
+        let ping_frames = mem::take(&mut self.unflushed.ping_frames);
+        let counter = &lanes.progress.ping_frames;
+        counter.fetch_add(ping_frames, Ordering::Relaxed);
+        for taken in self.unflushed.taken.drain(..) {
+            // Not every sender waits for it.
+            let _ = taken.send(());
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
 /// Writes messages in frames of at most [`crate::limits::MAX_FRAME_BYTES`] to `W`, the sink of a WebSocket connection that was
 /// made with [`frames::client_config`] or [`frames::server_config`].
-#[derive(Debug)]
 pub struct MessageWriter<W> {
-    sink: W,
-    control: mpsc::Receiver<Queued>,
-    bodies: mpsc::Receiver<Queued>,
-    close: watch::Receiver<Option<CloseFrame>>,
+    shared: Arc<Shared<W>>,
     ping_frames: Option<Interval>,
-    /// Control messages written since the last one with a body.
-    control_burst: u32,
-    progress: Arc<ProgressCounters>,
+    _ended: watch::Sender<()>,
 }
 
-/// What a writer does next.
-enum Next {
-    Write(Queued),
-    PingFrame,
-    Close,
+impl<W> fmt::Debug for MessageWriter<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MessageWriter")
+            .field("lanes", &self.shared.lanes)
+            .finish_non_exhaustive()
+    }
 }
 
-impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
+impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin + 'static> MessageWriter<W> {
     /// A writer that also sends a ping frame every `ping_interval`, and the way to queue messages for it.
     pub fn new(sink: W, ping_interval: Option<Duration>) -> (MessageSender, Self) {
-        let (control, queued_control) = mpsc::channel(MAX_QUEUED_CONTROL_MESSAGES);
-        let (bodies, queued_bodies) = mpsc::channel(MAX_QUEUED_BODY_MESSAGES);
-        let (close, close_requested) = watch::channel(None);
-        let progress = Arc::new(ProgressCounters::new());
+        let (ending, ended) = watch::channel(());
         let ping_frames = ping_interval.map(|period| {
             let mut due = interval_at(Instant::now() + period, period);
             due.set_missed_tick_behavior(MissedTickBehavior::Delay);
             due
         });
-        let sender = MessageSender {
-            control,
-            bodies,
-            close: Arc::new(close),
-            progress: progress.clone(),
-        };
+        let lanes = Arc::new(Lanes::new());
+        let shared = Arc::new(Shared {
+            lanes: lanes.clone(),
+            writing: Mutex::new(Writing::new(Some(sink))),
+        });
+        let sender = MessageSender(Arc::new(Sending {
+            lanes,
+            socket: shared.clone(),
+            ended,
+        }));
         let writer = Self {
-            sink,
-            control: queued_control,
-            bodies: queued_bodies,
-            close: close_requested,
+            shared,
             ping_frames,
-            control_burst: 0,
-            progress,
+            _ended: ending,
         };
         (sender, writer)
     }
@@ -288,112 +622,50 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> MessageWriter<W> {
     /// # Errors
     /// If the connection has broken.
     pub async fn run(mut self) -> Result<W, tungstenite::Error> {
-        loop {
-            match self.next().await {
-                Next::Write(queued) => self.write(queued).await?,
-                Next::PingFrame => self.write_ping_frame().await?,
-                Next::Close => break,
-            }
-        }
-        let close = self.close.borrow().clone();
+        let close = poll_fn(|context| self.poll_run(context)).await?;
+        let sink = self.shared.take_sink();
+        let mut sink = sink.ok_or(tungstenite::Error::AlreadyClosed)?;
         // A close frame that found no room beside pongs could not be written a second time.
-        self.sink.flush().await?;
-        self.sink.send(Message::Close(close)).await?;
-        Ok(self.sink)
+        sink.flush().await?;
+        sink.send(Message::Close(close)).await?;
+        Ok(sink)
     }
 
-    async fn next(&mut self) -> Next {
-        if self.control_burst >= MAX_CONTROL_BURST {
-            self.control_burst = 0;
-            if let Ok(queued) = self.bodies.try_recv() {
-                return Next::Write(queued);
-            }
-        }
-        tokio::select! {
-            biased;
-            () = ping_frame_due(&mut self.ping_frames) => Next::PingFrame,
-            Ok(()) = self.close.changed() => {
-                self.control.close();
-                self.bodies.close();
-                self.next_queued().await
-            }
-            queued = self.control.recv() => match queued {
-                Some(queued) => {
-                    self.control_burst += 1;
-                    Next::Write(queued)
+    /// Ready once everything that was queued before the end has been written.
+    fn poll_run(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<Option<CloseFrame>, tungstenite::Error>> {
+        let lanes = &self.shared.lanes;
+        loop {
+            let mut writing = self.shared.writing();
+            if let Some(due) = &mut self.ping_frames {
+                while due.poll_tick(context).is_ready() {
+                    writing.is_ping_due = true;
                 }
-                None => self.next_queued().await,
-            },
-            Some(queued) = self.bodies.recv() => {
-                self.control_burst = 0;
-                Next::Write(queued)
+            }
+            writing.waker.clone_from(context.waker());
+            ready!(writing.poll_write(lanes, context))?;
+            if let Some(close) = lanes.closes_now() {
+                return Poll::Ready(Ok(close));
+            }
+            drop(writing);
+            // What was queued in the meantime is not for those who queued it to write.
+            if lanes.queues().is_empty() {
+                return Poll::Pending;
             }
         }
-    }
-
-    /// What is left in lanes that take nothing new.
-    async fn next_queued(&mut self) -> Next {
-        if let Some(queued) = self.control.recv().await {
-            return Next::Write(queued);
-        }
-        self.bodies.recv().await.map_or(Next::Close, Next::Write)
-    }
-
-    async fn write(&mut self, queued: Queued) -> Result<(), tungstenite::Error> {
-        let mut data = Data::Text;
-        for (frame, is_last) in frames::frames(queued.text) {
-            let is_ping_frame_due = ping_frame_due(&mut self.ping_frames)
-                .now_or_never()
-                .is_some();
-            if is_ping_frame_due {
-                self.write_ping_frame().await?;
-            }
-            let frame = Frame::message(frame, OpCode::Data(data), is_last);
-            self.write_frame(Message::Frame(frame)).await?;
-            data = Data::Continue;
-        }
-        // Not every sender waits for it.
-        let _ = queued.taken.send(());
-        Ok(())
-    }
-
-    async fn write_ping_frame(&mut self) -> Result<(), tungstenite::Error> {
-        self.write_frame(Message::Ping(Bytes::new())).await?;
-        self.progress.ping_frames.fetch_add(1, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Writes a frame and waits until the socket has taken it.
-    async fn write_frame(&mut self, mut frame: Message) -> Result<(), tungstenite::Error> {
-        let began = Instant::now();
-        let written = loop {
-            match self.sink.send(frame).await {
-                // Pongs have taken the room.
-                Err(tungstenite::Error::WriteBufferFull(refused)) => {
-                    self.sink.flush().await?;
-                    frame = *refused;
-                }
-                written => break written,
-            }
-        };
-        if written.is_ok() {
-            self.progress.write_now();
-            if began.elapsed() >= BLOCKED_AFTER {
-                self.progress
-                    .unblocked_writes
-                    .fetch_add(1, Ordering::Relaxed);
-            }
-        }
-        written
     }
 }
 
-async fn ping_frame_due(ping_frames: &mut Option<Interval>) {
-    match ping_frames {
-        Some(due) => {
-            due.tick().await;
-        }
-        None => pending().await,
+impl<W> Drop for MessageWriter<W> {
+    fn drop(&mut self) {
+        self.shared.lanes.close(None);
+        let mut queues = self.shared.lanes.queues();
+        queues.control.clear();
+        queues.bodies.clear();
+        drop(queues);
+        drop(self.shared.take_sink());
     }
 }
 
@@ -569,7 +841,10 @@ mod tests {
             });
             settle().await;
         }
-        assert!(sender.bodies.try_reserve().is_err(), "there was room");
+        assert!(
+            sender.0.lanes.body_room.try_acquire().is_err(),
+            "there was room"
+        );
         let mut client = client(peer).await;
         let mut order = String::new();
         for _ in 0..8 {
@@ -593,6 +868,48 @@ mod tests {
         assert!(!receipt.is_taken(), "80 bytes do not fit");
         peer.read_exact(&mut heard[..100]).await.expect("open");
         receipt.taken().await.expect("taken");
+    }
+
+    #[tokio::test]
+    async fn whoever_sends_writes_what_the_socket_takes() {
+        let (ours, peer) = duplex(1024);
+        let config = frames::server_config(MAX_FRAME_BYTES, MAX_FRAME_BYTES);
+        let socket = Socket::from_raw_socket(ours, Role::Server, Some(config)).await;
+        let (sender, _does_not_run) = MessageWriter::new(socket, None);
+        let mut receipt = sender.control("short".to_owned()).await.expect("open");
+        assert!(receipt.is_taken());
+        assert_eq!(next_text(&mut client(peer).await).await, "short");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn of_many_senders_at_once_each_has_its_message_taken() {
+        const SENDERS: usize = 16;
+        const MESSAGES: usize = 500;
+        let Writing {
+            sender,
+            peer,
+            reading: _reading,
+            task: _task,
+        } = writing(1024, None).await;
+        let mut sending = JoinSet::new();
+        for number in 0..SENDERS {
+            let sender = sender.clone();
+            sending.spawn(async move {
+                for _ in 0..MESSAGES {
+                    let text = "x".repeat(1 + number * 100);
+                    let receipt = match number % 2 {
+                        0 => sender.control(text).await,
+                        _ => sender.body(text).await,
+                    };
+                    receipt.expect("open").taken().await.expect("taken");
+                }
+            });
+        }
+        let mut client = client(peer).await;
+        for _ in 0..SENDERS * MESSAGES {
+            next_text(&mut client).await;
+        }
+        sending.join_all().await;
     }
 
     #[tokio::test]
@@ -722,7 +1039,7 @@ mod tests {
             let read = answers.read(&mut chunk).await.expect("open");
             answered.extend_from_slice(&chunk[..read]);
         }
-        let bound = 8 * 1024 + long("a").len() + 3 * MAX_FRAME_BYTES;
+        let bound = 8 * 1024 + long("a").len() + 4 * MAX_FRAME_BYTES;
         assert!(answered.len() < bound, "{} bytes", answered.len());
     }
 }
