@@ -10,7 +10,7 @@ use tracing::info;
 use tunnel_protocol::{
     body::{BodySender, Chunk, Mode, SendBodyError, compression, window::SendWindow},
     headers::remove_hop_by_hop,
-    message::{AgentErrorCode, Feature, FromAgent, HttpRequest},
+    message::{AgentErrorCode, Feature, Format, FromAgent, HttpRequest},
     writer::MessageSender,
 };
 
@@ -38,6 +38,8 @@ pub(crate) struct Context {
     has_windows: bool,
     /// Bodies are compressed where that makes them shorter.
     compresses: bool,
+    /// How the service reads bodies.
+    format: Format,
 }
 
 impl Context {
@@ -55,6 +57,7 @@ impl Context {
             takes_parts: features.contains(&Feature::BodyParts),
             has_windows: features.contains(&Feature::Window),
             compresses: settings.compression && features.contains(&Feature::Zstd),
+            format: Format::of(features),
         }
     }
 }
@@ -71,7 +74,7 @@ pub(crate) async fn run(
     let method = message.method.parse().unwrap_or_default();
     let uri = message.uri.clone();
     let is_upgrade = message.upgrade.is_some();
-    let outgoing = Outgoing::about(&message, &context.outgoing);
+    let outgoing = Outgoing::about(&message, &context.outgoing, context.format);
     let mut reply = ResponseSender {
         outgoing: outgoing.clone(),
         window: context.has_windows.then_some(window),
@@ -184,7 +187,7 @@ impl ResponseSender {
         let mut message = self
             .outgoing
             .response(head.status, head.headers, processing_time_ms);
-        let room = message.room().ok_or(OriginError::new(
+        let room = message.room(context.format).ok_or(OriginError::new(
             AgentErrorCode::ResponseTooLarge,
             "the header of its response is too long for the tunnel",
         ))?;
@@ -192,7 +195,8 @@ impl ResponseSender {
             self.outgoing.send(FromAgent::HttpResponse(message)).await;
             return Ok(());
         }
-        let mut body = BodySender::new(self.recording.tap(body), Mode::Coalesced { compress });
+        let mode = Mode::Coalesced { compress };
+        let mut body = BodySender::new(self.recording.tap(body), mode, context.format);
         let first = self
             .first_chunk(&mut body, room, context.takes_parts)
             .await?;

@@ -10,7 +10,8 @@ use tunnel_protocol::{
     body::Part,
     id::{ConnectionId, RequestId},
     message::{
-        self, AgentError, AgentErrorCode, Body, FromAgent, HttpRequest, HttpResponse, Window,
+        AgentError, AgentErrorCode, Body, CarriesBody, Format, FromAgent, HttpRequest,
+        HttpResponse, Window,
     },
     writer::MessageSender,
 };
@@ -19,6 +20,7 @@ use tunnel_protocol::{
 #[derive(Clone, Debug)]
 pub(crate) struct Outgoing {
     messages: MessageSender,
+    format: Format,
     request_id: RequestId,
     reply_to: Option<ConnectionId>,
     /// How many of the response's parts were sent; its head is one.
@@ -26,10 +28,11 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    /// For what is said about this request, over `messages`.
-    pub(crate) fn about(request: &HttpRequest, messages: &MessageSender) -> Self {
+    /// For what is said about this request, over `messages`, to a service that reads `format`.
+    pub(crate) fn about(request: &HttpRequest, messages: &MessageSender, format: Format) -> Self {
         Self {
             messages: messages.clone(),
+            format,
             request_id: request.request_id.clone(),
             reply_to: request.reply_to.clone(),
             parts: Arc::default(),
@@ -57,8 +60,8 @@ impl Outgoing {
 
     /// Waits for room on the connection, which is what slows a fast local service down, and with an exchange's last message until
     /// the socket has taken it. When the connection has ended the exchange is about to be dropped with it.
-    pub(crate) async fn send(&self, message: FromAgent) {
-        let text = message::encode(&message);
+    pub(crate) async fn send(&self, mut message: FromAgent) {
+        let encoded = message.encode_as(self.format);
         let (part, is_last) = match &message {
             FromAgent::HttpResponse(response) => (Some(0), !response.more),
             FromAgent::BodyPart(part) => (Some(part.part), !part.more),
@@ -70,8 +73,8 @@ impl Outgoing {
         }
         let queued = match message {
             // An error must not overtake the parts before it.
-            FromAgent::Error(_) => self.messages.body(text).await,
-            _ => self.messages.send(text).await,
+            FromAgent::Error(_) => self.messages.body(encoded).await,
+            _ => self.messages.send(encoded).await,
         };
         if is_last && let Ok(receipt) = queued {
             let _ = receipt.taken().await;
@@ -86,6 +89,11 @@ impl Outgoing {
             reply_to: self.reply_to.clone(),
         }))
         .await;
+    }
+
+    /// How the service reads bodies.
+    pub(crate) fn format(&self) -> Format {
+        self.format
     }
 
     /// Sends a part of the response's body.

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures_util::{StreamExt, stream::SplitStream};
 use http::Method;
 use tokio::{
@@ -17,7 +18,8 @@ use tunnel_protocol::{
     id::{ConnectionId, RequestId},
     message,
     message::{
-        AgentError, AgentErrorCode, BodyPart, Feature, FromAgent, HttpRequest, Subject, ToAgent,
+        AgentError, AgentErrorCode, BodyPart, DecodeError, Feature, FromAgent, HttpRequest,
+        Subject, ToAgent,
     },
     writer::MessageWriter,
 };
@@ -402,6 +404,7 @@ impl Session {
         self.liveness.heard(self.context.outgoing.progress());
         match message {
             Some(Ok(Message::Text(text))) => self.receive(&text),
+            Some(Ok(Message::Binary(bytes))) => self.receive_binary(&bytes),
             Some(Ok(Message::Pong(_))) => self.liveness.ping_frame_answered(),
             Some(Ok(Message::Close(frame))) => {
                 let code = frame
@@ -417,7 +420,17 @@ impl Session {
     }
 
     fn receive(&mut self, text: &str) {
-        match message::decode(text) {
+        self.take(message::decode(text), text);
+    }
+
+    fn receive_binary(&mut self, bytes: &Bytes) {
+        let head = message::split_binary(bytes).map_or("", |(head, _)| head);
+        self.take(message::decode_binary(bytes), head);
+    }
+
+    /// Does what a message asks for. `text` is its JSON.
+    fn take(&mut self, message: Result<ToAgent, DecodeError>, text: &str) {
+        match message {
             Ok(ToAgent::HttpRequest(request)) => self.start(request),
             Ok(ToAgent::BodyPart(part)) => self.body_part(part),
             Ok(ToAgent::Window(window)) => {

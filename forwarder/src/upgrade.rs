@@ -81,7 +81,7 @@ async fn to_service(
         recording.upgraded_bytes(Side::LocalService, &bytes);
         Frame::data(bytes)
     });
-    let mut body = BodySender::new(StreamBody::new(bytes), Mode::Raw);
+    let mut body = BodySender::new(StreamBody::new(bytes), Mode::Raw, outgoing.format());
     body.begin();
     loop {
         match body.next_part(window.as_deref_mut()).await {

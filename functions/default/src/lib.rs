@@ -11,11 +11,14 @@ mod relay;
 use std::{sync::Arc, time::Duration};
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
+use bytes::Bytes;
 use tracing::{Instrument, debug, info, warn};
 use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
     message,
-    message::{ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent},
+    message::{
+        ConnectionEstablished, DecodeError, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent,
+    },
     visitor_policy::VisitorPolicy,
 };
 use tunnel_service::{
@@ -145,7 +148,11 @@ impl DefaultRoute {
             },
             features: FEATURES
                 .into_iter()
-                .filter(|feature| use_compression || *feature != Feature::Zstd)
+                .filter(|feature| match feature {
+                    Feature::Zstd => use_compression,
+                    Feature::Binary => path.use_binary(),
+                    _ => true,
+                })
                 .collect(),
             public_url: settings.public_url,
             routing: settings.routing,
@@ -184,7 +191,31 @@ impl DefaultRoute {
         if Box::pin(self.relay.pass_on(sender, text)).await? {
             return Ok(RouteResponse::ok());
         }
-        match message::decode(text) {
+        self.decoded(sender, message::decode(text), text).await
+    }
+
+    /// Handles a binary message that `sender` sent.
+    ///
+    /// # Errors
+    /// If the tables or @connections do not answer.
+    pub async fn binary_message(
+        &self,
+        sender: &ConnectionId,
+        bytes: &Bytes,
+    ) -> Result<RouteResponse, DefaultRouteError> {
+        let head = message::split_binary(bytes).map_or("", |(head, _)| head);
+        self.decoded(sender, message::decode_binary(bytes), head)
+            .await
+    }
+
+    /// Handles a message whose JSON is `text`.
+    async fn decoded(
+        &self,
+        sender: &ConnectionId,
+        message: Result<FromAgent, DecodeError>,
+        text: &str,
+    ) -> Result<RouteResponse, DefaultRouteError> {
+        match message {
             Ok(message) => self.take(sender, message).await,
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "message dropped");

@@ -79,7 +79,7 @@ impl Relay {
             return Ok(false);
         }
         let relayed = Relayed::encode(sender, text);
-        match Box::pin(self.agents.post_text_patiently(&to, &relayed, BUSY_TIMEOUT)).await {
+        match Box::pin(self.agents.post_encoded(&to, relayed.into(), BUSY_TIMEOUT)).await {
             Ok(()) => Ok(true),
             Err(error) => {
                 if matches!(error, PostError::Gone) {

@@ -20,7 +20,7 @@ use tunnel_protocol::{
     body::{BodySender, ReceivedChunk, SendBodyError, window::SendWindow},
     id::{RequestId, TunnelId},
     message,
-    message::{Feature, ToAgent, Window},
+    message::{Body, CarriesBody, Feature, ToAgent, Window},
 };
 use tunnel_service::{
     agents::PostError,
@@ -65,7 +65,10 @@ pub(crate) async fn run(
     let mut online = visitor.admitted(state, &path.tunnel).await?;
     let mut permit = Some(state.rate_limiter.acquire(&path.tunnel, Instant::now())?);
     request.headers.clone_from(&visitor.fields);
-    let mut first = FirstMessage::build(request, path, &online, state.use_compression).await?;
+    let mut first = {
+        let format = state.agents.format(&online.features);
+        FirstMessage::build(request, path, &online, state.use_compression, format).await?
+    };
     log.request_bytes()
         .store(first.body_bytes, Ordering::Relaxed);
     let is_upgrade = first.message.upgrade.is_some();
@@ -230,15 +233,17 @@ impl Exchange {
         let expected = state
             .replies
             .expect(online.connection_id.clone(), message.request_id.clone());
-        let request = ToAgentRef::HttpRequest(message);
+        let has_reply_connection = message.reply_to.is_some();
+        let mut request = ToAgentRef::HttpRequest(message);
+        let format = state.agents.format(&online.features);
         state
             .agents
-            .post_patiently(&online.connection_id, &request, BUSY_TIMEOUT)
+            .post_in(format, &online.connection_id, &mut request, BUSY_TIMEOUT)
             .await?;
         Ok(PendingReply::new(
             expected,
             &state.reply_path,
-            message.reply_to.is_some(),
+            has_reply_connection,
             deadline,
         ))
     }
@@ -408,7 +413,14 @@ impl Drop for Exchange {
 #[derive(serde::Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum ToAgentRef<'m> {
-    HttpRequest(&'m message::HttpRequest),
+    HttpRequest(&'m mut message::HttpRequest),
+}
+
+impl CarriesBody for ToAgentRef<'_> {
+    fn body_mut(&mut self) -> Option<&mut Body> {
+        let Self::HttpRequest(request) = self;
+        Some(&mut request.body)
+    }
 }
 
 async fn send_rest(
@@ -419,6 +431,7 @@ async fn send_rest(
     mut window: Option<SendWindow>,
     sent_bytes: Arc<AtomicU64>,
 ) -> Result<(), ForwardError> {
+    let format = state.agents.format(&online.features);
     loop {
         let part = match body.next_part(window.as_mut()).await {
             Ok(Some(part)) => part,
@@ -427,10 +440,10 @@ async fn send_rest(
             Err(SendBodyError::Body(error)) => return Err(broken_off(error)),
         };
         sent_bytes.fetch_max(body.sent_bytes(), Ordering::Relaxed);
-        let message = ToAgent::BodyPart(part.into_message(request_id.clone(), None));
+        let mut message = ToAgent::BodyPart(part.into_message(request_id.clone(), None));
         state
             .agents
-            .post_patiently(&online.connection_id, &message, BUSY_TIMEOUT)
+            .post_in(format, &online.connection_id, &mut message, BUSY_TIMEOUT)
             .await
             .map_err(ForwardError::after_start)?;
     }

@@ -7,7 +7,7 @@ use tunnel_protocol::{
     headers::{FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO},
     id::RequestId,
     limits::MAX_HEADER_FIELDS,
-    message::{Body, Feature, HttpRequest},
+    message::{Body, Feature, Format, HttpRequest},
 };
 use tunnel_service::{now, tables::tunnels::Online};
 
@@ -39,6 +39,7 @@ impl FirstMessage {
         path: &TunnelPath,
         online: &Online,
         use_compression: bool,
+        format: Format,
     ) -> Result<Self, ForwardError> {
         let compress = use_compression
             && online.features.contains(&Feature::Zstd)
@@ -52,15 +53,16 @@ impl FirstMessage {
                 "The request has more than {MAX_HEADER_FIELDS} header fields."
             )));
         }
-        let room = message.room().ok_or_else(|| {
+        let room = message.room(format).ok_or_else(|| {
             ForwardError::TooLarge(
                 "The header of the request is too long for the tunnel.".to_owned(),
             )
         })?;
         if message.upgrade.is_some() {
-            return Ok(Self::upgrade(message, request.body));
+            return Ok(Self::upgrade(message, request.body, format));
         }
-        let mut body = BodySender::new(request.body, Mode::Coalesced { compress });
+        let mode = Mode::Coalesced { compress };
+        let mut body = BodySender::new(request.body, mode, format);
         let chunk = if online.features.contains(&Feature::BodyParts) {
             body.first_chunk(room).await.map_err(broken_off)?
         } else {
@@ -81,9 +83,9 @@ impl FirstMessage {
     }
 
     /// A request to change the protocol. What the visitor sends after that is sent on as it comes.
-    fn upgrade(mut message: HttpRequest, body: VisitorBody) -> Self {
+    fn upgrade(mut message: HttpRequest, body: VisitorBody, format: Format) -> Self {
         message.more = true;
-        let mut sender = BodySender::new(body, Mode::Raw);
+        let mut sender = BodySender::new(body, Mode::Raw, format);
         sender.begin();
         Self {
             message,

@@ -24,7 +24,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
-use tunnel_protocol::{id::ConnectionId, writer::MessageSender};
+use tunnel_protocol::{id::ConnectionId, message::Encoded, writer::MessageSender};
 use tunnel_service::agents::{OpenConnections, PostError, Sending};
 
 use crate::{caller::AccessKey, quotas::Quotas};
@@ -37,11 +37,11 @@ const POST_PATIENCE: Duration = Duration::from_millis(250);
 
 /// An open connection, as the registry knows it.
 pub trait Connection: fmt::Debug + Send + Sync {
-    /// Sends a text message, and waits for its turn until the connection has taken nothing for `patience`.
+    /// Sends a message, and waits for its turn until the connection has taken nothing for `patience`.
     ///
     /// # Errors
     /// [`PostError::Busy`] when there is no room, [`PostError::Gone`] when the connection has ended.
-    fn send(&self, text: String, patience: Duration) -> Sending<'_>;
+    fn send(&self, message: Encoded, patience: Duration) -> Sending<'_>;
 
     /// Closes the connection, whether its peer agrees or not. Only the first code counts.
     fn close(&self, code: u16, reason: &'static str);
@@ -95,10 +95,10 @@ impl SocketConnection {
 }
 
 impl Connection for SocketConnection {
-    fn send(&self, text: String, patience: Duration) -> Sending<'_> {
+    fn send(&self, message: Encoded, patience: Duration) -> Sending<'_> {
         Box::pin(async move {
             let sender = &self.0.sender;
-            let mut queue = pin!(sender.send(text));
+            let mut queue = pin!(sender.send(message));
             let mut deadline = Instant::now() + patience;
             loop {
                 match timeout_at(deadline, queue.as_mut()).await {
@@ -134,8 +134,12 @@ pub enum ConnectionCommand {
 
 /// For the other end of the connection in this process.
 impl Connection for mpsc::Sender<ConnectionCommand> {
-    fn send(&self, text: String, patience: Duration) -> Sending<'_> {
+    fn send(&self, message: Encoded, patience: Duration) -> Sending<'_> {
         Box::pin(async move {
+            let Encoded::Text(text) = message else {
+                // Nothing that sits at such a queue asks for binary messages.
+                return Err(PostError::Gone);
+            };
             let queue = mpsc::Sender::send(self, ConnectionCommand::Send(text));
             match timeout(patience, queue).await {
                 Ok(Ok(())) => Ok(()),
@@ -184,8 +188,13 @@ impl ConnectionRegistry {
 }
 
 impl OpenConnections for ConnectionRegistry {
-    fn send<'s>(&'s self, to: &'s ConnectionId, text: String, patience: Duration) -> Sending<'s> {
-        Box::pin(async move { self.get(to)?.send(text, patience).await })
+    fn send<'s>(
+        &'s self,
+        to: &'s ConnectionId,
+        message: Encoded,
+        patience: Duration,
+    ) -> Sending<'s> {
+        Box::pin(async move { self.get(to)?.send(message, patience).await })
     }
 
     fn is_open(&self, connection: &ConnectionId) -> bool {
@@ -282,7 +291,7 @@ async fn post_to(
     // Frames to agents are text: what is not UTF-8 is replaced.
     let id = id.parse().map_err(|_| ManagementError::Invalid)?;
     let text = String::from_utf8_lossy(&body).into_owned();
-    let send = api.connections.send(&id, text, POST_PATIENCE);
+    let send = api.connections.send(&id, text.into(), POST_PATIENCE);
     let sent = timeout(POST_PATIENCE, send).await;
     Ok(sent.unwrap_or(Err(PostError::Busy))?)
 }

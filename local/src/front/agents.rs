@@ -17,7 +17,7 @@ use tokio::{
 };
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{self, Message, Utf8Bytes, protocol::Role},
+    tungstenite::{self, Message, protocol::Role},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, error, warn};
@@ -32,7 +32,7 @@ use tunnel_local_aws::{
     management::{Connection, ConnectionRegistry, STAGE, SocketConnection},
     quotas::Quotas,
 };
-use tunnel_protocol::{frames, id::ConnectionId, writer::MessageWriter};
+use tunnel_protocol::{frames, id::ConnectionId, message, writer::MessageWriter};
 use tunnel_service::{
     aws::route_event::RouteResponse, now, replies::Replies, telemetry::connection_span,
 };
@@ -270,7 +270,9 @@ impl AgentFront {
             };
             liveness.hear();
             match message {
-                Some(Ok(Message::Text(text))) => {
+                Some(Ok(message @ (Message::Text(_) | Message::Binary(_))))
+                    if self.takes(&message) =>
+                {
                     connection.use_now();
                     let permit = tokio::select! {
                         permit = handled_at_once.clone().acquire_owned() => permit,
@@ -278,7 +280,7 @@ impl AgentFront {
                     };
                     let handled = self
                         .clone()
-                        .handle(source.clone(), text, connection.clone());
+                        .handle(source.clone(), message, connection.clone());
                     let mut handling = Box::pin(async move {
                         handled.await;
                         drop(permit);
@@ -325,19 +327,34 @@ impl AgentFront {
         }
     }
 
+    /// Whether a message is text, or binary as the protocol has it, which API Gateway does not pass on.
+    fn takes(&self, message: &Message) -> bool {
+        match (self.transport, message) {
+            (_, Message::Text(_)) => true,
+            (Transport::InProcess, Message::Binary(bytes)) => message::split_binary(bytes).is_ok(),
+            _ => false,
+        }
+    }
+
     async fn handle(
         self: Arc<Self>,
         source: EventSource,
-        text: Utf8Bytes,
+        message: Message,
         connection: SocketConnection,
     ) {
-        let outcome = match self.transport {
-            Transport::InProcess => {
-                self.default
-                    .message(&source.connection_id, text.as_str())
-                    .await
+        let sender = &source.connection_id;
+        let outcome = match (self.transport, message) {
+            (Transport::InProcess, Message::Text(text)) => {
+                self.default.message(sender, text.as_str()).await
             }
-            Transport::Emulated => self.default.handle(source.message(text.to_string())).await,
+            (Transport::InProcess, message) => {
+                let bytes = message.into_data();
+                self.default.binary_message(sender, &bytes).await
+            }
+            (Transport::Emulated, message) => {
+                let text = message.into_text().unwrap_or_default();
+                self.default.handle(source.message(text.to_string())).await
+            }
         };
         if let Err(error) = outcome {
             error!(error = &error as &dyn std::error::Error, "$default failed");
@@ -400,7 +417,7 @@ impl ConnectionEnd {
                 frame.map_or(1005, |frame| frame.code.into()),
                 "closed by the agent",
             ),
-            Some(Ok(_)) => Self::new(1003, "binary frames are not supported"),
+            Some(Ok(_)) => Self::new(1003, "not a binary message of this protocol"),
             Some(Err(tungstenite::Error::Capacity(_))) => {
                 Self::new(1009, "frame or message too long")
             }

@@ -248,7 +248,11 @@ async fn a_message_waits_for_its_turn_as_long_as_the_agent_reads_however_many_ar
     let begin = Instant::now();
     for _ in 0..10 {
         let connection = connection.clone();
-        uploads.spawn(async move { connection.send("x".repeat(MAX_FRAME_BYTES), PATIENCE).await });
+        uploads.spawn(async move {
+            connection
+                .send("x".repeat(MAX_FRAME_BYTES).into(), PATIENCE)
+                .await
+        });
     }
     while let Some(sent) = uploads.join_next().await {
         sent.expect("no panic").expect("sent");
@@ -264,10 +268,13 @@ async fn a_message_is_refused_once_the_agent_has_read_nothing_for_as_long_as_its
     let begin = Instant::now();
     let long = || "x".repeat(MAX_FRAME_BYTES);
     for _ in 0..3 {
-        connection.send(long(), PATIENCE).await.expect("room");
+        connection
+            .send(long().into(), PATIENCE)
+            .await
+            .expect("room");
     }
     assert_eq!(begin.elapsed(), Duration::from_secs(4));
-    let refused = connection.send(long(), PATIENCE).await;
+    let refused = connection.send(long().into(), PATIENCE).await;
     assert!(matches!(refused, Err(PostError::Busy)), "{refused:?}");
     assert_eq!(begin.elapsed(), Duration::from_secs(4) + PATIENCE);
 }

@@ -1,9 +1,21 @@
 //! WebSocket frames: how a message is cut into them, and how much of them a connection holds in memory.
 
 use bytes::Bytes;
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{
+    Message,
+    protocol::{
+        WebSocketConfig,
+        frame::{
+            Frame,
+            coding::{Data, OpCode},
+        },
+    },
+};
 
-use crate::limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES};
+use crate::{
+    limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
+    message::Encoded,
+};
 
 /// Longest message, and longest frame, that a client takes from its server, in bytes: [`MAX_MESSAGE_BYTES`] with room for what a
 /// newer service may put around one.
@@ -33,9 +45,21 @@ pub fn server_config(max_frame_bytes: usize, max_message_bytes: usize) -> WebSoc
         .max_message_size(Some(max_message_bytes))
 }
 
-/// Cuts a text into frames that API Gateway takes: at least one, and whether each is the last.
-pub fn frames(text: String) -> impl Iterator<Item = (Bytes, bool)> {
-    let mut rest = Some(Bytes::from(text));
+/// Cuts a message into frames that API Gateway takes.
+pub(crate) fn frames(message: Encoded) -> impl Iterator<Item = Message> {
+    let (bytes, mut data) = match message {
+        Encoded::Text(text) => (text.into(), Data::Text),
+        Encoded::Binary(bytes) => (bytes, Data::Binary),
+    };
+    cut(bytes).map(move |(frame, is_last)| {
+        let data = std::mem::replace(&mut data, Data::Continue);
+        Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))
+    })
+}
+
+/// Cuts bytes into the payloads of frames: at least one, and whether each is the last.
+pub fn cut(bytes: Bytes) -> impl Iterator<Item = (Bytes, bool)> {
+    let mut rest = Some(bytes);
     std::iter::from_fn(move || {
         let mut frame = rest.take()?;
         if frame.len() > MAX_FRAME_BYTES {
@@ -60,7 +84,7 @@ mod tests {
             (3 * MAX_FRAME_BYTES, 3),
         ] {
             let text = "x".repeat(length);
-            let cut: Vec<(Bytes, bool)> = frames(text.clone()).collect();
+            let cut: Vec<(Bytes, bool)> = cut(text.clone().into()).collect();
             assert_eq!(cut.len(), count, "{length}");
             assert!(
                 cut.iter().all(|(frame, _)| frame.len() <= MAX_FRAME_BYTES),

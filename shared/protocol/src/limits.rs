@@ -51,6 +51,13 @@ pub const PART_ENVELOPE_BYTES: usize = 512 + RELAY_ENVELOPE_BYTES;
 /// Most body bytes in one part, so that their base64 and the envelope fit into [`MAX_MESSAGE_BYTES`].
 pub const MAX_PART_BYTES: usize = (MAX_MESSAGE_BYTES - PART_ENVELOPE_BYTES) / 4 * 3;
 
+/// Bytes before a binary message's head: its length.
+pub const HEAD_LENGTH_BYTES: usize = 4;
+
+/// Most body bytes in one part of a binary message, which are not encoded.
+pub const MAX_BINARY_PART_BYTES: usize =
+    MAX_MESSAGE_BYTES - PART_ENVELOPE_BYTES - HEAD_LENGTH_BYTES;
+
 /// Most header fields that the tunnel accepts in one request or response.
 pub const MAX_HEADER_FIELDS: usize = 256;
 

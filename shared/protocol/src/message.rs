@@ -9,12 +9,15 @@ use std::{fmt, io};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use http::HeaderMap;
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{self, DeserializeOwned},
+};
 
 use crate::{
     headers,
     id::{ConnectionId, RequestId, TunnelId},
-    limits::MAX_MESSAGE_BYTES,
+    limits::{HEAD_LENGTH_BYTES, MAX_BINARY_PART_BYTES, MAX_MESSAGE_BYTES, MAX_PART_BYTES},
 };
 
 /// The protocol version that this code speaks.
@@ -43,13 +46,15 @@ pub enum Feature {
     ConfirmReplaced,
     /// Carries upgraded connections, such as WebSockets: `upgrade` of `http_request`, and raw bytes in the parts that follow.
     Upgrade,
+    /// Reads messages with a body in binary; see [`Format`].
+    Binary,
     /// A feature that this code does not know.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 9] = [
+pub const FEATURES: [Feature; 10] = [
     Feature::BodyParts,
     Feature::Cancel,
     Feature::Notices,
@@ -59,7 +64,132 @@ pub const FEATURES: [Feature; 9] = [
     Feature::Access,
     Feature::ConfirmReplaced,
     Feature::Upgrade,
+    Feature::Binary,
 ];
+
+/// How the messages to a peer carry bodies.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Format {
+    /// As base64 in the JSON of a text message.
+    Text,
+    /// As they are, behind the JSON: a binary message is the length of its head in four bytes, the most significant first; the
+    /// head, which is the message without its body, as JSON; and the body. Messages without a body are text all the same.
+    Binary,
+}
+
+impl Format {
+    /// What a peer with these features reads best.
+    pub fn of(features: &[Feature]) -> Self {
+        if features.contains(&Feature::Binary) {
+            Self::Binary
+        } else {
+            Self::Text
+        }
+    }
+
+    /// Most body bytes in one part.
+    pub fn max_part_bytes(self) -> usize {
+        match self {
+            Self::Text => MAX_PART_BYTES,
+            Self::Binary => MAX_BINARY_PART_BYTES,
+        }
+    }
+}
+
+/// A message as it goes over the wire.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Encoded {
+    /// In a text message.
+    Text(String),
+    /// In a binary message.
+    Binary(Bytes),
+}
+
+impl Encoded {
+    /// How long it is, in bytes.
+    pub fn length(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Binary(bytes) => bytes.len(),
+        }
+    }
+
+    /// Whether it is a part of a body.
+    pub(crate) fn is_body_part(&self) -> bool {
+        let head = match self {
+            Self::Text(text) => text.as_bytes(),
+            Self::Binary(bytes) => bytes.get(HEAD_LENGTH_BYTES..).unwrap_or_default(),
+        };
+        head.starts_with(br#"{"type":"body_part""#)
+    }
+}
+
+impl From<String> for Encoded {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+/// A message that may have a body.
+pub trait CarriesBody: Serialize {
+    /// The body, if messages of this type have one.
+    fn body_mut(&mut self) -> Option<&mut Body>;
+
+    /// Writes the message for a peer that reads `format`. It is the same afterwards.
+    fn encode_as(&mut self, format: Format) -> Encoded {
+        let body = match (format, self.body_mut()) {
+            (Format::Binary, Some(body)) if !body.0.is_empty() => std::mem::take(&mut body.0),
+            _ => return Encoded::Text(encode(self)),
+        };
+        let mut bytes = Vec::with_capacity(HEAD_CAPACITY_BYTES + body.len());
+        bytes.extend([0; HEAD_LENGTH_BYTES]);
+        serde_json::to_writer(&mut bytes, self)
+            .expect("maps with string keys, strings and numbers can always be encoded as JSON");
+        let head = u32::try_from(bytes.len() - HEAD_LENGTH_BYTES).unwrap_or(u32::MAX);
+        bytes[..HEAD_LENGTH_BYTES].copy_from_slice(&head.to_be_bytes());
+        bytes.extend_from_slice(&body);
+        if let Some(place) = self.body_mut() {
+            place.0 = body;
+        }
+        Encoded::Binary(bytes.into())
+    }
+}
+
+/// Room for most heads of binary messages, so that writing one seldom moves what is written already.
+const HEAD_CAPACITY_BYTES: usize = 1024;
+
+impl CarriesBody for FromAgent {
+    fn body_mut(&mut self) -> Option<&mut Body> {
+        match self {
+            Self::HttpResponse(response) => Some(&mut response.body),
+            Self::BodyPart(part) => Some(&mut part.body),
+            Self::Ready(_)
+            | Self::Window(_)
+            | Self::Error(_)
+            | Self::Ping
+            | Self::Release
+            | Self::Unknown => None,
+        }
+    }
+}
+
+impl CarriesBody for ToAgent {
+    fn body_mut(&mut self) -> Option<&mut Body> {
+        match self {
+            Self::HttpRequest(request) => Some(&mut request.body),
+            Self::BodyPart(part) => Some(&mut part.body),
+            Self::ConnectionEstablished(_)
+            | Self::Window(_)
+            | Self::Cancel { .. }
+            | Self::Pong
+            | Self::UrlUpdated { .. }
+            | Self::Released { .. }
+            | Self::Replaced { .. }
+            | Self::Error { .. }
+            | Self::Unknown => None,
+        }
+    }
+}
 
 /// Body bytes, which JSON carries in base64 (RFC 4648, 4: with padding).
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -400,6 +530,9 @@ pub enum DecodeError {
     /// Not the JSON of a message.
     #[error("not a message of this protocol")]
     Malformed(#[from] serde_json::Error),
+    /// Binary, but not a length, a head of that length in UTF-8, and the body of a message that has one.
+    #[error("not a binary message of this protocol")]
+    NotBinary,
 }
 
 /// Reads a message of one direction.
@@ -417,15 +550,42 @@ pub fn decode<'de, M: Deserialize<'de>>(text: &'de str) -> Result<M, DecodeError
     Ok(serde_json::from_str(text)?)
 }
 
-/// Writes a message. The result is longer than [`MAX_MESSAGE_BYTES`] only if its body was not cut by [`crate::body::BodySender`].
-pub fn encode<M: Serialize>(message: &M) -> String {
-    serde_json::to_string(message)
-        .expect("maps with string keys, strings and numbers can always be encoded as JSON")
+/// The head of a binary message and what follows it.
+///
+/// # Errors
+/// If the bytes are too many, or no head is as long as they say.
+pub fn split_binary(message: &Bytes) -> Result<(&str, Bytes), DecodeError> {
+    if message.len() > MAX_MESSAGE_BYTES {
+        return Err(DecodeError::TooLong(message.len()));
+    }
+    let (length, rest) = message
+        .split_first_chunk::<HEAD_LENGTH_BYTES>()
+        .ok_or(DecodeError::NotBinary)?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
+    let head = rest.get(..length).ok_or(DecodeError::NotBinary)?;
+    let head = std::str::from_utf8(head).map_err(|_| DecodeError::NotBinary)?;
+    Ok((head, message.slice(HEAD_LENGTH_BYTES + length..)))
 }
 
-/// Whether a message that [`encode`] wrote is a part of a body.
-pub(crate) fn is_body_part(text: &str) -> bool {
-    text.starts_with(r#"{"type":"body_part""#)
+/// Reads a binary message of one direction, whose body shares the memory of `message`.
+///
+/// # Errors
+/// As [`split_binary`]; or if the head is not a message, has a body of its own, or is of a type that has none.
+pub fn decode_binary<M: CarriesBody + DeserializeOwned>(message: &Bytes) -> Result<M, DecodeError> {
+    let (head, body) = split_binary(message)?;
+    let mut decoded: M = decode(head)?;
+    match decoded.body_mut() {
+        Some(place) if place.0.is_empty() => place.0 = body,
+        None if body.is_empty() => {}
+        _ => return Err(DecodeError::NotBinary),
+    }
+    Ok(decoded)
+}
+
+/// Writes a message. The result is longer than [`MAX_MESSAGE_BYTES`] only if its body was not cut by [`crate::body::BodySender`].
+pub fn encode<M: Serialize + ?Sized>(message: &M) -> String {
+    serde_json::to_string(message)
+        .expect("maps with string keys, strings and numbers can always be encoded as JSON")
 }
 
 /// The length in bytes of a message, or the head of one, as JSON.
@@ -575,6 +735,39 @@ mod tests {
         ));
     }
 
+    /// A binary message with this head and body.
+    fn binary(length: usize, head: &str, body: &str) -> Bytes {
+        let length = u32::try_from(length).expect("short");
+        [&length.to_be_bytes()[..], head.as_bytes(), body.as_bytes()]
+            .concat()
+            .into()
+    }
+
+    #[test]
+    fn a_binary_message_is_refused_unless_each_byte_has_its_place() {
+        let part = r#"{"type":"body_part","request_id":"r","part":1}"#;
+        let decoded: FromAgent =
+            decode_binary(&binary(part.len(), part, "raw")).expect("a message");
+        assert!(matches!(decoded, FromAgent::BodyPart(part) if part.body.0 == "raw"));
+        let with_body = r#"{"type":"body_part","request_id":"r","part":1,"body":"aGk="}"#;
+        let long = "x".repeat(MAX_MESSAGE_BYTES);
+        for refused in [
+            Bytes::new(),
+            Bytes::from_static(&[0, 0, 0]),
+            binary(part.len() + 1, part, ""),
+            binary(part.len() - 1, part, ""),
+            binary(usize::try_from(u32::MAX).expect("64 bits"), part, "raw"),
+            binary(0, "", "raw"),
+            binary(with_body.len(), with_body, "raw"),
+            binary(15, r#"{"type":"ping"}"#, "raw"),
+            binary(part.len(), part, &long),
+            binary(1, "\u{e9}", ""),
+        ] {
+            let refused = decode_binary::<FromAgent>(&refused);
+            assert!(refused.is_err(), "{refused:?}");
+        }
+    }
+
     const SAMPLES: [&str; 8] = [
         r#"{"type":"ready","protocol":1,"features":["body_parts"],"previous":"a=","access":{"allow":["::/0"]}}"#,
         r#"{"type":"http_response","request_id":"r","status_code":200,"headers":{"a":["b"]},"body":"aGk=","more":true}"#,
@@ -615,6 +808,32 @@ mod tests {
             let text: String = text.into_iter().collect();
             let _ = decode::<FromAgent>(&text);
             let _ = decode::<ToAgent>(&text);
+        }
+
+        #[test]
+        fn a_message_in_either_format_is_what_was_written(
+            bytes in prop::collection::vec(any::<u8>(), 0..500), part in 1u32.., more: bool, is_binary: bool,
+        ) {
+            let format = if is_binary { Format::Binary } else { Format::Text };
+            let part = BodyPart { request_id: RequestId::generate(), part, body: Body(bytes.into()), encoding: None, more, reply_to: None };
+            let message = FromAgent::BodyPart(part.clone());
+            let encoded = message.clone().encode_as(format);
+            prop_assert!(encoded.is_body_part());
+            prop_assert_eq!(matches!(encoded, Encoded::Binary(_)), is_binary && !part.body.0.is_empty());
+            let decoded = match encoded {
+                Encoded::Text(text) => decode::<FromAgent>(&text),
+                Encoded::Binary(bytes) => decode_binary(&bytes),
+            };
+            prop_assert_eq!(decoded.expect("what we wrote"), message);
+        }
+
+        #[test]
+        fn any_binary_message_is_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..50), length in 0u32..60) {
+            let mut message = length.to_be_bytes().to_vec();
+            message.extend(&bytes);
+            let message = Bytes::from(message);
+            let outcome = split_binary(&message);
+            prop_assert_eq!(outcome.is_ok(), length as usize <= bytes.len() && std::str::from_utf8(&bytes[..length as usize]).is_ok());
         }
 
         #[test]

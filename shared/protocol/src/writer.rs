@@ -31,18 +31,12 @@ use tokio::{
 };
 use tokio_tungstenite::tungstenite::{
     self, Message,
-    protocol::{
-        CloseFrame,
-        frame::{
-            Frame,
-            coding::{CloseCode, Data, OpCode},
-        },
-    },
+    protocol::{CloseFrame, frame::coding::CloseCode},
 };
 
-use crate::{frames, limits::MAX_FRAME_BYTES, message};
+use crate::{frames, limits::MAX_FRAME_BYTES, message::Encoded};
 
-/// Longest text, in bytes, that [`MessageSender::send`] takes for a control message: the head of a request or a response with
+/// Longest message, in bytes, that [`MessageSender::send`] takes for a control message: the head of a request or a response with
 /// next to no body, as a rule. [`MAX_CONTROL_BURST`] of them are as long as the longest message with a body.
 const MAX_CONTROL_MESSAGE_BYTES: usize = 8 * 1024;
 /// Control messages that wait.
@@ -99,7 +93,7 @@ impl Receipt {
 /// A message that waits for its turn.
 #[derive(Debug)]
 struct Queued {
-    text: String,
+    message: Encoded,
     taken: oneshot::Sender<()>,
 }
 
@@ -245,11 +239,12 @@ impl MessageSender {
     ///
     /// # Errors
     /// [`SendError::Closed`].
-    pub async fn send(&self, text: String) -> Result<Receipt, SendError> {
-        if message::is_body_part(&text) || text.len() > MAX_CONTROL_MESSAGE_BYTES {
-            self.body(text).await
+    pub async fn send(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
+        let message = message.into();
+        if message.is_body_part() || message.length() > MAX_CONTROL_MESSAGE_BYTES {
+            self.body(message).await
         } else {
-            self.control(text).await
+            self.control(message).await
         }
     }
 
@@ -257,39 +252,39 @@ impl MessageSender {
     ///
     /// # Errors
     /// [`SendError::Closed`].
-    pub async fn control(&self, text: String) -> Result<Receipt, SendError> {
+    pub async fn control(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
         let room = self.0.lanes.control_room.acquire().await;
         room.map_err(|_| SendError::Closed)?.forget();
-        self.queue(text, |queues| &mut queues.control)
+        self.queue(message.into(), |queues| &mut queues.control)
     }
 
     /// Queues a control message if there is room.
     ///
     /// # Errors
     /// If there is none, or the connection has ended.
-    pub fn try_control(&self, text: String) -> Result<Receipt, SendError> {
+    pub fn try_control(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
         match self.0.lanes.control_room.try_acquire() {
             Ok(room) => room.forget(),
             Err(tokio::sync::TryAcquireError::NoPermits) => return Err(SendError::Full),
             Err(tokio::sync::TryAcquireError::Closed) => return Err(SendError::Closed),
         }
-        self.queue(text, |queues| &mut queues.control)
+        self.queue(message.into(), |queues| &mut queues.control)
     }
 
     /// Queues a message with a body behind those who wait already.
     ///
     /// # Errors
     /// [`SendError::Closed`].
-    pub async fn body(&self, text: String) -> Result<Receipt, SendError> {
+    pub async fn body(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
         let room = self.0.lanes.body_room.acquire().await;
         room.map_err(|_| SendError::Closed)?.forget();
-        self.queue(text, |queues| &mut queues.bodies)
+        self.queue(message.into(), |queues| &mut queues.bodies)
     }
 
     /// Queues a message for which there is room, and writes what the socket takes.
     fn queue(
         &self,
-        text: String,
+        message: Encoded,
         lane: impl FnOnce(&mut Queues) -> &mut VecDeque<Queued>,
     ) -> Result<Receipt, SendError> {
         let (taken, receipt) = oneshot::channel();
@@ -298,7 +293,7 @@ impl MessageSender {
             if queues.close.is_some() {
                 return Err(SendError::Closed);
             }
-            lane(&mut queues).push_back(Queued { text, taken });
+            lane(&mut queues).push_back(Queued { message, taken });
         }
         self.0.socket.write_queued();
         Ok(Receipt(receipt))
@@ -532,12 +527,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
         let Some(queued) = lanes.pop() else {
             return false;
         };
-        let mut data = Data::Text;
-        for (frame, is_last) in frames::frames(queued.text) {
-            let frame = Frame::message(frame, OpCode::Data(data), is_last);
-            self.frames.push_back(Message::Frame(frame));
-            data = Data::Continue;
-        }
+        self.frames.extend(frames::frames(queued.message));
         self.taken = Some(queued.taken);
         true
     }
@@ -683,7 +673,7 @@ mod tests {
     use crate::{
         id::RequestId,
         limits::MAX_FRAME_BYTES,
-        message::{Body, BodyPart, FromAgent, ToAgent},
+        message::{self, Body, BodyPart, CarriesBody, Format, FromAgent, ToAgent},
     };
 
     type Socket = WebSocketStream<DuplexStream>;
@@ -768,15 +758,19 @@ mod tests {
         };
         for (waits, overtakes) in [
             (
-                message::encode(&ToAgent::BodyPart(part.clone())),
+                message::encode(&ToAgent::BodyPart(part.clone())).into(),
                 message::encode(&ToAgent::Cancel { request_id }),
             ),
             (
-                message::encode(&FromAgent::BodyPart(part)),
+                message::encode(&FromAgent::BodyPart(part.clone())).into(),
                 message::encode(&FromAgent::Ping),
             ),
             (
-                "x".repeat(MAX_CONTROL_MESSAGE_BYTES + 1),
+                FromAgent::BodyPart(part).encode_as(Format::Binary),
+                message::encode(&FromAgent::Ping),
+            ),
+            (
+                Encoded::Text("x".repeat(MAX_CONTROL_MESSAGE_BYTES + 1)),
                 "x".repeat(MAX_CONTROL_MESSAGE_BYTES),
             ),
         ] {
@@ -793,7 +787,12 @@ mod tests {
             let mut client = client(peer).await;
             assert_eq!(next_text(&mut client).await, long("a"));
             assert_eq!(next_text(&mut client).await, overtakes);
-            assert_eq!(next_text(&mut client).await, waits);
+            let last = client.next().await.expect("open").expect("no error");
+            let last = match last {
+                Message::Text(text) => Encoded::Text(text.as_str().to_owned()),
+                last => Encoded::Binary(last.into_data()),
+            };
+            assert_eq!(last, waits);
         }
     }
 

@@ -93,4 +93,9 @@ impl AgentPath {
     pub fn use_compression(&self, public_url: &PublicUrl) -> bool {
         matches!(self, Self::Cloud(_)) || !public_url.is_loopback()
     }
+
+    /// Whether messages may be binary: API Gateway passes on text.
+    pub fn use_binary(&self) -> bool {
+        matches!(self, Self::InProcess(_))
+    }
 }

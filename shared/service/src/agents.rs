@@ -16,7 +16,12 @@ use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
 use crate::aws::sdk::SdkConfig;
-use tunnel_protocol::{id::ConnectionId, limits::MAX_MESSAGE_BYTES, message, url::is_loopback};
+use tunnel_protocol::{
+    id::ConnectionId,
+    limits::MAX_MESSAGE_BYTES,
+    message::{self, CarriesBody, Encoded, Feature, Format},
+    url::is_loopback,
+};
 
 /// Pauses before a message is posted again that @connections has failed to take.
 const RETRY_DELAYS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(200)];
@@ -104,11 +109,16 @@ pub type Sending<'s> = Pin<Box<dyn Future<Output = Result<(), PostError>> + Send
 
 /// Connections that this process holds itself.
 pub trait OpenConnections: fmt::Debug + Send + Sync {
-    /// Sends a text message to a connection, and waits for its turn until the connection has taken nothing for `patience`.
+    /// Sends a message to a connection, and waits for its turn until the connection has taken nothing for `patience`.
     ///
     /// # Errors
     /// As @connections answers: see [`PostError`].
-    fn send<'s>(&'s self, to: &'s ConnectionId, text: String, patience: Duration) -> Sending<'s>;
+    fn send<'s>(
+        &'s self,
+        to: &'s ConnectionId,
+        message: Encoded,
+        patience: Duration,
+    ) -> Sending<'s>;
 
     /// Whether a connection is open.
     fn is_open(&self, connection: &ConnectionId) -> bool;
@@ -162,12 +172,36 @@ impl AgentConnections {
     /// See [`PostError`].
     pub async fn post_text(&self, to: &ConnectionId, text: String) -> Result<(), PostError> {
         match &self.0 {
-            Reached::InProcess(_) => self.post_text_patiently(to, &text, Duration::ZERO).await,
-            Reached::Management(_) => self.post_text_patiently(to, &text, SHORT_PATIENCE).await,
+            Reached::InProcess(_) => self.post_encoded(to, text.into(), Duration::ZERO).await,
+            Reached::Management(_) => self.post_encoded(to, text.into(), SHORT_PATIENCE).await,
         }
     }
 
-    /// Sends a message, see [`AgentConnections::post_text_patiently`].
+    /// How messages to an agent with these features carry bodies. Only within the process are they binary.
+    pub fn format(&self, features: &[Feature]) -> Format {
+        match &self.0 {
+            Reached::InProcess(_) => Format::of(features),
+            Reached::Management(_) => Format::Text,
+        }
+    }
+
+    /// Sends a message, which may have a body, in a format of [`AgentConnections::format`]. It waits as
+    /// [`AgentConnections::post_encoded`] does.
+    ///
+    /// # Errors
+    /// See [`PostError`].
+    pub async fn post_in<M: CarriesBody>(
+        &self,
+        format: Format,
+        to: &ConnectionId,
+        message: &mut M,
+        patience: Duration,
+    ) -> Result<(), PostError> {
+        self.post_encoded(to, message.encode_as(format), patience)
+            .await
+    }
+
+    /// Sends a message, see [`AgentConnections::post_encoded`].
     ///
     /// # Errors
     /// See [`PostError`].
@@ -178,7 +212,7 @@ impl AgentConnections {
         patience: Duration,
     ) -> Result<(), PostError> {
         let text = message::encode(message);
-        self.post_text_patiently(to, &text, patience).await
+        self.post_encoded(to, text.into(), patience).await
     }
 
     /// Like [`AgentConnections::post_text`], but again and again, for as long as `patience`, while the connection is busy: a
@@ -187,20 +221,26 @@ impl AgentConnections {
     ///
     /// # Errors
     /// See [`PostError`].
-    pub async fn post_text_patiently(
+    pub async fn post_encoded(
         &self,
         to: &ConnectionId,
-        text: &str,
+        message: Encoded,
         patience: Duration,
     ) -> Result<(), PostError> {
-        if text.len() > MAX_MESSAGE_BYTES {
-            return Err(PostError::TooLarge(text.len()));
+        if message.length() > MAX_MESSAGE_BYTES {
+            return Err(PostError::TooLarge(message.length()));
         }
-        match &self.0 {
-            Reached::InProcess(connections) => {
-                connections.send(to, text.to_owned(), patience).await
+        match (&self.0, message) {
+            (Reached::InProcess(connections), message) => {
+                connections.send(to, message, patience).await
             }
-            Reached::Management(client) => post_to_connection(client, to, text, patience).await,
+            (Reached::Management(client), Encoded::Text(text)) => {
+                post_to_connection(client, to, &text, patience).await
+            }
+            (Reached::Management(_), Encoded::Binary(_)) => Err(PostError::Failed {
+                code: "binary".to_owned(),
+                source: "@connections sends text".into(),
+            }),
         }
     }
 

@@ -20,12 +20,14 @@ pub use self::{
 use crate::{
     body::compression::DecompressError,
     id::{ConnectionId, RequestId},
-    limits::{MAX_MESSAGE_BYTES, RELAY_ENVELOPE_BYTES},
-    message::{self, Body, BodyPart, Encoding, HttpRequest, HttpResponse},
+    limits::{HEAD_LENGTH_BYTES, MAX_MESSAGE_BYTES, RELAY_ENVELOPE_BYTES},
+    message::{self, Body, BodyPart, Encoding, Format, HttpRequest, HttpResponse},
 };
 
 /// Room for what the measure of a head does not show: the message's type, and flags, ids and digits that are set later.
 const ENVELOPE_SLACK_BYTES: usize = 256;
+/// A head that may be longer than this is measured. Measuring is as much work as writing, and so much room can be spared.
+const MAX_UNMEASURED_BYTES: usize = 16 * 1024;
 
 /// As much of a body as one message carries.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -114,14 +116,46 @@ macro_rules! first_chunk {
             }
 
             /// How many body bytes fit beside the head; `None` when the head itself does not fit into a message.
-            pub fn room(&self) -> Option<usize> {
-                room_beside(message::encoded_length(self) + ENVELOPE_SLACK_BYTES)
+            pub fn room(&self, format: Format) -> Option<usize> {
+                let measured = || message::encoded_length(self) + ENVELOPE_SLACK_BYTES;
+                match format {
+                    Format::Text => room_beside(measured()),
+                    Format::Binary => {
+                        let envelope = Some(self.longest_envelope())
+                            .filter(|longest| *longest <= MAX_UNMEASURED_BYTES)
+                            .unwrap_or_else(measured);
+                        MAX_MESSAGE_BYTES.checked_sub(HEAD_LENGTH_BYTES + envelope)
+                    }
+                }
+            }
+
+            /// No head is longer as JSON, which writes a byte as six at most.
+            fn longest_envelope(&self) -> usize {
+                let fields = self.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 2);
+                (fields.sum::<usize>() + self.text_bytes()) * 6 + ENVELOPE_SLACK_BYTES
             }
         }
     )*};
 }
 
 first_chunk!(HttpRequest, HttpResponse);
+
+impl HttpRequest {
+    /// Bytes of text beside the header fields.
+    fn text_bytes(&self) -> usize {
+        let upgrade = self.upgrade.as_ref().map_or(0, String::len);
+        let ids = self.request_id.as_str().len()
+            + self.reply_to.as_ref().map_or(0, |id| id.as_str().len());
+        self.method.len() + self.uri.len() + upgrade + ids
+    }
+}
+
+impl HttpResponse {
+    /// Bytes of text beside the header fields.
+    fn text_bytes(&self) -> usize {
+        self.request_id.as_str().len() + self.reply_to.as_ref().map_or(0, |id| id.as_str().len())
+    }
+}
 
 /// How many body bytes fit beside `envelope` bytes of JSON in one message that may be passed on; `None` when not even the
 /// envelope does.
@@ -149,13 +183,13 @@ pub(crate) fn join(chunks: Vec<Bytes>) -> Bytes {
 mod tests {
     use super::*;
     use crate::{
-        limits::MAX_PART_BYTES,
-        message::{FromAgent, ToAgent, encode},
+        limits::{MAX_BINARY_PART_BYTES, MAX_PART_BYTES},
+        message::{CarriesBody, FromAgent, ToAgent, encode},
     };
 
     #[test]
     fn a_full_part_fits_a_message_with_the_longest_ids() {
-        let part = BodyPart {
+        let mut part = BodyPart {
             request_id: "r".repeat(64).parse().expect("an id"),
             part: u32::MAX,
             body: Body(vec![0; MAX_PART_BYTES].into()),
@@ -167,8 +201,57 @@ mod tests {
             encode(&FromAgent::BodyPart(part.clone())).len() + RELAY_ENVELOPE_BYTES
                 <= MAX_MESSAGE_BYTES
         );
-        assert!(encode(&ToAgent::BodyPart(part)).len() <= MAX_MESSAGE_BYTES);
+        assert!(encode(&ToAgent::BodyPart(part.clone())).len() <= MAX_MESSAGE_BYTES);
+        part.body = Body(vec![0; MAX_BINARY_PART_BYTES].into());
+        let binary = FromAgent::BodyPart(part).encode_as(Format::Binary);
+        assert!(binary.length() <= MAX_MESSAGE_BYTES);
         assert!(RequestId::generate().as_str().len() <= 64);
+    }
+
+    #[test]
+    fn a_binary_message_with_a_full_first_chunk_fits_whatever_its_head() {
+        for (fields, length) in [
+            (0, 0),
+            (1, 10),
+            (10, 100),
+            (20, 130),
+            (20, 1000),
+            (100, 1000),
+        ] {
+            let mut response = HttpResponse {
+                request_id: "r".repeat(64).parse().expect("an id"),
+                status_code: 200,
+                headers: http::HeaderMap::new(),
+                body: Body::default(),
+                encoding: None,
+                processing_time_ms: u64::MAX,
+                more: false,
+                reply_to: Some("c".repeat(128).parse().expect("an id")),
+            };
+            for number in 0..fields {
+                let name = format!("field-{number}")
+                    .parse::<http::HeaderName>()
+                    .expect("a name");
+                // The characters that take most.
+                let value = http::HeaderValue::from_bytes(&vec![b'"'; length]).expect("a value");
+                response.headers.insert(name, value);
+            }
+            let room = response.room(Format::Binary);
+            let Some(room) = room else {
+                assert!(fields * length * 2 > MAX_MESSAGE_BYTES, "{fields} fields");
+                continue;
+            };
+            response.set_chunk(Chunk {
+                bytes: vec![0; room].into(),
+                encoding: Some(Encoding::Zstd),
+                more: true,
+            });
+            let encoded = FromAgent::HttpResponse(response).encode_as(Format::Binary);
+            assert!(
+                encoded.length() <= MAX_MESSAGE_BYTES,
+                "{fields} fields of {length}"
+            );
+        }
     }
 
     #[test]

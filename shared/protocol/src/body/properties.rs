@@ -11,7 +11,7 @@ use tokio::task::yield_now;
 use super::{budget::BodyBudget, window::WindowUpdates, *};
 use crate::{
     limits::{INITIAL_WINDOW_PARTS, MAX_REORDER_PARTS},
-    message::{FromAgent, decode, encode},
+    message::{CarriesBody, Encoded, Format, FromAgent, decode, decode_binary},
 };
 
 /// A body whose frames come one after another, with a pause before each.
@@ -26,7 +26,7 @@ fn body(frames: Vec<Vec<u8>>) -> impl http_body::Body<Data = Bytes, Error = Infa
 /// What is on its way: messages in both directions, which overtake each other and come twice.
 #[derive(Default)]
 struct Network {
-    parts: VecDeque<String>,
+    parts: VecDeque<Encoded>,
     windows: VecDeque<u32>,
     is_sent: bool,
 }
@@ -46,17 +46,17 @@ fn take_any<T: Clone>(messages: &mut VecDeque<T>, choice: &Index, twice: bool) -
 
 async fn send(
     frames: Vec<Vec<u8>>,
-    mode: Mode,
+    (mode, format): (Mode, Format),
     network: &RefCell<Network>,
     updates: &WindowUpdates,
 ) {
-    let mut sender = BodySender::new(body(frames), mode);
+    let mut sender = BodySender::new(body(frames), mode, format);
     let mut window = updates.window();
     let push = |message: BodyPart| {
         network
             .borrow_mut()
             .parts
-            .push_back(encode(&FromAgent::BodyPart(message)));
+            .push_back(FromAgent::BodyPart(message).encode_as(format));
     };
     let id = RequestId::generate();
     let chunk = sender.first_chunk(1000).await.expect("bytes");
@@ -88,10 +88,14 @@ async fn receive(
         }
         yield_now().await;
         let twice = *twice && !network.borrow().is_sent;
-        let text = take_any(&mut network.borrow_mut().parts, part, twice);
-        if let Some(text) = text {
-            let Ok(FromAgent::BodyPart(message)) = decode(&text) else {
-                panic!("not a part: {text}");
+        let encoded = take_any(&mut network.borrow_mut().parts, part, twice);
+        if let Some(encoded) = encoded {
+            let decoded = match &encoded {
+                Encoded::Text(text) => decode(text),
+                Encoded::Binary(bytes) => decode_binary(bytes),
+            };
+            let Ok(FromAgent::BodyPart(message)) = decoded else {
+                panic!("not a part: {encoded:?}");
             };
             let part = Part::from(message);
             assert!(
@@ -102,7 +106,8 @@ async fn receive(
             receiver.insert(part.number, part.chunk).expect("room");
         }
         assert!(
-            budget.held_bytes() <= INITIAL_WINDOW_PARTS as usize * crate::limits::MAX_PART_BYTES
+            budget.held_bytes()
+                <= INITIAL_WINDOW_PARTS as usize * crate::limits::MAX_BINARY_PART_BYTES
         );
         while let Some(chunk) = receiver.next_chunk().expect("what was sent") {
             received.extend(chunk.bytes);
@@ -119,6 +124,7 @@ async fn receive(
 fn carried(
     frames: Vec<Vec<u8>>,
     mode: Mode,
+    is_binary: bool,
     choices: Vec<(Index, Index, bool)>,
 ) -> (Vec<u8>, usize) {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -127,10 +133,15 @@ fn carried(
         .expect("a runtime");
     let (network, updates) = (RefCell::default(), WindowUpdates::default());
     let budget = BodyBudget::default();
+    let format = if is_binary {
+        Format::Binary
+    } else {
+        Format::Text
+    };
     let received = runtime.block_on(async {
         let (received, ()) = tokio::join!(
             receive(choices, &network, &updates, &budget),
-            send(frames, mode, &network, &updates)
+            send(frames, (mode, format), &network, &updates)
         );
         received
     });
@@ -149,10 +160,11 @@ proptest! {
     #[test]
     fn a_body_arrives_whatever_order_its_parts_and_windows_take(
         frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20), 0..200),
+        is_binary: bool,
         choices in choices(),
     ) {
         let expected = frames.concat();
-        let (received, held) = carried(frames, Mode::Raw, choices);
+        let (received, held) = carried(frames, Mode::Raw, is_binary, choices);
         prop_assert_eq!(received, expected);
         prop_assert_eq!(held, 0);
     }
@@ -190,11 +202,12 @@ proptest! {
         word in prop::collection::vec(any::<u8>(), 1..2000),
         times in 1usize..2000,
         compress: bool,
+        is_binary: bool,
         choices in choices(),
     ) {
         let expected = word.repeat(times);
         let frames = expected.chunks(64 * 1024).map(<[u8]>::to_vec).collect();
-        let (received, held) = carried(frames, Mode::Coalesced { compress }, choices);
+        let (received, held) = carried(frames, Mode::Coalesced { compress }, is_binary, choices);
         prop_assert!(received == expected);
         prop_assert_eq!(held, 0);
     }
@@ -204,7 +217,7 @@ proptest! {
 async fn bytes_of_an_upgraded_connection_are_sent_at_once() {
     let endless = stream::iter([Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"x")))])
         .chain(stream::pending());
-    let mut sender = BodySender::new(StreamBody::new(Box::pin(endless)), Mode::Raw);
+    let mut sender = BodySender::new(StreamBody::new(Box::pin(endless)), Mode::Raw, Format::Text);
     let first = sender
         .first_chunk(100)
         .now_or_never()
@@ -216,7 +229,7 @@ async fn bytes_of_an_upgraded_connection_are_sent_at_once() {
 #[tokio::test]
 async fn a_silent_upgraded_connection_does_not_delay_its_head() {
     let silent = stream::pending::<Result<Frame<Bytes>, Infallible>>();
-    let mut sender = BodySender::new(StreamBody::new(silent), Mode::Raw);
+    let mut sender = BodySender::new(StreamBody::new(silent), Mode::Raw, Format::Text);
     let first = sender
         .first_chunk(100)
         .now_or_never()
@@ -229,7 +242,7 @@ async fn a_silent_upgraded_connection_does_not_delay_its_head() {
 async fn a_sender_ends_when_its_receiver_is_gone() {
     let updates = WindowUpdates::default();
     let mut window = updates.window();
-    let mut sender = BodySender::new(body(vec![vec![1]; 200]), Mode::Raw);
+    let mut sender = BodySender::new(body(vec![vec![1]; 200]), Mode::Raw, Format::Text);
     sender.first_chunk(1).await.expect("bytes");
     drop(updates);
     while let Ok(part) = sender.next_part(Some(&mut window)).await {

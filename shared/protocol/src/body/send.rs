@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::{
     body::{Chunk, Part, chunker::Chunker, window::SendWindow, window::WindowClosedError},
-    limits::MAX_PART_BYTES,
+    message::Format,
 };
 
 /// How long bytes wait for more to join them: too short to notice, and each message costs money.
@@ -45,6 +45,7 @@ pub enum SendBodyError<E> {
 pub struct BodySender<B: Body> {
     chunker: Chunker<B>,
     mode: Mode,
+    max_part_bytes: usize,
     next_part: u32,
     is_over: bool,
 }
@@ -60,12 +61,13 @@ impl<B: Body> fmt::Debug for BodySender<B> {
 }
 
 impl<B: Body<Data = Bytes> + Unpin> BodySender<B> {
-    /// Sends `body`.
-    pub fn new(body: B, mode: Mode) -> Self {
+    /// Sends `body` to a peer that reads `format`.
+    pub fn new(body: B, mode: Mode, format: Format) -> Self {
         let compress = mode == Mode::Coalesced { compress: true };
         Self {
             chunker: Chunker::new(body, compress),
             mode,
+            max_part_bytes: format.max_part_bytes(),
             next_part: 0,
             is_over: false,
         }
@@ -128,7 +130,7 @@ impl<B: Body<Data = Bytes> + Unpin> BodySender<B> {
             .map_err(SendBodyError::Body)?;
         let chunk = self
             .chunker
-            .chunk(MAX_PART_BYTES, self.until(COALESCE_TIMEOUT))
+            .chunk(self.max_part_bytes, self.until(COALESCE_TIMEOUT))
             .await
             .map_err(SendBodyError::Body)?;
         self.is_over = !chunk.more;
