@@ -2,7 +2,8 @@
 # make run TARGET=3000                                ... in front of your own service
 # make test           all tests
 # make check          everything that CI checks: formatting, lints, docs, tests, licences, a start of the built executables
-# make bench          measures everything and writes docs/performance.md; needs wrk (apt install wrk) or oha
+# make bench          measures everything and writes docs/performance.md; needs wrk (apt install wrk) or oha, nginx, bore and
+#                     rathole; MISSING=allow measures without those that are missing, and only prints
 
 LISTEN ?= 127.0.0.1:8080
 DEMO ?= 127.0.0.1:3999
@@ -87,7 +88,7 @@ smoke: build
 	.ci/smoke $(BIN)
 
 bench: build
-	cargo bench --locked -p tunnel-bench --bench performance $(if $(PART),-- $(PART))
+	cargo bench --locked -p tunnel-bench --bench performance -- $(PART) $(if $(MISSING),--allow-missing)
 
 token: build
 	@$(ADMIN) create-token $(or $(NAME),$(error set NAME, the name of the token: NAME=alice)) $(if $(EXPIRES),--expires $(EXPIRES))

@@ -1,5 +1,6 @@
 //! Measures everything and writes docs/performance.md. `make bench` builds the executables first. With
-//! an argument, `local` or `cloud`, it only prints that part.
+//! an argument, `local` or `cloud`, it only prints that part. With `--allow-missing` it measures without the tunnels that are not
+//! installed, and only prints.
 
 use std::{
     fmt::Write as _,
@@ -37,9 +38,10 @@ async fn main() -> anyhow::Result<()> {
     let part = std::env::args()
         .skip(1)
         .find(|argument| !argument.starts_with('-'));
+    let may_miss = std::env::args().any(|argument| argument == "--allow-missing");
     let is_wanted = |name| part.as_deref().is_none_or(|part| part == name);
     if is_wanted("local") {
-        one_machine::check(&tools)?;
+        one_machine::check(&tools, may_miss)?;
     }
     let mut page = format!("{HEAD}\n{}\n", machine()?);
     if is_wanted("local") {
@@ -54,8 +56,8 @@ async fn main() -> anyhow::Result<()> {
             cloud(&executables).await?
         )?;
     }
-    if part.is_some() {
-        say(&page);
+    say(&page);
+    if part.is_some() || may_miss {
         return Ok(());
     }
     let file = root.join("docs/performance.md");
@@ -70,8 +72,9 @@ const HEAD: &str = "# Performance
 ";
 
 const ONE_MACHINE: &str =
-    "The load generator, all processes and the local service share the machine. bore and rathole, if they are installed, relay TCP
-connections and do not read HTTP; they show the least that a tunnel costs.
+    "The load generator, all processes and the local service share the machine. bore and rathole relay TCP
+connections and do not read HTTP. Times of 40 ms at one connection look like stalls of theirs, in which Nagle's algorithm at one end
+waits for an acknowledgement that the other end delays.
 ";
 
 fn in_aws() -> String {

@@ -15,8 +15,14 @@ use crate::processes::{self, Output, Process};
 const CONNECTIONS: [usize; 3] = [1, 32, 256];
 /// How many connections fetch the long body at once.
 const LONG_CONNECTIONS: usize = 4;
+/// How often everything is measured. One contestant follows the other within a round, so that what else the machine does meets all.
+const ROUNDS: usize = 3;
 /// How long each measurement takes, in seconds.
-const SECONDS: u32 = 8;
+const SECONDS: u32 = 4;
+/// How long each is warmed up before it, in seconds.
+const WARM_UP_SECONDS: u32 = 1;
+/// A request that takes longer counts as failed, in seconds: less than a measurement, so that a stall shows.
+const STALL_SECONDS: u32 = 2;
 /// The long body, in bytes.
 const LONG: usize = 10_000_000;
 
@@ -46,12 +52,31 @@ struct Setup {
     processes: Vec<(&'static str, Process)>,
 }
 
+/// What is measured beside the tunnel, and how it is installed.
+const CONTESTANTS: [(&str, &str); 3] = [
+    ("nginx", "apt install nginx-light"),
+    ("bore", "cargo install bore-cli --root .tools"),
+    ("rathole", "cargo install rathole --root .tools"),
+];
+
 /// Checks that everything needed is installed.
 ///
 /// # Errors
-/// If no load generator is on the PATH; the error says which one to install.
-pub fn check(tools: &Path) -> anyhow::Result<()> {
-    generator(tools).map(drop)
+/// If no load generator is on the PATH, or, unless `may_miss`, another tunnel to compare with; the error says how to install it.
+pub fn check(tools: &Path, may_miss: bool) -> anyhow::Result<()> {
+    generator(tools)?;
+    let missing: Vec<String> = CONTESTANTS
+        .iter()
+        .filter(|(name, _)| find(tools, name).is_none())
+        .map(|(name, install)| format!("{name} ({install})"))
+        .collect();
+    if !missing.is_empty() && !may_miss {
+        bail!(
+            "missing: {}. To measure without, set MISSING=allow; the page is not written then.",
+            missing.join(", ")
+        );
+    }
+    Ok(())
 }
 
 /// Measures, and returns the figures as Markdown.
@@ -77,121 +102,201 @@ pub async fn measure(
         bore(tools, &origin).await?,
         rathole(tools, &origin, work.path()).await?,
     ];
-    let mut results = Results::default();
-    for setup in setups.iter().flatten() {
+    let mut results: Vec<Results> = setups.into_iter().flatten().map(Results::new).collect();
+    for round in 1..=ROUNDS {
         for (at, connections) in CONNECTIONS.into_iter().enumerate() {
-            let before = setup.processor_times()?;
-            let url = format!("{}/short", setup.url);
-            let report = generator.run(&url, connections).await?;
-            let after = setup.processor_times()?;
-            say(&format!("{} {connections}: {report:?}", setup.name));
-            results.add_short(setup, at, report)?;
-            results.add_processor_times(setup, at, report, &before, &after)?;
+            for contestant in &mut results {
+                contestant.measure_short(&generator, at).await?;
+                let (name, report) = (contestant.setup.name, contestant.short[at].last());
+                say(&format!("{round}: {name} {connections}: {report:?}"));
+            }
         }
-        if has_long {
-            let url = format!("{}/long", setup.url);
-            let report = generator.run(&url, LONG_CONNECTIONS).await?;
-            say(&format!("{} long: {report:?}", setup.name));
-            results.add_long(setup, report)?;
+        for contestant in results.iter_mut().filter(|_| has_long) {
+            let url = format!("{}/long", contestant.setup.url);
+            let report = generator.run(&url, LONG_CONNECTIONS, SECONDS).await?;
+            say(&format!(
+                "{round}: {} long: {report:?}",
+                contestant.setup.name
+            ));
+            contestant.long.push(report);
         }
     }
-    drop((setups, service));
-    Ok(results.page(generator.name(), has_long))
+    let page = page(&results, generator.name(), has_long)?;
+    drop((results, service));
+    Ok(page)
 }
 
-/// The rows of the page's tables, as far as it is measured.
-#[derive(Default)]
+/// What was measured of a contestant: a report for each round.
 struct Results {
-    /// What the service alone did, which is measured first and which the others are compared with.
-    alone: [Report; CONNECTIONS.len()],
-    alone_long: Report,
-    short: String,
-    long: String,
-    processor: String,
+    setup: Setup,
+    short: [Vec<Report>; CONNECTIONS.len()],
+    long: Vec<Report>,
+    /// Processor time per request, in microseconds, of each process in each round.
+    processor: [Vec<Vec<f64>>; CONNECTIONS.len()],
 }
 
 impl Results {
-    fn add_short(&mut self, setup: &Setup, at: usize, report: Report) -> std::fmt::Result {
-        if setup.is_alone() {
-            self.alone[at] = report;
+    fn new(setup: Setup) -> Self {
+        Self {
+            setup,
+            short: Default::default(),
+            long: Vec::new(),
+            processor: Default::default(),
         }
-        let Report {
-            requests_per_second,
-            p50,
-            p99,
-            failures,
-            ..
-        } = report;
-        let ratio = requests_per_second / self.alone[at].requests_per_second;
-        writeln!(
-            self.short,
-            "| {} | {} | {requests_per_second:.0} | {ratio:.2} | {p50:.2} | {p99:.2} | {failures} |",
-            setup.name, CONNECTIONS[at]
-        )
     }
 
-    /// The times are those of each process of the setup, in seconds.
-    fn add_processor_times(
-        &mut self,
-        setup: &Setup,
-        at: usize,
-        report: Report,
-        before: &[f64],
-        after: &[f64],
-    ) -> std::fmt::Result {
-        for ((name, _), (before, after)) in setup.processes.iter().zip(before.iter().zip(after)) {
-            let microseconds = (after - before) / report.requests * 1e6;
-            writeln!(
-                self.processor,
-                "| {name} | {} | {microseconds:.0} |",
-                CONNECTIONS[at]
-            )?;
-        }
+    async fn measure_short(&mut self, generator: &Generator, at: usize) -> anyhow::Result<()> {
+        let (url, connections) = (format!("{}/short", self.setup.url), CONNECTIONS[at]);
+        generator.run(&url, connections, WARM_UP_SECONDS).await?;
+        let before = self.setup.processor_times()?;
+        let report = generator.run(&url, connections, SECONDS).await?;
+        let after = self.setup.processor_times()?;
+        let times = before.iter().zip(&after);
+        let times = times.map(|(before, after)| (after - before) / report.requests * 1e6);
+        self.processor[at].push(times.collect());
+        self.short[at].push(report);
         Ok(())
     }
 
-    fn add_long(&mut self, setup: &Setup, report: Report) -> std::fmt::Result {
-        if setup.is_alone() {
-            self.alone_long = report;
-        }
-        let speed = report.megabytes_per_second;
-        let ratio = speed / self.alone_long.megabytes_per_second;
-        writeln!(self.long, "| {} | {speed:.0} | {ratio:.2} |", setup.name)
+    fn requests_per_second(&self, at: usize) -> Spread {
+        Spread::of(
+            self.short[at]
+                .iter()
+                .map(|report| report.requests_per_second),
+        )
     }
 
-    fn page(&self, generator: &str, has_long: bool) -> String {
-        let Self {
-            short,
-            long,
-            processor,
-            ..
-        } = self;
-        let origin = if has_long {
-            "nginx"
-        } else {
-            "the demo service"
-        };
-        let long = if has_long {
-            format!(
-                "Responses of 10 MB, {LONG_CONNECTIONS} connections:\n\n| | MB/s | ratio |\n|---|---|---|\n{long}\n\n"
-            )
-        } else {
-            String::new()
-        };
-        format!(
-            "Load from {generator} for {SECONDS} s each; the service is {origin}. Responses of 1 KiB; ratios are to the service alone.\n\n\
-             | | connections | requests/s | ratio | p50 ms | p99 ms | failures |\n|---|---|---|---|---|---|---|\n{short}\n{long}\
-             Processor time per request, user and kernel:\n\n| process | connections | µs |\n|---|---|---|\n{processor}"
-        )
+    fn megabytes_per_second(&self) -> Spread {
+        Spread::of(self.long.iter().map(|report| report.megabytes_per_second))
     }
 }
 
-impl Setup {
-    /// Whether nothing is in between.
-    fn is_alone(&self) -> bool {
-        self.processes.is_empty()
-    }
+/// The median of the rounds, and their extremes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Spread {
+    median: f64,
+    least: f64,
+    most: f64,
+}
 
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        let at = |index: usize| values.get(index).copied().unwrap_or_default();
+        Self {
+            median: at(values.len() / 2),
+            least: at(0),
+            most: at(values.len().saturating_sub(1)),
+        }
+    }
+}
+
+fn page(results: &[Results], generator: &str, has_long: bool) -> anyhow::Result<String> {
+    let origin = if has_long {
+        "nginx"
+    } else {
+        "the demo service"
+    };
+    let mut page = format!(
+        "Load from {generator}, {ROUNDS} rounds of {SECONDS} s each after {WARM_UP_SECONDS} s to warm up, one contestant after the other in each round; the\n\
+         figures are medians, with the least and the most in parentheses. The service is {origin}. The generator waits for each response\n\
+         before it sends the next request, so p50 and p99 leave out what would have waited during a stall. Failed are also requests\n\
+         that took longer than {STALL_SECONDS} s.\n\n"
+    );
+    page.push_str(&ratios(results, has_long)?);
+    page.push_str(&short_table(results)?);
+    if has_long {
+        page.push_str(&long_table(results)?);
+    }
+    page.push_str(&processor_table(results)?);
+    Ok(page)
+}
+
+/// Ours beside the service alone and the better of the other tunnels.
+fn ratios(results: &[Results], has_long: bool) -> anyhow::Result<String> {
+    let (Some(alone), Some(ours)) = (results.first(), results.get(1)) else {
+        bail!("nothing was measured");
+    };
+    let relays = results.get(2..).unwrap_or_default();
+    let mut table = "Ratios of `tunnel-local` with `ttf`:\n\n| | to the service alone | to the better relay |\n|---|---|---|\n".to_owned();
+    let mut line = |what: &str, of: &dyn Fn(&Results) -> f64| {
+        let best = relays.iter().map(of).fold(f64::NAN, f64::max);
+        let to_best = match best.is_nan() {
+            true => "not measured".to_owned(),
+            false => format!("{:.2}", of(ours) / best),
+        };
+        writeln!(
+            table,
+            "| {what} | {:.2} | {to_best} |",
+            of(ours) / of(alone)
+        )
+    };
+    for (at, connections) in CONNECTIONS.into_iter().enumerate() {
+        let what = format!("requests/s, connections: {connections}");
+        line(&what, &|results| results.requests_per_second(at).median)?;
+    }
+    if has_long {
+        let what = format!("MB/s of bodies of 10 MB, connections: {LONG_CONNECTIONS}");
+        line(&what, &|results| results.megabytes_per_second().median)?;
+    }
+    Ok(table)
+}
+
+fn short_table(results: &[Results]) -> anyhow::Result<String> {
+    let mut table = "\nResponses of 1 KiB:\n\n| | connections | requests/s | p50 ms | p99 ms | failed |\n|---|---|---|---|---|---|\n".to_owned();
+    for contestant in results {
+        for (at, connections) in CONNECTIONS.into_iter().enumerate() {
+            let Spread {
+                median,
+                least,
+                most,
+            } = contestant.requests_per_second(at);
+            let reports = &contestant.short[at];
+            let p50 = Spread::of(reports.iter().map(|report| report.p50)).median;
+            let p99 = Spread::of(reports.iter().map(|report| report.p99)).median;
+            let failed: f64 = reports.iter().map(|report| report.failures).sum();
+            writeln!(
+                table,
+                "| {} | {connections} | {median:.0} ({least:.0} to {most:.0}) | {p50:.2} | {p99:.2} | {failed} |",
+                contestant.setup.name
+            )?;
+        }
+    }
+    Ok(table)
+}
+
+fn long_table(results: &[Results]) -> anyhow::Result<String> {
+    let mut table =
+        format!("\nResponses of 10 MB, {LONG_CONNECTIONS} connections:\n\n| | MB/s |\n|---|---|\n");
+    for contestant in results {
+        let Spread {
+            median,
+            least,
+            most,
+        } = contestant.megabytes_per_second();
+        let name = contestant.setup.name;
+        writeln!(table, "| {name} | {median:.0} ({least:.0} to {most:.0}) |")?;
+    }
+    Ok(table)
+}
+
+fn processor_table(results: &[Results]) -> anyhow::Result<String> {
+    let mut table = "\nProcessor time per request, user and kernel:\n\n| process | connections | µs |\n|---|---|---|\n".to_owned();
+    for contestant in results {
+        for (at, connections) in CONNECTIONS.into_iter().enumerate() {
+            for (number, (process, _)) in contestant.setup.processes.iter().enumerate() {
+                let rounds = contestant.processor[at].iter();
+                let median =
+                    Spread::of(rounds.filter_map(|times| times.get(number).copied())).median;
+                writeln!(table, "| {process} | {connections} | {median:.0} |")?;
+            }
+        }
+    }
+    Ok(table)
+}
+
+impl Setup {
     fn processor_times(&self) -> anyhow::Result<Vec<f64>> {
         self.processes
             .iter()
@@ -226,8 +331,8 @@ impl Generator {
         }
     }
 
-    async fn run(&self, url: &str, connections: usize) -> anyhow::Result<Report> {
-        let (connections, seconds) = (connections.to_string(), format!("{SECONDS}s"));
+    async fn run(&self, url: &str, connections: usize, seconds: u32) -> anyhow::Result<Report> {
+        let (connections, seconds) = (connections.to_string(), format!("{seconds}s"));
         let mut command = match self {
             Self::Wrk(wrk) => {
                 let mut command = Command::new(wrk);
@@ -240,7 +345,7 @@ impl Generator {
                     &seconds,
                     "--latency",
                     "--timeout",
-                    "10s",
+                    &format!("{STALL_SECONDS}s"),
                 ]);
                 command
             }
@@ -254,6 +359,8 @@ impl Generator {
                     &connections,
                     "-z",
                     &seconds,
+                    "-t",
+                    &format!("{STALL_SECONDS}s"),
                 ]);
                 command
             }
