@@ -458,19 +458,65 @@ impl DefaultRoute {
         Ok(false)
     }
 
+    /// Which of these open connections a [check](Self::check) would do something about. It reads many at once, so that a process
+    /// that holds thousands of idle connections can ask often.
+    ///
+    /// # Errors
+    /// If the tables do not answer.
+    pub async fn unsettled<'c>(
+        &self,
+        connections: &'c [ConnectionId],
+    ) -> Result<Vec<&'c ConnectionId>, DefaultRouteError> {
+        let recorded = self
+            .ownership
+            .connections
+            .get_many(connections, now())
+            .await?;
+        let agents = || {
+            recorded.values().filter_map(|connection| match connection {
+                Connection::Agent(agent) => Some(agent),
+                Connection::Reply => None,
+            })
+        };
+        let identities = agents().map(|agent| &agent.identity);
+        let is_valid = self.revalidator.still_valid(identities, now()).await?;
+        let ids = agents().map(|agent| &agent.tunnel_id);
+        let tunnels = self.ownership.tunnels.get_many(ids, now()).await?;
+        let is_settled = |id: &ConnectionId| match recorded.get(id) {
+            None => false,
+            Some(Connection::Reply) => true,
+            Some(Connection::Agent(agent)) => {
+                is_valid(&agent.identity)
+                    && Candidate::of(id, agent.clone()).is_none_or(|candidate| {
+                        let tunnel = tunnels.get(&agent.tunnel_id);
+                        tunnel.is_some_and(|tunnel| candidate.serves(tunnel))
+                            && !self.has_old_url(&candidate)
+                    })
+            }
+        };
+        Ok(connections.iter().filter(|id| !is_settled(id)).collect())
+    }
+
     async fn is_still_valid(&self, agent: &AgentConnection) -> Result<bool, StoreError> {
         self.revalidator
             .is_still_valid(&agent.identity, now())
             .await
     }
 
+    /// Whether an agent that can be told was sent an address that is not the tunnel's.
+    fn has_old_url(&self, serving: &Candidate) -> bool {
+        let opened = &serving.opened;
+        opened.features.contains(&Feature::Notices)
+            && opened.public_url != self.public_url.of(&serving.agent.tunnel_id, self.routing)
+    }
+
     /// Notifies the agent that serves a tunnel if the tunnel's address differs from the one it was sent.
     async fn check_url(&self, serving: &Candidate) -> Result<(), DefaultRouteError> {
-        let public_url = self.public_url.of(&serving.agent.tunnel_id, self.routing);
-        let opened = &serving.opened;
-        if opened.public_url == public_url || !opened.features.contains(&Feature::Notices) {
+        if !self.has_old_url(serving) {
             return Ok(());
         }
+        let public_url = self.public_url.of(&serving.agent.tunnel_id, self.routing);
+        let opened = &serving.opened;
         info!(tunnel = %serving.agent.tunnel_id, "sent the new address");
         let updated = ToAgent::UrlUpdated {
             public_url: public_url.clone(),

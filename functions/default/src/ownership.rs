@@ -86,6 +86,12 @@ impl Candidate {
             || serving.is_newer_than(&self.id, self.agent.connected_at_ms)
     }
 
+    /// Whether it serves this tunnel, which is its owner's.
+    pub(crate) fn serves(&self, tunnel: &Tunnel) -> bool {
+        tunnel.identity.owner == self.agent.identity.owner
+            && tunnel.online.as_ref() == Some(&self.online())
+    }
+
     fn online(&self) -> Online {
         Online {
             connection_id: self.id.clone(),

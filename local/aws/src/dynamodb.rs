@@ -342,6 +342,7 @@ fn carry_out(database: &Database, operation: &str, body: &[u8]) -> Result<Vec<u8
     }
     match operation {
         "GetItem" => call(body, |input| database.get_item(input)),
+        "BatchGetItem" => call(body, |input| database.batch_get_item(input)),
         "PutItem" => call(body, |input| database.put_item(input)),
         "UpdateItem" => call(body, |input| database.update_item(input)),
         "DeleteItem" => call(body, |input| database.delete_item(input)),

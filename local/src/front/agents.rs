@@ -318,9 +318,20 @@ impl AgentFront {
                 () = self.stopping.cancelled() => return,
                 _ = due.tick() => {}
             }
-            for connection in self.connections.ids() {
-                let span = connection_span(&connection);
-                if let Err(error) = self.default.check(&connection).instrument(span).await {
+            let open = self.connections.ids();
+            let unsettled = match self.default.unsettled(&open).await {
+                Ok(unsettled) => unsettled,
+                Err(error) => {
+                    error!(
+                        error = &error as &dyn std::error::Error,
+                        "connections could not be checked"
+                    );
+                    continue;
+                }
+            };
+            for connection in unsettled {
+                let span = connection_span(connection);
+                if let Err(error) = self.default.check(connection).instrument(span).await {
                     error!(%connection, error = &error as &dyn std::error::Error, "could not be checked");
                 }
             }

@@ -21,6 +21,9 @@ use crate::{
 /// newer service may put around one.
 const MAX_CLIENT_READ_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
 
+/// How much is read from the socket at once. A connection that is idle keeps as much memory.
+const READ_BUFFER_BYTES: usize = 8 * 1024;
+
 /// Bytes that wait to be written to the socket before they are written without being asked for: short messages that are ready
 /// together go out in one write.
 const WRITE_BUFFER_BYTES: usize = 2 * MAX_FRAME_BYTES;
@@ -38,7 +41,7 @@ pub fn client_config() -> WebSocketConfig {
 /// The configuration of a connection that takes frames of up to `max_frame_bytes` and messages of up to `max_message_bytes`.
 pub fn server_config(max_frame_bytes: usize, max_message_bytes: usize) -> WebSocketConfig {
     WebSocketConfig::default()
-        .read_buffer_size(MAX_FRAME_BYTES)
+        .read_buffer_size(READ_BUFFER_BYTES)
         .write_buffer_size(WRITE_BUFFER_BYTES)
         .max_write_buffer_size(MAX_WRITE_BUFFER_BYTES)
         .max_frame_size(Some(max_frame_bytes))

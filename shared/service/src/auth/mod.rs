@@ -180,6 +180,14 @@ impl Authenticator {
     }
 }
 
+/// What is known of credentials before the tokens table is asked.
+enum Doubt<'i> {
+    Valid,
+    Invalid,
+    /// They are valid if this token is.
+    Token(&'i TokenHash),
+}
+
 /// Checks whether an identified agent may stay.
 #[derive(Clone, Debug)]
 pub struct Revalidator {
@@ -202,16 +210,43 @@ impl Revalidator {
         identity: &Identity,
         now: Duration,
     ) -> Result<bool, StoreError> {
+        match self.doubt(identity, now) {
+            Doubt::Valid => Ok(true),
+            Doubt::Invalid => Ok(false),
+            Doubt::Token(hash) => Ok(self.tokens.good(hash, now).await?.is_some()),
+        }
+    }
+
+    /// Which of these identities [`Revalidator::is_still_valid`] holds for, each token looked up once.
+    ///
+    /// # Errors
+    /// If the tokens table does not answer.
+    pub async fn still_valid<'i>(
+        &self,
+        identities: impl Iterator<Item = &'i Identity>,
+        now: Duration,
+    ) -> Result<impl Fn(&Identity) -> bool, StoreError> {
+        let in_doubt = identities.filter_map(|identity| match self.doubt(identity, now) {
+            Doubt::Token(hash) => Some(hash),
+            Doubt::Valid | Doubt::Invalid => None,
+        });
+        let good = self.tokens.good_among(in_doubt, now).await?;
+        Ok(move |identity: &Identity| match self.doubt(identity, now) {
+            Doubt::Valid => true,
+            Doubt::Invalid => false,
+            Doubt::Token(hash) => good.contains(hash),
+        })
+    }
+
+    fn doubt<'i>(&self, identity: &'i Identity, now: Duration) -> Doubt<'i> {
         if identity.is_expired(now) {
-            return Ok(false);
+            return Doubt::Invalid;
         }
         match (self.mode, &identity.owner) {
-            (AuthMode::Open, _) | (AuthMode::Jwt, Owner::Jwt(_)) => Ok(true),
-            (AuthMode::Token, Owner::Token(hash)) => {
-                Ok(self.tokens.good(hash, now).await?.is_some())
-            }
+            (AuthMode::Open, _) | (AuthMode::Jwt, Owner::Jwt(_)) => Doubt::Valid,
+            (AuthMode::Token, Owner::Token(hash)) => Doubt::Token(hash),
             // Identified before the service used this kind of credentials.
-            (AuthMode::Token | AuthMode::Jwt, _) => Ok(false),
+            (AuthMode::Token | AuthMode::Jwt, _) => Doubt::Invalid,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The connections table: which tunnel an open WebSocket connection requested, and who owns it; and the tickets with which `forward`
 //! opens connections of its own.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use aws_sdk_dynamodb::types::{AttributeValue, ConditionCheck, ReturnValue, TransactWriteItem};
 
@@ -157,9 +157,25 @@ impl ConnectionsTable {
         now: Duration,
     ) -> Result<Option<Connection>, StoreError> {
         let item = self.0.get("connectionId", text(id.as_str())).await?;
-        Ok(item
-            .filter(|item| is_live(item, now) && !read_flag(item, "ended"))
-            .and_then(|item| connection(&item)))
+        Ok(item.and_then(|item| open_connection(&item, now)))
+    }
+
+    /// Looks many connections up, as [`ConnectionsTable::get`] does one.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn get_many(
+        &self,
+        ids: &[ConnectionId],
+        now: Duration,
+    ) -> Result<HashMap<ConnectionId, Connection>, StoreError> {
+        let keys = ids.iter().map(|id| id.as_str().to_owned());
+        let items = self.0.get_many("connectionId", keys).await?;
+        let named = |item: &Item| {
+            let id = read_text(item, "connectionId")?.parse().ok()?;
+            Some((id, open_connection(item, now)?))
+        };
+        Ok(items.iter().filter_map(named).collect())
     }
 
     /// The step of a transaction that makes it fail unless a connection is open.
@@ -267,6 +283,11 @@ impl ConnectionsTable {
 /// No connection id has a slash.
 fn ticket_key(ticket: &str) -> String {
     format!("ticket/{}", TokenHash::of(ticket))
+}
+
+fn open_connection(item: &Item, now: Duration) -> Option<Connection> {
+    let is_open = is_live(item, now) && !read_flag(item, "ended");
+    is_open.then(|| connection(item)).flatten()
 }
 
 fn connection(item: &Item) -> Option<Connection> {

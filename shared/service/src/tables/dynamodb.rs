@@ -1,6 +1,6 @@
 //! What the tables have in common: the client, how a call fails, and how attributes are read.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use aws_sdk_dynamodb::{
     Client,
@@ -15,10 +15,13 @@ use aws_sdk_dynamodb::{
         transact_write_items::TransactWriteItemsError,
         update_item::{UpdateItemError, UpdateItemOutput},
     },
-    types::AttributeValue,
+    types::{AttributeValue, KeysAndAttributes},
 };
 
 use crate::aws::sdk::SdkConfig;
+
+/// Most keys that BatchGetItem takes, see its page in the DynamoDB API reference.
+const MAX_BATCH_KEYS: usize = 100;
 
 /// A DynamoDB item.
 pub(crate) type Item = HashMap<String, AttributeValue>;
@@ -69,6 +72,48 @@ impl Table {
             .await
             .map_err(self.failed("GetItem"))?;
         Ok(output.item)
+    }
+
+    /// The items that there are with these keys, with all writes that were answered before: many in one call.
+    pub(crate) async fn get_many(
+        &self,
+        attribute: &str,
+        keys: impl IntoIterator<Item = String>,
+    ) -> Result<Vec<Item>, StoreError> {
+        let keys: HashSet<String> = keys.into_iter().collect();
+        let mut waiting: Vec<_> = keys
+            .into_iter()
+            .map(|key| Item::from([(attribute.to_owned(), AttributeValue::S(key))]))
+            .collect();
+        let mut items = Vec::with_capacity(waiting.len());
+        while !waiting.is_empty() {
+            let batch = waiting.split_off(waiting.len().saturating_sub(MAX_BATCH_KEYS));
+            let keys = KeysAndAttributes::builder()
+                .set_keys(Some(batch))
+                .consistent_read(true)
+                .build()
+                .expect("it has keys");
+            let output = self
+                .client
+                .batch_get_item()
+                .request_items(&self.name, keys)
+                .send()
+                .await
+                .map_err(self.failed("BatchGetItem"))?;
+            items.extend(
+                output
+                    .responses
+                    .into_iter()
+                    .flat_map(|mut tables| tables.remove(&self.name))
+                    .flatten(),
+            );
+            // What did not fit into one answer.
+            let unprocessed = output
+                .unprocessed_keys
+                .and_then(|mut tables| tables.remove(&self.name));
+            waiting.extend(unprocessed.into_iter().flat_map(|keys| keys.keys));
+        }
+        Ok(items)
     }
 
     /// All items, for administration. Page by page, so that no table is too long.

@@ -1,6 +1,6 @@
 //! The tokens table: which agent tokens are valid. It holds only hashes, so that reading it does not allow anyone to connect.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use aws_sdk_dynamodb::types::AttributeValue;
 
@@ -28,9 +28,22 @@ impl TokensTable {
     /// If DynamoDB does not answer.
     pub async fn good(&self, hash: &TokenHash, now: Duration) -> Result<Option<Token>, StoreError> {
         let item = self.0.get("tokenHash", text(hash.to_string())).await?;
-        let is_good =
-            |token: &Token| !token.revoked && token.expires_at.is_none_or(|at| at > now.as_secs());
-        Ok(item.as_ref().and_then(token).filter(is_good))
+        Ok(item.as_ref().and_then(|item| good_token(item, now)))
+    }
+
+    /// Those of these tokens that [`TokensTable::good`] finds.
+    ///
+    /// # Errors
+    /// If DynamoDB does not answer.
+    pub async fn good_among(
+        &self,
+        hashes: impl Iterator<Item = &TokenHash>,
+        now: Duration,
+    ) -> Result<HashSet<TokenHash>, StoreError> {
+        let keys = hashes.map(TokenHash::to_string);
+        let items = self.0.get_many("tokenHash", keys).await?;
+        let good = items.iter().filter_map(|item| good_token(item, now));
+        Ok(good.map(|token| token.hash).collect())
     }
 
     /// Creates a token with this name and returns it: it is not stored, and cannot be shown again.
@@ -108,6 +121,12 @@ impl TokensTable {
         }
         Ok(revoked)
     }
+}
+
+fn good_token(item: &Item, now: Duration) -> Option<Token> {
+    let is_good =
+        |token: &Token| !token.revoked && token.expires_at.is_none_or(|at| at > now.as_secs());
+    token(item).filter(is_good)
 }
 
 fn token(item: &Item) -> Option<Token> {

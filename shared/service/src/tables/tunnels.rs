@@ -1,6 +1,6 @@
 //! The tunnels table: who owns a name, and which connection serves it now.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use aws_sdk_dynamodb::{
     operation::delete_item::DeleteItemError,
@@ -95,6 +95,21 @@ impl TunnelsTable {
         Ok(item
             .filter(|item| is_live(item, now))
             .and_then(|item| tunnel(&item)))
+    }
+
+    /// Looks many tunnels up, as [`TunnelsTable::get`] does one.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn get_many(
+        &self,
+        ids: impl Iterator<Item = &TunnelId>,
+        now: Duration,
+    ) -> Result<HashMap<TunnelId, Tunnel>, StoreError> {
+        let keys = ids.map(|id| id.as_str().to_owned());
+        let items = self.0.get_many("tunnelId", keys).await?;
+        let live = items.iter().filter(|item| is_live(item, now));
+        Ok(live.filter_map(named).collect())
     }
 
     /// Gives a tunnel id to `owner`, if no one owns it and `owner` has fewer than `max_ids`; 0 means no limit. What an earlier
@@ -241,7 +256,6 @@ impl TunnelsTable {
     /// See [`StoreError`].
     pub async fn list(&self, now: Duration) -> Result<Vec<(TunnelId, Tunnel)>, StoreError> {
         let items = self.0.scan().await?;
-        let named = |item: &Item| Some((read_text(item, "tunnelId")?.parse().ok()?, tunnel(item)?));
         Ok(items
             .iter()
             .filter(|item| is_live(item, now))
@@ -400,6 +414,10 @@ fn without_connection(change: Change) -> Change {
 
 fn owner_text(owner: &Owner) -> AttributeValue {
     text(owner.to_string())
+}
+
+fn named(item: &Item) -> Option<(TunnelId, Tunnel)> {
+    Some((read_text(item, "tunnelId")?.parse().ok()?, tunnel(item)?))
 }
 
 fn tunnel(item: &Item) -> Option<Tunnel> {
