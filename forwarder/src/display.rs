@@ -14,6 +14,8 @@ use crate::event::Event;
 
 /// Lines that wait for a slow reader. More are dropped, and counted.
 const MAX_QUEUED_LINES: usize = 1024;
+/// How long lines come together before they are written: too short to notice, and a busy agent has one for each request.
+const GATHER_TIME: Duration = Duration::from_millis(10);
 /// Longest line, in characters: a request's query, or what a service says, may be longer.
 const MAX_LINE_CHARS: usize = 4096;
 
@@ -161,14 +163,22 @@ pub(crate) struct Lines(Arc<LineQueue>);
 #[derive(Debug, Default)]
 struct LineQueue {
     queue: Mutex<QueuedLines>,
-    changed: Condvar,
+    /// There are lines for a thread that waits for some.
+    queued: Condvar,
+    /// Lines were written that someone waits for.
+    written: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct QueuedLines {
     lines: VecDeque<String>,
     dropped: u64,
-    is_writing: bool,
+    /// How many are being written.
+    writing: usize,
+    /// The thread that writes waits for a line. Waking it costs a system call for each line where it does not.
+    is_idle: bool,
+    /// How many wait until all is written.
+    flushing: usize,
 }
 
 impl Lines {
@@ -178,13 +188,13 @@ impl Lines {
         let queue = shared.clone();
         thread::spawn(move || {
             loop {
-                let line = queue.next();
+                let lines = queue.next();
                 // A closed reader is no reason to stop.
                 // In one write, so that the other stream's lines do not come in between where both go to one place.
-                let line = line + "\n";
                 let _ = stream
-                    .write_all(line.as_bytes())
+                    .write_all(lines.as_bytes())
                     .and_then(|()| stream.flush());
+                queue.rest();
             }
         });
         Self(shared)
@@ -194,22 +204,25 @@ impl Lines {
     pub(crate) fn line(&self, text: &str) {
         let mut queue = lock(&self.0.queue);
         // Room for the number of dropped lines, too.
-        if queue.lines.len() + 1 >= MAX_QUEUED_LINES {
+        if queue.lines.len() + queue.writing + 1 >= MAX_QUEUED_LINES {
             queue.dropped += 1;
             return;
         }
         queue.report_dropped();
         queue.lines.push_back(clean(text));
-        self.0.changed.notify_all();
+        self.0.wake(&mut queue);
     }
 
     /// Waits until all lines are written, or `limit` has passed.
     pub(crate) fn flush(&self, limit: Duration) {
         let mut queue = lock(&self.0.queue);
         queue.report_dropped();
-        self.0.changed.notify_all();
-        let pending = |queue: &mut QueuedLines| queue.is_writing || !queue.lines.is_empty();
-        drop(self.0.changed.wait_timeout_while(queue, limit, pending));
+        queue.flushing += 1;
+        self.0.wake(&mut queue);
+        let pending = |queue: &mut QueuedLines| queue.writing > 0 || !queue.lines.is_empty();
+        let waited = self.0.written.wait_timeout_while(queue, limit, pending);
+        let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        queue.flushing -= 1;
     }
 }
 
@@ -227,19 +240,37 @@ impl QueuedLines {
 }
 
 impl LineQueue {
+    /// All lines that there are, once there is one.
     fn next(&self) -> String {
         let mut queue = lock(&self.queue);
-        queue.is_writing = false;
-        self.changed.notify_all();
-        loop {
-            if let Some(line) = queue.lines.pop_front() {
-                queue.is_writing = true;
-                return line;
-            }
+        while queue.lines.is_empty() {
+            queue.is_idle = true;
             queue = self
-                .changed
+                .queued
                 .wait(queue)
                 .unwrap_or_else(PoisonError::into_inner);
+        }
+        queue.is_idle = false;
+        queue.writing = queue.lines.len();
+        queue.lines.drain(..).map(|line| line + "\n").collect()
+    }
+
+    /// Notes that lines were written, and lets more come together, unless someone waits for them.
+    fn rest(&self) {
+        let mut queue = lock(&self.queue);
+        queue.writing = 0;
+        if queue.flushing == 0 {
+            drop(queue);
+            thread::sleep(GATHER_TIME);
+        } else {
+            self.written.notify_all();
+        }
+    }
+
+    /// Has queued lines written, if nothing is being written.
+    fn wake(&self, queue: &mut QueuedLines) {
+        if std::mem::take(&mut queue.is_idle) {
+            self.queued.notify_one();
         }
     }
 }
@@ -323,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn each_line_is_one_write() {
+    fn no_line_is_cut_between_writes() {
         let (written, writes) = mpsc::channel();
         let (allow, may_write) = mpsc::channel();
         drop(allow);
@@ -331,7 +362,9 @@ mod tests {
         lines.line("one");
         lines.line("two");
         lines.flush(PATIENCE);
-        assert_eq!(writes.try_iter().collect::<Vec<_>>(), ["one\n", "two\n"]);
+        let writes: Vec<String> = writes.try_iter().collect();
+        assert!(writes.iter().all(|write| write.ends_with('\n')));
+        assert_eq!(writes.concat(), "one\ntwo\n");
     }
 
     #[test]
