@@ -1,4 +1,4 @@
-//! The wire protocol, version 1: JSON text messages between the agent and the service over one WebSocket connection.
+//! The wire protocol, version 1: JSON messages between the agent and the service over one WebSocket connection.
 //!
 //! There is one enum per direction. A message type that is not listed decodes as `Unknown`, so that
 //! either side may be newer than the other. Everything beyond the first version's messages is
