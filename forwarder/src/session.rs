@@ -574,13 +574,14 @@ impl Session {
         let line = RequestLine::of(&request);
         let reply_to = request.reply_to.clone();
         let recording = self.tunnel.recorder.begin(&request);
-        let exchange = exchange::run(
+        // Boxed, because it is long, and is moved several times before its task has it.
+        let exchange = Box::pin(exchange::run(
             self.context.clone(),
             request,
             body,
             window.window(),
             recording.clone(),
-        );
+        ));
         let span = info_span!("request", %id);
         let task = self.running.spawn({
             let id = id.clone();
