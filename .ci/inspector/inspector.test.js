@@ -227,6 +227,10 @@ test("what fails is shown with its reason, and a stream while it goes on", () =>
     await reader.read();
     await select(page, "/events");
     await page.locator(".facts", { hasText: "in progress" }).waitFor();
+    await page.getByRole("button", { name: "Hex" }).last().click();
+    const shown = await responseBody(page).innerText();
+    await page.waitForFunction((before) => [...document.querySelectorAll(".body-view")].at(-1).innerText !== before, shown);
+    assert.equal(await page.getByRole("button", { name: "Hex" }).last().getAttribute("aria-pressed"), "true");
     leave.abort();
     await page.locator(".details-head .fault", { hasText: "the visitor left" }).waitFor();
   }));

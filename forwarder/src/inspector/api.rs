@@ -102,7 +102,7 @@ impl Api {
                 self.replay(&wanted)
             }
             (&Method::DELETE, ["api", "requests", "http"]) => {
-                self.shared.clear();
+                self.shared.clear().await;
                 Ok(no_content())
             }
             (&Method::POST, ["api", "requests", "http", id, "reveal"]) => {
@@ -140,7 +140,7 @@ impl Api {
             ["api", "requests", "har"] => self.har(head),
             ["api", "requests", "http", id] => {
                 let slot = self.slot(id)?;
-                Ok(reply::json(&slot.read(|exchange| self.exchange(exchange))))
+                Ok(reply::json(&self.exchange(&slot.copy())))
             }
             [
                 "api",
@@ -347,7 +347,7 @@ fn streamed(
 ) -> Reply {
     let exchanges = slots.into_iter().enumerate().map(move |(at, slot)| {
         let separator = if at == 0 { "" } else { "," };
-        format!("{separator}{}", slot.read(&render))
+        format!("{separator}{}", render(&slot.copy()))
     });
     let text = [prefix].into_iter().chain(exchanges);
     let text = stream::iter(text).chain(stream::iter([suffix.to_owned()]));

@@ -166,7 +166,7 @@ fn write_batch(
                 transaction.execute("DELETE FROM exchanges", [])?;
             }
             Task::Keep(slot, masking) => {
-                let exchange = slot.read(RecordedExchange::clone);
+                let exchange = slot.copy();
                 let head = Head::of(&exchange, &masking);
                 let head = serde_json::to_string(&head).unwrap_or_default();
                 let request = &exchange.request.body.kept;

@@ -119,7 +119,7 @@ impl Replays {
                 "too many replays are going on: wait until some have ended",
             )
         })?;
-        let source = source.read(RecordedExchange::clone);
+        let source = source.copy();
         let tunnel = tunnel(shared, wanted, &source)?;
         let origin = origin(tunnel, wanted)?;
         let message = message(wanted, &source, tunnel)?;

@@ -109,11 +109,11 @@ impl Shared {
     }
 
     /// Forgets all exchanges.
-    pub(crate) fn clear(&self) {
+    pub(crate) async fn clear(&self) {
         self.store.clear();
         if let Some(history) = self.history.clone() {
-            // It waits for its file.
-            spawn_blocking(move || history.clear());
+            // It waits for its file, and who asked is not answered before the history knows.
+            let _ = spawn_blocking(move || history.clear()).await;
         }
     }
 

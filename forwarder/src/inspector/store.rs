@@ -71,7 +71,12 @@ impl Slot {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Looks at the exchange.
+    /// A copy of the exchange, for whatever takes longer than a look.
+    pub(crate) fn copy(&self) -> RecordedExchange {
+        self.read(RecordedExchange::clone)
+    }
+
+    /// Looks at the exchange. Whoever records it waits for that long.
     pub(crate) fn read<T>(&self, look: impl FnOnce(&RecordedExchange) -> T) -> T {
         look(&lock(&self.content).exchange)
     }

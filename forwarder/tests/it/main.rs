@@ -7,4 +7,5 @@ mod connection;
 mod executable;
 mod first_connection;
 mod harness;
+mod inspector;
 mod uploads;

@@ -332,16 +332,20 @@ function viewsOf(message, data, { previewUrl }) {
   return views;
 }
 
+/** How the reader wants to see the bodies of an exchange, which are drawn again while it goes on. */
+let chosen = { id: null };
+
 function content(message, data, options) {
   const views = viewsOf(message, data, options);
   const names = Object.keys(views);
   const shown = h("div", { class: "body-view" });
   const buttons = names.map((name) => h("button", { type: "button", class: "tab", "aria-pressed": "false", onclick: () => show(name) }, name));
   const show = (name) => {
+    if (options.part) chosen[options.part] = name;
     buttons.forEach((button) => button.setAttribute("aria-pressed", String(button.textContent === name)));
     shown.replaceChildren(views[name]());
   };
-  show(names[0]);
+  show(names.includes(chosen[options.part]) ? chosen[options.part] : names[0]);
   return h("div", { class: "body" }, h("div", { class: "body-tabs", role: "group", "aria-label": "Show the body as" }, buttons, options.tools ?? null), shown);
 }
 
@@ -358,8 +362,9 @@ export async function bodyOf(exchange, part) {
     fault ? h("p", { class: "note is-cut" }, fault) : null,
   ];
   const download = h("a", { class: "button quiet", href: pathOf(exchange, part), download: `${exchange.id}-${part}.bin`, title: "The bytes as they were sent" }, "Download");
+  if (chosen.id !== exchange.id) chosen = { id: exchange.id };
   const previewUrl = part === "response" ? `/api/requests/http/${exchange.id}/response/preview` : null;
-  return h("div", {}, notes, content(message, data, { previewUrl, tools: download }));
+  return h("div", {}, notes, content(message, data, { part, previewUrl, tools: download }));
 }
 
 /** The body as text that can be compared line by line; null if it is none. */

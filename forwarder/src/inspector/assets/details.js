@@ -30,8 +30,11 @@ export async function show(id) {
   try {
     const exchange = await load(id);
     if (mine !== order) return;
+    const isSame = shown?.id === id && JSON.stringify(sizes(shown)) === JSON.stringify(sizes(exchange));
     shown = exchange;
-    await draw(mine);
+    if (!isSame) await draw(mine);
+    // Bytes that pass are no events: there may be very many.
+    if (exchange.state === "open") refresh({ id }, LOOK_AGAIN_MS);
   } catch (error) {
     if (mine !== order) return;
     shown = null;
@@ -45,15 +48,27 @@ export function hide() {
   replace(byId("details"), h("div", { class: "empty" }, h("p", { class: "empty-title" }, "Nothing selected"), h("p", {}, "Choose a request to see its headers, bodies and timings.")));
 }
 
-let refreshTimer = null;
+/** What tells whether an exchange has to be drawn again. */
+const sizes = ({ state, request, response, message_count }) => [state, request.size, response?.size, message_count];
 
-/** The selected exchange has changed. What changes often is loaded a few times a second. */
-export function refresh({ id }) {
-  if (refreshTimer) return;
+/** How long after it has changed an exchange is loaded again. */
+const REFRESH_MS = 200;
+/** How often one that goes on is loaded. */
+const LOOK_AGAIN_MS = 1000;
+
+let refreshTimer = null;
+let refreshDue = 0;
+
+/** The selected exchange has changed, or may have. */
+export function refresh({ id }, after = REFRESH_MS) {
+  const due = performance.now() + after;
+  if (refreshTimer && refreshDue <= due) return;
+  clearTimeout(refreshTimer);
+  refreshDue = due;
   refreshTimer = setTimeout(() => {
     refreshTimer = null;
     if (list.state.selected === id) show(id);
-  }, 200);
+  }, after);
 }
 
 const backButton = () => h("button", { type: "button", class: "back quiet", onclick: () => host.close() }, "← All requests");
