@@ -39,10 +39,7 @@ pub(crate) async fn dial(
     proxy: Option<&Proxy>,
     tls: &Arc<ClientConfig>,
 ) -> Result<ServiceStream, HandshakeError> {
-    let mut tcp = HttpConnector::new();
-    tcp.enforce_http(false);
-    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
-    tcp.set_happy_eyeballs_timeout(Some(HAPPY_EYEBALLS_DELAY));
+    let mut tcp = racing(HttpConnector::new());
     let destination = endpoint.as_http();
     let stream = match proxy {
         None => tcp
@@ -59,6 +56,14 @@ pub(crate) async fn dial(
         MaybeHttpsStream::Https(tls) => tls.inner().get_ref().0.inner().inner(),
     });
     Ok(TokioIo::new(stream))
+}
+
+/// Lets a connector try further addresses of a name while the first ones do not answer.
+fn racing<R>(mut tcp: HttpConnector<R>) -> HttpConnector<R> {
+    tcp.enforce_http(false);
+    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    tcp.set_happy_eyeballs_timeout(Some(HAPPY_EYEBALLS_DELAY));
+    tcp
 }
 
 async fn through(
@@ -166,4 +171,70 @@ pub(crate) fn misdirected(
             "{endpoint} is not the service: it does not speak HTTP ({error})"
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::{Ready, ready},
+        io,
+        net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+        task::{Context, Poll},
+    };
+
+    use hyper_util::client::legacy::connect::dns::Name;
+    use tokio::net::{TcpListener, TcpSocket};
+
+    use super::*;
+
+    /// Knows these addresses, in this order, of every name.
+    #[derive(Clone, Debug)]
+    struct Resolver(Vec<SocketAddr>);
+
+    impl Service<Name> for Resolver {
+        type Response = std::vec::IntoIter<SocketAddr>;
+        type Error = io::Error;
+        type Future = Ready<io::Result<Self::Response>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Name) -> Self::Future {
+            ready(Ok(self.0.clone().into_iter()))
+        }
+    }
+
+    /// A socket that answers nobody: its queue has one place, which is taken.
+    async fn dead(address: SocketAddr) -> (TcpListener, TcpStream) {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        };
+        let socket = socket.expect("a socket");
+        socket.bind(address).expect("a free address");
+        let listener = socket.listen(0).expect("a listener");
+        let connection = TcpStream::connect(address).await.expect("a place");
+        (listener, connection)
+    }
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_does_not_hide_the_next_one() {
+        for first in [
+            IpAddr::V6(Ipv6Addr::LOCALHOST),
+            IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)),
+        ] {
+            let live = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let second = live.local_addr().expect("an address");
+            let first = SocketAddr::new(first, second.port());
+            let _dead = dead(first).await;
+
+            let connector = HttpConnector::new_with_resolver(Resolver(vec![first, second]));
+            let uri = format!("http://service.example:{}", second.port());
+            let stream = racing(connector).call(uri.parse().expect("a URI")).await;
+
+            let stream = stream.expect("a connection").into_inner();
+            assert_eq!(stream.peer_addr().expect("an address"), second);
+        }
+    }
 }
