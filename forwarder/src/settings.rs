@@ -189,7 +189,7 @@ pub struct Layer {
     /// Accept the certificates in this PEM file, and those that they have signed, from the service
     #[arg(long, global = true, env = "TTF_ENDPOINT_CA", value_name = "FILE")]
     pub endpoint_ca: Option<PathBuf>,
-    /// The proxy to the service: http://, https:// or socks5h://[USER:PASSWORD@]HOST:PORT, or none [default: as HTTPS_PROXY, ALL_PROXY and NO_PROXY say]
+    /// The proxy to the service: http://, https:// or socks5h://HOST:PORT, with USER:PASSWORD@ before the host if it wants that, or none [default: as HTTPS_PROXY, ALL_PROXY and NO_PROXY say]
     #[arg(
         long,
         global = true,
