@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tunnel_protocol::id::TunnelId;
@@ -17,6 +17,7 @@ use crate::{
     config_file::{ConfigFile, ConfigFileError},
     endpoint::Endpoint,
     inspector::InspectOptions,
+    log_format::LogFormat,
     login::Login,
     settings::{Layer, LayerError, ProcessLayer, Settings},
     status::StatusSubject,
@@ -60,7 +61,7 @@ pub(crate) struct Cli {
 enum Command {
     /// Open one tunnel to an HTTP service
     Http {
-        /// A port (3000), host:port, http(s)://host:port, or unix:/path
+        /// A port (3000), host:port, http(s)://host:port, unix:/path, or a directory whose files are served
         #[arg(id = "local_service", value_name = "TARGET")]
         target: Option<Target>,
     },
@@ -156,9 +157,9 @@ struct Options {
     /// A config file in TOML, read over the one in its default place; may be repeated, and later files override earlier ones
     #[arg(short, long, global = true, env = "TTF_CONFIG", value_name = "FILE")]
     config: Vec<PathBuf>,
-    /// The process that systemd has started
-    #[arg(long, global = true, hide = true, env = "SYSTEMD_EXEC_PID")]
-    systemd_exec_pid: Option<String>,
+    /// Log more: -v what happens, -vv in detail; --log-level says it exactly
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
 }
 
 /// A command line with everything that belongs to it.
@@ -172,6 +173,12 @@ pub(crate) struct Invocation {
     pub console: bool,
     /// What is inspected.
     pub inspect: InspectOptions,
+    /// How lines look.
+    pub format: LogFormat,
+    /// Where they go, if not to stderr.
+    pub destination: Option<PathBuf>,
+    /// Only bad news are shown.
+    pub is_quiet: bool,
     /// The config files that were read.
     pub files: Vec<PathBuf>,
 }
@@ -317,6 +324,7 @@ impl Cli {
     ) -> Result<Invocation, UsageError> {
         let Self { command, options } = self;
         let files = options.files(default_file.as_deref());
+        let verbose = options.verbose;
         let (action, process) = match command {
             Some(Command::Version) => (Action::Print(version()), options.process),
             Some(Command::Completions { shell }) => {
@@ -338,12 +346,23 @@ impl Cli {
                 (options.action(command, &file, default_file)?, process)
             }
         };
-        let log = log_filter(process.log_level.as_deref().unwrap_or(DEFAULT_LOG_LEVEL))?;
+        let level = process.log_level.as_deref();
+        let log = log_filter(level.unwrap_or(match verbose {
+            0 => DEFAULT_LOG_LEVEL,
+            1 => "info",
+            _ => "debug",
+        }))?;
         Ok(Invocation {
             action,
             log,
-            console: process.console.unwrap_or(true),
+            console: process.console.unwrap_or(true)
+                && process.log.is_none()
+                && process.log_format.is_none()
+                && !process.quiet.unwrap_or(false),
+            format: process.log_format.unwrap_or_default(),
             inspect: process.inspect(),
+            destination: process.log,
+            is_quiet: process.quiet.unwrap_or(false),
             files,
         })
     }
@@ -399,10 +418,9 @@ impl Options {
         file: &ConfigFile,
         default_file: Option<PathBuf>,
     ) -> Result<Action, UsageError> {
-        let has_started_me = |pid: &String| *pid == std::process::id().to_string();
-        let is_service = self.systemd_exec_pid.as_ref().is_some_and(has_started_me);
+        let is_service = is_started_by_systemd().then_some(true);
         let flags = Layer {
-            keep_trying: self.layer.keep_trying.or(is_service.then_some(true)),
+            keep_trying: self.layer.keep_trying.or(is_service),
             ..self.layer
         };
         let one = |layer: &Layer, name| settings_of_one(layer, file, name);
@@ -447,6 +465,12 @@ impl Options {
             ) => unreachable!("these need no config file"),
         }
     }
+}
+
+/// Whether systemd has started this very process, and not one that it descends from (systemd.exec(5)).
+fn is_started_by_systemd() -> bool {
+    std::env::var_os("SYSTEMD_EXEC_PID")
+        .is_some_and(|pid| pid == std::process::id().to_string().as_str())
 }
 
 /// The settings of a tunnel that has no table in the file.

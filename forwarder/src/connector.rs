@@ -28,7 +28,10 @@ use tokio::{
 };
 use tower_service::Service;
 
-use crate::target::{Target, TargetTransport};
+use crate::{
+    directory::Directory,
+    target::{Target, TargetTransport},
+};
 
 /// How long connecting to the local service may take, the TLS handshake included.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -44,8 +47,11 @@ pub(crate) struct Connector(HttpsConnector<Dialer>);
 
 impl Connector {
     /// Connects to `target`. Its scheme decides about TLS.
-    pub(crate) fn new(target: &Target, tls: rustls::ClientConfig) -> Self {
-        Self(HttpsConnector::from((Dialer::new(target), tls)))
+    pub(crate) fn new(target: &Target, tls: rustls::ClientConfig, is_single_page: bool) -> Self {
+        Self(HttpsConnector::from((
+            Dialer::new(target, is_single_page),
+            tls,
+        )))
     }
 }
 
@@ -76,11 +82,15 @@ enum Dialer {
     Loopback(HttpConnector<LoopbackResolver>, u16),
     #[cfg(unix)]
     Unix(std::path::PathBuf),
+    Directory(Directory),
 }
 
 impl Dialer {
-    fn new(target: &Target) -> Self {
+    fn new(target: &Target, is_single_page: bool) -> Self {
         match &target.transport {
+            TargetTransport::Directory(root) => {
+                Self::Directory(Directory::new(root, is_single_page))
+            }
             TargetTransport::Tcp => Self::Tcp(configured(HttpConnector::new_with_resolver(
                 GaiResolver::new(),
             ))),
@@ -114,11 +124,16 @@ impl Service<Uri> for Dialer {
             Self::Loopback(connector, _) => connector.poll_ready(cx).map_err(Into::into),
             #[cfg(unix)]
             Self::Unix(_) => Poll::Ready(Ok(())),
+            Self::Directory(_) => Poll::Ready(Ok(())),
         }
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
         match self {
+            Self::Directory(directory) => {
+                let stream = OriginSocket::wrap(directory.connect());
+                Box::pin(std::future::ready(Ok(stream)))
+            }
             Self::Tcp(connector) => {
                 let connecting = connector.call(uri);
                 Box::pin(async move { Ok(OriginSocket::wrap(connecting.await?.into_inner())) })

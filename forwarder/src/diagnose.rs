@@ -272,6 +272,8 @@ async fn target(settings: &Settings) -> Result<((), String), String> {
         }
         #[cfg(not(unix))]
         TargetTransport::Unix(_) => {}
+        // It was there when its path was read.
+        TargetTransport::Directory(_) => {}
     }
     Ok(((), format!("{target} takes connections")))
 }

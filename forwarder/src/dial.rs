@@ -122,6 +122,11 @@ fn unreachable_through(
             "the proxy {proxy} requires a user name and password, or refuses them: pass --proxy with user:password@ before the host"
         ));
     }
+    if cause.contains("unsuccessful") {
+        return HandshakeError::Unreachable(format!(
+            "the proxy {proxy} refused to connect to {address}: it does not allow that, or the user name or password is wrong"
+        ));
+    }
     HandshakeError::Unreachable(format!(
         "cannot connect to {address} through the proxy {proxy}: {cause}"
     ))

@@ -10,7 +10,10 @@ use std::{
 
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::event::Event;
+use crate::{
+    event::Event,
+    log_format::{self, LocalTime, LogFormat},
+};
 
 /// Lines that wait for a slow reader. More are dropped, and counted.
 const MAX_QUEUED_LINES: usize = 1024;
@@ -19,24 +22,34 @@ const GATHER_TIME: Duration = Duration::from_millis(10);
 /// Longest line, in characters: a request's query, or what a service says, may be longer.
 const MAX_LINE_CHARS: usize = 4096;
 
+/// Which lines there are on stderr, and how they look.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct LineStyle {
+    /// Their format.
+    pub format: LogFormat,
+    /// Only those about lost connections.
+    pub is_quiet: bool,
+    /// They say which tunnel they are about.
+    pub names_tunnels: bool,
+}
+
 /// Shows events.
 #[derive(Debug)]
 pub(crate) struct Display {
     stdout: Lines,
     stderr: Lines,
-    /// Lines say which tunnel they are about.
-    names_tunnels: bool,
+    style: LineStyle,
     /// The URL of each tunnel that was printed last.
     printed: Mutex<HashMap<String, String>>,
 }
 
 impl Display {
-    /// Shows events on these streams. With several tunnels, lines on stderr name theirs.
-    pub(crate) fn new(stdout: Lines, stderr: Lines, names_tunnels: bool) -> Self {
+    /// Shows events on these streams.
+    pub(crate) fn new(stdout: Lines, stderr: Lines, style: LineStyle) -> Self {
         Self {
             stdout,
             stderr,
-            names_tunnels,
+            style,
             printed: Mutex::default(),
         }
     }
@@ -53,12 +66,23 @@ impl Display {
     /// Shows what happened to a tunnel. Never blocks.
     pub(crate) fn show(&self, tunnel: &str, event: &Event) {
         self.print_url(tunnel, event);
-        let text = text(event);
-        if self.names_tunnels {
-            self.stderr.line(&format!("[{tunnel}] {text}"));
-        } else {
-            self.stderr.line(&text);
+        let is_bad_news = matches!(event, Event::Reconnecting { .. });
+        if self.style.is_quiet && !is_bad_news {
+            return;
         }
+        if self.style.format == LogFormat::Json {
+            return self.stderr.push(log_format::event_line(tunnel, event));
+        }
+        let text = text(event);
+        let tunnel = if self.style.names_tunnels {
+            format!("[{tunnel}] ")
+        } else {
+            String::new()
+        };
+        self.stderr.line(&match self.style.format {
+            LogFormat::Text => format!("{} {tunnel}{text}", LocalTime::now()),
+            _ => format!("{tunnel}{text}"),
+        });
     }
 
     fn is_new_url(&self, tunnel: &str, public_url: &str) -> bool {
@@ -102,13 +126,19 @@ fn text(event: &Event) -> String {
             outcome,
             bytes,
             took,
+            visitor,
         } => {
             let outcome = match outcome {
                 Ok(status) => status.as_u16().to_string(),
                 Err(reason) => format!("failed: {reason}"),
             };
             let size = size(*bytes);
-            format!("{method} {uri} {outcome} {size} {} ms", took.as_millis())
+            let visitor = visitor.as_ref().map(|visitor| format!(" from {visitor}"));
+            let visitor = visitor.unwrap_or_default();
+            format!(
+                "{method} {uri} {outcome} {size} {} ms{visitor}",
+                took.as_millis()
+            )
         }
         Event::Draining { in_flight: 0 } => "stopping".to_owned(),
         Event::Draining { in_flight } => {
@@ -139,20 +169,22 @@ fn in_tenths(bytes: u64, unit: u64) -> String {
 /// A text as part of one line: what would end the line, steer a terminal or change the direction of writing becomes `?`. Texts of
 /// visitors, of the service and of the local service are all printed so.
 pub(crate) fn clean(text: &str) -> String {
-    let is_unsafe = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
     let mut chars = text.chars();
-    let mut line: String = chars
-        .by_ref()
-        .take(MAX_LINE_CHARS)
-        .map(|c| if is_unsafe(c) { '?' } else { c })
-        .collect();
+    let mut line: String = replace_unsafe(&chars.by_ref().take(MAX_LINE_CHARS).collect::<String>());
     if chars.next().is_some() {
         line.push('…');
     }
     line
+}
+
+fn replace_unsafe(text: &str) -> String {
+    let is_unsafe = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars()
+        .map(|c| if is_unsafe(c) { '?' } else { c })
+        .collect()
 }
 
 /// A stream of lines to a terminal, file or pipe. A thread writes them, so that a reader who does not read holds up nothing but them:
@@ -202,6 +234,11 @@ impl Lines {
 
     /// Writes a text as one line. Never blocks.
     pub(crate) fn line(&self, text: &str) {
+        self.push(clean(text));
+    }
+
+    /// Writes a line that is safe already. Never blocks.
+    pub(crate) fn push(&self, line: String) {
         let mut queue = lock(&self.0.queue);
         // Room for the number of dropped lines, too.
         if queue.lines.len() + queue.writing + 1 >= MAX_QUEUED_LINES {
@@ -209,7 +246,7 @@ impl Lines {
             return;
         }
         queue.report_dropped();
-        queue.lines.push_back(clean(text));
+        queue.lines.push_back(line);
         self.0.wake(&mut queue);
     }
 
@@ -278,7 +315,14 @@ impl LineQueue {
 /// The log writes each event at once, and so as a line.
 impl io::Write for Lines {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        self.line(String::from_utf8_lossy(event).trim_end());
+        let text = String::from_utf8_lossy(event);
+        let text = text.trim_end();
+        if text.starts_with('{') && text.ends_with('}') {
+            // An object, whose strings have escapes for what is not safe; it must not be cut.
+            self.push(replace_unsafe(text));
+        } else {
+            self.line(text);
+        }
         Ok(event.len())
     }
 
@@ -339,7 +383,11 @@ mod tests {
             let written = written.clone();
             Lines::to(Slow { written, may_write })
         });
-        show(&Display::new(stdout.clone(), stderr.clone(), false));
+        show(&Display::new(
+            stdout.clone(),
+            stderr.clone(),
+            LineStyle::default(),
+        ));
         stdout.flush(PATIENCE);
         stderr.flush(PATIENCE);
         streams.map(|(_, lines)| lines.try_iter().collect())
@@ -386,6 +434,7 @@ mod tests {
             outcome: Err("it said\r\nonline: http://forged/ -> x\u{1b}[2J".to_owned()),
             bytes: 0,
             took: Duration::ZERO,
+            visitor: None,
         };
         let [stdout, stderr] = written(|display| {
             display.show("http", &online("http://x/\nhttp://forged/"));
@@ -442,8 +491,9 @@ mod tests {
             outcome: Ok(StatusCode::OK),
             bytes: 2048,
             took: Duration::from_millis(7),
+            visitor: Some("203.0.113.9".to_owned()),
         };
-        assert_eq!(text(&event), "GET / 200 2.0 KiB 7 ms");
+        assert_eq!(text(&event), "GET / 200 2.0 KiB 7 ms from 203.0.113.9");
         assert_eq!(
             text(&Event::Draining { in_flight: 1 }),
             "draining 1 request; press Ctrl-C again to stop now"

@@ -44,6 +44,8 @@ pub enum Event {
         bytes: u64,
         /// From the request's arrival to the last byte of the response.
         took: Duration,
+        /// The visitor's address, as the service's front saw it.
+        visitor: Option<String>,
     },
     /// No new requests are taken; those in flight may finish.
     Draining {

@@ -74,6 +74,7 @@ pub(crate) async fn run(
     let method = message.method.parse().unwrap_or_default();
     let uri = message.uri.clone();
     let is_upgrade = message.upgrade.is_some();
+    let visitor = visitor(&message);
     let outgoing = Outgoing::about(&message, &context.outgoing, context.format);
     let mut reply = ResponseSender {
         outgoing: outgoing.clone(),
@@ -103,7 +104,14 @@ pub(crate) async fn run(
         outcome,
         bytes: reply.bytes,
         took,
+        visitor,
     }
+}
+
+/// The visitor's address: the service's front alone sets this field.
+pub(crate) fn visitor(message: &HttpRequest) -> Option<String> {
+    let address = message.headers.get("x-forwarded-for")?;
+    address.to_str().ok().map(str::to_owned)
 }
 
 async fn attempt(
@@ -148,6 +156,10 @@ async fn attempt(
     let protocol = response.headers_mut().remove(header::UPGRADE);
     remove_hop_by_hop(response.headers_mut());
     addresses.to_public(status, response.headers_mut());
+    context
+        .origin
+        .response_rules()
+        .apply(response.headers_mut());
     let processing_time_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     if let Some(upload) = upgrade
         && status == StatusCode::SWITCHING_PROTOCOLS

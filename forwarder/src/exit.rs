@@ -2,17 +2,21 @@
 
 use std::{
     convert::Infallible,
+    fs::File,
     io::{self, IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::Duration,
 };
 
+use serde_json::{Value, json};
 use tokio::{runtime::Runtime, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
-use tracing_subscriber::{fmt, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    Layer, filter::Targets, fmt, layer::SubscriberExt, util::SubscriberInitExt,
+};
 use tunnel_protocol::id::TunnelId;
 
 use crate::{
@@ -21,9 +25,10 @@ use crate::{
     config_command, config_file,
     console::Console,
     diagnose,
-    display::{Display, Lines},
+    display::{Display, LineStyle, Lines},
     handshake::{self, HandshakeError},
     inspector::{InspectOptions, Inspector},
+    log_format::{self, LocalTime, LogFormat},
     login::{self, LoginError},
     settings::Settings,
     status::{self, StatusError},
@@ -76,6 +81,25 @@ impl ExitFailure {
             exit,
             text: text.to_string(),
             details: Vec::new(),
+        }
+    }
+
+    /// Says what is left to say.
+    fn report(&mut self, lines: &Lines, format: LogFormat) {
+        let text = std::mem::take(&mut self.text);
+        if text.is_empty() {
+            return;
+        }
+        match format {
+            LogFormat::Json => {
+                let fields = json!({ "error": text, "exit_code": self.exit as u8 });
+                lines.push(log_format::line("ERROR", "exit", fields));
+            }
+            LogFormat::Text => lines.line(&format!("{} error: {text}", LocalTime::now())),
+            LogFormat::Plain => lines.line(&format!("error: {text}")),
+        }
+        for detail in self.details.drain(..) {
+            lines.line(&detail);
         }
     }
 
@@ -144,13 +168,8 @@ pub fn main() -> ExitCode {
     let stderr = Lines::to(io::stderr());
     let exit = match run(cli, &stdout, &stderr) {
         Ok(()) => Exit::Stopped,
-        Err(failure) => {
-            if !failure.text.is_empty() {
-                stderr.line(&format!("error: {}", failure.text));
-                for detail in &failure.details {
-                    stderr.line(detail);
-                }
-            }
+        Err(mut failure) => {
+            failure.report(&stderr, LogFormat::Plain);
             failure.exit
         }
     };
@@ -164,6 +183,9 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
         action,
         log,
         console,
+        format,
+        destination,
+        is_quiet,
         files,
         inspect,
     } = cli
@@ -178,20 +200,25 @@ fn run(cli: Cli, stdout: &Lines, stderr: &Lines) -> Result<(), ExitFailure> {
         }
         _ => None,
     };
-    let logged = console
-        .as_ref()
-        .map_or_else(|| stderr.clone(), Console::log);
-    tracing_subscriber::registry()
-        .with(fmt::layer().with_ansi(false).with_writer(logged))
-        .with(log)
-        .init();
+    let lines = destination.as_deref().map_or_else(
+        || Ok(stderr.clone()),
+        |destination| log_lines(destination, stdout, stderr),
+    )?;
+    let logged = console.as_ref().map_or_else(|| lines.clone(), Console::log);
+    log_to(logged, log, format);
     raise_open_files();
     let output = Output {
         stdout: stdout.clone(),
-        stderr: stderr.clone(),
+        stderr: lines.clone(),
         console,
+        format,
+        is_quiet,
     };
-    let outcome = runtime.block_on(act(action, &files, &inspect, output));
+    let mut outcome = runtime.block_on(act(action, &files, &inspect, output));
+    if let Err(failure) = &mut outcome {
+        failure.report(&lines, format);
+    }
+    lines.flush(FLUSH_TIMEOUT);
     // A look-up of a name cannot be cancelled, and may hang for as long as the network is away.
     runtime.shutdown_background();
     outcome
@@ -202,10 +229,13 @@ struct Output {
     stdout: Lines,
     stderr: Lines,
     console: Option<Console>,
+    format: LogFormat,
+    is_quiet: bool,
 }
 
-async fn act(
-    action: Action,
+/// Opens tunnels, after it has said where their settings are from.
+async fn open_with(
+    tunnels: Vec<Settings>,
     files: &[PathBuf],
     inspect: &InspectOptions,
     output: Output,
@@ -214,20 +244,39 @@ async fn act(
         stdout,
         stderr,
         console,
+        format,
+        is_quiet,
     } = output;
+    let style = LineStyle {
+        format,
+        is_quiet,
+        names_tunnels: tunnels.len() > 1,
+    };
+    if !files.is_empty() {
+        let log = console
+            .as_ref()
+            .map_or_else(|| stderr.clone(), Console::log);
+        let names: Vec<String> = files
+            .iter()
+            .map(|file| file.display().to_string())
+            .collect();
+        let text = format!("config: {}", names.join(", "));
+        say(&log, style, "config", &text, json!({ "files": names }));
+    }
+    let display = Display::new(stdout, stderr.clone(), style);
+    open(tunnels, inspect, display, (&stderr, style), console).await
+}
+
+async fn act(
+    action: Action,
+    files: &[PathBuf],
+    inspect: &InspectOptions,
+    output: Output,
+) -> Result<(), ExitFailure> {
+    let stdout = output.stdout.clone();
     match action {
         Action::Open(tunnels) => {
-            if !files.is_empty() {
-                let names: Vec<_> = files
-                    .iter()
-                    .map(|file| file.display().to_string())
-                    .collect();
-                let log = console
-                    .as_ref()
-                    .map_or_else(|| stderr.clone(), Console::log);
-                log.line(&format!("config: {}", names.join(", ")));
-            }
-            return open(tunnels, inspect, &stdout, &stderr, console).await;
+            return open_with(tunnels, files, inspect, output).await;
         }
         Action::Release(settings, tunnel_id) => {
             stdout.line(&release(&settings, &tunnel_id).await?);
@@ -269,6 +318,48 @@ async fn act(
     Ok(())
 }
 
+/// Says something about the process, once it has started well.
+fn say(lines: &Lines, style: LineStyle, kind: &str, text: &str, fields: Value) {
+    match style.format {
+        _ if style.is_quiet => {}
+        LogFormat::Json => lines.push(log_format::line("INFO", kind, fields)),
+        LogFormat::Text => lines.line(&format!("{} {text}", LocalTime::now())),
+        LogFormat::Plain => lines.line(text),
+    }
+}
+
+/// Where `--log` sends lines.
+fn log_lines(destination: &Path, stdout: &Lines, stderr: &Lines) -> Result<Lines, ExitFailure> {
+    match destination.to_str() {
+        Some("stderr" | "-") => Ok(stderr.clone()),
+        Some("stdout") => Ok(stdout.clone()),
+        Some("none" | "false") => Ok(Lines::to(io::sink())),
+        _ => {
+            let file = File::options().append(true).create(true).open(destination);
+            let fault = |error| {
+                let destination = destination.display();
+                ExitFailure::new(
+                    Exit::Usage,
+                    &format!("log: cannot write {destination}: {error}"),
+                )
+            };
+            file.map(Lines::to).map_err(fault)
+        }
+    }
+}
+
+fn log_to(lines: Lines, filter: Targets, format: LogFormat) {
+    let layer = fmt::layer().with_ansi(false).with_writer(lines);
+    let layer = match format {
+        LogFormat::Json => layer.json().flatten_event(true).boxed(),
+        LogFormat::Plain | LogFormat::Text => layer.with_timer(LocalTime).boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(layer)
+        .with(filter)
+        .init();
+}
+
 fn failed(error: &impl ToString) -> ExitFailure {
     ExitFailure::new(Exit::Failed, error)
 }
@@ -276,17 +367,16 @@ fn failed(error: &impl ToString) -> ExitFailure {
 async fn open(
     tunnels: Vec<Settings>,
     inspect: &InspectOptions,
-    stdout: &Lines,
-    stderr: &Lines,
+    display: Display,
+    (stderr, style): (&Lines, LineStyle),
     console: Option<Console>,
 ) -> Result<(), ExitFailure> {
     let mut signals = Signals::new()
         .map_err(|error| ExitFailure::new(Exit::Failed, &format!("cannot start: {error}")))?;
     let stop = CancellationToken::new();
-    let display = Display::new(stdout.clone(), stderr.clone(), tunnels.len() > 1);
     let console = console.map(Arc::new);
     let (inspector, _serving) =
-        inspect_tunnels(inspect, &tunnels, console.as_deref(), stderr).await?;
+        inspect_tunnels(inspect, &tunnels, console.as_deref(), (stderr, style)).await?;
     let observer = observer(display, console.clone(), inspector.clone());
     let mut run = std::pin::pin!(crate::run(
         tunnels,
@@ -325,7 +415,7 @@ async fn inspect_tunnels(
     options: &InspectOptions,
     tunnels: &[Settings],
     console: Option<&Console>,
-    stderr: &Lines,
+    (stderr, style): (&Lines, LineStyle),
 ) -> Result<(Inspector, JoinSet<Infallible>), ExitFailure> {
     let mut serving = JoinSet::new();
     let started = Inspector::start(options, tunnels)
@@ -336,7 +426,17 @@ async fn inspect_tunnels(
     };
     match console {
         Some(console) => console.show_inspector(server.url()),
-        None => stderr.line(&format!("inspector: {}", server.url())),
+        None => {
+            let url = server.url();
+            let fields = json!({ "url": url });
+            say(
+                stderr,
+                style,
+                "inspector",
+                &format!("inspector: {url}"),
+                fields,
+            );
+        }
     }
     serving.spawn(server.run());
     Ok((inspector, serving))

@@ -26,6 +26,7 @@ use crate::{
     addresses::Addresses,
     connector::{Connector, Record},
     failure,
+    header_rules::HeaderRules,
     settings::{HostHeader, Settings},
     target::Target,
     tls,
@@ -48,6 +49,8 @@ pub struct Origin {
     fresh: Client<Connector, StreamedBody>,
     target: Target,
     host_header: HostHeader,
+    request_headers: HeaderRules,
+    response_headers: HeaderRules,
 }
 
 /// A request to the local service.
@@ -115,7 +118,7 @@ impl Origin {
     pub fn new(settings: &Settings) -> Self {
         let has_tls = settings.target.scheme == Scheme::HTTPS;
         let tls = tls::client_config(has_tls, &settings.target_tls);
-        let connector = Connector::new(&settings.target, tls);
+        let connector = Connector::new(&settings.target, tls, settings.spa);
         let mut builder = Client::builder(TokioExecutor::new());
         builder
             .pool_timer(TokioTimer::new())
@@ -127,12 +130,19 @@ impl Origin {
             fresh: builder.pool_max_idle_per_host(0).build(connector),
             target: settings.target.clone(),
             host_header: settings.host_header.clone(),
+            request_headers: settings.request_headers.clone(),
+            response_headers: settings.response_headers.clone(),
         }
     }
 
     /// Where it is.
     pub fn target(&self) -> &Target {
         &self.target
+    }
+
+    /// What is changed in the header of its responses.
+    pub fn response_rules(&self) -> &HeaderRules {
+        &self.response_headers
     }
 
     /// Its addresses, as a request sees them.
@@ -181,6 +191,7 @@ impl Origin {
             upgrade::set(&mut fields, protocols);
         }
         self.addresses(message).to_own(&mut fields);
+        self.request_headers.apply(&mut fields);
         fields.append(header::VIA, VIA);
         let said = remove_length(&mut fields);
         let expects_body = matches!(*method, Method::POST | Method::PUT | Method::PATCH);

@@ -99,6 +99,7 @@ struct InFlight {
 struct RequestLine {
     method: Method,
     uri: String,
+    visitor: Option<String>,
     started: Instant,
 }
 
@@ -107,6 +108,7 @@ impl RequestLine {
         Self {
             method: request.method.parse().unwrap_or_default(),
             uri: request.uri.clone(),
+            visitor: exchange::visitor(request),
             started: Instant::now(),
         }
     }
@@ -118,6 +120,7 @@ impl RequestLine {
             outcome: Err(message.to_owned()),
             bytes: 0,
             took: self.started.elapsed(),
+            visitor: self.visitor,
         }
     }
 }

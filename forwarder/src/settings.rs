@@ -18,7 +18,9 @@ use crate::{
     authority,
     config_file::{parsed, secret, secrets},
     endpoint::Endpoint,
+    header_rules::{HeaderRuleError, HeaderRules},
     inspector::{InspectAddress, InspectOptions, InspectSize},
+    log_format::LogFormat,
     named_address::{NamedAddress, NamedAddressError},
     proxy::{Proxy, ProxyChoice, ProxyError},
     target::Target,
@@ -52,8 +54,14 @@ pub struct Settings {
     pub target: Target,
     /// Which certificates an `https` target may have.
     pub target_tls: AcceptedCertificates,
+    /// Paths of a directory that lead nowhere get its page.
+    pub spa: bool,
     /// Which `Host` the local service sees.
     pub host_header: HostHeader,
+    /// What is changed in the header of requests.
+    pub request_headers: HeaderRules,
+    /// What is changed in the header of responses.
+    pub response_headers: HeaderRules,
     /// See [`REQUEST_TIMEOUT`].
     pub request_timeout: Duration,
     /// See [`MAX_CONCURRENT`].
@@ -79,7 +87,10 @@ impl Settings {
             memory: None,
             target: Target::default(),
             target_tls: AcceptedCertificates::System,
+            spa: false,
             host_header: HostHeader::default(),
+            request_headers: HeaderRules::default(),
+            response_headers: HeaderRules::default(),
             request_timeout: REQUEST_TIMEOUT,
             max_concurrent: MAX_CONCURRENT,
             compression: true,
@@ -263,6 +274,42 @@ pub struct Layer {
     )]
     #[serde(deserialize_with = "parsed")]
     pub host_header: Option<HostHeader>,
+    /// Change the header of requests: "NAME: VALUE" sets a field, "+NAME: VALUE" adds one, "-NAME" removes it; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_HEADER",
+        hide_env_values = true,
+        aliases = ["request-header", "request-header-add"],
+        allow_hyphen_values = true,
+        value_name = "RULE"
+    )]
+    #[serde(deserialize_with = "secrets")]
+    pub header: Option<Vec<Secret>>,
+    /// Change the header of responses, in the same way; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_RESPONSE_HEADER",
+        hide_env_values = true,
+        alias = "response-header-add",
+        allow_hyphen_values = true,
+        value_name = "RULE"
+    )]
+    #[serde(deserialize_with = "secrets")]
+    pub response_header: Option<Vec<Secret>>,
+    /// Answer paths of a directory that lead nowhere with its index.html, as single-page applications need it
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_SPA",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        value_parser = BoolishValueParser::new(),
+        value_name = "BOOL"
+    )]
+    pub spa: Option<bool>,
     /// How long the local service may take to start its response [default: 5m]
     #[arg(long, global = true, env = "TTF_REQUEST_TIMEOUT", value_name = "TIME")]
     #[serde(deserialize_with = "parsed")]
@@ -344,6 +391,38 @@ pub struct ProcessLayer {
         value_name = "LEVEL"
     )]
     pub log_level: Option<String>,
+    /// How the lines on stderr look: plain, text (with the local time), or json [default: plain]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_LOG_FORMAT",
+        alias = "output",
+        value_name = "FORMAT"
+    )]
+    #[serde(deserialize_with = "parsed")]
+    pub log_format: Option<LogFormat>,
+    /// Where those lines go: stderr, stdout, none, or a file that they are appended to [default: stderr]
+    #[arg(
+        long,
+        global = true,
+        env = "TTF_LOG",
+        alias = "logfile",
+        value_name = "FILE"
+    )]
+    pub log: Option<PathBuf>,
+    /// Print nothing but public URLs, lost connections and errors
+    #[arg(
+        short,
+        long,
+        global = true,
+        env = "TTF_QUIET",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        value_parser = BoolishValueParser::new(),
+        value_name = "BOOL"
+    )]
+    pub quiet: Option<bool>,
     /// Whether a terminal shows the console, redrawn in place, instead of lines [default: true]
     #[arg(long, global = true, env = "TTF_CONSOLE", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub console: Option<bool>,
@@ -365,6 +444,9 @@ impl ProcessLayer {
     pub fn or(&self, next: &Self) -> Self {
         Self {
             log_level: self.log_level.as_ref().or(next.log_level.as_ref()).cloned(),
+            log_format: self.log_format.or(next.log_format),
+            log: self.log.as_ref().or(next.log.as_ref()).cloned(),
+            quiet: self.quiet.or(next.quiet),
             console: self.console.or(next.console),
             inspect: self.inspect.as_ref().or(next.inspect.as_ref()).cloned(),
             inspect_size: self.inspect_size.or(next.inspect_size),
@@ -413,6 +495,14 @@ pub enum LayerError {
     /// The rules about visitors are malformed.
     #[error(transparent)]
     Policy(#[from] PolicyArgsError),
+    /// A rule about header fields is malformed.
+    #[error("{setting}: a rule {reason}")]
+    HeaderRule {
+        /// `header` or `response_header`.
+        setting: &'static str,
+        /// What is wrong with it.
+        reason: HeaderRuleError,
+    },
     /// The environment names a proxy that cannot be used.
     #[error("HTTPS_PROXY or ALL_PROXY: {0}")]
     EnvironmentProxy(ProxyError),
@@ -443,6 +533,9 @@ impl Layer {
             target_insecure: self.target_insecure.or(next.target_insecure),
             target_ca: first(&self.target_ca, &next.target_ca),
             host_header: first(&self.host_header, &next.host_header),
+            header: first(&self.header, &next.header),
+            response_header: first(&self.response_header, &next.response_header),
+            spa: self.spa.or(next.spa),
             request_timeout: self.request_timeout.or(next.request_timeout),
             max_concurrent: self.max_concurrent.or(next.max_concurrent),
             compression: self.compression.or(next.compression),
@@ -520,6 +613,8 @@ impl Layer {
         let target = self.target().unwrap_or_default();
         let endpoint_tls = authorities("endpoint_ca", self.endpoint_ca.as_deref())?;
         let proxy = self.proxy(&endpoint)?;
+        let request_headers = header_rules("header", self.header.as_deref())?;
+        let response_headers = header_rules("response_header", self.response_header.as_deref())?;
         let policy = PolicyArgs {
             basic_auth: self.basic_auth,
             allow: self.allow,
@@ -536,7 +631,10 @@ impl Layer {
             memory: tunnel_ids::default_file().filter(|_| self.remember.unwrap_or(true)),
             target,
             target_tls,
+            spa: self.spa.unwrap_or(false),
             host_header: self.host_header.unwrap_or_default(),
+            request_headers,
+            response_headers,
             request_timeout,
             max_concurrent,
             compression: self.compression.unwrap_or(true),
@@ -560,6 +658,14 @@ impl Layer {
             None => Proxy::of_environment(endpoint).map_err(LayerError::EnvironmentProxy),
         }
     }
+}
+
+fn header_rules(
+    setting: &'static str,
+    rules: Option<&[Secret]>,
+) -> Result<HeaderRules, LayerError> {
+    HeaderRules::parse(rules.unwrap_or_default())
+        .map_err(|reason| LayerError::HeaderRule { setting, reason })
 }
 
 /// The certificates in a file, beside those of the system.

@@ -1,6 +1,10 @@
 //! The local service's address.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use http::uri::{Authority, Scheme, Uri};
 
@@ -23,6 +27,11 @@ pub enum TargetError {
     /// No path of a socket.
     #[error("a Unix socket must be unix:/path/to/socket, with an absolute path")]
     Socket,
+    /// A path that is no directory.
+    #[error(
+        "there is no such directory; a target that is a path must be a directory whose files are served"
+    )]
+    Directory,
     /// This system has none.
     #[error("this system has no Unix sockets")]
     NoSockets,
@@ -37,6 +46,8 @@ pub enum TargetTransport {
     Loopback,
     /// Over this Unix socket.
     Unix(PathBuf),
+    /// To the files of this directory, within the process. The path is absolute and without links.
+    Directory(PathBuf),
 }
 
 /// The local service: how to connect, and the scheme and authority that its requests have. Visitors choose path and query.
@@ -72,6 +83,18 @@ impl Target {
         })
     }
 
+    fn directory(path: &Path) -> Result<Self, TargetError> {
+        let path = path.canonicalize().map_err(|_| TargetError::Directory)?;
+        if !path.is_dir() {
+            return Err(TargetError::Directory);
+        }
+        Ok(Self {
+            scheme: Scheme::HTTP,
+            authority: Authority::from_static("localhost"),
+            transport: TargetTransport::Directory(path),
+        })
+    }
+
     fn socket(path: &str) -> Result<Self, TargetError> {
         if !cfg!(unix) {
             return Err(TargetError::NoSockets);
@@ -89,6 +112,22 @@ impl Target {
     }
 }
 
+/// A text that can only be a path: `./dist`, `/srv/www`, `file:///srv/www`, or the name of a directory that is there.
+fn directory(text: &str) -> Option<&Path> {
+    if let Some(path) = text.strip_prefix("file://") {
+        return Some(Path::new(path));
+    }
+    let path = Path::new(text);
+    let is_path = text == "."
+        || text == ".."
+        || ["./", "../", "/", ".\\", "..\\"]
+            .iter()
+            .any(|start| text.starts_with(start));
+    let is_name =
+        !text.is_empty() && !text.bytes().all(|byte| byte.is_ascii_digit()) && !text.contains(':');
+    (is_path || (is_name && path.is_dir())).then_some(path)
+}
+
 impl Default for Target {
     fn default() -> Self {
         Self::on_port("3000").expect("a port")
@@ -99,6 +138,7 @@ impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.transport {
             TargetTransport::Unix(path) => write!(f, "unix:{}", path.display()),
+            TargetTransport::Directory(path) => write!(f, "{}", path.display()),
             TargetTransport::Tcp | TargetTransport::Loopback => {
                 write!(f, "{}://{}", self.scheme, self.authority)
             }
@@ -112,6 +152,9 @@ impl FromStr for Target {
     fn from_str(text: &str) -> Result<Self, TargetError> {
         if let Some(path) = text.strip_prefix("unix:") {
             return Self::socket(path);
+        }
+        if let Some(path) = directory(text) {
+            return Self::directory(path);
         }
         let port = text.strip_prefix(':').unwrap_or(text);
         if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -175,17 +218,32 @@ mod tests {
     }
 
     #[test]
+    fn a_path_of_a_directory_is_its_files() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().canonicalize().expect("a path");
+        for text in [
+            path.display().to_string(),
+            format!("file://{}/", path.display()),
+        ] {
+            let target: Target = text.parse().expect("a target");
+            assert_eq!(target.transport, TargetTransport::Directory(path.clone()));
+            assert_eq!(target.to_string(), path.display().to_string());
+        }
+    }
+
+    #[test]
     fn impossible_values_are_refused_with_a_reason() {
         for (text, error) in [
             ("", TargetError::Address),
             ("http://", TargetError::Address),
             ("ftp://x", TargetError::Address),
-            ("file:///tmp", TargetError::Address),
+            ("file:///does/not/exist", TargetError::Directory),
+            ("./does-not-exist", TargetError::Directory),
+            ("/etc/hosts", TargetError::Directory),
             ("0", AuthorityError::Port.into()),
             ("70000", AuthorityError::Port.into()),
             ("127.0.0.1:99999", AuthorityError::Port.into()),
             ("127.0.0.1:", AuthorityError::Port.into()),
-            (".", AuthorityError::Host.into()),
             ("3000/", AuthorityError::Host.into()),
             ("-1", AuthorityError::Host.into()),
             ("http://user@x", AuthorityError::UserInfo.into()),

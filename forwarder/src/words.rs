@@ -10,10 +10,15 @@ use clap::{
 use crate::{args::Cli, suggestion::closest};
 
 /// Flags of other tunnels that have no counterpart of the same meaning here, and what there is instead.
-const FLAGS: [(&[&str], &str); 17] = [
+const FLAGS: [(&[&str], &str); 18] = [
     (
         &[
             "--oauth",
+            "--oauth-allow-domain",
+            "--oauth-allow-email",
+            "--oauth-client-id",
+            "--oauth-client-secret",
+            "--oauth-scope",
             "--oidc",
             "--saml",
             "--verify-webhook",
@@ -48,6 +53,11 @@ const FLAGS: [(&[&str], &str); 17] = [
             "--key",
         ],
         "is not supported: tunnels carry HTTP and have names, not ports; see --tunnel-id and --target",
+    ),
+    (&["--request-header-remove"], "is --header=-NAME here"),
+    (
+        &["--response-header-remove"],
+        "is --response-header=-NAME here",
     ),
     (
         &["--request-header-require"],
@@ -103,6 +113,7 @@ const FLAGS: [(&[&str], &str); 17] = [
             "--origincert",
             "--cred-file",
             "--token-file",
+            "--secret",
         ],
         "is not supported: `ttf login ENDPOINT` stores a token, and TTF_TOKEN passes one",
     ),
@@ -127,7 +138,6 @@ const FLAGS: [(&[&str], &str); 17] = [
         &["--grace-period"],
         "is not needed: requests in progress have 10 seconds after Ctrl-C or SIGTERM",
     ),
-    (&["--proxy-url"], "is --proxy URL here"),
     (
         &["--open", "-o", "--qr", "--print-requests"],
         "is not needed: the URL is printed on stdout, and each request on stderr",
@@ -204,9 +214,11 @@ const COMMANDS: [(&[&str], &str); 9] = [
 /// # Errors
 /// If there is something that it cannot have; the text says what there is instead.
 pub(crate) fn read(arguments: &[OsString]) -> Result<Cli, clap::Error> {
-    // Alone, ngrok and cloudflared print their version.
-    if matches!(arguments, [_, flag] if flag == "-v") {
-        return Err(Cli::command().error(ErrorKind::DisplayVersion, version()));
+    // Alone, it prints the version of ngrok and cloudflared, too.
+    if let [program, flag] = arguments
+        && flag == "-v"
+    {
+        return Cli::try_parse_from([program.clone(), "-V".into()]);
     }
     let cli = Cli::try_parse_from(arguments).map_err(answer)?;
     let Some(words) = cli.unknown_command() else {
@@ -220,10 +232,6 @@ pub(crate) fn read(arguments: &[OsString]) -> Result<Cli, clap::Error> {
     }
     let word = word.to_string_lossy();
     Err(Cli::command().error(ErrorKind::InvalidSubcommand, about_command(&word)))
-}
-
-fn version() -> String {
-    Cli::command().render_version()
 }
 
 /// Not a command, but an address or a directory: `3000`, `localhost:3000`, `./dist`.

@@ -173,6 +173,7 @@ impl State {
                 outcome,
                 bytes,
                 took,
+                ..
             } => {
                 let outcome = outcome
                     .as_ref()

@@ -321,6 +321,7 @@ mod tests {
             outcome,
             bytes: 2048,
             took: Duration::from_millis(7),
+            visitor: None,
         }
     }
 

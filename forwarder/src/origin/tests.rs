@@ -413,3 +413,21 @@ async fn a_tls_handshake_that_does_not_come_counts_as_connecting() {
         .expect_err("no handshake");
     assert_eq!(refused, "no connection could be made within 5 s");
 }
+
+#[test]
+fn rules_change_the_header_of_requests() {
+    let rules = ["X-A: 1".to_owned(), "-Cookie".to_owned()].map(Into::into);
+    let settings = Settings {
+        request_headers: crate::header_rules::HeaderRules::parse(&rules).expect("rules"),
+        ..settings("3000")
+    };
+    let message = request("GET", "/", &[("cookie", "a=1")], "");
+    let made = Origin::new(&settings)
+        .request(&message, OriginBody::Whole(Bytes::new()))
+        .expect("a request");
+    assert_eq!(
+        made.head.headers.get("x-a"),
+        Some(&HeaderValue::from_static("1"))
+    );
+    assert!(made.head.headers.get("cookie").is_none());
+}

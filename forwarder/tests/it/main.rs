@@ -8,4 +8,5 @@ mod executable;
 mod first_connection;
 mod harness;
 mod inspector;
+mod served;
 mod uploads;
