@@ -82,7 +82,7 @@ enum Command {
     },
     /// Try an endpoint and a token, and store them for every later start
     Login {
-        /// The service's address, such as https://tunnel.example.com
+        /// The service's address, such as tunnel.example.com
         #[arg(id = "login_endpoint", value_name = "ENDPOINT")]
         endpoint: Option<Endpoint>,
     },
