@@ -45,7 +45,7 @@ use tunnel_service::{
 use crate::{
     error::ForwardError,
     lookup::Lookup,
-    pages::Page,
+    pages::{Home, Page},
     rate_limit::{MAX_CONCURRENT_REQUESTS, RateLimiter},
     reply_connection::ReplyConnection,
     request::{ANSWER_MARGIN, EventError, Ingress, Payload, VisitorRequest},
@@ -309,9 +309,11 @@ impl Forward {
         if let Some(redirect) = pages::final_slash(&route, &request) {
             return redirect;
         }
-        let page = Page::of(*routing, public_url, &route, &request);
+        let mut page = Page::of(*routing, public_url, &route, &request);
+        let homes = std::mem::take(&mut page.homes);
         if request.upgrade.is_some() && !self.names_a_tunnel(&route).await {
-            route = page.route().unwrap_or(route);
+            let home = self.first_tunnel(&homes).await;
+            route = home.map_or(route, |home| home.clone().into_route());
         }
         pages::remove_cookie(&mut request.headers);
         let wants_html = request.wants_html();
@@ -320,23 +322,38 @@ impl Forward {
                 page.mark(&mut response);
                 response
             }
-            Err(error @ ForwardError::NoSuchTunnel) => page
-                .redirect()
-                .unwrap_or_else(|| error.into_response(wants_html)),
+            Err(error @ ForwardError::NoSuchTunnel) => {
+                let home = self.first_tunnel(&homes).await;
+                home.and_then(Home::redirect)
+                    .unwrap_or_else(|| error.into_response(wants_html))
+            }
             Err(error) => error.into_response(wants_html),
         }
     }
 
-    /// Whether an address is a tunnel's that exists. Where that cannot be looked up, serving the request will say so.
+    /// Whether an address is a tunnel's that exists.
     async fn names_a_tunnel(&self, route: &Route) -> bool {
         match route {
-            Route::Tunnel { id, .. } => {
-                let found = self.0.lookup.find(id).await;
-                !matches!(found, Err(ForwardError::NoSuchTunnel))
-            }
-            Route::OwnOrigin { .. } | Route::Own(_) => true,
-            Route::None => false,
+            Route::Tunnel { id, .. } => self.exists(id).await,
+            Route::OwnOrigin { .. } => true,
+            Route::Own(_) | Route::None => false,
         }
+    }
+
+    /// The first of these places that is a tunnel's.
+    async fn first_tunnel<'h>(&self, homes: &'h [Home]) -> Option<&'h Home> {
+        for home in homes {
+            if self.exists(&home.id).await {
+                return Some(home);
+            }
+        }
+        None
+    }
+
+    /// Whether a tunnel exists. Where that cannot be looked up, serving the request will say so.
+    async fn exists(&self, id: &TunnelId) -> bool {
+        let found = self.0.lookup.find(id).await;
+        !matches!(found, Err(ForwardError::NoSuchTunnel))
     }
 
     async fn serve_route(

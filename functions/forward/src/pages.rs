@@ -1,6 +1,6 @@
 //! Pages behind path addresses. A page at `https://example.com/my-app/` that asks for `/main.js` means its own tunnel, though the
-//! address does not say so. What a browser sends along does: the page's address in `Referer`, or a cookie that was set when the
-//! page was opened.
+//! address does not say so. What a browser sends along does: the page's address in `Referer`, or, after a route of the page's own
+//! has replaced that address, a cookie that was set when the page was opened.
 //!
 //! No body is touched. A navigation without the final slash is redirected to the address with it, so that relative links work; a
 //! request that names no tunnel is redirected (307) to the tunnel of the page that made it; a WebSocket handshake, which follows
@@ -21,15 +21,16 @@ const COOKIE: &str = "ttf_tunnel";
 /// What is known of the page that a request comes from, or that it asks for.
 #[derive(Debug, Default)]
 pub(crate) struct Page {
-    /// Where a request that names no tunnel belongs.
-    belongs_at: Option<Belonging>,
+    /// Where a request that names no tunnel may belong, the likelier place first. The tunnel need not exist.
+    pub(crate) homes: Vec<Home>,
     /// The cookie for the answer to a navigation.
     cookie: Option<HeaderValue>,
 }
 
-#[derive(Debug)]
-struct Belonging {
-    id: TunnelId,
+/// A tunnel's address for what was asked for.
+#[derive(Clone, Debug)]
+pub(crate) struct Home {
+    pub(crate) id: TunnelId,
     /// The path of the tunnel, without the final slash.
     prefix: String,
     /// The path and query that were asked for.
@@ -46,15 +47,18 @@ impl Page {
     ) -> Self {
         match route {
             Route::Tunnel { prefix, .. } if prefix.is_empty() => Self::default(),
-            Route::Own(_) | Route::OwnOrigin { .. } => Self::default(),
-            Route::None => Self {
-                belongs_at: belonging(routing, base, request),
+            Route::OwnOrigin { .. } => Self::default(),
+            // Paths below `/_` are the service's own, but Next.js, for one, has its scripts there.
+            Route::Own(_) | Route::None => Self {
+                homes: homes(routing, base, request),
                 cookie: None,
             },
             Route::Tunnel { id, prefix, .. } => Self {
                 // A request for a page of a tunnel that does not exist must not be sent to itself.
-                belongs_at: belonging(routing, base, request)
-                    .filter(|belonging| belonging.id != *id),
+                homes: homes(routing, base, request)
+                    .into_iter()
+                    .filter(|home| home.id != *id)
+                    .collect(),
                 cookie: is_navigation(&request.method, &request.headers)
                     .then(|| set_cookie(id, prefix, &request.scheme))
                     .flatten(),
@@ -62,33 +66,33 @@ impl Page {
         }
     }
 
-    /// The tunnel of the page, for requests that follow no redirect.
-    pub(crate) fn route(&self) -> Option<Route> {
-        let belonging = self.belongs_at.as_ref()?;
-        Some(Route::Tunnel {
-            id: belonging.id.clone(),
-            prefix: belonging.prefix.clone(),
-            path: belonging.target.split('?').next().unwrap_or("/").to_owned(),
-        })
-    }
-
-    /// The redirect to the tunnel of the page, for a request that names no tunnel.
-    pub(crate) fn redirect(&self) -> Option<Response<ResponseBody>> {
-        let belonging = self.belongs_at.as_ref()?;
-        let location = format!("{}{}", belonging.prefix, belonging.target);
-        let mut response = redirect(&location)?;
-        response.headers_mut().insert(
-            header::VARY,
-            HeaderValue::from_static("Referer, Cookie, Sec-Fetch-Site"),
-        );
-        Some(response)
-    }
-
     /// Sets the cookie where the answer is to a navigation.
     pub(crate) fn mark(self, response: &mut Response<ResponseBody>) {
         if let Some(cookie) = self.cookie {
             response.headers_mut().append(header::SET_COOKIE, cookie);
         }
+    }
+}
+
+impl Home {
+    /// The address, for requests that follow no redirect.
+    pub(crate) fn into_route(self) -> Route {
+        let path = self.target.split('?').next().unwrap_or("/").to_owned();
+        Route::Tunnel {
+            id: self.id,
+            prefix: self.prefix,
+            path,
+        }
+    }
+
+    /// The redirect to the address.
+    pub(crate) fn redirect(&self) -> Option<Response<ResponseBody>> {
+        let mut response = redirect(&format!("{}{}", self.prefix, self.target))?;
+        response.headers_mut().insert(
+            header::VARY,
+            HeaderValue::from_static("Referer, Cookie, Sec-Fetch-Site"),
+        );
+        Some(response)
     }
 }
 
@@ -132,26 +136,34 @@ pub(crate) fn remove_cookie(headers: &mut HeaderMap) {
     }
 }
 
-/// Where a request belongs that names no tunnel: to the page in its `Referer`, or, if it has none and comes from a page of this
-/// host, to the page that was opened last.
-fn belonging(routing: Routing, base: &PublicUrl, request: &VisitorRequest) -> Option<Belonging> {
+/// Where a request may belong that names no tunnel: to the page in its `Referer`, and, if it comes from a page of this host, to the
+/// page that was opened last.
+fn homes(routing: Routing, base: &PublicUrl, request: &VisitorRequest) -> Vec<Home> {
     let headers = &request.headers;
-    let path = match headers.get(header::REFERER) {
-        Some(referer) => same_origin_path(referer, &request.host)?,
-        None if comes_from_a_page(headers, &request.host) => {
-            format!("{}/{}/", base.path(), cookie(headers)?)
-        }
-        None => return None,
+    let referer = headers.get(header::REFERER);
+    let referring = referer.and_then(|referer| same_origin_path(referer, &request.host));
+    let has_own_page = match referer {
+        Some(_) => referring.is_some(),
+        None => comes_from_a_page(&request.method, headers, &request.host),
     };
-    let Route::Tunnel { id, prefix, .. } = Route::of(routing, base, &request.host, &path) else {
-        return None;
-    };
+    let opened_last = cookie(headers)
+        .filter(|_| has_own_page)
+        .map(|id| format!("{}/{id}/", base.path()));
     let query = request.query.as_ref().map(|query| format!("?{query}"));
-    (!prefix.is_empty()).then(|| Belonging {
-        id,
-        prefix,
-        target: format!("{}{}", request.path, query.unwrap_or_default()),
-    })
+    let target = format!("{}{}", request.path, query.unwrap_or_default());
+    let home = |path: String| match Route::of(routing, base, &request.host, &path) {
+        Route::Tunnel { id, prefix, .. } if !prefix.is_empty() => Some(Home {
+            id,
+            prefix,
+            target: target.clone(),
+        }),
+        _ => None,
+    };
+    referring
+        .into_iter()
+        .chain(opened_last)
+        .filter_map(home)
+        .collect()
 }
 
 /// The path of a `Referer` or `Origin` of the host that the request was sent to.
@@ -168,11 +180,13 @@ fn port(host: &str) -> Option<&str> {
     port.bytes().all(|b| b.is_ascii_digit()).then_some(port)
 }
 
-/// Whether a script, style, form or WebSocket of a page of this host sent the request. A page of another site cannot use the
-/// cookie.
-fn comes_from_a_page(headers: &HeaderMap, host: &str) -> bool {
+/// Whether a script, style, form or WebSocket of a page of this host sent the request, or the browser's user did, who reloads a
+/// page or opens a bookmark. A page of another site cannot use the cookie.
+fn comes_from_a_page(method: &Method, headers: &HeaderMap, host: &str) -> bool {
     let site = headers.get(HeaderName::from_static("sec-fetch-site"));
-    let is_same_site = site.is_none_or(|site| site == "same-origin");
+    let is_same_site = site.is_none_or(|site| {
+        site == "same-origin" || (site == "none" && is_navigation(method, headers))
+    });
     let is_own_handshake = upgrade::requested(headers).is_some()
         && headers
             .get(header::ORIGIN)

@@ -48,6 +48,7 @@ async fn a_request_that_names_no_tunnel_goes_to_the_tunnel_of_its_page() {
         (Method::POST, "/api/form"),
         (Method::GET, "/"),
         (Method::GET, "//double"),
+        (Method::GET, "/_next/static/main.js"),
     ] {
         let redirected = ask(method, &format!("{base}{path}"), &[("referer", &page)]).await;
         assert_eq!(redirected.status, StatusCode::TEMPORARY_REDIRECT, "{path}");
@@ -85,6 +86,40 @@ async fn pages_of_other_origins_and_of_no_tunnel_lead_nowhere() {
     let lost = ask(Method::GET, &format!("{base}/gone-app/x"), &fields).await;
     assert_eq!(lost.status, StatusCode::NOT_FOUND);
     assert_eq!(origin.count(), 0);
+}
+
+#[tokio::test]
+async fn a_page_that_has_changed_its_own_address_is_known_by_the_cookie() {
+    let (stack, origin) = (stack().await, Origin::echo().await);
+    let _agent = agent(&stack, &origin).await;
+    let base = stack.public_url.to_string();
+    let cookie = ("cookie", "ttf_tunnel=my-app");
+    let own = format!("{base}/some/route");
+    for path in ["/favicon.svg", "/api/items?x=1", "/_next/static/a.js"] {
+        for page in [
+            own.as_str(),
+            &format!("{base}/"),
+            &format!("{base}/_own/route"),
+        ] {
+            let fields = [("referer", page), cookie];
+            let redirected = ask(Method::GET, &format!("{base}{path}"), &fields).await;
+            let expected = format!("/my-app{path}");
+            let location = redirected.header("location");
+            assert_eq!(location, Some(&*expected), "{page} {path}");
+        }
+    }
+    let foreign = [("referer", "http://other.example/some/route"), cookie];
+    let lost = ask(Method::GET, &format!("{base}/favicon.svg"), &foreign).await;
+    assert_eq!(lost.status, StatusCode::NOT_FOUND);
+    // A page's own tunnel counts more than the one that was opened last.
+    let _other = ScriptedAgent::online(&stack, "other-app", &[]).await;
+    let page = format!("{base}/other-app/");
+    let fields = [("referer", &*page), cookie];
+    let redirected = ask(Method::GET, &format!("{base}/favicon.svg"), &fields).await;
+    assert_eq!(
+        redirected.header("location"),
+        Some("/other-app/favicon.svg")
+    );
 }
 
 #[tokio::test]
@@ -130,6 +165,10 @@ async fn pages_without_a_referer_are_known_by_a_cookie_of_their_navigation() {
         let lost = ask(Method::GET, &format!("{base}/main.js"), fields).await;
         assert_eq!(lost.status, StatusCode::NOT_FOUND, "{fields:?}");
     }
+    // A user who reloads a page that has changed its own address, or has a bookmark of it.
+    let reload = [cookie, ("sec-fetch-site", "none"), NAVIGATION[0]];
+    let redirected = ask(Method::GET, &format!("{base}/a/route"), &reload).await;
+    assert_eq!(redirected.header("location"), Some("/my-app/a/route"));
     // The cookie is not for the local service.
     ask(Method::GET, &format!("{base}/my-app/"), &[cookie]).await;
     assert_eq!(origin.last().header("cookie"), Some("a=1; b=2"));
