@@ -91,6 +91,8 @@ struct InFlight {
     line: RequestLine,
     reply_to: Option<ConnectionId>,
     recording: Recording,
+    /// It asked for another protocol; what is said in that has no end of its own.
+    is_upgrade: bool,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -275,10 +277,7 @@ impl Session {
                 _ => return Some(self.left()),
             }
         }
-        let has_left = matches!(self.phase, Phase::Leaving { .. })
-            && self.requests.is_empty()
-            && self.refusals.is_empty();
-        has_left.then(|| self.left())
+        self.has_left().then(|| self.left())
     }
 
     /// When the phase ends on its own.
@@ -286,8 +285,39 @@ impl Session {
         match self.phase {
             Phase::Serving => None,
             Phase::HandingOver { until } => Some(until),
+            // The service, too, leaves it open for them.
+            Phase::Leaving {
+                departure: Departure::Moved,
+                ..
+            } if self.carries_upgrades() => None,
             Phase::Leaving { deadline, .. } => deadline,
         }
+    }
+
+    /// Whether all that was promised has been delivered. Upgraded connections are waited for only where they do not keep the agent
+    /// from ending.
+    fn has_left(&self) -> bool {
+        let Phase::Leaving { departure, .. } = &self.phase else {
+            return false;
+        };
+        let is_waited_for =
+            |request: &InFlight| *departure == Departure::Moved || !request.is_upgrade;
+        !self.requests.values().any(is_waited_for) && self.refusals.is_empty()
+    }
+
+    fn carries_upgrades(&self) -> bool {
+        self.requests.values().any(|request| request.is_upgrade)
+    }
+
+    fn has_moved(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::HandingOver { .. }
+                | Phase::Leaving {
+                    departure: Departure::Moved,
+                    ..
+                }
+        )
     }
 
     fn is_stopping(&self) -> bool {
@@ -468,6 +498,11 @@ impl Session {
     /// The service says that another connection has taken the tunnel over. Messages overtake each other, so a service that can is
     /// asked again: it answers `replaced` once more if that is so, and `pong` if this connection serves after all.
     fn on_replaced(&mut self, reason: String) {
+        if self.has_moved() {
+            // By a later connection of this agent, or else that one hears of it and ends the agent.
+            debug!(reason, "a connection that has moved does not serve");
+            return;
+        }
         if self.confirms_replaced && !self.awaits_confirmation {
             // Where there is no room to ask, the answer to the next `ping` says it again.
             self.awaits_confirmation = self.ping();
@@ -576,6 +611,7 @@ impl Session {
         let window = WindowUpdates::default();
         let line = RequestLine::of(&request);
         let reply_to = request.reply_to.clone();
+        let is_upgrade = request.upgrade.is_some();
         let recording = self.tunnel.recorder.begin(&request);
         // Boxed, because it is long, and is moved several times before its task has it.
         let exchange = Box::pin(exchange::run(
@@ -597,6 +633,7 @@ impl Session {
             line,
             reply_to,
             recording,
+            is_upgrade,
             _permit: permit,
         };
         self.requests.insert(id, in_flight);

@@ -5,7 +5,7 @@ use std::{future::pending, sync::Arc, time::Duration};
 
 use tokio::{
     sync::Semaphore,
-    task::{Id, JoinSet},
+    task::{AbortHandle, Id, JoinError, JoinSet},
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
@@ -38,6 +38,10 @@ const MAX_PAUSE: Duration = Duration::from_millis(2500);
 const MOVE_MARGIN: Duration = Duration::from_secs(5 * 60);
 /// A service that announces a shorter life than this is taken for one that announces this: each connection has its price.
 const MIN_LIFE: Duration = Duration::from_secs(2);
+/// Connections that were left and are still open, for what they carry. With more, the one that was left first is cut: visitors
+/// could otherwise have an agent open connections until the service takes no more. It is past the life that the service gave it,
+/// because an agent does not move that often within one.
+const MAX_LEFT: usize = 32;
 /// Longer than any connection lives; what is announced beyond is not counted with.
 const MAX_LIFE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
@@ -106,6 +110,7 @@ pub async fn run(
         backoff: Backoff::new(MIN_PAUSE, MAX_PAUSE),
         has_been_online: false,
         sessions: JoinSet::new(),
+        left: LeftSessions::default(),
     };
     let outcome = tunnel.keep_open().await;
     if outcome.is_err() {
@@ -129,11 +134,12 @@ struct Tunnel {
     has_been_online: bool,
     /// The one that serves the tunnel, and those it took over from.
     sessions: JoinSet<SessionEnd>,
+    left: LeftSessions,
 }
 
 /// The session that serves the tunnel.
 struct Current {
-    task: Id,
+    task: AbortHandle,
     connection: ConnectionId,
     opened: Instant,
     /// Cancelled when another takes over.
@@ -201,7 +207,7 @@ impl Tunnel {
     async fn while_online(&mut self, mut current: Current) -> Result<SessionEnd, TunnelError> {
         loop {
             tokio::select! {
-                end = session_end(&mut self.sessions, current.task) => return Ok(self.ended(&current, end)),
+                end = session_end(&mut self.sessions, current.task.id()) => return Ok(self.ended(&current, end)),
                 () = current.move_due() => {}
             }
             let opened = tokio::select! {
@@ -212,12 +218,13 @@ impl Tunnel {
                 ) => opened,
                 // The next connection would take the tunnel back from the agent that has it now.
                 () = current.replaced.cancelled() => continue,
-                end = session_end(&mut self.sessions, current.task) => return Ok(self.ended(&current, end)),
+                end = session_end(&mut self.sessions, current.task.id()) => return Ok(self.ended(&current, end)),
             };
             match opened {
                 Ok(opened) => {
                     self.backoff.reset();
                     current.moved.cancel();
+                    self.left.add(current.task.clone());
                     current = self.serve(opened).await;
                 }
                 // The one that serves continues meanwhile.
@@ -276,7 +283,7 @@ impl Tunnel {
         let replaced = session.replaced();
         let serving = session.serve(self.stop.clone());
         let current = Current {
-            task: self.sessions.spawn(serving.instrument(span)).id(),
+            task: self.sessions.spawn(serving.instrument(span)),
             connection,
             opened: at,
             moved,
@@ -330,8 +337,34 @@ async fn session_end(sessions: &mut JoinSet<SessionEnd>, task: Id) -> SessionEnd
         match sessions.join_next_with_id().await {
             Some(Ok((id, end))) if id == task => return end,
             Some(Ok(_)) => {}
-            Some(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
+            Some(Err(error)) => resume_panic(error),
             None => pending().await,
+        }
+    }
+}
+
+/// Passes a panic on. A session that was cut needs no more.
+fn resume_panic(error: JoinError) {
+    if let Ok(panic) = error.try_into_panic() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Sessions that another has taken over from, the first one left first.
+#[derive(Default)]
+struct LeftSessions(Vec<AbortHandle>);
+
+impl LeftSessions {
+    /// Adds a session, and cuts the first ones if there are too many.
+    fn add(&mut self, session: AbortHandle) {
+        self.0.push(session);
+        self.0.retain(|session| !session.is_finished());
+        let surplus = self.0.len().saturating_sub(MAX_LEFT);
+        for session in self.0.drain(..surplus) {
+            warn!(
+                "a connection that was left long ago is cut, with the upgraded connections that it still carries"
+            );
+            session.abort();
         }
     }
 }
@@ -353,6 +386,25 @@ mod tests {
             Duration::from_secs(115 * 60)
         );
         assert_eq!(move_after(10_000), Duration::from_secs(3));
+    }
+
+    #[tokio::test]
+    async fn visitors_cannot_keep_open_more_than_some_connections_that_were_left() {
+        let mut sessions = JoinSet::new();
+        let mut left = LeftSessions::default();
+        let ended = sessions.spawn(async { SessionEnd::Stopped });
+        while sessions.join_next().await.is_some() {}
+        left.add(ended);
+        let first = sessions.spawn(pending());
+        left.add(first.clone());
+        for _ in 1..MAX_LEFT {
+            left.add(sessions.spawn(pending()));
+        }
+        assert_eq!(left.0.len(), MAX_LEFT);
+        left.add(sessions.spawn(pending()));
+        let cut = sessions.join_next_with_id().await.expect("one");
+        assert_eq!(cut.expect_err("cut").id(), first.id());
+        assert_eq!(left.0.len(), MAX_LEFT);
     }
 
     #[test]

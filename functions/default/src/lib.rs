@@ -15,6 +15,7 @@ use bytes::Bytes;
 use tracing::{Instrument, debug, info, warn};
 use tunnel_protocol::{
     id::{ConnectionId, TunnelId},
+    limits::WEBSOCKET_LIFETIME,
     message,
     message::{
         ConnectionEstablished, DecodeError, FEATURES, Feature, FromAgent, Ready, Subject, ToAgent,
@@ -97,8 +98,8 @@ pub struct DefaultRoute {
     relay: Relay,
     public_url: PublicUrl,
     routing: Routing,
-    /// How long a connection may live.
-    life: Duration,
+    /// How long a connection may live; `None` means no limit.
+    life: Option<Duration>,
     /// What this service announces.
     features: Vec<Feature>,
 }
@@ -416,6 +417,7 @@ impl DefaultRoute {
     /// - One that does not serve, because a newer one does or the tunnel id was released, receives `replaced`, unless the newer
     ///   one named it as `previous`.
     /// - One that serves and was sent an address other than the tunnel's is sent the right one.
+    /// - The records of one that may be open for longer than in AWS are kept from expiring.
     ///
     /// # Errors
     /// If the tables or @connections do not answer.
@@ -436,6 +438,9 @@ impl DefaultRoute {
         let Some(candidate) = Candidate::of(connection, agent) else {
             return Ok(true);
         };
+        if self.life.is_none_or(|life| life > WEBSOCKET_LIFETIME) {
+            self.ownership.keep(&candidate).await?;
+        }
         let reason = match Box::pin(self.ownership.settle(&candidate)).await? {
             Standing::Serves { before } => {
                 if let Some(before) = before {
@@ -576,7 +581,9 @@ impl DefaultRoute {
             tunnel_id,
             protocol: Some(message::VERSION),
             features: self.features.clone(),
-            life_ms: u64::try_from(self.life.as_millis()).ok(),
+            life_ms: self
+                .life
+                .and_then(|life| u64::try_from(life.as_millis()).ok()),
         }
     }
 

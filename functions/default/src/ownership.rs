@@ -167,6 +167,18 @@ impl Ownership {
         Err(DefaultRouteError::Contended)
     }
 
+    /// Keeps the records of a connection that is still open from expiring.
+    ///
+    /// # Errors
+    /// If the tables do not answer.
+    pub(crate) async fn keep(&self, candidate: &Candidate) -> Result<(), StoreError> {
+        self.connections.keep(&candidate.id, now()).await?;
+        let agent = &candidate.agent;
+        self.tunnels
+            .keep(&agent.tunnel_id, &agent.identity.owner, now())
+            .await
+    }
+
     /// Withdraws a connection that has settled and turned out to be gone: no other connection is notified, and the one that
     /// served before continues.
     ///

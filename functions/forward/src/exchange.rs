@@ -83,6 +83,7 @@ pub(crate) async fn run(
         match exchange.head(head_deadline).await {
             Ok((head, chunk)) => {
                 if is_upgrade && head.status_code == StatusCode::SWITCHING_PROTOCOLS.as_u16() {
+                    exchange.replies.expected().upgraded();
                     return Ok(Replying::upgraded(exchange, head, chunk, log));
                 }
                 if is_upgrade {

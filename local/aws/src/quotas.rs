@@ -13,8 +13,8 @@ pub struct Quotas {
     pub message: usize,
     /// Longest time without a message either way; then 1001.
     pub idle: Duration,
-    /// Longest life; then 1001.
-    pub life: Duration,
+    /// Longest life; then 1001, or once the connection carries no upgraded one any more. `None` means no limit.
+    pub life: Option<Duration>,
     /// Messages of one connection that are handled at once; an agent that sends more waits.
     pub handled_at_once: usize,
     /// Open connections of agents of one owner; over it the handshake is answered 429. Where agents do not authenticate, of all.
@@ -30,7 +30,7 @@ impl Default for Quotas {
             frame: limits::MAX_FRAME_BYTES,
             message: limits::MAX_MESSAGE_BYTES,
             idle: limits::WEBSOCKET_IDLE_TIMEOUT,
-            life: limits::WEBSOCKET_LIFETIME,
+            life: Some(limits::WEBSOCKET_LIFETIME),
             handled_at_once: 64,
             agents_of_one: 100,
             recheck: Duration::from_secs(20),

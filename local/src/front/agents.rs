@@ -54,6 +54,9 @@ pub(crate) const PATH: &str = "/_ws";
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// An agent from which nothing was received for this long, although it was pinged, is gone.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
+/// How often a connection whose life is over is looked at for upgraded connections that it still carries. Agents close such
+/// connections themselves when the last has ended.
+const UPGRADED_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Shortest pause between two checks of all connections.
 const MIN_RECHECK_INTERVAL: Duration = Duration::from_millis(1);
 /// How many ended connections are noted in the tables at once. The tables serve one call at a time, and a call that waits for too
@@ -263,10 +266,13 @@ impl AgentFront {
             let message = tokio::select! {
                 end = self.closing(connection) => return end,
                 message = stream.next() => message,
-                () = sleep_until(liveness.deadline(connection)) => match liveness.end(connection) {
-                    Some(end) => return end,
-                    None => continue,
-                },
+                () = sleep_until(liveness.deadline(connection)) => {
+                    let carries_upgraded = || self.replies.carries_upgraded(&source.connection_id);
+                    match liveness.end(connection, carries_upgraded) {
+                        Some(end) => return end,
+                        None => continue,
+                    }
+                }
             };
             liveness.hear();
             match message {
@@ -442,7 +448,8 @@ impl ConnectionEnd {
 /// How long a connection may still be open.
 struct Liveness {
     idle: Duration,
-    end_of_life: Instant,
+    /// `None` if it may be open for as long as it likes.
+    end_of_life: Option<Instant>,
     heard: Instant,
     unblocked_writes: u64,
 }
@@ -452,7 +459,7 @@ impl Liveness {
         let now = Instant::now();
         Self {
             idle: quotas.idle,
-            end_of_life: now + quotas.life,
+            end_of_life: quotas.life.and_then(|life| now.checked_add(life)),
             heard: now,
             unblocked_writes: 0,
         }
@@ -467,14 +474,21 @@ impl Liveness {
     fn deadline(&self, connection: &SocketConnection) -> Instant {
         (connection.last_used() + self.idle)
             .min(self.heard + MAX_SILENCE)
-            .min(self.end_of_life)
+            .min(self.end_of_life.unwrap_or(self.heard + MAX_SILENCE))
     }
 
-    /// Why the connection has to end now, if it has to.
-    fn end(&mut self, connection: &SocketConnection) -> Option<ConnectionEnd> {
+    /// Why the connection has to end now, if it has to. Its life lasts for as long as it carries upgraded connections.
+    fn end(
+        &mut self,
+        connection: &SocketConnection,
+        carries_upgraded: impl FnOnce() -> bool,
+    ) -> Option<ConnectionEnd> {
         let now = Instant::now();
-        if now >= self.end_of_life {
-            return Some(ConnectionEnd::new(1001, "open for too long"));
+        if self.end_of_life.is_some_and(|end| now >= end) {
+            if !carries_upgraded() {
+                return Some(ConnectionEnd::new(1001, "open for too long"));
+            }
+            self.end_of_life = Some(now + UPGRADED_CHECK_INTERVAL);
         }
         if now >= connection.last_used() + self.idle {
             return Some(ConnectionEnd::new(1001, "idle for too long"));

@@ -202,7 +202,7 @@ async fn a_tunnel_keeps_its_address_when_the_server_restarts() {
 #[tokio::test]
 async fn no_request_fails_while_an_agent_moves_from_one_connection_to_the_next() {
     let quotas = Quotas {
-        life: std::time::Duration::from_secs(2),
+        life: Some(std::time::Duration::from_secs(2)),
         ..Quotas::default()
     };
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));

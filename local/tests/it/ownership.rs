@@ -460,7 +460,7 @@ impl Deployment {
         let in_process = InProcess {
             connections: Arc::new(connections),
             replies: Replies::default(),
-            life: Duration::from_secs(7200),
+            life: None,
         };
         Self {
             sdk,

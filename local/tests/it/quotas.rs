@@ -129,7 +129,7 @@ async fn an_idle_connection_is_closed() {
 #[tokio::test]
 async fn a_connection_is_closed_at_the_end_of_its_life_however_busy() {
     let stack = impatient(Quotas {
-        life: Duration::from_millis(200),
+        life: Some(Duration::from_millis(200)),
         ..Quotas::default()
     })
     .await;

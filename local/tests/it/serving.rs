@@ -166,7 +166,7 @@ impl Service {
         let in_process = InProcess {
             connections: Arc::new(registry.clone()),
             replies: Replies::default(),
-            life: Duration::from_secs(7200),
+            life: None,
         };
         let (connect, default, disconnect) = functions(&sdk, in_process);
         Self {

@@ -1,10 +1,12 @@
 //! Upgraded connections: WebSockets above all, and whatever else two programs say to each other after a 101.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
+use forwarder::event::Event;
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, StatusCode};
 use local::{Options, Server, Transport};
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -20,8 +22,11 @@ use tokio_tungstenite::{
         protocol::{CloseFrame, frame::coding::CloseCode},
     },
 };
+use tunnel_local_aws::quotas::Quotas;
+use tunnel_protocol::id::ConnectionId;
+use tunnel_service::{now, tables::connections::Connection};
 
-use crate::harness::{Agent, Origin, ScriptedAgent, reply, settings, visit, within};
+use crate::harness::{Agent, Origin, ScriptedAgent, get, reply, settings, visit, within};
 
 type VisitorWebSocket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
@@ -31,12 +36,16 @@ pub(crate) async fn one_process() -> Server {
 
 /// A stack of this transport, whichever the suite is run in.
 async fn stack_as(transport: Transport) -> Server {
-    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    let options = Options {
-        listen,
+    stack_with(Options {
         transport,
         ..Options::default()
-    };
+    })
+    .await
+}
+
+async fn stack_with(options: Options) -> Server {
+    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+    let options = Options { listen, ..options };
     Server::start(options).await.expect("a stack")
 }
 
@@ -370,7 +379,7 @@ async fn a_slow_reader_slows_the_sender_down() {
     let bytes = vec![0; 64 * 1024];
     let mut sent = 0;
     while let Ok(written) =
-        tokio::time::timeout(std::time::Duration::from_secs(2), service.write(&bytes)).await
+        tokio::time::timeout(Duration::from_secs(2), service.write(&bytes)).await
     {
         sent += written.expect("open");
         assert!(sent < MOST, "the sender is never stopped");
@@ -410,4 +419,102 @@ async fn an_offer_that_cannot_be_taken_is_passed_over_unless_it_is_a_websocket()
         agent.say(&crate::harness::response(&request, "b2s=")).await;
     });
     assert_eq!(served.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn moves_leave_upgraded_connections_where_they_are_until_they_end() {
+    let quotas = Quotas {
+        life: Some(Duration::from_secs(2)),
+        recheck: Duration::from_millis(50),
+        ..Quotas::default()
+    };
+    let stack = stack_with(Options {
+        quotas,
+        ..Options::default()
+    })
+    .await;
+    let (address, listener) = own_protocol().await;
+    let mut agent = Agent::online(settings(&stack, address)).await;
+    let (mut service, mut visitor) = tokio::join!(accept_own(&listener), ask_own(&stack, &agent));
+    read_until(&mut visitor, b"\r\n\r\nhello").await;
+    // For longer than the first connection lives, and than it takes requests after the next one has taken over.
+    for _ in 0..14 {
+        agent.until_online().await;
+        visitor.write_all(b"question").await.expect("open");
+        read_until(&mut service, b"question").await;
+        service.write_all(b"answer").await.expect("open");
+        read_until(&mut visitor, b"answer").await;
+    }
+    drop(visitor);
+    let end = within("the visitor's end", service.read(&mut [0])).await;
+    assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+    agent.stop().await.expect("stopped as asked");
+}
+
+#[tokio::test]
+async fn an_agent_that_stops_does_not_wait_for_upgraded_connections() {
+    let stack = one_process().await;
+    let (address, listener) = own_protocol().await;
+    let mut agent = Agent::online(settings(&stack, address)).await;
+    let (_service, mut visitor) = tokio::join!(accept_own(&listener), ask_own(&stack, &agent));
+    read_until(&mut visitor, b"hello").await;
+    let url = agent.url.clone();
+    let mut waiting = JoinSet::new();
+    waiting.spawn(async move { get(&url).await });
+    let (mut request, _) = within("a request", listener.accept()).await.expect("open");
+    agent.stop_soon();
+    agent
+        .until("the agent to say that it waits", |event| {
+            matches!(event, Event::Draining { .. }).then_some(())
+        })
+        .await;
+    // For what has an end it does wait, and for nothing else after that.
+    request
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        .await
+        .expect("open");
+    let served = within("the answer", waiting.join_next()).await;
+    let served = served.expect("one visitor").expect("no panic");
+    assert_eq!(served.status, StatusCode::OK);
+    agent.stop().await.expect("stopped as asked");
+    let end = within("the end", visitor.read(&mut [0])).await;
+    assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+}
+
+#[tokio::test]
+async fn the_records_of_a_connection_without_a_limit_do_not_expire() {
+    let quotas = Quotas {
+        life: None,
+        ..Quotas::default()
+    };
+    let stack = stack_with(Options {
+        quotas,
+        ..Options::default()
+    })
+    .await;
+    let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;
+    let established = agent.ready(&json!({ "type": "ready" })).await;
+    assert_eq!(established.get("life_ms"), None, "{established}");
+    let id: ConnectionId = established["connection_id"]
+        .as_str()
+        .expect("an id")
+        .parse()
+        .expect("an id");
+    let recorded = stack.connections().get(&id, now()).await.expect("a table");
+    let Some(Connection::Agent(recorded)) = recorded else {
+        panic!("{recorded:?}");
+    };
+    // As if it had been recorded an hour and a half ago.
+    let opened = recorded.opened.clone().expect("ready");
+    let long_ago = now() - Duration::from_secs(90 * 60);
+    let records = stack.connections();
+    records
+        .put(&id, &Connection::Agent(recorded), long_ago)
+        .await
+        .expect("a table");
+    records.record_opened(&id, &opened).await.expect("a table");
+    let later = now() + Duration::from_secs(2 * 60 * 60);
+    agent.expect_quiet("its ping is answered").await;
+    let kept = records.get(&id, later).await.expect("a table");
+    assert!(kept.is_some(), "the record expires");
 }

@@ -41,8 +41,8 @@ pub struct InProcess {
     pub connections: Arc<dyn OpenConnections>,
     /// Where replies are waited for.
     pub replies: Replies,
-    /// How long a connection may live.
-    pub life: Duration,
+    /// How long a connection may live; `None` means no limit.
+    pub life: Option<Duration>,
 }
 
 impl AgentPath {
@@ -80,10 +80,10 @@ impl AgentPath {
         }
     }
 
-    /// How long a connection may live.
-    pub fn life(&self) -> Duration {
+    /// How long a connection may live; `None` means no limit.
+    pub fn life(&self) -> Option<Duration> {
         match self {
-            Self::Cloud(_) => WEBSOCKET_LIFETIME,
+            Self::Cloud(_) => Some(WEBSOCKET_LIFETIME),
             Self::InProcess(process) => process.life,
         }
     }

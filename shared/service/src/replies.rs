@@ -5,7 +5,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use http::HeaderMap;
@@ -219,6 +222,8 @@ struct Inbox {
     arrived: Mutex<Arrived>,
     changed: Notify,
     window: WindowUpdates,
+    /// The reply has changed the protocol.
+    is_upgraded: AtomicBool,
 }
 
 impl Inbox {
@@ -250,6 +255,10 @@ impl Inbox {
     fn fail(&self, failure: ReplyFailure) {
         self.arrived().fail(failure, 0);
         self.changed.notify_one();
+    }
+
+    fn is_upgraded(&self) -> bool {
+        self.is_upgraded.load(Ordering::Relaxed)
     }
 
     /// Held between awaits only.
@@ -297,6 +306,7 @@ impl Replies {
             }),
             changed: Notify::new(),
             window: WindowUpdates::default(),
+            is_upgraded: AtomicBool::new(false),
         });
         let key = (sender, request);
         self.lock().insert(key.clone(), inbox.clone());
@@ -326,6 +336,13 @@ impl Replies {
             }
             !is_lost
         });
+    }
+
+    /// Whether `connection` carries upgraded connections, which end when one of their two ends does and not before.
+    pub fn carries_upgraded(&self, connection: &ConnectionId) -> bool {
+        self.lock()
+            .iter()
+            .any(|((sender, _), inbox)| sender == connection && inbox.is_upgraded())
     }
 
     /// Held between awaits only.
@@ -410,6 +427,11 @@ impl Expected {
     /// Whether nothing of a response has arrived.
     pub fn has_nothing(&self) -> bool {
         self.inbox.arrived().body.has_nothing()
+    }
+
+    /// Notes that the reply has changed the protocol.
+    pub fn upgraded(&self) {
+        self.inbox.is_upgraded.store(true, Ordering::Relaxed);
     }
 
     /// The window of the request's body.

@@ -26,8 +26,9 @@ use tunnel_protocol::{
 /// The condition that a connection is recorded and has not ended.
 const IS_OPEN: &str = "attribute_exists(connectionId) AND attribute_not_exists(ended)";
 
-/// How much longer than its connection a record lives, for a $disconnect that comes late or not at all.
-const RECORD_GRACE: Duration = Duration::from_secs(10 * 60);
+/// How long a record lives unless it is kept: 10 minutes longer than a connection in AWS, for a $disconnect that comes late or
+/// not at all.
+const RECORD_LIFETIME: Duration = Duration::from_secs(WEBSOCKET_LIFETIME.as_secs() + 10 * 60);
 
 /// How long a ticket is valid; a handshake is shorter than that.
 const TICKET_TTL: Duration = Duration::from_secs(60);
@@ -89,7 +90,7 @@ impl ConnectionsTable {
         now: Duration,
     ) -> Result<(), StoreError> {
         let table = &self.0;
-        let expires = now + WEBSOCKET_LIFETIME + RECORD_GRACE;
+        let expires = now + RECORD_LIFETIME;
         let put = table
             .client
             .put_item()
@@ -145,6 +146,29 @@ impl ConnectionsTable {
             .send()
             .await;
         Ok(table.conditional(outcome)?.is_some())
+    }
+
+    /// Gives the record of an open connection its whole time again, if half of that is over.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn keep(&self, id: &ConnectionId, now: Duration) -> Result<(), StoreError> {
+        let table = &self.0;
+        let change = Change::default().set("ttl", number((now + RECORD_LIFETIME).as_secs()));
+        let outcome = table
+            .client
+            .update_item()
+            .table_name(&table.name)
+            .key("connectionId", text(id.as_str()))
+            .update_expression(change.expression())
+            .condition_expression(format!("{IS_OPEN} AND #ttl < :half"))
+            .set_expression_attribute_names(Some(change.names()))
+            .set_expression_attribute_values(Some(change.values()))
+            .expression_attribute_values(":half", number((now + RECORD_LIFETIME / 2).as_secs()))
+            .send()
+            .await;
+        table.conditional(outcome)?;
+        Ok(())
     }
 
     /// Looks an open connection up, with all writes that were answered before.

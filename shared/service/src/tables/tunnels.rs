@@ -154,6 +154,28 @@ impl TunnelsTable {
             .await
     }
 
+    /// Gives the record of a tunnel its whole time again, if half of that is over, and it is still its owner's.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn keep(
+        &self,
+        id: &TunnelId,
+        owner: &Owner,
+        now: Duration,
+    ) -> Result<(), StoreError> {
+        let change = Change::default()
+            .set("ttl", number((now + NAME_LEASE).as_secs()))
+            .name("owner");
+        let values = [
+            (":me", owner_text(owner)),
+            (":half", number((now + NAME_LEASE / 2).as_secs())),
+        ];
+        self.update(id, change, "#owner = :me AND #ttl < :half", values)
+            .await?;
+        Ok(())
+    }
+
     async fn claim_free(
         &self,
         id: &TunnelId,
