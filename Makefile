@@ -24,6 +24,7 @@ CARGO_FUZZ := 0.13.2
 #                           EVENT: connect disconnect ready ping http-response body-part agent-error http-v1 http-v2 url
 # make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with direct access
 # make inspector            looks at the inspector's page in headless Chromium
+# make web                  runs the dev servers of web frameworks, and what pages do with WebSockets, behind the tunnel in a browser
 # make fuzz                 runs each target of fuzz/fuzz_targets for FUZZ_SECONDS; make fuzz-decode runs one of them
 #                           failures go to fuzz/artifacts, inputs to fuzz/corpus
 # make chaos                injects random faults into the built executables while visitors use the tunnel, for CHAOS_SECONDS;
@@ -40,7 +41,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than the longest message. For the others, libFuzzer's default of 4,096 bytes is enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers inspector chaos fuzz $(FUZZ)
+.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers inspector web chaos fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -117,6 +118,9 @@ servers: build
 
 inspector: build
 	.ci/inspector/run $(BIN)
+
+web: build
+	.ci/web/run $(BIN)
 
 chaos: build
 	$(BIN)/chaos $(SCENARIO)
