@@ -378,6 +378,16 @@ mod tests {
     }
 
     #[test]
+    fn a_field_that_payload_1_0_lists_twice_is_there_once() {
+        let request = read(V1, |event| {
+            event["headers"] = json!({ "x-twice": "2", "x-only-here": "3" });
+            event["multiValueHeaders"] = json!({ "x-twice": ["1", "2"] });
+        });
+        assert_eq!(values(&request, "x-twice"), [b"1", b"2"]);
+        assert_eq!(values(&request, "x-only-here"), [b"3"]);
+    }
+
+    #[test]
     fn cookies_of_payload_2_0_become_one_field_and_other_bytes_than_ascii_stay_what_they_were() {
         let request = read(V2, |event| {
             event["cookies"] = json!(["a=1", "b=\u{e9}"]);

@@ -99,3 +99,52 @@ impl AgentPath {
         matches!(self, Self::InProcess(_))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tunnel_protocol::id::ConnectionId;
+
+    use super::*;
+    use crate::agents::{PostError, Sending};
+
+    /// A process without agents.
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl OpenConnections for Nobody {
+        fn send<'s>(&'s self, _: &'s ConnectionId, _: String, _: Duration) -> Sending<'s> {
+            Box::pin(async { Err(PostError::Gone) })
+        }
+
+        fn is_open(&self, _: &ConnectionId) -> bool {
+            false
+        }
+
+        fn close(&self, _: &ConnectionId) -> Result<(), PostError> {
+            Err(PostError::Gone)
+        }
+    }
+
+    #[test]
+    fn only_bodies_that_stay_on_one_machine_are_not_compressed() {
+        let process = AgentPath::InProcess(InProcess {
+            connections: Arc::new(Nobody),
+            replies: Replies::default(),
+            life: Duration::from_secs(1),
+        });
+        let api: WebSocketApiUrl = "ws://127.0.0.1:1/v1".parse().expect("a URL");
+        let cloud = AgentPath::Cloud(CloudPath {
+            websocket_api: api.clone(),
+            management: api,
+            pending_requests_table: "replies".to_owned(),
+        });
+        for (path, public_url, expected) in [
+            (&process, "http://127.0.0.1:8080", false),
+            (&process, "https://tunnel.example.com", true),
+            (&cloud, "http://127.0.0.1:8080", true),
+        ] {
+            let public_url = public_url.parse().expect("a URL");
+            assert_eq!(path.use_compression(&public_url), expected, "{public_url}");
+        }
+    }
+}
