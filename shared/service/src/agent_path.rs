@@ -102,7 +102,7 @@ impl AgentPath {
 
 #[cfg(test)]
 mod tests {
-    use tunnel_protocol::id::ConnectionId;
+    use tunnel_protocol::{id::ConnectionId, message::Encoded};
 
     use super::*;
     use crate::agents::{PostError, Sending};
@@ -112,7 +112,7 @@ mod tests {
     struct Nobody;
 
     impl OpenConnections for Nobody {
-        fn send<'s>(&'s self, _: &'s ConnectionId, _: String, _: Duration) -> Sending<'s> {
+        fn send<'s>(&'s self, _: &'s ConnectionId, _: Encoded, _: Duration) -> Sending<'s> {
             Box::pin(async { Err(PostError::Gone) })
         }
 
@@ -130,7 +130,7 @@ mod tests {
         let process = AgentPath::InProcess(InProcess {
             connections: Arc::new(Nobody),
             replies: Replies::default(),
-            life: Duration::from_secs(1),
+            life: None,
         });
         let api: WebSocketApiUrl = "ws://127.0.0.1:1/v1".parse().expect("a URL");
         let cloud = AgentPath::Cloud(CloudPath {
