@@ -31,6 +31,7 @@ CARGO_FUZZ := 0.13.2
 #                           CHAOS_SEED repeats a run, CHAOS_RATE is requests per second, CHAOS_ONLY=kill,hold selects faults
 # make chaos SCENARIO=...   rollovers, outage or soak instead
 # make e2e-deploy           deploys to an emulator of AWS and sends requests through the tunnel
+# make live                 deploys to your AWS account, measures what AWS does not document, and removes everything: docs/live.md
 
 ADMIN = $(BIN)/tunnel-admin $(if $(DATA),--data $(DATA),--stack $(or $(STACK),tunnel))
 EVENT ?= ready
@@ -41,7 +42,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than the longest message. For the others, libFuzzer's default of 4,096 bytes is enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy servers inspector web chaos fuzz $(FUZZ)
+.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers inspector web chaos fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -106,11 +107,21 @@ tunnels: build
 release-tunnel: build
 	@$(ADMIN) release-tunnel $(or $(ID),$(error set ID, the tunnel id: ID=my-app))
 
+EVENTS := $(patsubst events/%.json,%,$(wildcard events/*.json))
+
 invoke:
+	@test -f events/$(EVENT).json || { echo "there is no event $(EVENT); EVENT is one of: $(EVENTS)" >&2; exit 1; }
+	@command -v sam >/dev/null || { echo "sam is missing: pip install aws-sam-cli cargo-lambda" >&2; exit 1; }
+	@test -d .aws-sam/build || { echo "the functions are not built: sam build" >&2; exit 1; }
 	sam local invoke $(FUNCTION) -e events/$(EVENT).json $(INVOKE_FLAGS)
 
 e2e-deploy: tools
 	.ci/e2e-deploy
+
+live: build
+	@test -x $(TOOLS)/sam/bin/sam || { python3 -m venv $(TOOLS)/sam && $(TOOLS)/sam/bin/pip install --quiet -r .ci/sam.txt; }
+	PATH=$(TOOLS)/sam/bin:$$PATH sam build
+	PATH=$(TOOLS)/sam/bin:$$PATH python3 .ci/live --ttf $(BIN)/ttf $(LIVE_FLAGS)
 
 servers: build
 	.ci/servers $(BIN)

@@ -555,6 +555,7 @@ mod tests {
                     })
                     .collect(),
                 upgrade: None,
+                websocket: None,
                 body: Body::default(),
                 encoding: None,
                 timestamp: 0,

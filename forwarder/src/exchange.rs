@@ -60,6 +60,15 @@ impl Context {
             format: Format::of(features),
         }
     }
+
+    /// How long the local service may take until the head of its response, if the visitor waits for `deadline_ms`; 0 if the service
+    /// did not say.
+    pub(crate) fn time_limit(&self, deadline_ms: u64) -> Duration {
+        match deadline_ms {
+            0 => self.timeout,
+            deadline => self.timeout.min(Duration::from_millis(deadline)),
+        }
+    }
 }
 
 /// Carries out one exchange, and returns how it went. `window` allows the parts of the response.
@@ -122,10 +131,7 @@ async fn attempt(
     reply: &mut ResponseSender,
 ) -> Result<StatusCode, OriginError> {
     let started = Instant::now();
-    let timeout = match message.deadline_ms {
-        0 => context.timeout,
-        deadline => context.timeout.min(Duration::from_millis(deadline)),
-    };
+    let timeout = context.time_limit(message.deadline_ms);
     let addresses = context.origin.addresses(&message);
     let first = upload.first().map_err(|_| {
         OriginError::new(

@@ -49,6 +49,7 @@ mod upgrade;
 mod upload;
 pub mod visitor_rules;
 mod web_request;
+mod websocket;
 mod words;
 
 use std::sync::Arc;

@@ -39,6 +39,11 @@ impl Outgoing {
         }
     }
 
+    /// The request.
+    pub(crate) fn request_id(&self) -> &RequestId {
+        &self.request_id
+    }
+
     /// The response's message, with no body yet.
     pub(crate) fn response(
         &self,
@@ -74,11 +79,22 @@ impl Outgoing {
         let queued = match message {
             // An error must not overtake the parts before it.
             FromAgent::Error(_) => self.messages.body(encoded).await,
+            // As long as a part, and to be in turn with parts.
+            FromAgent::WebsocketBatch(_) => self.messages.body(encoded).await,
             _ => self.messages.send(encoded).await,
         };
         if is_last && let Ok(receipt) = queued {
             let _ = receipt.taken().await;
         }
+    }
+
+    /// Closes the visitor's WebSocket.
+    pub(crate) async fn close_websocket(&self, visitor: &ConnectionId) {
+        self.send(FromAgent::WebsocketClose {
+            request_id: self.request_id.clone(),
+            websocket: visitor.clone(),
+        })
+        .await;
     }
 
     /// Allows the parts of the request's body with numbers below `parts`; 0 says that no more of it is wanted.

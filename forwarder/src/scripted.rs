@@ -106,6 +106,7 @@ pub(crate) fn request(method: &str, uri: &str, fields: &[(&str, &str)], body: &s
         uri: uri.to_owned(),
         headers: HeaderMap::from_iter(fields),
         upgrade: None,
+        websocket: None,
         body: Body(Bytes::copy_from_slice(body.as_bytes())),
         encoding: None,
         timestamp: 0,

@@ -3,10 +3,10 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{StreamExt, stream::SplitStream};
+use futures_util::{StreamExt, future::Either, stream::SplitStream};
 use http::Method;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::{AbortHandle, JoinSet},
     time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout_at},
 };
@@ -36,6 +36,7 @@ use crate::{
     seen_requests::SeenRequests,
     settings::Settings,
     upload::{UploadFeed, upload},
+    websocket::{self, FromVisitor, MAX_QUEUED_MESSAGES},
 };
 
 /// How long requests are taken after another connection of this agent has taken over: longer than the service remembers which
@@ -93,6 +94,8 @@ struct InFlight {
     recording: Recording,
     /// It asked for another protocol; what is said in that has no end of its own.
     is_upgrade: bool,
+    /// What the service says about a visitor's WebSocket.
+    websocket: Option<mpsc::Sender<FromVisitor>>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -471,6 +474,17 @@ impl Session {
                     request.window.allow(window.parts);
                 }
             }
+            Ok(ToAgent::WebsocketMessage { request_id, text }) => {
+                self.websocket(request_id, FromVisitor::Text(text));
+            }
+            Ok(ToAgent::WebsocketSent {
+                request_id,
+                batch,
+                delivered,
+            }) => self.websocket(request_id, FromVisitor::Sent { batch, delivered }),
+            Ok(ToAgent::WebsocketClose { request_id, code }) => {
+                self.websocket(request_id, FromVisitor::Closed(code));
+            }
             Ok(ToAgent::Cancel { request_id }) => self.cancel(&request_id),
             Ok(ToAgent::Pong) => self.on_pong(),
             Ok(ToAgent::Replaced { reason }) => self.on_replaced(reason),
@@ -613,14 +627,21 @@ impl Session {
         let reply_to = request.reply_to.clone();
         let is_upgrade = request.upgrade.is_some();
         let recording = self.tunnel.recorder.begin(&request);
-        // Boxed, because it is long, and is moved several times before its task has it.
-        let exchange = Box::pin(exchange::run(
-            self.context.clone(),
-            request,
-            body,
-            window.window(),
-            recording.clone(),
-        ));
+        let context = self.context.clone();
+        // Boxed, because they are long, and are moved several times before their task has them.
+        let (websocket, exchange) = match request.websocket.clone() {
+            None => {
+                let window = window.window();
+                let exchange = exchange::run(context, request, body, window, recording.clone());
+                (None, Either::Left(Box::pin(exchange)))
+            }
+            Some(visitor) => {
+                let (say, incoming) = mpsc::channel(MAX_QUEUED_MESSAGES);
+                let exchange =
+                    websocket::run(context, request, visitor, incoming, recording.clone());
+                (Some(say), Either::Right(Box::pin(exchange)))
+            }
+        };
         let span = info_span!("request", %id);
         let task = self.running.spawn({
             let id = id.clone();
@@ -634,6 +655,7 @@ impl Session {
             reply_to,
             recording,
             is_upgrade,
+            websocket,
             _permit: permit,
         };
         self.requests.insert(id, in_flight);
@@ -647,6 +669,18 @@ impl Session {
         let id = part.request_id.clone();
         if let Err(error) = request.upload.take(part.into()) {
             self.drop_request(id, &error.to_string());
+        }
+    }
+
+    /// Hands on what the service says about a visitor's WebSocket. One whose local service takes too little is dropped: a message
+    /// would be missing.
+    fn websocket(&mut self, id: RequestId, said: FromVisitor) {
+        let websocket = self
+            .requests
+            .get(&id)
+            .and_then(|request| request.websocket.as_ref());
+        if websocket.is_some_and(|websocket| websocket.try_send(said).is_err()) {
+            self.drop_request(id, "the local service does not take the visitor's messages");
         }
     }
 

@@ -3,9 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{
-    CommandFactory, Parser,
+    CommandFactory, FromArgMatches, Parser,
     builder::{PossibleValuesParser, TypedValueParser},
     error::ErrorKind,
+    parser::ValueSource,
 };
 use tokio::runtime::Runtime;
 use tracing_subscriber::filter::Targets;
@@ -34,7 +35,7 @@ const MIN_CONNECTION_AGE: Duration = Duration::from_secs(1);
 #[derive(Parser)]
 #[command(name = "tunnel-local", version)]
 struct Cli {
-    /// Where visitors and agents connect; port 0 picks a free one
+    /// Where visitors and agents connect; port 0 picks a free one. With --samples: where containers reach this machine
     #[arg(
         long,
         env = "TUNNEL_LISTEN",
@@ -185,7 +186,8 @@ pub fn main() -> ExitCode {
 }
 
 async fn run() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     start_log(cli.log_level.clone());
     let wanted = MAX_OPEN_CONNECTIONS as u64 + OTHER_OPEN_FILES;
     if let Some(limit) = raise_open_files(wanted) {
@@ -194,7 +196,9 @@ async fn run() -> ExitCode {
         ));
     }
     if cli.samples {
-        return match sam_invoke::run(interrupted()).await {
+        let is_default = matches.value_source("listen") == Some(ValueSource::DefaultValue);
+        let listen = (!is_default).then_some(cli.listen);
+        return match sam_invoke::run(listen, interrupted()).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(1, &format!("{error:#}")),
         };

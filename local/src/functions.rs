@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tunnel_connect::Connect;
 use tunnel_default::DefaultRoute;
-use tunnel_disconnect::Disconnect;
+use tunnel_disconnect::{Disconnect, WebSocketApis};
 use tunnel_forward::Forward;
 use tunnel_local_aws::{dynamodb, management::ConnectionRegistry};
 use tunnel_service::{
@@ -17,7 +17,10 @@ use tunnel_service::{
     settings::SettingsError,
 };
 
-use crate::options::{Options, Transport};
+use crate::{
+    front::visitor_sockets::EdgeSecret,
+    options::{Options, Transport},
+};
 
 /// The functions.
 pub(crate) struct Functions {
@@ -33,6 +36,8 @@ pub(crate) struct Surroundings<'s> {
     pub(crate) public_url: &'s PublicUrl,
     /// The WebSocket API, where @connections is.
     pub(crate) websocket_api: &'s WebSocketApiUrl,
+    /// The visitors' WebSocket API, if there is one, and the secret of its edge.
+    pub(crate) sockets: Option<(&'s WebSocketApiUrl, &'s EdgeSecret)>,
     /// Where the tables are.
     pub(crate) sdk: &'s SdkConfig,
     /// Agents' connections.
@@ -61,6 +66,10 @@ impl Functions {
         let disconnect = tunnel_disconnect::Settings {
             tunnels_table: dynamodb::TUNNELS.to_owned(),
             connections_table: dynamodb::CONNECTIONS.to_owned(),
+            websockets: surroundings.sockets.map(|(visitors, _)| WebSocketApis {
+                agents: surroundings.websocket_api.clone(),
+                visitors: visitors.clone(),
+            }),
         };
         Ok(Self {
             connect: Connect::new(connect, sdk),
@@ -81,6 +90,7 @@ impl Surroundings<'_> {
             agent_path: self.agent_path(options),
             public_url: self.public_url.clone(),
             routing: options.routing,
+            visitor_sockets: self.sockets.map(|(visitors, _)| visitors.clone()),
         }
     }
 
@@ -95,6 +105,10 @@ impl Surroundings<'_> {
             streaming_url: None,
             max_concurrent_requests: options.max_concurrent_requests,
             max_requests_per_second: options.max_requests_per_second,
+            edge_secrets: self
+                .sockets
+                .map(|(_, secret)| secret.known())
+                .unwrap_or_default(),
             pad_empty_streams: false,
             lambda: None,
         }

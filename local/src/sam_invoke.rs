@@ -3,12 +3,14 @@
 
 use std::{
     io::Write,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::Stdio,
+    time::Duration,
 };
 
 use anyhow::Context;
 use aws_sdk_dynamodb::Client;
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{net::TcpListener, process::Command, sync::mpsc, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 use tunnel_protocol::{
@@ -29,21 +31,17 @@ use tunnel_service::{
 use crate::console::say;
 use tunnel_local_aws::{
     caller::AccessKey,
-    dynamodb,
+    dynamodb::{self, Database},
     management::{self, ConnectionCommand, ConnectionRegistry},
     quotas::Quotas,
 };
 
-/// Where sam-local.json sends the functions' DynamoDB calls.
+/// Where sam-local.json sends the functions' DynamoDB calls. Those of @connections go to the next port.
 const DYNAMODB_PORT: u16 = 8701;
-/// Where it sends their calls of @connections.
-const CONNECTIONS_PORT: u16 = 8702;
-/// The addresses the ports are opened on: this machine's own, and that of Docker's bridge on Linux, under which containers reach
-/// this machine. Only sample data is served.
-const ADDRESSES: [IpAddr; 2] = [
-    IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
-    IpAddr::V4(std::net::Ipv4Addr::new(172, 17, 0, 1)),
-];
+/// The address of Docker's bridge on Linux, under which containers reach this machine, unless Docker says otherwise.
+const BRIDGE: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 17, 0, 1));
+/// How often it is looked for, while it does not exist: Docker makes it when it starts.
+const BRIDGE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Messages to the sample agent that wait to be printed.
 const MAX_QUEUED_COMMANDS: usize = 128;
@@ -55,42 +53,49 @@ const TUNNEL: &str = "sample";
 /// The token that events/connect.json carries.
 const TOKEN: &str = "sample";
 
-/// Serves the samples until `stopped`.
+/// Serves the samples until `stopped`: on this machine, and where containers reach it, which is at `listen` or at the address of
+/// Docker's bridge. Only sample data is served.
 ///
 /// # Errors
 /// If the ports are taken.
-pub(crate) async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
+pub(crate) async fn run(
+    listen: Option<SocketAddr>,
+    stopped: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    let database = dynamodb::open(None)?;
-    for listener in listeners(DYNAMODB_PORT).await? {
-        dynamodb::serve(database.clone(), listener, AccessKey::any(), &tasks, &stop);
-    }
-    let sdk = sdk::for_loopback(&format!("http://127.0.0.1:{DYNAMODB_PORT}"), "samples");
+    let port = listen.map_or(DYNAMODB_PORT, |listen| listen.port());
+    let samples = Samples {
+        database: dynamodb::open(None)?,
+        connections: ConnectionRegistry::default(),
+        port,
+        tasks: tasks.clone(),
+        stop: stop.clone(),
+    };
+    let (commands, sent) = mpsc::channel(MAX_QUEUED_COMMANDS);
+    samples.connections.insert(CONNECTION.parse()?, commands);
+    let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    samples.serve(local).await?;
+    let sdk = sdk::for_loopback(&format!("http://{local}:{port}"), "samples");
     dynamodb::create_tables(&Client::new(&sdk)).await?;
     seed(&sdk).await?;
-
-    let connections = ConnectionRegistry::default();
-    let (commands, sent) = mpsc::channel(MAX_QUEUED_COMMANDS);
-    connections.insert(CONNECTION.parse()?, commands);
-    for listener in listeners(CONNECTIONS_PORT).await? {
-        let (api, stopping) = (
-            management::router(connections.clone(), Quotas::default(), AccessKey::any()),
-            stop.clone(),
-        );
-        tasks.spawn(async move {
-            if let Err(error) = axum::serve(listener, api)
-                .with_graceful_shutdown(stopping.cancelled_owned())
-                .await
-            {
-                warn!(%error, "@connections ended");
-            }
-        });
-    }
     let mailbox = MailboxTable::new(&sdk, dynamodb::PENDING_REQUESTS.to_owned());
     let agent = tasks.spawn(sample_agent(sent, mailbox));
     say(&format!(
-        "ready: DynamoDB on port {DYNAMODB_PORT}, @connections on port {CONNECTIONS_PORT}"
+        "ready: DynamoDB on port {port}, @connections on port {}",
+        port + 1
     ));
+    match listen.map(|listen| listen.ip()) {
+        Some(address) if address == local => {}
+        Some(address) => samples.serve(address).await?,
+        None => {
+            let stopping = stop.clone();
+            tasks.spawn(async move {
+                stopping
+                    .run_until_cancelled(samples.serve_at_bridge())
+                    .await
+            });
+        }
+    }
     say(
         "messages to the sample connection are printed here; try: sam local invoke -e events/ready.json",
     );
@@ -102,27 +107,84 @@ pub(crate) async fn run(stopped: impl Future<Output = ()>) -> anyhow::Result<()>
     Ok(())
 }
 
-async fn listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
-    let mut listeners = Vec::new();
-    for address in ADDRESSES {
-        match TcpListener::bind(SocketAddr::from((address, port))).await {
-            Ok(listener) => listeners.push(listener),
-            // A machine without Docker's bridge has no such address.
-            Err(error)
-                if error.kind() == std::io::ErrorKind::AddrNotAvailable
-                    && !address.is_loopback() =>
+/// The samples, which may be served at several addresses.
+struct Samples {
+    database: Database,
+    connections: ConnectionRegistry,
+    port: u16,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Samples {
+    async fn serve(&self, address: IpAddr) -> anyhow::Result<()> {
+        let listen = async |port: u16| {
+            TcpListener::bind(SocketAddr::from((address, port)))
+                .await
+                .with_context(|| format!("port {port} of {address} is needed for the samples"))
+        };
+        let (tables, management) = (listen(self.port).await?, listen(self.port + 1).await?);
+        dynamodb::serve(
+            self.database.clone(),
+            tables,
+            AccessKey::any(),
+            &self.tasks,
+            &self.stop,
+        );
+        let api = management::router(
+            self.connections.clone(),
+            Quotas::default(),
+            AccessKey::any(),
+        );
+        let stopping = self.stop.clone();
+        self.tasks.spawn(async move {
+            if let Err(error) = axum::serve(management, api)
+                .with_graceful_shutdown(stopping.cancelled_owned())
+                .await
             {
-                say(&format!(
-                    "{address} does not exist, so containers cannot reach port {port}: start Docker first if they need it"
-                ));
+                warn!(%error, "@connections ended");
             }
-            Err(error) => {
-                return Err(error)
-                    .with_context(|| format!("port {port} is needed for the samples"));
+        });
+        Ok(())
+    }
+
+    /// Serves them at the address of Docker's bridge, as soon as there is one.
+    async fn serve_at_bridge(self) {
+        let mut has_said = false;
+        loop {
+            let bridge = bridge().await;
+            match self.serve(bridge).await {
+                Ok(()) => {
+                    return say(&format!("containers reach the samples at {bridge}"));
+                }
+                Err(error) if !has_said => {
+                    has_said = true;
+                    say(&format!(
+                        "containers cannot reach the samples yet; start Docker, or name the address with --listen ADDRESS:{}: {error:#}",
+                        self.port
+                    ));
+                }
+                Err(_) => {}
             }
+            sleep(BRIDGE_INTERVAL).await;
         }
     }
-    Ok(listeners)
+}
+
+/// The address of Docker's bridge, as Docker itself says if it runs.
+async fn bridge() -> IpAddr {
+    const GATEWAY: &str = "{{range .IPAM.Config}}{{.Gateway}} {{end}}";
+    let asked = Command::new("docker")
+        .args(["network", "inspect", "bridge", "--format", GATEWAY])
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await;
+    let said = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    said.unwrap_or_default()
+        .split_whitespace()
+        .find_map(|address| address.parse().ok())
+        .unwrap_or(BRIDGE)
 }
 
 async fn seed(sdk: &sdk::SdkConfig) -> anyhow::Result<()> {

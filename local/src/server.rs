@@ -38,6 +38,7 @@ use crate::{
         forwarded::TrustedProxies,
         host::HostPolicy,
         listener::{self, Front},
+        visitor_sockets::{EdgeSecret, VisitorSockets},
         visitors::VisitorFront,
     },
     functions::{Functions, Surroundings},
@@ -141,13 +142,14 @@ impl Server {
         let management = bind(LOOPBACK).await?;
         let websocket_api =
             WebSocketApiUrl::of_socket(local_address(&management)?, management::STAGE);
-        let connections = ConnectionRegistry::default();
-        let replies = Replies::default();
+        let sockets = Sockets::open(&options).await?;
+        let (connections, replies) = (ConnectionRegistry::default(), Replies::default());
         let functions = Functions::new(
             &options,
             &Surroundings {
                 public_url: &public_url,
                 websocket_api: &websocket_api,
+                sockets: sockets.as_ref().map(Sockets::known),
                 sdk: &engine.sdk,
                 connections: &connections,
                 replies: &replies,
@@ -155,7 +157,7 @@ impl Server {
         )?;
         let forward = functions.forward.clone();
         let subsystems = Subsystems::default();
-        let front = front(
+        let mut front = front(
             &options,
             functions,
             &connections,
@@ -163,7 +165,8 @@ impl Server {
             &subsystems,
             &public_url,
         );
-        if options.transport == Transport::Emulated {
+        if let Some(sockets) = sockets {
+            front.visitors.sockets = Some(sockets.serve(&engine, &front, &subsystems));
             let api = engine.management(&connections, options.quotas);
             engine.serve(management, api.merge(agents::router(&front.agents)));
         }
@@ -321,6 +324,52 @@ impl Tables {
     }
 }
 
+/// What the visitors' WebSocket API is made of, where every step is as in AWS.
+struct Sockets {
+    management: TcpListener,
+    api: WebSocketApiUrl,
+    connections: ConnectionRegistry,
+    secret: EdgeSecret,
+}
+
+impl Sockets {
+    async fn open(options: &Options) -> Result<Option<Self>, ServerError> {
+        if options.transport != Transport::Emulated {
+            return Ok(None);
+        }
+        let listener = bind(LOOPBACK).await?;
+        let api = WebSocketApiUrl::of_socket(local_address(&listener)?, management::STAGE);
+        Ok(Some(Self {
+            management: listener,
+            api,
+            connections: ConnectionRegistry::default(),
+            secret: EdgeSecret::generate(),
+        }))
+    }
+
+    /// What the functions know of it.
+    fn known(&self) -> (&WebSocketApiUrl, &EdgeSecret) {
+        (&self.api, &self.secret)
+    }
+
+    fn serve(self, engine: &Engine, front: &Front, subsystems: &Subsystems) -> Arc<VisitorSockets> {
+        let quotas = front.agents.quotas;
+        engine.serve(
+            self.management,
+            engine.management(&self.connections, quotas),
+        );
+        Arc::new(VisitorSockets {
+            forward: front.visitors.forward.clone(),
+            default: front.agents.default.clone(),
+            disconnect: front.agents.disconnect.clone(),
+            connections: self.connections,
+            quotas,
+            secret: self.secret,
+            subsystem: subsystems.visitors.clone(),
+        })
+    }
+}
+
 /// What the two kinds of sockets are served with.
 #[derive(Default)]
 struct Subsystems {
@@ -343,6 +392,7 @@ fn front(
             hosts: HostPolicy::new(public_url.clone(), options.any_host),
             scheme: public_url.scheme().into(),
             subsystem: subsystems.visitors.clone(),
+            sockets: None,
         },
         agents: Arc::new(AgentFront {
             transport: options.transport,

@@ -219,6 +219,7 @@ fn message(
         uri: uri.clone(),
         headers,
         upgrade: None,
+        websocket: None,
         body: Body(body),
         encoding: None,
         timestamp: 0,

@@ -114,6 +114,7 @@ impl Connection {
             uri: "/".to_owned(),
             headers: http::HeaderMap::new(),
             upgrade: None,
+            websocket: None,
             body: message::Body::default(),
             encoding: None,
             timestamp: 0,

@@ -1,12 +1,13 @@
 //! The `$default` route: everything an agent sends.
 //!
 //! `ready` puts the tunnel online and is answered with its address. Replies to visitors' requests are passed on to where `forward`
-//! waits for them: see `relay`. Each sender is checked: whether its token is still valid, its tunnel still its own,
+//! waits for them: see `relay`. `websockets` carries the messages of visitors' WebSockets, both ways. Each sender is checked: whether its token is still valid, its tunnel still its own,
 //! and the address that it was sent still right. What cannot be read is logged and dropped: an agent learns of it from the visitor's
 //! time-out.
 
 mod ownership;
 mod relay;
+mod websockets;
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,9 +25,9 @@ use tunnel_protocol::{
 };
 use tunnel_service::{
     agent_path::AgentPath,
-    agents::{AgentConnections, PostError},
+    agents::{AgentConnections, PostError, WebSocketApiUrl},
     auth::{AuthMode, Revalidator},
-    aws::route_event::{RouteEventError, RouteResponse, connection_of},
+    aws::route_event::{RouteEventError, RouteResponse, VISITORS_STAGE, connection_of},
     aws::sdk::SdkConfig,
     now,
     replies::Reply,
@@ -36,12 +37,14 @@ use tunnel_service::{
     tables::dynamodb::StoreError,
     tables::tokens::TokensTable,
     tables::tunnels::TunnelsTable,
+    tables::visitor_sockets::VisitorSocketsTable,
     telemetry::connection_span,
 };
 
 use crate::{
     ownership::{BUSY_TIMEOUT, Candidate, Ownership, RELEASED, Standing, TAKEN_OVER},
     relay::Relay,
+    websockets::Websockets,
 };
 
 /// What the function needs to know.
@@ -61,6 +64,8 @@ pub struct Settings {
     pub public_url: PublicUrl,
     /// How public addresses name a tunnel.
     pub routing: Routing,
+    /// The visitors' WebSocket API; `None` where WebSockets are carried in another way.
+    pub visitor_sockets: Option<WebSocketApiUrl>,
 }
 
 impl Settings {
@@ -76,6 +81,7 @@ impl Settings {
         let agent_path = AgentPath::read(&variables);
         let public_url = variables.required("PUBLIC_URL");
         let routing = variables.or("ROUTING", Routing::Path);
+        let visitor_sockets = variables.optional("VISITOR_SOCKETS_ENDPOINT");
         variables.finish(|| {
             Some(Self {
                 auth: auth?,
@@ -85,6 +91,7 @@ impl Settings {
                 agent_path: agent_path?,
                 public_url: public_url?,
                 routing: routing?,
+                visitor_sockets: visitor_sockets?,
             })
         })
     }
@@ -96,6 +103,8 @@ pub struct DefaultRoute {
     revalidator: Revalidator,
     ownership: Ownership,
     relay: Relay,
+    /// Visitors' WebSockets; `None` where they are carried in another way.
+    websockets: Option<Websockets>,
     public_url: PublicUrl,
     routing: Routing,
     /// How long a connection may live; `None` means no limit.
@@ -136,12 +145,21 @@ impl DefaultRoute {
         let agents = path.agents(sdk);
         let connections = ConnectionsTable::new(sdk, settings.connections_table);
         let use_compression = path.use_compression(&settings.public_url);
+        let websockets = settings.visitor_sockets.map(|api| {
+            let visitors = AgentConnections::managed(sdk, &api);
+            Websockets::new(
+                VisitorSocketsTable::new(&connections),
+                agents.clone(),
+                visitors,
+            )
+        });
         Self {
             revalidator: Revalidator::new(
                 settings.auth,
                 TokensTable::new(sdk, settings.tokens_table),
             ),
             relay: Relay::new(path.replies(sdk, connections.clone()), agents.clone()),
+            websockets,
             ownership: Ownership {
                 tunnels: TunnelsTable::new(sdk, settings.tunnels_table),
                 connections,
@@ -175,9 +193,17 @@ impl DefaultRoute {
             context.event_type.as_deref(),
             context.connection_id.as_deref(),
         )?;
-        self.message(&sender, event.body.as_deref().unwrap_or_default())
-            .instrument(connection_span(&sender))
-            .await
+        let text = event.body.unwrap_or_default();
+        let handled = async {
+            match &self.websockets {
+                Some(websockets) if context.stage.as_deref() == Some(VISITORS_STAGE) => {
+                    Box::pin(websockets.take_from_visitor(&sender, text)).await?;
+                    Ok(RouteResponse::ok())
+                }
+                _ => self.message(&sender, &text).await,
+            }
+        };
+        handled.instrument(connection_span(&sender)).await
     }
 
     /// Handles a message that `sender` sent, within the caller's span of that connection.
@@ -219,7 +245,8 @@ impl DefaultRoute {
         match message {
             Ok(message) => self.take(sender, message).await,
             Err(error) => {
-                warn!(error = &error as &dyn std::error::Error, "message dropped");
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                warn!(error = %error, cause, "message dropped");
                 if let Ok(Subject { request_id }) = message::decode(text) {
                     self.relay
                         .deliver(sender, Reply::unreadable(request_id))
@@ -256,6 +283,19 @@ impl DefaultRoute {
                 }
             }
             FromAgent::Release => return self.release(sender).await,
+            FromAgent::WebsocketBatch(batch) => {
+                if let Some(websockets) = &self.websockets {
+                    Box::pin(websockets.take_from_agent(sender, batch)).await?;
+                }
+            }
+            FromAgent::WebsocketClose {
+                request_id,
+                websocket,
+            } => {
+                if let Some(websockets) = &self.websockets {
+                    Box::pin(websockets.close(sender, &request_id, &websocket)).await?;
+                }
+            }
             FromAgent::Error(error) => {
                 info!(code = ?error.code, message = error.message, "agent reports an error");
             }

@@ -5,15 +5,17 @@
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use tracing::{Instrument, info};
-use tunnel_protocol::id::ConnectionId;
+use tunnel_protocol::{id::ConnectionId, message::ToAgent};
 use tunnel_service::{
-    aws::route_event::{RouteEventError, RouteResponse, connection_of},
+    agents::{AgentConnections, PostError, WebSocketApiUrl},
+    aws::route_event::{RouteEventError, RouteResponse, VISITORS_STAGE, connection_of},
     aws::sdk::SdkConfig,
     now,
     settings::{SettingsError, Variables},
     tables::connections::{AgentConnection, Connection, ConnectionsTable},
     tables::dynamodb::StoreError,
     tables::tunnels::TunnelsTable,
+    tables::visitor_sockets::VisitorSocketsTable,
     telemetry::connection_span,
 };
 
@@ -24,20 +26,37 @@ pub struct Settings {
     pub tunnels_table: String,
     /// The name of the connections table.
     pub connections_table: String,
+    /// The ends of visitors' WebSockets; `None` where these are carried in another way.
+    pub websockets: Option<WebSocketApis>,
+}
+
+/// Where the @connections of both WebSocket APIs are.
+#[derive(Clone, Debug)]
+pub struct WebSocketApis {
+    /// The agents'.
+    pub agents: WebSocketApiUrl,
+    /// The visitors'.
+    pub visitors: WebSocketApiUrl,
 }
 
 impl Settings {
-    /// Reads the settings.
+    /// Reads the settings. The agents' @connections may be at an address of its own, as for the other functions.
     ///
     /// # Errors
     /// All variables that are missing or faulty.
     pub fn read(variables: Variables<'_>) -> Result<Self, SettingsError> {
         let tunnels_table = variables.required("TUNNELS_TABLE");
         let connections_table = variables.required("CONNECTIONS_TABLE");
+        let agents = variables.optional("WEBSOCKET_API_ENDPOINT");
+        let elsewhere = variables.optional("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI");
+        let visitors = variables.optional("VISITOR_SOCKETS_ENDPOINT");
         variables.finish(|| {
+            let (agents, elsewhere) = (agents?, elsewhere?);
+            let apis = elsewhere.or(agents).zip(visitors?);
             Some(Self {
                 tunnels_table: tunnels_table?,
                 connections_table: connections_table?,
+                websockets: apis.map(|(agents, visitors)| WebSocketApis { agents, visitors }),
             })
         })
     }
@@ -48,6 +67,16 @@ impl Settings {
 pub struct Disconnect {
     tunnels: TunnelsTable,
     connections: ConnectionsTable,
+    /// Visitors' WebSockets; `None` where they are carried in another way.
+    websockets: Option<Websockets>,
+}
+
+/// Both ends of visitors' WebSockets.
+#[derive(Clone, Debug)]
+struct Websockets {
+    table: VisitorSocketsTable,
+    agents: AgentConnections,
+    visitors: AgentConnections,
 }
 
 /// A connection that has ended.
@@ -68,6 +97,9 @@ pub enum DisconnectError {
     /// The tables do not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// @connections does not answer.
+    #[error(transparent)]
+    Post(#[from] PostError),
 }
 
 impl Disconnect {
@@ -81,9 +113,16 @@ impl Disconnect {
 
     /// Makes the function.
     pub fn new(settings: Settings, sdk: &SdkConfig) -> Self {
+        let connections = ConnectionsTable::new(sdk, settings.connections_table);
+        let websockets = settings.websockets.map(|apis| Websockets {
+            table: VisitorSocketsTable::new(&connections),
+            agents: AgentConnections::managed(sdk, &apis.agents),
+            visitors: AgentConnections::managed(sdk, &apis.visitors),
+        });
         Self {
             tunnels: TunnelsTable::new(sdk, settings.tunnels_table),
-            connections: ConnectionsTable::new(sdk, settings.connections_table),
+            connections,
+            websockets,
         }
     }
 
@@ -104,9 +143,17 @@ impl Disconnect {
         let code = context
             .disconnect_status_code
             .and_then(|code| u16::try_from(code).ok());
-        let span = connection_span(&connection);
-        self.serve(&Ended { connection, code })
-            .instrument(span)
+        let ended = Ended { connection, code };
+        let handled = async {
+            match &self.websockets {
+                Some(websockets) if context.stage.as_deref() == Some(VISITORS_STAGE) => {
+                    websockets.visitor_left(&ended).await
+                }
+                _ => self.serve(&ended).await,
+            }
+        };
+        handled
+            .instrument(connection_span(&ended.connection))
             .await?;
         Ok(RouteResponse::ok())
     }
@@ -125,8 +172,36 @@ impl Disconnect {
         if let Connection::Agent(AgentConnection { tunnel_id, .. }) = connection {
             let went_offline = self.tunnels.mark_offline(&tunnel_id, id, now()).await?;
             info!(tunnel = %tunnel_id, code = ended.code, went_offline, "disconnected");
+            if let Some(websockets) = &self.websockets {
+                websockets.agent_left(id).await?;
+            }
         }
         self.connections.remove(id).await?;
+        Ok(())
+    }
+}
+
+impl Websockets {
+    /// Tells the agent at the other end that a visitor has left.
+    async fn visitor_left(&self, ended: &Ended) -> Result<(), DisconnectError> {
+        let Some(socket) = self.table.close(&ended.connection).await? else {
+            return Ok(());
+        };
+        let close = ToAgent::WebsocketClose {
+            request_id: socket.request,
+            code: ended.code,
+        };
+        match self.agents.post(&socket.agent, &close).await {
+            Err(PostError::Gone | PostError::Unknown) => Ok(()),
+            outcome => Ok(outcome?),
+        }
+    }
+
+    /// Closes the visitors whose other end was the connection of an agent that has left.
+    async fn agent_left(&self, agent: &ConnectionId) -> Result<(), DisconnectError> {
+        for visitor in self.table.take_of_agent(agent).await? {
+            self.visitors.close(&visitor).await?;
+        }
         Ok(())
     }
 }

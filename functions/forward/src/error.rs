@@ -9,7 +9,10 @@ use tunnel_protocol::{
 };
 use tunnel_service::{agents::PostError, auth::AuthError, tables::dynamodb::StoreError};
 
-use crate::response::{self, ResponseBody};
+use crate::{
+    login::FORM,
+    response::{self, ResponseBody},
+};
 
 /// `Retry-After` for an offline tunnel: agents reconnect within seconds.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
@@ -77,9 +80,7 @@ pub enum ForwardError {
     #[error("The request was refused: {0}")]
     UnsupportedEncoding(String),
     /// The visitor asked for a WebSocket, or another change of protocol, which cannot be carried here for this reason.
-    #[error(
-        "WebSockets and other upgraded connections are not carried here: {0}. They need tunnel-local and an agent of its version."
-    )]
+    #[error("WebSockets and other upgraded connections are not carried here: {0}.")]
     NoUpgrade(&'static str),
     /// The service failed; the cause goes to the log.
     #[error("The tunnel service failed. Its log says why.")]
@@ -150,7 +151,14 @@ impl ForwardError {
     pub fn into_response(self, wants_html: bool) -> Response<ResponseBody> {
         let (status, code, sentence) = (self.status(), self.code(), self.to_string());
         let (content_type, body) = if wants_html {
-            ("text/html; charset=utf-8", page(status, code, &sentence))
+            let form = match self {
+                Self::Unauthorized(_) => FORM,
+                _ => "",
+            };
+            (
+                "text/html; charset=utf-8",
+                page(status, code, &sentence, form),
+            )
         } else {
             (
                 "application/json",
@@ -197,7 +205,7 @@ fn seconds(pause: Duration) -> u64 {
         .max(1)
 }
 
-fn page(status: StatusCode, code: &str, sentence: &str) -> String {
+fn page(status: StatusCode, code: &str, sentence: &str, form: &str) -> String {
     let escaped = sentence
         .replace('&', "&amp;")
         .replace('<', "&lt;")
@@ -205,7 +213,7 @@ fn page(status: StatusCode, code: &str, sentence: &str) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\n\
          <title>{status}</title>\n<style>body{{font:1rem/1.5 system-ui;margin:15vh auto;max-width:34rem;padding:0 1rem}}</style>\n\
-         <h1>{status}</h1>\n<p>{escaped}</p>\n<p><code>{code}</code></p>\n</html>\n"
+         <h1>{status}</h1>\n<p>{escaped}</p>\n{form}<p><code>{code}</code></p>\n</html>\n"
     )
 }
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, StatusCode, header};
 use tokio::{
     sync::oneshot,
     task::AbortHandle,
@@ -21,17 +21,21 @@ use tunnel_protocol::{
     id::{RequestId, TunnelId},
     message,
     message::{Body, CarriesBody, Feature, ToAgent, Window},
+    visitor_policy::DeniedError,
 };
 use tunnel_service::{
     agents::PostError,
+    now,
     replies::{ReplyHead, ReplyPath},
     tables::tunnels::Online,
+    tables::visitor_sockets::{VisitorSocket, VisitorSocketsTable},
 };
 
 use crate::{
     State, TunnelPath,
     error::ForwardError,
     first_message::{FirstMessage, broken_off},
+    login::LoginCookie,
     rate_limit::Permit,
     reply::PendingReply,
     request::{Ingress, VisitorBody, VisitorRequest},
@@ -55,14 +59,14 @@ pub(crate) async fn run(
     log: &mut RequestLog,
 ) -> Result<Replying, ForwardError> {
     let head_deadline = Instant::now() + request.response_timeout;
-    if !matches!(state.reply_path, ReplyPath::InProcess(_)) {
-        request.without_upgrade("this deployment answers requests with functions")?;
+    if request.websocket.is_none() && !matches!(state.reply_path, ReplyPath::InProcess(_)) {
+        request.without_upgrade("this address carries none; a deployment on AWS needs its edge")?;
     }
     let deadline = matches!(request.ingress, Ingress::HttpApi(_)).then_some(head_deadline);
     let method = request.method.clone();
     let visitor = Visitor::of(&mut request);
     // Before the request is counted: a visitor who is refused uses up none of the tunnel's requests.
-    let mut online = visitor.admitted(state, &path.tunnel).await?;
+    let mut online = visitor.admitted_slowly(state, &path.tunnel).await?;
     let mut permit = Some(state.rate_limiter.acquire(&path.tunnel, Instant::now())?);
     request.headers.clone_from(&visitor.fields);
     let mut first = {
@@ -84,6 +88,7 @@ pub(crate) async fn run(
             Ok((head, chunk)) => {
                 if is_upgrade && head.status_code == StatusCode::SWITCHING_PROTOCOLS.as_u16() {
                     exchange.replies.expected().upgraded();
+                    exchange.record_websocket(&first.message).await?;
                     return Ok(Replying::upgraded(exchange, head, chunk, log));
                 }
                 if is_upgrade {
@@ -105,11 +110,12 @@ pub(crate) async fn run(
 }
 
 /// The visitor, as the policy sees it. Each connection that a request may be sent to has its own policy.
-struct Visitor {
+pub(crate) struct Visitor {
     /// `None` when what the front says is not an address.
-    address: Option<IpAddr>,
+    pub(crate) address: Option<IpAddr>,
     /// As they came, with what is meant for the tunnel and not for the local service.
-    fields: HeaderMap,
+    pub(crate) fields: HeaderMap,
+    login: LoginCookie,
 }
 
 impl Visitor {
@@ -117,18 +123,75 @@ impl Visitor {
         Self {
             address: request.source_ip.parse().ok(),
             fields: std::mem::take(&mut request.headers),
+            login: std::mem::take(&mut request.login),
+        }
+    }
+
+    /// The visitor of a request that may yet be sent on.
+    pub(crate) fn copy_of(request: &VisitorRequest) -> Self {
+        Self {
+            address: request.source_ip.parse().ok(),
+            fields: request.headers.clone(),
+            login: request.login.clone(),
+        }
+    }
+
+    /// Whether the tunnel wants a user name and a password of the visitor that it has not sent.
+    pub(crate) async fn is_stranger(&self, state: &State, tunnel: &TunnelId) -> bool {
+        let admitted = self.admitted(state, tunnel).await;
+        matches!(admitted, Err(ForwardError::Unauthorized(_)))
+    }
+
+    /// The same visitor, had it sent these fields.
+    pub(crate) fn with(&self, fields: HeaderMap) -> Self {
+        Self {
+            address: self.address,
+            fields,
+            login: LoginCookie::default(),
         }
     }
 
     /// The connection that serves the tunnel, if it lets this visitor in. Nothing is sent to one that was not asked here.
-    async fn admitted(&self, state: &State, tunnel: &TunnelId) -> Result<Online, ForwardError> {
+    pub(crate) async fn admitted(
+        &self,
+        state: &State,
+        tunnel: &TunnelId,
+    ) -> Result<Online, ForwardError> {
         let online = state.lookup.find(tunnel).await?;
-        if let Some(policy) = &online.policy {
-            policy
-                .admit(self.address, &self.fields)
-                .map_err(|denied| ForwardError::of_denied(denied, tunnel))?;
+        let Some(policy) = &online.policy else {
+            return Ok(online);
+        };
+        match policy.admit(self.address, &self.fields) {
+            Ok(()) => Ok(online),
+            Err(denied @ DeniedError::Unauthorized) => {
+                let logged_in = state
+                    .logins
+                    .fields(&self.login, tunnel, &self.fields)
+                    .await?;
+                match logged_in {
+                    Some(fields) if policy.admit(self.address, &fields).is_ok() => Ok(online),
+                    _ => Err(ForwardError::of_denied(denied, tunnel)),
+                }
+            }
+            Err(denied) => Err(ForwardError::of_denied(denied, tunnel)),
         }
-        Ok(online)
+    }
+
+    /// Like [`Visitor::admitted`], where guessing passwords is slowed down.
+    async fn admitted_slowly(
+        &self,
+        state: &State,
+        tunnel: &TunnelId,
+    ) -> Result<Online, ForwardError> {
+        let has_tried = self.fields.contains_key(header::AUTHORIZATION);
+        if has_tried {
+            state.logins.check(tunnel, self.address)?;
+        }
+        let admitted = self.admitted(state, tunnel).await;
+        if has_tried && matches!(admitted, Err(ForwardError::Unauthorized(_))) {
+            Box::pin(state.logins.count(tunnel, self.address)).await?;
+        }
+        admitted
     }
 
     /// The connection that serves the tunnel after `former` has refused the request with `refusal`.
@@ -257,6 +320,21 @@ impl Exchange {
             ForwardError::AgentLost => first.may_repeat() && self.replies.expected().has_nothing(),
             _ => false,
         }
+    }
+
+    /// Records who has the other end of a visitor's WebSocket that the local service has accepted.
+    async fn record_websocket(&self, request: &message::HttpRequest) -> Result<(), ForwardError> {
+        let (Some(visitor), ReplyPath::Cloud { connections, .. }) =
+            (&request.websocket, &self.state.reply_path)
+        else {
+            return Ok(());
+        };
+        let socket = VisitorSocket {
+            agent: self.online.connection_id.clone(),
+            request: request.request_id.clone(),
+        };
+        Box::pin(VisitorSocketsTable::new(connections).open(visitor, &socket, now())).await?;
+        Ok(())
     }
 
     /// Sends the rest of the body while the reply is awaited.

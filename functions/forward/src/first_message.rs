@@ -44,8 +44,9 @@ impl FirstMessage {
         let compress = use_compression
             && online.features.contains(&Feature::Zstd)
             && compression::is_compressible(&request.headers);
-        if !online.features.contains(&Feature::Upgrade) {
-            request.without_upgrade("this tunnel's agent is too old")?;
+        let carried_by = upgrade_feature(request.websocket.is_some());
+        if !online.features.contains(&carried_by) {
+            request.without_upgrade("this tunnel's agent is too old; update it")?;
         }
         let mut message = head(&request, path);
         if message.headers.len() > MAX_HEADER_FIELDS {
@@ -58,7 +59,7 @@ impl FirstMessage {
                 "The header of the request is too long for the tunnel.".to_owned(),
             )
         })?;
-        if message.upgrade.is_some() {
+        if message.upgrade.is_some() && message.websocket.is_none() {
             return Ok(Self::upgrade(message, request.body, format));
         }
         let mode = Mode::Coalesced { compress };
@@ -109,7 +110,17 @@ impl FirstMessage {
     pub(crate) fn is_readable_with(&self, features: &[Feature]) -> bool {
         (!self.has_rest || features.contains(&Feature::BodyParts))
             && (self.message.encoding.is_none() || features.contains(&Feature::Zstd))
-            && (self.message.upgrade.is_none() || features.contains(&Feature::Upgrade))
+            && (self.message.upgrade.is_none()
+                || features.contains(&upgrade_feature(self.message.websocket.is_some())))
+    }
+}
+
+/// What an agent must know to take an upgraded connection whose messages, or whose bytes, are carried.
+fn upgrade_feature(by_messages: bool) -> Feature {
+    if by_messages {
+        Feature::Websockets
+    } else {
+        Feature::Upgrade
     }
 }
 
@@ -128,6 +139,7 @@ fn head(request: &VisitorRequest, path: &TunnelPath) -> HttpRequest {
         },
         headers: forwarded(request, &path.prefix),
         upgrade: request.upgrade.as_ref().map(headers::value_to_text),
+        websocket: request.websocket.clone(),
         body: Body::default(),
         encoding: None,
         timestamp: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
@@ -143,6 +155,10 @@ fn forwarded(request: &VisitorRequest, prefix: &str) -> HeaderMap {
     headers::remove_hop_by_hop(&mut fields);
     headers::remove_forwarding(&mut fields);
     fields.remove(header::EXPECT);
+    if request.websocket.is_some() {
+        // The service reads the messages: nothing may change what they look like.
+        fields.remove(header::SEC_WEBSOCKET_EXTENSIONS);
+    }
     for (name, value) in [
         (FORWARDED_FOR, &*request.source_ip),
         (FORWARDED_PROTO, &*request.scheme),

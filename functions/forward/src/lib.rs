@@ -4,11 +4,13 @@
 //! with it the visitor policy, `rate_limit` counts the requests that it already has, `first_message` is what the agent gets, `exchange`
 //! sends it and the rest of its body, `reply` waits for the reply's parts, some of which come over `reply_connection`,
 //! `response_body` gives them out, [`response`] puts them in the form that the front takes, and [`error`] is what the visitor sees
-//! when any of that fails; `request_log` is for the log and CloudWatch. `status` answers owners who ask how their tunnel is.
+//! when any of that fails; `edge` is who is believed about a visitor; `request_log` is for the log and CloudWatch. `status` answers owners who ask how their tunnel is.
 
+pub mod edge;
 pub mod error;
 mod exchange;
 mod first_message;
+mod login;
 mod lookup;
 mod pages;
 pub mod rate_limit;
@@ -22,6 +24,7 @@ mod status;
 
 use std::{sync::Arc, time::Duration};
 
+use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use futures_util::{StreamExt, stream};
 use http::{HeaderValue, Method, Response, header};
 use lambda_http::request::LambdaRequest;
@@ -39,11 +42,15 @@ use tunnel_service::{
     routing::{PublicUrl, Route, Routing},
     settings::{SettingsError, Variables},
     tables::connections::ConnectionsTable,
+    tables::logins::LoginsTable,
     tables::tunnels::TunnelsTable,
 };
 
 use crate::{
+    edge::EdgeSecrets,
     error::ForwardError,
+    exchange::Visitor,
+    login::{LoginCookie, LoginForm, Logins},
     lookup::Lookup,
     pages::{Home, Page},
     rate_limit::{MAX_CONCURRENT_REQUESTS, RateLimiter},
@@ -81,6 +88,8 @@ pub struct Settings {
     pub max_concurrent_requests: u32,
     /// Most new requests of one tunnel per second; 0 means no limit.
     pub max_requests_per_second: u32,
+    /// By which CloudFront is known.
+    pub edge_secrets: EdgeSecrets,
     /// Whether streamed answers without a body get one, of a line end.
     pub pad_empty_streams: bool,
     /// The Lambda function's name; `None` outside Lambda.
@@ -102,6 +111,7 @@ impl Settings {
         let streaming_url = variables.optional("STREAMING_URL");
         let max_concurrent = variables.or("MAX_CONCURRENT_REQUESTS", MAX_CONCURRENT_REQUESTS);
         let max_per_second = variables.or("MAX_REQUESTS_PER_SECOND", 0);
+        let edge_secrets = variables.or("EDGE_SECRETS", EdgeSecrets::default());
         let pad_empty_streams = variables.or("PAD_EMPTY_STREAMS", false);
         let lambda = variables.raw("AWS_LAMBDA_FUNCTION_NAME");
         variables.finish(|| {
@@ -115,6 +125,7 @@ impl Settings {
                 streaming_url: streaming_url?,
                 max_concurrent_requests: max_concurrent?,
                 max_requests_per_second: max_per_second?,
+                edge_secrets: edge_secrets?,
                 pad_empty_streams: pad_empty_streams?,
                 lambda,
             })
@@ -139,6 +150,8 @@ pub(crate) struct State {
     pub(crate) use_compression: bool,
     /// The function URL, for visitors whose response is too long for the HTTP API.
     streaming_url: Option<PublicUrl>,
+    edge: EdgeSecrets,
+    pub(crate) logins: Logins,
     /// Whether streamed answers without a body get one, of a line end.
     pad_empty_streams: bool,
     /// The Lambda function's name; `None` outside Lambda.
@@ -176,6 +189,7 @@ impl Forward {
         let tunnels = TunnelsTable::new(sdk, settings.tunnels_table);
         let connections = ConnectionsTable::new(sdk, settings.connections_table);
         let authenticator = Authenticator::new(settings.auth, sdk);
+        let logins = Logins::new(LoginsTable::new(&connections));
         let (replies, reply_connection) = match &settings.agent_path {
             AgentPath::InProcess(process) => (process.replies.clone(), None),
             AgentPath::Cloud(path) => {
@@ -203,6 +217,8 @@ impl Forward {
                 routing: settings.routing,
             },
             streaming_url: settings.streaming_url,
+            edge: settings.edge_secrets,
+            logins,
             pad_empty_streams: settings.pad_empty_streams,
             lambda: settings.lambda,
             tasks: TaskTracker::new(),
@@ -220,8 +236,13 @@ impl Forward {
         event: LambdaRequest,
         time: Duration,
     ) -> Result<FunctionResponse<BufferedResponse, ResponseStream>, EventError> {
+        if let LambdaRequest::WebSocket(event) = event {
+            let answer = self.handshake(event).await?;
+            return Ok(FunctionResponse::BufferedResponse(answer));
+        }
         let started = Instant::now();
         let mut request = VisitorRequest::from_event(event, self.0.streaming_url.as_ref())?;
+        self.0.edge.apply(&mut request);
         request.response_timeout = request
             .response_timeout
             .min(time.saturating_sub(ANSWER_MARGIN));
@@ -234,7 +255,7 @@ impl Forward {
                 self.finish_by(deadline).await;
                 FunctionResponse::BufferedResponse(answer)
             }
-            Ingress::Streaming => {
+            Ingress::Streaming | Ingress::WebSocketApi => {
                 let mut answer = response::stream(self.serve(request).await);
                 if self.0.pad_empty_streams {
                     answer.stream = response::padded(answer.stream);
@@ -243,6 +264,26 @@ impl Forward {
                 FunctionResponse::StreamingResponse(answer)
             }
         })
+    }
+
+    /// Answers a handshake at the visitors' WebSocket API: with a status, and the subprotocol that the local service chose.
+    ///
+    /// # Errors
+    /// If the event is another one.
+    pub async fn handshake(
+        &self,
+        event: ApiGatewayWebsocketProxyRequest,
+    ) -> Result<BufferedResponse, EventError> {
+        let mut request = VisitorRequest::from_handshake(event)?;
+        let deadline = Instant::now() + request.response_timeout + ANSWER_MARGIN;
+        let response = if self.0.edge.apply(&mut request) {
+            self.serve(request).await
+        } else {
+            let why = "only the edge leads to this address";
+            ForwardError::NoUpgrade(why).into_response(false)
+        };
+        self.finish_by(deadline).await;
+        Ok(response::handshake(&response))
     }
 
     async fn buffered(&self, request: VisitorRequest, payload: Payload) -> BufferedResponse {
@@ -315,7 +356,8 @@ impl Forward {
             let home = self.first_tunnel(&homes).await;
             route = home.map_or(route, |home| home.clone().into_route());
         }
-        pages::remove_cookie(&mut request.headers);
+        pages::take_cookie(&mut request.headers, pages::COOKIE);
+        request.login = LoginCookie::take(&mut request.headers);
         let wants_html = request.wants_html();
         match self.serve_route(request, route).await {
             Ok(mut response) => {
@@ -397,6 +439,12 @@ impl Forward {
         let mut log = RequestLog::new(self.0.lambda.clone(), path.tunnel.clone());
         let span = log.span();
         let serve = async {
+            let stranger = LoginForm::may_be(&request).then(|| Visitor::copy_of(&request));
+            if let Some(visitor) = stranger
+                && visitor.is_stranger(&self.0, &path.tunnel).await
+            {
+                return Box::pin(self.log_in(request, &path, visitor)).await;
+            }
             // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
             match Box::pin(exchange::run(&self.0, request, &path, &mut log)).await {
                 Ok(replying) => Ok(replying.into_response(log)),
@@ -408,6 +456,25 @@ impl Forward {
             }
         };
         serve.instrument(span).await
+    }
+
+    /// Answers the form of the 401 page, or what was sent in its place.
+    async fn log_in(
+        &self,
+        request: VisitorRequest,
+        path: &TunnelPath,
+        visitor: Visitor,
+    ) -> Result<Response<ResponseBody>, ForwardError> {
+        let page = login::Page::of(&request);
+        let unauthorized = || ForwardError::Unauthorized(path.tunnel.clone());
+        let form = LoginForm::read(request).await.ok_or_else(unauthorized)?;
+        let logins = &self.0.logins;
+        logins.count(&path.tunnel, visitor.address).await?;
+        visitor
+            .with(form.fields(&visitor.fields))
+            .admitted(&self.0, &path.tunnel)
+            .await?;
+        logins.welcome(&form, path, &page).await
     }
 
     /// Waits for what requests have left behind: uploads, and messages on their way to agents, such as cancellations.

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The cookie that says which tunnel's page was opened last under this host.
-const COOKIE: &str = "ttf_tunnel";
+pub(crate) const COOKIE: &str = "ttf_tunnel";
 
 /// What is known of the page that a request comes from, or that it asks for.
 #[derive(Debug, Default)]
@@ -112,21 +112,19 @@ pub(crate) fn final_slash(
     redirect(&format!("{prefix}/{}", query.unwrap_or_default()))
 }
 
-/// Removes the cookie, which is not the local service's.
-pub(crate) fn remove_cookie(headers: &mut HeaderMap) {
-    let is_ours = |pair: &str| pair.trim().split('=').next() == Some(COOKIE);
+/// Takes the cookie of this name out of the fields, because it is not the local service's, and returns its first value.
+pub(crate) fn take_cookie(headers: &mut HeaderMap, name: &str) -> Option<String> {
+    let value = cookie(headers, name)?.to_owned();
+    let is_named = |pair: &str| pair.trim().split('=').next() == Some(name);
     let fields: Vec<HeaderValue> = headers.get_all(header::COOKIE).iter().cloned().collect();
-    let has_ours = |field: &HeaderValue| field.to_str().is_ok_and(|f| f.split(';').any(is_ours));
-    if !fields.iter().any(has_ours) {
-        return;
-    }
     headers.remove(header::COOKIE);
     for field in fields {
-        let Some(text) = field.to_str().ok().filter(|_| has_ours(&field)) else {
+        let has_it = |text: &&str| text.split(';').any(is_named);
+        let Some(text) = field.to_str().ok().filter(has_it) else {
             headers.append(header::COOKIE, field);
             continue;
         };
-        let rest: Vec<&str> = text.split(';').filter(|pair| !is_ours(pair)).collect();
+        let rest: Vec<&str> = text.split(';').filter(|pair| !is_named(pair)).collect();
         let rest = rest.join(";");
         if let Ok(value) = HeaderValue::from_str(rest.trim())
             && !value.is_empty()
@@ -134,6 +132,7 @@ pub(crate) fn remove_cookie(headers: &mut HeaderMap) {
             headers.append(header::COOKIE, value);
         }
     }
+    Some(value)
 }
 
 /// Where a request may belong that names no tunnel: to the page in its `Referer`, and, if it comes from a page of this host, to the
@@ -146,7 +145,8 @@ fn homes(routing: Routing, base: &PublicUrl, request: &VisitorRequest) -> Vec<Ho
         Some(_) => referring.is_some(),
         None => comes_from_a_page(&request.method, headers, &request.host),
     };
-    let opened_last = cookie(headers)
+    let opened_last = cookie(headers, COOKIE)
+        .and_then(|id| id.parse::<TunnelId>().ok())
         .filter(|_| has_own_page)
         .map(|id| format!("{}/{id}/", base.path()));
     let query = request.query.as_ref().map(|query| format!("?{query}"));
@@ -207,13 +207,12 @@ fn is_navigation(method: &Method, headers: &HeaderMap) -> bool {
         && mode.map_or_else(wants_html, |mode| mode == "navigate")
 }
 
-fn cookie(headers: &HeaderMap) -> Option<TunnelId> {
+fn cookie<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     let fields = headers.get_all(header::COOKIE).iter();
     fields
         .filter_map(|field| field.to_str().ok())
         .flat_map(|field| field.split(';'))
-        .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
-        .and_then(|id| id.parse().ok())
+        .find_map(|pair| pair.trim().strip_prefix(name)?.strip_prefix('='))
 }
 
 /// Its `Path` is where all tunnels are, because the requests that it is for name none of them.

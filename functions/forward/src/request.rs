@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use aws_lambda_events::apigw::{ApiGatewayProxyRequest, ApiGatewayV2httpRequest};
+use aws_lambda_events::apigw::{
+    ApiGatewayProxyRequest, ApiGatewayV2httpRequest, ApiGatewayWebsocketProxyRequest,
+};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Version, header, request};
@@ -12,12 +14,16 @@ use lambda_http::request::LambdaRequest;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use tunnel_protocol::{
     headers::{FORWARDED_PROTO, text_to_value},
-    limits::{HTTP_API_TIMEOUT, STREAM_TIMEOUT},
+    id::ConnectionId,
+    limits::{HTTP_API_TIMEOUT, STREAM_TIMEOUT, WEBSOCKET_INTEGRATION_TIMEOUT},
     upgrade,
 };
-use tunnel_service::routing::{PublicUrl, encode_decoded_path, encode_path, encode_query};
+use tunnel_service::{
+    aws::route_event::{RouteEventError, connection_of},
+    routing::{PublicUrl, encode_decoded_path, encode_path, encode_query},
+};
 
-use crate::error::ForwardError;
+use crate::{error::ForwardError, login::LoginCookie};
 
 /// What a visitor sends, as it arrives.
 pub type VisitorBody = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
@@ -42,6 +48,8 @@ pub enum Ingress {
     HttpApi(Payload),
     /// A function URL in RESPONSE_STREAM mode, or `local`: takes answers as they come.
     Streaming,
+    /// The visitors' WebSocket API: takes the status of an answer, and the subprotocol.
+    WebSocketApi,
 }
 
 /// The payload format version of an HTTP API's integration.
@@ -59,6 +67,8 @@ impl Ingress {
         match self {
             Self::HttpApi(_) => HTTP_API_TIMEOUT - ANSWER_MARGIN,
             Self::Streaming => STREAM_TIMEOUT - ANSWER_MARGIN,
+            // The accepted handshake is recorded after the reply.
+            Self::WebSocketApi => WEBSOCKET_INTEGRATION_TIMEOUT - 4 * ANSWER_MARGIN,
         }
     }
 }
@@ -84,6 +94,10 @@ pub struct VisitorRequest {
     pub headers: HeaderMap,
     /// The protocols the visitor asks to change to; see [`upgrade`].
     pub upgrade: Option<HeaderValue>,
+    /// The visitor's connection, where a WebSocket API holds it and messages are carried instead of bytes.
+    pub websocket: Option<ConnectionId>,
+    /// What a browser has from an earlier login.
+    pub(crate) login: LoginCookie,
     /// The visitor's address.
     pub source_ip: String,
     /// The body; what the visitor sends after the change of protocol, if there is one.
@@ -96,6 +110,9 @@ pub enum EventError {
     /// Another kind of event.
     #[error("not an event of an HTTP API or a function URL")]
     Kind,
+    /// An event of a WebSocket API that is no handshake.
+    #[error(transparent)]
+    Handshake(#[from] RouteEventError),
     /// A body that claims to be base64 and is not.
     #[error("the body is marked as base64 but is not valid base64")]
     Body(#[from] base64::DecodeError),
@@ -127,6 +144,8 @@ impl VisitorRequest {
             path: encode_path(head.uri.path()),
             query: head.uri.query().map(str::to_owned),
             upgrade: upgrade.cloned(),
+            websocket: None,
+            login: LoginCookie::default(),
             headers: head.headers,
             source_ip: source.address,
             body,
@@ -203,10 +222,58 @@ impl VisitorRequest {
                 .filter(|query| !query.is_empty())
                 .map(|query| encode_query(&query)),
             upgrade: handshake(&headers),
+            websocket: None,
+            login: LoginCookie::default(),
             headers,
             source_ip: context.http.source_ip.unwrap_or_default(),
             body: body(event.body, event.is_base64_encoded)?,
         })
+    }
+
+    /// A handshake at the visitors' WebSocket API, whose event has neither path nor query: see [`Self::set_target`].
+    ///
+    /// # Errors
+    /// If the event is another one.
+    pub(crate) fn from_handshake(
+        event: ApiGatewayWebsocketProxyRequest,
+    ) -> Result<Self, EventError> {
+        let context = event.request_context;
+        let connection = connection_of(
+            "CONNECT",
+            context.event_type.as_deref(),
+            context.connection_id.as_deref(),
+        )?;
+        // Emulators may leave out the fields in which values repeat; API Gateway does not.
+        let headers = as_bytes(if event.multi_value_headers.is_empty() {
+            event.headers
+        } else {
+            event.multi_value_headers
+        });
+        Ok(Self {
+            ingress: Ingress::WebSocketApi,
+            response_timeout: Ingress::WebSocketApi.response_timeout(),
+            method: Method::GET,
+            scheme: "https".to_owned(),
+            host: host(&headers, context.domain_name),
+            path: "/".to_owned(),
+            query: None,
+            upgrade: Some(HeaderValue::from_static("websocket")),
+            websocket: Some(connection),
+            login: LoginCookie::default(),
+            headers,
+            source_ip: context.identity.source_ip.unwrap_or_default(),
+            body: whole(Bytes::new()),
+        })
+    }
+
+    /// Replaces path and query.
+    pub(crate) fn set_target(&mut self, target: &str) {
+        let (path, query) = match target.split_once('?') {
+            Some((path, query)) => (path, Some(encode_query(query))),
+            None => (target, None),
+        };
+        self.path = encode_path(path);
+        self.query = query;
     }
 
     /// Payload 1.0 has no raw query: it is rebuilt from the decoded one, in which the order of different keys is lost.
@@ -233,6 +300,8 @@ impl VisitorRequest {
             path: encode_decoded_path(&event.path.unwrap_or_default()),
             query: (!pairs.is_empty()).then(|| pairs.join("&")),
             upgrade: handshake(&headers),
+            websocket: None,
+            login: LoginCookie::default(),
             headers,
             source_ip: context.identity.source_ip.unwrap_or_default(),
             body: body(event.body, event.is_base64_encoded)?,

@@ -10,7 +10,7 @@ use http_body::Body;
 use http_body_util::{BodyDataStream, BodyExt, Full, combinators::UnsyncBoxBody};
 use lambda_runtime::{MetadataPrelude, StreamResponse};
 use serde::Serialize;
-use tunnel_protocol::limits::MAX_LAMBDA_PAYLOAD_BYTES;
+use tunnel_protocol::{headers::TUNNEL_ERROR, limits::MAX_LAMBDA_PAYLOAD_BYTES};
 use tunnel_service::routing::PublicUrl;
 
 use crate::{error::ForwardError, request::Payload};
@@ -190,6 +190,26 @@ fn to_ascii(value: &HeaderValue) -> String {
 
 /// What a streamed answer has in place of an empty body, if it must have one.
 const PADDING: Bytes = Bytes::from_static(b"\n");
+
+/// The answer to a handshake at a WebSocket API, which accepts the connection when the status is 2xx and passes no body on.
+pub(crate) fn handshake(response: &Response<ResponseBody>) -> BufferedResponse {
+    let (status, field) = match response.status() {
+        // It is the gateway that changes the protocol.
+        StatusCode::SWITCHING_PROTOCOLS => (StatusCode::OK, header::SEC_WEBSOCKET_PROTOCOL),
+        // The local service took the handshake for an ordinary request.
+        status if status.is_success() => (StatusCode::BAD_GATEWAY, TUNNEL_ERROR),
+        status => (status, TUNNEL_ERROR),
+    };
+    let value = response.headers().get(&field);
+    BufferedResponse {
+        status_code: status.as_u16(),
+        headers: value
+            .map(|value| (field.to_string(), to_ascii(value)))
+            .into_iter()
+            .collect(),
+        ..BufferedResponse::default()
+    }
+}
 
 /// Adds a line end to a streamed answer that turns out to have no body.
 pub(crate) fn padded(stream: ResponseStream) -> ResponseStream {
@@ -392,6 +412,30 @@ mod tests {
             answer["multiValueHeaders"]["x-twice"],
             json!([value, value])
         );
+    }
+
+    #[test]
+    fn a_handshake_is_answered_with_a_status_and_the_subprotocol_alone() {
+        for (status, field, expected) in [
+            (101, "sec-websocket-protocol", 200),
+            (200, "x-own", 502),
+            (204, "x-own", 502),
+            (302, "location", 302),
+            (403, "x-tunnel-error", 403),
+        ] {
+            let mut response = response(&[(field, "value")], b"body".to_vec());
+            *response.status_mut() = StatusCode::from_u16(status).expect("a status");
+            let answer = serde_json::to_value(handshake(&response)).expect("JSON");
+            let headers = match field {
+                "sec-websocket-protocol" | "x-tunnel-error" => json!({ field: "value" }),
+                _ => json!({}),
+            };
+            assert_eq!(
+                (&answer["statusCode"], &answer["headers"], &answer["body"]),
+                (&json!(expected), &headers, &json!("")),
+                "{status}"
+            );
+        }
     }
 
     #[tokio::test]

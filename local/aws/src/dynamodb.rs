@@ -24,7 +24,8 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use dynoxide::{Database, DynoxideError};
+pub use dynoxide::Database;
+use dynoxide::DynoxideError;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_yaml_ng::Value;
 use tokio::{net::TcpListener, time::interval};

@@ -516,7 +516,7 @@ fn refused(answer: RouteResponse) -> Response<ResponseBody> {
 }
 
 /// An id that cannot be guessed, in the form of API Gateway's.
-fn connection_id() -> ConnectionId {
+pub(crate) fn connection_id() -> ConnectionId {
     const ALPHABET: &[u8; 62] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
     let mut random = rand::rng();
     let text: String = (0..15)

@@ -1,6 +1,7 @@
 //! The sockets. `listener` accepts connections; on each, `request_stream` and `request_head` check requests before hyper reads
 //! them from `socket`; `visitors` serves them, by the rules of `host` and `forwarded`. `agents` serves the connections that
-//! `handshake` and `agent_limit` accept, in the order of `connection_clock`. `response` has the front's own answers.
+//! `handshake` and `agent_limit` accept, in the order of `connection_clock`; `visitor_sockets` those of visitors where every step is
+//! as in AWS. `response` has the front's own answers.
 
 pub(crate) mod agent_limit;
 pub(crate) mod agents;
@@ -14,4 +15,5 @@ mod request_stream;
 mod response;
 mod socket;
 pub(crate) mod upgrade;
+pub(crate) mod visitor_sockets;
 pub(crate) mod visitors;

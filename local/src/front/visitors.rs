@@ -32,6 +32,7 @@ use crate::{
         response::last,
         socket::VisitorSocket,
         upgrade::Upgrade,
+        visitor_sockets::VisitorSockets,
     },
     subsystem::Subsystem,
 };
@@ -49,6 +50,8 @@ pub(crate) struct VisitorFront {
     pub(crate) scheme: Arc<str>,
     /// Carries upgraded connections.
     pub(crate) subsystem: Subsystem,
+    /// Where WebSockets are, if every step is as in AWS.
+    pub(crate) sockets: Option<Arc<VisitorSockets>>,
 }
 
 impl VisitorFront {
@@ -66,6 +69,17 @@ impl VisitorFront {
             Ok(visit) => visit,
             Err(error) => return last(ForwardError::from(error).into_response(wants_html)),
         };
+        let is_websocket =
+            |protocol: &HeaderValue| protocol.as_bytes().eq_ignore_ascii_case(b"websocket");
+        if let Some(sockets) = &self.sockets
+            && visit.upgrade.as_ref().is_some_and(is_websocket)
+        {
+            let response = sockets.accept(upgraded, visit).await;
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                socket.upgrade();
+            }
+            return response;
+        }
         let upgrade = visit.upgrade.is_some().then(|| {
             let (upgrade, body) = Upgrade::new(upgraded, permit.clone());
             visit.body = body;

@@ -18,7 +18,7 @@ use crate::harness::{
 /// `alice:opensesame`, as a visitor sends it.
 const ALICE: &str = "Basic YWxpY2U6b3BlbnNlc2FtZQ==";
 
-fn secrets(texts: &[&str]) -> Option<Vec<Secret>> {
+pub(crate) fn secrets(texts: &[&str]) -> Option<Vec<Secret>> {
     Some(
         texts
             .iter()
@@ -36,7 +36,7 @@ fn networks(texts: &[&str]) -> Option<Vec<Cidr>> {
     )
 }
 
-async fn protected(stack: &Server, origin: &Origin, rules: PolicyArgs) -> Agent {
+pub(crate) async fn protected(stack: &Server, origin: &Origin, rules: PolicyArgs) -> Agent {
     let access = rules.check().expect("rules");
     Agent::online(forwarder::settings::Settings {
         access,

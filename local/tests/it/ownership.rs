@@ -496,6 +496,7 @@ impl Deployment {
             agent_path: AgentPath::InProcess(self.in_process.clone()),
             public_url: public_url.parse().expect("a URL"),
             routing: Routing::Path,
+            visitor_sockets: None,
         };
         DefaultRoute::new(settings, &self.sdk)
     }

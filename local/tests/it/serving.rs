@@ -111,10 +111,12 @@ fn functions(sdk: &SdkConfig, in_process: InProcess) -> (Connect, DefaultRoute, 
         agent_path: AgentPath::InProcess(in_process),
         public_url: "https://tunnel.example.com".parse().expect("a URL"),
         routing: Routing::Path,
+        visitor_sockets: None,
     };
     let disconnect = tunnel_disconnect::Settings {
         tunnels_table: dynamodb::TUNNELS.to_owned(),
         connections_table: dynamodb::CONNECTIONS.to_owned(),
+        websockets: None,
     };
     (
         Connect::new(connect, sdk),

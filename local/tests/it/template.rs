@@ -9,6 +9,7 @@ use std::{
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use axum::{Router, body::Bytes, extract::State, http::HeaderMap, response::IntoResponse};
 use lambda_http::request::LambdaRequest;
+use lambda_runtime::FunctionResponse;
 use serde_yaml_ng::Value;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::{
@@ -23,6 +24,7 @@ use tunnel_local_aws::{caller::AccessKey, dynamodb};
 use tunnel_protocol::limits::LAMBDA_TIMEOUT;
 use tunnel_service::{
     auth::token::TokenHash,
+    aws::route_event::VISITORS_STAGE,
     aws::sdk,
     aws::sdk::SdkConfig,
     now,
@@ -148,25 +150,25 @@ fn allowed(template: &Value, function: &str) -> BTreeSet<String> {
             }) {
                 let (action, resource) = (text(&action), text(&resource));
                 if action == "execute-api:ManageConnections" {
-                    let (_, route) = resource
-                        .split_once("${WebSocketApi}/v1/")
-                        .expect("an ARN with the stage");
-                    allowed.insert(format!(
-                        "@connections {}",
-                        route
-                            .strip_suffix("/@connections/*")
-                            .expect("all connections")
-                    ));
+                    let route = resource.rsplit(':').next().unwrap_or_default();
+                    let [_, stage, method, "@connections", "*"] =
+                        route.split('/').collect::<Vec<_>>()[..]
+                    else {
+                        panic!("{resource}: not an API, a stage, a method and all connections")
+                    };
+                    allowed.insert(format!("@connections {stage} {method}"));
                 } else {
                     let resource = resource.replace("${", "").replace('}', "");
                     let (table, index) = resource.split_once(".Arn").expect("a table");
-                    let keys = &statement["Condition"]["ForAllValues:StringLike"]["dynamodb:LeadingKeys"]
-                        [0];
-                    let keys = keys.as_str().map(|keys| format!(" {keys}"));
-                    allowed.insert(format!(
-                        "{action} {table}{index}{}",
-                        keys.unwrap_or_default()
-                    ));
+                    let keys =
+                        &statement["Condition"]["ForAllValues:StringLike"]["dynamodb:LeadingKeys"];
+                    let call = format!("{action} {table}{index}");
+                    match keys.as_sequence() {
+                        None => drop(allowed.insert(call)),
+                        Some(keys) => {
+                            allowed.extend(keys.iter().map(|keys| format!("{call} {}", text(keys))))
+                        }
+                    }
                 }
             }
         }
@@ -202,10 +204,10 @@ fn permissions_for(operation: &str, request: &serde_json::Value) -> Vec<String> 
             .find_map(|item| item["connectionId"]["S"].as_str());
         match request["IndexName"].as_str() {
             Some(index) => format!("dynamodb:{action} {table}/index/{index}"),
-            None if id.is_some_and(|id| id.starts_with("ticket/")) => {
-                format!("dynamodb:{action} {table} ticket/*")
-            }
-            None => format!("dynamodb:{action} {table}"),
+            None => match id.and_then(|id| id.split_once('/')) {
+                Some((kind, _)) => format!("dynamodb:{action} {table} {kind}/*"),
+                None => format!("dynamodb:{action} {table}"),
+            },
         }
     };
     match request["TransactItems"].as_array() {
@@ -248,15 +250,24 @@ async fn note_call(State(spy): State<Spy>, headers: HeaderMap, body: Bytes) -> i
         .map(axum::body::Body::new)
 }
 
+/// What connections were sent, and that they were.
+#[derive(Clone, Default)]
+struct Posts {
+    calls: Calls,
+    texts: Arc<Mutex<Vec<String>>>,
+}
+
 /// Stands for connections: `gone` is, all others take what they are sent.
 async fn note_post(
-    State(calls): State<Calls>,
+    State(posts): State<Posts>,
     method: http::Method,
     uri: http::Uri,
+    body: String,
 ) -> http::StatusCode {
     // Any other GET is an attempt to open a reply connection, which needs no permission.
-    if uri.path().contains("/@connections/") {
-        made(&calls).insert(format!("@connections {method}"));
+    if let ["", stage, "@connections", ..] = uri.path().split('/').collect::<Vec<_>>()[..] {
+        made(&posts.calls).insert(format!("@connections {stage} {method}"));
+        posts.texts.lock().expect("not poisoned").push(body);
     }
     if uri.path().ends_with("gone") {
         http::StatusCode::GONE
@@ -270,6 +281,8 @@ struct Surroundings {
     calls: Calls,
     sdk: SdkConfig,
     connections: String,
+    /// What was posted to connections.
+    texts: Arc<Mutex<Vec<String>>>,
     _serving: JoinSet<()>,
 }
 
@@ -282,7 +295,12 @@ async fn surroundings(dynamodb: &str) -> Surroundings {
         dynamodb: dynamodb.to_owned(),
         client,
     });
-    let posts = Router::new().fallback(note_post).with_state(calls.clone());
+    let posts = Posts {
+        calls: calls.clone(),
+        ..Posts::default()
+    };
+    let texts = posts.texts.clone();
+    let posts = Router::new().fallback(note_post).with_state(posts);
     let mut serving = JoinSet::new();
     let mut addresses = Vec::new();
     for router in [spy, posts] {
@@ -293,7 +311,8 @@ async fn surroundings(dynamodb: &str) -> Surroundings {
     Surroundings {
         calls,
         sdk: sdk::for_loopback(&format!("http://{}", addresses[0]), "key"),
-        connections: format!("http://{}/v1", addresses[1]),
+        connections: format!("http://{}", addresses[1]),
+        texts,
         _serving: serving,
     }
 }
@@ -302,7 +321,9 @@ impl Surroundings {
     fn load<T>(&self, load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, SettingsError>) -> T {
         let read = |name: &str| {
             Some(match name {
-                "WEBSOCKET_API_ENDPOINT" => self.connections.clone(),
+                "WEBSOCKET_API_ENDPOINT" => format!("{}/v1", self.connections),
+                "VISITOR_SOCKETS_ENDPOINT" => format!("{}/visitors", self.connections),
+                "EDGE_SECRETS" => EDGE_SECRET.to_owned(),
                 "PUBLIC_URL" => "https://tunnel.example.com".to_owned(),
                 table => return dynamodb::table_of_variable(table).map(str::to_owned),
             })
@@ -365,6 +386,13 @@ const ID: &str = "L0SM9cOFvHcCIhw=";
 /// What stands for `ready` in the sample event when the agent names its features, as JSON within JSON.
 const READY_TO_BE_REPLACED: &str = r#"ready\",\"features\":[\"notices\"],\"agent\":\"x"#;
 const READY_TO_REPLY: &str = r#"ready\",\"features\":[\"reply_to\"],\"agent\":\"x"#;
+
+const READY_FOR_SOCKETS: &str = r#"ready\",\"features\":[\"websockets\"],\"agent\":\"x"#;
+
+const READY_WITH_A_PASSWORD: &str = r#"ready\",\"access\":{\"salt\":\"AAAAAAAAAAAAAAAAAAAAAA==\",\"basic\":[\"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"]},\"agent\":\"x"#;
+
+/// By which `forward` knows the edge.
+const EDGE_SECRET: &str = "0123456789abcdef0123456789abcdef";
 
 /// A function in surroundings of its own.
 struct Observed<F> {
@@ -530,6 +558,121 @@ async fn revoke_a_token(functions: &Functions, database: &Database) {
     assert_answered(&afresh, "the tunnel is offline, which is an answer").await;
 }
 
+/// An event of the visitors' WebSocket API.
+fn of_visitor(event: &str, visitor: &str) -> serde_json::Value {
+    let mut event: serde_json::Value = serde_json::from_str(event).expect("JSON");
+    event["requestContext"]["stage"] = "visitors".into();
+    event["requestContext"]["connectionId"] = visitor.into();
+    event
+}
+
+fn typed(event: serde_json::Value) -> ApiGatewayWebsocketProxyRequest {
+    serde_json::from_value(event).expect("an event")
+}
+
+/// Opens a visitor's WebSocket, whose other end is the connection `third=`, and returns the request that opened it.
+async fn open_visitor_socket(functions: &Functions, visitor: &str) -> String {
+    let mut handshake = of_visitor(include_str!("../../../events/connect.json"), visitor);
+    for (name, value) in [
+        ("X-Tunnel-Edge", EDGE_SECRET),
+        ("X-Tunnel-Host", "tunnel.example.com"),
+        ("X-Tunnel-Address", "203.0.113.9"),
+        ("X-Tunnel-Target", "/sample/chat"),
+    ] {
+        handshake["multiValueHeaders"][name] = serde_json::json!([value]);
+    }
+    let event: LambdaRequest = serde_json::from_value(handshake).expect("an event");
+    let forward = &functions.forward;
+    let accepting = forward.function.handle(event, LAMBDA_TIMEOUT);
+    let (accepted, request) = tokio::join!(accepting, async {
+        let request = within("the handshake at the agent", async {
+            loop {
+                let texts = forward
+                    .surroundings
+                    .texts
+                    .lock()
+                    .expect("not poisoned")
+                    .clone();
+                let asked = texts.iter().rev().find(|text| text.contains(visitor));
+                match asked.and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok()) {
+                    Some(request) => {
+                        return request["request_id"].as_str().expect("an id").to_owned();
+                    }
+                    None => tokio::task::yield_now().await,
+                }
+            }
+        })
+        .await;
+        let response = include_str!("../../../events/http-response.json");
+        let mut response: serde_json::Value = serde_json::from_str(response).expect("JSON");
+        response["requestContext"]["connectionId"] = "third=".into();
+        response["body"] = serde_json::json!({ "type": "http_response", "request_id": request, "status_code": 101, "headers": {} }).to_string().into();
+        let answer = functions.default.function.handle(typed(response)).await;
+        assert_eq!(answer.expect("handled").status_code, 200);
+        request
+    });
+    let Ok(FunctionResponse::BufferedResponse(answer)) = accepted else {
+        panic!("not a whole answer")
+    };
+    let answer = serde_json::to_value(&answer).expect("JSON");
+    assert_eq!(answer["statusCode"], 200, "{answer}");
+    request
+}
+
+/// Opens, uses and closes visitors' WebSockets.
+async fn use_visitor_sockets(functions: &Functions) {
+    assert_eq!(functions.connect(&[(ID, "third=")]).await, 200);
+    assert_eq!(functions.ready("third=", READY_FOR_SOCKETS).await, 200);
+    for visitor in ["visitor1=", "visitor2="] {
+        let request = open_visitor_socket(functions, visitor).await;
+        let said = of_visitor(include_str!("../../../events/ping.json"), visitor);
+        let answer = functions.default.function.handle(typed(said)).await;
+        assert_eq!(answer.expect("handled").status_code, 200);
+        for message in [
+            serde_json::json!({ "type": "websocket_batch", "request_id": request, "websocket": visitor, "batch": 0, "texts": ["hello"] }),
+            serde_json::json!({ "type": "websocket_close", "request_id": request, "websocket": visitor }),
+        ] {
+            let event = include_str!("../../../events/ping.json");
+            let mut event: serde_json::Value = serde_json::from_str(event).expect("JSON");
+            event["requestContext"]["connectionId"] = "third=".into();
+            event["body"] = message.to_string().into();
+            let answer = functions.default.function.handle(typed(event)).await;
+            assert_eq!(answer.expect("handled").status_code, 200);
+        }
+    }
+    let left = of_visitor(include_str!("../../../events/disconnect.json"), "visitor1=");
+    let answer = functions.disconnect.function.handle(typed(left)).await;
+    assert_eq!(answer.expect("handled").status_code, 200);
+    // The second is open when its agent leaves.
+    functions.disconnect("third=").await;
+}
+
+/// A tunnel that wants a password, and visitors who have a cookie that is none, or a password that is wrong.
+async fn ask_for_a_password(functions: &Functions) {
+    assert_eq!(functions.connect(&[(ID, "third=")]).await, 200);
+    assert_eq!(functions.ready("third=", READY_WITH_A_PASSWORD).await, 200);
+    let forward = functions.forward.surroundings.load(Forward::load);
+    for (field, value) in [
+        ("cookies", serde_json::json!(["ttf_login=AAAA"])),
+        ("authorization", serde_json::json!("Basic d3Jvbmc=")),
+    ] {
+        let event = include_str!("../../../events/http-v2.json");
+        let mut event: serde_json::Value = serde_json::from_str(event).expect("JSON");
+        if field == "cookies" {
+            event[field] = value;
+        } else {
+            event["headers"][field] = value;
+        }
+        let event: LambdaRequest = serde_json::from_value(event).expect("an event");
+        let answer = forward.handle(event, LAMBDA_TIMEOUT).await;
+        let Ok(FunctionResponse::BufferedResponse(answer)) = answer else {
+            panic!("not a whole answer")
+        };
+        let answer = serde_json::to_value(&answer).expect("JSON");
+        assert_eq!(answer["statusCode"], 401, "{answer}");
+    }
+}
+
 #[tokio::test]
 async fn each_functions_policy_allows_exactly_the_calls_it_makes() {
     let database = Database::start().await;
@@ -539,15 +682,21 @@ async fn each_functions_policy_allows_exactly_the_calls_it_makes() {
     let why = "the tunnel's agent is gone, which is an answer";
     assert_answered(&functions.forward.function, why).await;
     lose_an_agent(&functions).await;
+    use_visitor_sockets(&functions).await;
+    ask_for_a_password(&functions).await;
     revoke_a_token(&functions, &database).await;
 
     let template = template();
     for (function, calls) in FUNCTIONS.into_iter().zip(functions.calls()) {
-        assert_eq!(
-            *made(calls),
-            allowed(&template, function),
-            "{function}: made, allowed"
-        );
+        let allowed = allowed(&template, function);
+        // What is allowed for all items is allowed for those of one kind.
+        let of_all_items = |call: &String| {
+            let (call, kind) = call.rsplit_once(' ').unwrap_or_default();
+            kind.ends_with("/*") && allowed.contains(call)
+        };
+        let mut made = made(calls).clone();
+        made.retain(|call| !of_all_items(call));
+        assert_eq!(made, allowed, "{function}: made, allowed");
     }
 }
 
@@ -767,6 +916,10 @@ fn each_function_gets_its_own_tables_addresses_and_rules() {
         ),
         ("STREAMING_URL", "!Ref KnownStreamingUrl"),
         ("PAD_EMPTY_STREAMS", "!Ref PadEmptyStreams"),
+        (
+            "VISITOR_SOCKETS_ENDPOINT",
+            "!Sub wss://${VisitorSockets}.execute-api.${AWS::Region}.${AWS::URLSuffix}/visitors",
+        ),
         ("ROUTING", "!Ref Routing"),
         ("MAX_TUNNEL_IDS_PER_OWNER", "!Ref MaxTunnelIdsPerOwner"),
         ("MAX_CONCURRENT_REQUESTS", "!Ref MaxConcurrentRequests"),
@@ -780,11 +933,17 @@ fn each_function_gets_its_own_tables_addresses_and_rules() {
         let variables = properties(&template, function)["Environment"]["Variables"].clone();
         for (name, value) in variables.as_mapping().expect("variables") {
             let name = name.as_str().expect("a name");
-            if name == "JWT_SECRET" {
+            let secret = match name {
+                "EDGE_SECRETS" => "!If [HasEdge, !Join",
+                "JWT_SECRET" => {
+                    "!If [HasJwtSecret, !If [HasJwtSecretVersion, !Sub {{resolve:secretsmanager:${JwtSecretName}"
+                }
+                _ => "",
+            };
+            if !secret.is_empty() {
                 let value = written(value);
                 assert!(
-                    value.starts_with("!If [HasJwtSecret, !If [HasJwtSecretVersion, !Sub {{resolve:secretsmanager:${JwtSecretName}")
-                        && value.ends_with(", ]"),
+                    value.starts_with(secret) && value.ends_with(", ]"),
                     "{function} {value}"
                 );
                 continue;
@@ -910,7 +1069,7 @@ fn only_tables_that_cannot_be_rebuilt_are_backed_up_and_protected() {
         );
         assert_eq!(
             written(&template["Resources"][table.as_str()]["UpdateReplacePolicy"]),
-            kept("Retain"),
+            if is_kept { "Retain" } else { "Delete" },
             "{table}: a table that an update replaces"
         );
     }
@@ -969,6 +1128,131 @@ fn a_domain_leads_to_the_http_api() {
             record["Type"] = Value::Null;
         }
         assert_eq!(written(&ipv4), written(&ipv6), "{record}");
+    }
+}
+
+/// The WebSocket APIs, each with its functions.
+#[test]
+fn visitors_have_a_websocket_api_of_their_own() {
+    let template = template();
+    assert_eq!(
+        resources_of(&template, "AWS::Serverless::WebSocketApi"),
+        ["WebSocketApi", "VisitorSockets"]
+    );
+    let visitors = properties(&template, "VisitorSockets");
+    assert_eq!(written(&visitors["StageName"]), VISITORS_STAGE);
+    for (route, function) in [
+        ("$connect", "ForwardFunction"),
+        ("$disconnect", "DisconnectFunction"),
+        ("$default", "DefaultFunction"),
+    ] {
+        assert_eq!(
+            written(&visitors["Routes"][route]["FunctionArn"]),
+            format!("!GetAtt {function}.Arn"),
+            "{route}"
+        );
+    }
+}
+
+#[test]
+fn the_edge_proves_itself_to_both_origins_and_stores_nothing() {
+    let template = template();
+    let distribution = properties(&template, "Distribution")["DistributionConfig"].clone();
+    let origins = distribution["Origins"].as_sequence().expect("origins");
+    let proof = "[{HeaderName: x-tunnel-edge, HeaderValue: !If [HasEdgeSecretVersion, \
+                 !Sub {{resolve:secretsmanager:${EdgeSecret}:SecretString:::${EdgeSecretVersion}}}, \
+                 !Sub {{resolve:secretsmanager:${EdgeSecret}}}]}]";
+    let expected = [
+        (
+            "requests",
+            "!Select [2, !Split [/, !GetAtt StreamingUrl.FunctionUrl]]",
+        ),
+        (
+            "sockets",
+            "!Sub ${VisitorSockets}.execute-api.${AWS::Region}.${AWS::URLSuffix}",
+        ),
+    ];
+    assert_eq!(origins.len(), expected.len());
+    for (origin, (id, domain)) in origins.iter().zip(expected) {
+        assert_eq!(written(&origin["Id"]), id);
+        assert_eq!(written(&origin["DomainName"]), domain);
+        assert_eq!(written(&origin["OriginCustomHeaders"]), proof, "{id}");
+        // A request whose outcome is unknown is not for CloudFront to repeat.
+        assert_eq!(written(&origin["ConnectionAttempts"]), "1", "{id}");
+    }
+    let behavior = &distribution["DefaultCacheBehavior"];
+    for (property, expected) in [
+        ("TargetOriginId", "requests"),
+        (
+            "AllowedMethods",
+            "[GET, HEAD, OPTIONS, PUT, POST, PATCH, DELETE]",
+        ),
+        // CachingDisabled, AllViewerExceptHostHeader.
+        ("CachePolicyId", "4135ea2d-6df8-44a3-9df3-4b5a84be39ad"),
+        (
+            "OriginRequestPolicyId",
+            "b689b0a8-53d0-40ab-baf2-68738e2966ac",
+        ),
+        (
+            "FunctionAssociations",
+            "[{EventType: viewer-request, FunctionARN: !GetAtt EdgeFunction.FunctionARN}]",
+        ),
+    ] {
+        assert_eq!(written(&behavior[property]), expected, "{property}");
+    }
+}
+
+#[test]
+fn the_edges_code_is_that_of_its_file() {
+    let function = properties(&template(), "EdgeFunction");
+    assert_eq!(
+        written(&function["FunctionCode"]),
+        include_str!("../../../edge/viewer-request.js")
+    );
+}
+
+#[test]
+fn the_domain_is_the_edges_where_there_is_one() {
+    let template = template();
+    for (resource, condition) in [
+        ("Domain", "HasApiDomain"),
+        ("DomainMapping", "HasApiDomain"),
+        ("DomainRecord", "HasDomainRecord"),
+        ("Wildcard", "HasWildcard"),
+        ("Distribution", "HasEdge"),
+        ("EdgeFunction", "HasEdge"),
+        ("EdgeSecret", "HasEdge"),
+        ("EdgeRecord", "HasEdgeRecord"),
+        ("EdgeRecordIpv6", "HasEdgeRecord"),
+        ("EdgeWildcardRecord", "HasEdgeWildcardRecord"),
+        ("EdgeWildcardRecordIpv6", "HasEdgeWildcardRecord"),
+    ] {
+        assert_eq!(
+            written(&template["Resources"][resource]["Condition"]),
+            condition,
+            "{resource}"
+        );
+    }
+    let conditions = &template["Conditions"];
+    for (condition, expected) in [
+        (
+            "HasApiDomain",
+            "!And [!Condition HasDomain, !Not [!Condition HasEdge]]",
+        ),
+        (
+            "HasDomainRecord",
+            "!And [!Condition HasApiDomain, !Condition HasHostedZone]",
+        ),
+        (
+            "HasWildcard",
+            "!And [!Condition HasApiDomain, !Condition HasSubdomains]",
+        ),
+        (
+            "HasEdgeRecord",
+            "!And [!Condition HasEdge, !Condition HasHostedZone]",
+        ),
+    ] {
+        assert_eq!(written(&conditions[condition]), expected, "{condition}");
     }
 }
 

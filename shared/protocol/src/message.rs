@@ -48,13 +48,15 @@ pub enum Feature {
     Upgrade,
     /// Reads messages with a body in binary; see [`Format`].
     Binary,
+    /// Carries visitors' WebSockets as text messages: `websocket` of `http_request`, and the `websocket_` messages that follow.
+    Websockets,
     /// A feature that this code does not know.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 10] = [
+pub const FEATURES: [Feature; 11] = [
     Feature::BodyParts,
     Feature::Cancel,
     Feature::Notices,
@@ -65,6 +67,7 @@ pub const FEATURES: [Feature; 10] = [
     Feature::ConfirmReplaced,
     Feature::Upgrade,
     Feature::Binary,
+    Feature::Websockets,
 ];
 
 /// How the messages to a peer carry bodies.
@@ -166,6 +169,8 @@ impl CarriesBody for FromAgent {
             Self::Ready(_)
             | Self::Window(_)
             | Self::Error(_)
+            | Self::WebsocketBatch(_)
+            | Self::WebsocketClose { .. }
             | Self::Ping
             | Self::Release
             | Self::Unknown => None,
@@ -181,6 +186,9 @@ impl CarriesBody for ToAgent {
             Self::ConnectionEstablished(_)
             | Self::Window(_)
             | Self::Cancel { .. }
+            | Self::WebsocketMessage { .. }
+            | Self::WebsocketSent { .. }
+            | Self::WebsocketClose { .. }
             | Self::Pong
             | Self::UrlUpdated { .. }
             | Self::Released { .. }
@@ -250,6 +258,15 @@ pub enum FromAgent {
     Window(Window),
     /// A request failed, or a message could not be read.
     Error(AgentError),
+    /// What the local service says over a visitor's WebSocket.
+    WebsocketBatch(WebsocketBatch),
+    /// The local service has closed a visitor's WebSocket.
+    WebsocketClose {
+        /// The request that opened it.
+        request_id: RequestId,
+        /// The visitor's connection.
+        websocket: ConnectionId,
+    },
     /// Keeps an idle connection open and requests a `pong`.
     Ping,
     /// Gives up the connection's tunnel id, so that anyone may claim it.
@@ -275,6 +292,30 @@ pub enum ToAgent {
     Cancel {
         /// The request to drop.
         request_id: RequestId,
+    },
+    /// What a visitor says over its WebSocket.
+    WebsocketMessage {
+        /// The request that opened it.
+        request_id: RequestId,
+        /// The text.
+        text: String,
+    },
+    /// Answers `websocket_batch`.
+    WebsocketSent {
+        /// The request that opened the WebSocket.
+        request_id: RequestId,
+        /// The batch's number.
+        batch: u32,
+        /// How many of its texts were sent: fewer than it has when the visitor is gone.
+        delivered: usize,
+    },
+    /// A visitor's WebSocket has ended.
+    WebsocketClose {
+        /// The request that opened it.
+        request_id: RequestId,
+        /// Why: a close code (RFC 6455, 7.4), if there was one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        code: Option<u16>,
     },
     /// Answers `ping`.
     Pong,
@@ -372,6 +413,9 @@ pub struct HttpRequest {
     /// a response with status 101 has changed the protocol.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<String>,
+    /// The visitor's connection, where the service ends it itself and carries messages instead of bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub websocket: Option<ConnectionId>,
     /// The body, or its first part.
     #[serde(default)]
     pub body: Body,
@@ -452,6 +496,19 @@ pub struct Window {
     /// See [`HttpRequest::reply_to`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<ConnectionId>,
+}
+
+/// Texts for a visitor, in order. The next batch is sent once this one has been answered, so that no text overtakes another.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct WebsocketBatch {
+    /// The request that opened the WebSocket.
+    pub request_id: RequestId,
+    /// The visitor's connection: `websocket` of the request.
+    pub websocket: ConnectionId,
+    /// 0 for the first batch, then one more each.
+    pub batch: u32,
+    /// The texts.
+    pub texts: Vec<String>,
 }
 
 /// An agent's message as a reply connection receives it: with the connection that sent it, as reported
@@ -768,7 +825,7 @@ mod tests {
         }
     }
 
-    const SAMPLES: [&str; 8] = [
+    const SAMPLES: [&str; 10] = [
         r#"{"type":"ready","protocol":1,"features":["body_parts"],"previous":"a=","access":{"allow":["::/0"]}}"#,
         r#"{"type":"http_response","request_id":"r","status_code":200,"headers":{"a":["b"]},"body":"aGk=","more":true}"#,
         r#"{"type":"body_part","request_id":"r","part":1,"body":"aGk=","encoding":"zstd","reply_to":"a="}"#,
@@ -777,6 +834,8 @@ mod tests {
         r#"{"type":"connection_established","connection_id":"a=","tunnel_id":"my-app","public_url":"u","life_ms":1}"#,
         r#"{"type":"http_request","request_id":"r","method":"GET","uri":"/","headers":{"a":["b"]},"body":"","deadline_ms":1}"#,
         r#"{"type":"released","tunnel_id":"my-app","existed":true}"#,
+        r#"{"type":"websocket_batch","request_id":"r","websocket":"a=","batch":0,"texts":["a","b"]}"#,
+        r#"{"type":"websocket_message","request_id":"r","text":"a"}"#,
     ];
 
     #[test]

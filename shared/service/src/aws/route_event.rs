@@ -3,6 +3,9 @@
 use serde::Serialize;
 use tunnel_protocol::id::ConnectionId;
 
+/// The stage of the visitors' WebSocket API. The agents' has another.
+pub const VISITORS_STAGE: &str = "visitors";
+
 /// The event is not of the kind its function is for: a fault of the deployment, not of an agent.
 #[derive(Debug, thiserror::Error)]
 #[error("not a {expected} event of a WebSocket API: {fault}")]

@@ -71,7 +71,7 @@ pub struct Opened {
 
 /// The table.
 #[derive(Clone, Debug)]
-pub struct ConnectionsTable(Table);
+pub struct ConnectionsTable(pub(super) Table);
 
 impl ConnectionsTable {
     /// The table of this name.

@@ -2,6 +2,8 @@
 
 pub mod connections;
 pub mod dynamodb;
+pub mod logins;
 pub mod mailbox;
 pub mod tokens;
 pub mod tunnels;
+pub mod visitor_sockets;
