@@ -116,7 +116,7 @@ mod tests {
         VisitorRequest::from_http(request.into_parts().0, whole(Bytes::new()), source)
     }
 
-    fn forwarded<'v>(secret: &'v str) -> [(&'static str, &'v str); 4] {
+    fn forwarded(secret: &str) -> [(&'static str, &str); 4] {
         [
             ("x-tunnel-edge", secret),
             ("x-tunnel-host", "tunnel.example.com"),

@@ -166,7 +166,8 @@ fn allowed(template: &Value, function: &str) -> BTreeSet<String> {
                     match keys.as_sequence() {
                         None => drop(allowed.insert(call)),
                         Some(keys) => {
-                            allowed.extend(keys.iter().map(|keys| format!("{call} {}", text(keys))))
+                            allowed
+                                .extend(keys.iter().map(|keys| format!("{call} {}", text(keys))));
                         }
                     }
                 }

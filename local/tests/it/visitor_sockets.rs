@@ -48,7 +48,7 @@ enum Service {
 /// What the local service saw.
 #[derive(Debug)]
 enum Saw {
-    Handshake(Request),
+    Handshake(Box<Request>),
     Text,
     Closed(Option<u16>),
 }
@@ -89,7 +89,7 @@ impl LocalService {
 async fn serve(stream: TcpStream, service: Service, saw: mpsc::UnboundedSender<Saw>) {
     let seen = saw.clone();
     let answer = move |request: &Request, mut response: Response| {
-        let _ = seen.send(Saw::Handshake(request.clone()));
+        let _ = seen.send(Saw::Handshake(Box::new(request.clone())));
         if service == Service::Refuse {
             let mut refusal = ErrorResponse::new(None);
             *refusal.status_mut() = StatusCode::FORBIDDEN;
