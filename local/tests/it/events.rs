@@ -77,8 +77,10 @@ fn http_events_are_never_mistaken_for_websocket_events() {
 #[test]
 fn websocket_events_are_never_mistaken_for_http_events() {
     for (event_type, event) in WEBSOCKET {
+        // `forward` takes these too, because it answers visitors' handshakes.
+        let request = serde_json::from_str::<LambdaRequest>(event);
         assert!(
-            serde_json::from_str::<LambdaRequest>(event).is_err(),
+            matches!(request, Ok(LambdaRequest::WebSocket(_))),
             "{event}"
         );
         let event: ApiGatewayWebsocketProxyRequest =
