@@ -210,15 +210,9 @@ impl Tunnel {
                 end = session_end(&mut self.sessions, current.task.id()) => return Ok(self.ended(&current, end)),
                 () = current.move_due() => {}
             }
-            let opened = tokio::select! {
-                opened = handshake::open(
-                    &self.context.settings,
-                    self.tunnel_id.as_ref(),
-                    Some(&current.connection),
-                ) => opened,
-                // The next connection would take the tunnel back from the agent that has it now.
-                () = current.replaced.cancelled() => continue,
-                end = session_end(&mut self.sessions, current.task.id()) => return Ok(self.ended(&current, end)),
+            let opened = match self.open_next(&current).await {
+                Ok(opened) => opened,
+                Err(end) => return Ok(self.ended(&current, end)),
             };
             match opened {
                 Ok(opened) => {
@@ -234,6 +228,30 @@ impl Tunnel {
                 }
                 Err(error) => return Err(self.refused(error)),
             }
+        }
+    }
+
+    /// Opens the connection that takes over from `current`. Returns how `current` ended if there is nothing to follow it.
+    async fn open_next(
+        &mut self,
+        current: &Current,
+    ) -> Result<Result<Opened, HandshakeError>, SessionEnd> {
+        let mut opening = std::pin::pin!(handshake::open(
+            &self.context.settings,
+            self.tunnel_id.as_ref(),
+            Some(&current.connection),
+        ));
+        let end = tokio::select! {
+            opened = &mut opening => return Ok(opened),
+            end = session_end(&mut self.sessions, current.task.id()) => end,
+        };
+        if matches!(end, SessionEnd::Stopped) {
+            return Err(end);
+        }
+        // The service may have let the next connection take over already, and ended the agent that had replaced this one.
+        tokio::select! {
+            opened = opening => opened.map(Ok).map_err(|_| end),
+            () = self.stop.cancelled() => Err(SessionEnd::Stopped),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use serde_json::Value;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 use crate::harness::{Agent, Ended, Service, Ttf};
 
@@ -182,7 +182,13 @@ async fn a_diagnosis_names_each_step_and_fails_if_one_does() {
             "target"
         ]
     );
-    drop(origin);
+    // A port that is taken, and at which nobody listens.
+    let closed = TcpSocket::new_v4().expect("a socket");
+    closed
+        .bind("127.0.0.1:0".parse().expect("an address"))
+        .expect("a port");
+    let address = closed.local_addr().expect("an address");
+    let port = address.port().to_string();
     let bad = ttf(home, &["diagnose", &port, "-e", &service.endpoint]).await;
     assert_eq!(bad.code, Some(1));
     let target = bad.stdout.last().expect("a line");

@@ -496,6 +496,31 @@ async fn a_takeover_does_not_restart_the_end_of_a_stopping_agent() {
     assert_eq!(more.filter(is_draining).count(), 0);
 }
 
+/// The service has let the next connection take over from the agent that this one was replaced by, and has told that agent so: if
+/// this one ended, too, nobody would be left.
+#[tokio::test]
+async fn an_agent_that_is_replaced_while_it_moves_serves_if_its_next_connection_does() {
+    for closes in [false, true] {
+        let mut service = Service::start();
+        let origin = Origin::that_answers(1, 2).await;
+        let mut agent = Agent::start(&service, &origin);
+        let mut old = service.accept().await;
+        let features = [Feature::Notices];
+        old.establish(&features, Some(Duration::from_secs(2))).await;
+        agent.until(is_online).await;
+        let mut new = service.accept().await;
+        if closes {
+            drop(old);
+        } else {
+            old.say(&replaced()).await;
+            while old.next().await.is_some() {}
+        }
+        new.establish(&features, None).await;
+        new.request("a").await;
+        assert_eq!(new.response().await.as_str(), "a");
+    }
+}
+
 #[tokio::test]
 async fn requests_of_both_connections_count_during_a_move() {
     let mut service = Service::start();

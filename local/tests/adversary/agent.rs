@@ -90,11 +90,13 @@ impl Agent {
                         opened = &mut opening => opened,
                         // It goes on serving meanwhile.
                         turn = self.serve(serving, None) => {
-                            match turn {
-                                Turn::Replaced => return self.end("replaced"),
-                                Turn::Closed | Turn::Moves => main = None,
+                            main = None;
+                            let opened = opening.await;
+                            // The next connection may have taken over from the agent that replaced this one.
+                            if matches!(turn, Turn::Replaced) && !matches!(opened, Ok(Ok(_))) {
+                                return self.end("replaced");
                             }
-                            opening.await
+                            opened
                         }
                     }
                 }
