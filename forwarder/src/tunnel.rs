@@ -248,9 +248,14 @@ impl Tunnel {
         if matches!(end, SessionEnd::Stopped) {
             return Err(end);
         }
-        // The service may have let the next connection take over already, and ended the agent that had replaced this one.
+        // The service may have let the next connection take over already, and ended the agent that had replaced this one: then
+        // nobody is left unless this agent goes on.
         tokio::select! {
-            opened = opening => opened.map(Ok).map_err(|_| end),
+            opened = opening => match opened {
+                Ok(opened) => Ok(Ok(opened)),
+                Err(HandshakeError::Unreachable(reason)) => Err(SessionEnd::Lost(reason)),
+                Err(_) => Err(end),
+            },
             () = self.stop.cancelled() => Err(SessionEnd::Stopped),
         }
     }

@@ -132,7 +132,7 @@ const FLAGS: [(&[&str], &str); 18] = [
             "--metrics-update-freq",
             "--management-diagnostics",
         ],
-        "is not supported by the agent; `tunnel-local` has metrics, and `ttf status` says how a tunnel is",
+        "is not supported; the inspector shows rates and times, and `ttf status` says how a tunnel is",
     ),
     (
         &["--grace-period"],

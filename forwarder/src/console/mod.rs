@@ -75,7 +75,7 @@ impl Console {
     /// Whether somebody is there to look at a console and to press keys.
     pub(crate) fn is_possible() -> bool {
         let is_dumb = env::var_os("TERM").is_some_and(|term| term == "dumb");
-        io::stdin().is_terminal() && io::stderr().is_terminal() && !is_dumb
+        io::stdin().is_terminal() && io::stderr().is_terminal() && !is_dumb && is_in_foreground()
     }
 
     /// Takes the terminal, for tunnels of these names.
@@ -204,7 +204,7 @@ impl Screen {
             }
             (KeyCode::Char('z'), true) => {
                 drop(state);
-                self.suspend()?;
+                self.suspend(shared)?;
             }
             (KeyCode::Char('o'), false) => open_in_browser(&mut state, State::browser_url),
             (KeyCode::Char('i'), false) => open_in_browser(&mut state, State::inspector_url),
@@ -224,17 +224,24 @@ impl Screen {
         Ok(())
     }
 
-    /// Stops the process as Ctrl-Z does, and takes the terminal again afterwards.
+    /// Stops the process as Ctrl-Z does, and takes the terminal again once the user brings it back to the foreground: in the
+    /// background the tunnel goes on without a console.
     #[cfg(unix)]
-    fn suspend(&mut self) -> io::Result<()> {
+    fn suspend(&mut self, shared: &Shared) -> io::Result<()> {
         restore()?;
         rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TSTP)?;
+        while !is_in_foreground() {
+            if shared.closing.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            thread::sleep(FRAME_INTERVAL);
+        }
         prepare()?;
         self.0.clear()
     }
 
     #[cfg(not(unix))]
-    fn suspend(&mut self) -> io::Result<()> {
+    fn suspend(&mut self, _: &Shared) -> io::Result<()> {
         self.0.clear()
     }
 }
@@ -243,6 +250,17 @@ impl Drop for Screen {
     fn drop(&mut self) {
         let _ = restore();
     }
+}
+
+/// Whether the terminal's keys are for this process: one that a shell runs in the background is stopped if it takes the terminal.
+#[cfg(unix)]
+fn is_in_foreground() -> bool {
+    rustix::termios::tcgetpgrp(io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp())
+}
+
+#[cfg(not(unix))]
+fn is_in_foreground() -> bool {
+    true
 }
 
 /// A lock under which nothing can panic half way.

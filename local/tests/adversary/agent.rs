@@ -92,8 +92,9 @@ impl Agent {
                         turn = self.serve(serving, None) => {
                             main = None;
                             let opened = opening.await;
-                            // The next connection may have taken over from the agent that replaced this one.
-                            if matches!(turn, Turn::Replaced) && !matches!(opened, Ok(Ok(_))) {
+                            // The next connection may have taken over from the agent that replaced this one, also if its answer
+                            // was lost. Only one that was refused has not.
+                            if matches!(turn, Turn::Replaced) && matches!(opened, Ok(Err(401 | 403 | 409))) {
                                 return self.end("replaced");
                             }
                             opened

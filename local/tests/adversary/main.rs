@@ -168,7 +168,10 @@ impl Scene {
             }
         }
         match believing.last() {
-            None => damage.push("O1: no agent is left".to_owned()),
+            None => {
+                let ended = self.agents.each_ref().map(|agent| agent.lock().ended);
+                damage.push(format!("O1: no agent is left; they ended: {ended:?}"));
+            }
             Some(_) if serving.is_none() => {
                 damage.push("O4: an agent is there and the tunnel is offline".to_owned());
             }
