@@ -241,22 +241,29 @@ impl Tunnel {
             self.tunnel_id.as_ref(),
             Some(&current.connection),
         ));
-        let end = tokio::select! {
-            opened = &mut opening => return Ok(opened),
-            end = session_end(&mut self.sessions, current.task.id()) => end,
+        let mut end = None;
+        let opened = tokio::select! {
+            opened = &mut opening => opened,
+            ended = session_end(&mut self.sessions, current.task.id()) => {
+                if matches!(ended, SessionEnd::Stopped) {
+                    return Err(ended);
+                }
+                end = Some(ended);
+                tokio::select! {
+                    opened = opening => opened,
+                    () = self.stop.cancelled() => return Err(SessionEnd::Stopped),
+                }
+            }
         };
-        if matches!(end, SessionEnd::Stopped) {
-            return Err(end);
-        }
         // The service may have let the next connection take over already, and ended the agent that had replaced this one: then
         // nobody is left unless this agent goes on.
-        tokio::select! {
-            opened = opening => match opened {
-                Ok(opened) => Ok(Ok(opened)),
-                Err(HandshakeError::Unreachable(reason)) => Err(SessionEnd::Lost(reason)),
-                Err(_) => Err(end),
-            },
-            () = self.stop.cancelled() => Err(SessionEnd::Stopped),
+        let is_ending = end.is_some() || current.replaced.is_cancelled();
+        match (opened, end) {
+            (Err(HandshakeError::Unreachable(reason)), _) if is_ending => {
+                Err(SessionEnd::Lost(reason))
+            }
+            (Err(_), Some(end)) => Err(end),
+            (opened, _) => Ok(opened),
         }
     }
 
