@@ -7,7 +7,7 @@ use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -30,6 +30,7 @@ use tower_service::Service;
 
 use crate::{
     directory::Directory,
+    lock::lock,
     target::{Target, TargetTransport},
 };
 
@@ -269,7 +270,7 @@ impl Record {
     }
 
     fn lock(&self) -> MutexGuard<'_, Recording> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

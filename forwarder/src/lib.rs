@@ -28,6 +28,7 @@ pub mod handshake;
 mod header_rules;
 pub mod inspector;
 mod liveness;
+mod lock;
 mod log_format;
 mod login;
 mod named_address;

@@ -2,10 +2,12 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use tunnel_protocol::id::{ConnectionId, RequestId};
+
+use crate::lock::lock;
 
 /// How many requests are remembered: at 1,000 requests a second, those of the last four seconds. The service sends one again
 /// within a second, or not at all.
@@ -46,7 +48,7 @@ impl SeenRequests {
 
     /// Held for a few lines only.
     fn lock(&self) -> MutexGuard<'_, Seen> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use tunnel_protocol::body::{
     BodyReceiver, Part, ReceiveBodyError, ReceivedChunk, budget::BodyBudget,
 };
 
-use crate::{inspector::Recording, origin::OriginBody, outgoing::Outgoing};
+use crate::{inspector::Recording, lock::lock, origin::OriginBody, outgoing::Outgoing};
 
 /// How long an upload may stand still after its response has ended: no visitor waits for it then.
 const UPLOAD_STALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ struct State {
 impl Shared {
     /// Held between awaits only.
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

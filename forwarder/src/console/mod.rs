@@ -12,7 +12,7 @@ use std::{
     io::{self, IsTerminal, Write},
     panic,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
         mpsc::{self, RecvTimeoutError},
     },
@@ -34,7 +34,7 @@ use ratatui::{
 use tokio::sync::Notify;
 
 use self::{state::State, view::Theme};
-use crate::{display::Lines, event::Event};
+use crate::{display::Lines, event::Event, lock::lock};
 
 /// How often the console looks for keys, and so how often it draws at most.
 const FRAME_INTERVAL: Duration = Duration::from_millis(100);
@@ -261,11 +261,6 @@ fn is_in_foreground() -> bool {
 #[cfg(not(unix))]
 fn is_in_foreground() -> bool {
     true
-}
-
-/// A lock under which nothing can panic half way.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn prepare() -> io::Result<()> {

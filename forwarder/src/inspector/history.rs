@@ -5,7 +5,7 @@ use std::{
     io,
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     thread::JoinHandle,
@@ -28,6 +28,7 @@ use super::{
     store::{Slot, StoreLimits},
     websocket::{Conversation, MessageKind, RecordedMessage, Side},
 };
+use crate::lock::lock;
 
 /// How many exchanges may wait to be written.
 const MAX_QUEUED: usize = 256;
@@ -123,10 +124,6 @@ impl History {
             let _ = thread.join();
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Makes the file, and takes it from others if it is there. SQLite gives the files beside it the same mode.

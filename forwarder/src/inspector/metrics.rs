@@ -2,12 +2,14 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 use serde::Serialize;
 use tokio::time::Instant;
+
+use crate::lock::lock;
 
 /// The durations of so many exchanges are remembered.
 const MAX_DURATIONS: usize = 1024;
@@ -92,7 +94,7 @@ impl Metrics {
     }
 
     fn with<T>(&self, tunnel: &Arc<str>, act: impl FnOnce(&mut Counts) -> T) -> T {
-        let mut tunnels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tunnels = lock(&self.0);
         if !tunnels.contains_key(tunnel) {
             tunnels.insert(tunnel.clone(), Counts::default());
         }

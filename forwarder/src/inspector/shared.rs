@@ -1,7 +1,7 @@
 //! What recorders, the API and replays share.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -14,7 +14,7 @@ use super::{
     recorded::ExchangeId,
     store::{ExchangeStore, Slot},
 };
-use crate::{event::Event, origin::Origin, settings::Settings};
+use crate::{event::Event, lock::lock, origin::Origin, settings::Settings};
 
 /// The state of the inspector.
 pub(crate) struct Shared {
@@ -61,10 +61,7 @@ impl InspectedTunnel {
     }
 
     pub(crate) fn address(&self) -> TunnelAddress {
-        self.address
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.address).clone()
     }
 }
 
@@ -85,10 +82,7 @@ impl Shared {
         let Some(tunnel) = self.tunnel(tunnel) else {
             return;
         };
-        let mut address = tunnel
-            .address
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut address = lock(&tunnel.address);
         match event {
             Event::Online {
                 public_url,

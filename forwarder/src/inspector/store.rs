@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::SystemTime,
@@ -12,6 +12,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::recorded::{ExchangeId, RecordedExchange};
+use crate::lock::lock;
 
 /// How many exchanges are kept at most.
 pub(crate) const MAX_EXCHANGES: usize = 500;
@@ -272,9 +273,4 @@ impl ExchangeStore {
             response.body = Default::default();
         }
     }
-}
-
-/// A lock under which nothing can panic half way.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
