@@ -160,6 +160,10 @@ async fn serve_function_url(State(fronts): State<Fronts>, request: Request) -> R
                 Some(first) => Ok(first),
                 None => chunks.recv().await?,
             };
+            if chunk.is_err() {
+                // hyper drops what it has not written when a body fails. It writes once the body has nothing more for now.
+                tokio::task::yield_now().await;
+            }
             Some((chunk, (None, chunks, under_way)))
         },
     );

@@ -8,7 +8,7 @@ use tunnel_forward::Forward;
 use tunnel_service::aws::lambda;
 
 /// How long the bytes of an answer that broke off may take to leave the process.
-const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
@@ -26,11 +26,14 @@ async fn main() -> Result<(), Error> {
                 .map_err(Error::from)
         },
     )));
+    let broken_off = async {
+        function.broken_off().await;
+        // What came before the break still reaches the visitor.
+        tokio::time::sleep(FLUSH_TIMEOUT).await;
+    };
     tokio::select! {
         ended = serving => ended,
-        () = function.broken_off() => {
-            // What came before the break still reaches the visitor.
-            tokio::time::sleep(FLUSH_TIMEOUT).await;
+        () = broken_off => {
             Err("a streamed answer broke off: the process ends so that it does not look complete".into())
         }
     }
