@@ -9,12 +9,13 @@ use std::{
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing_subscriber::filter::{LevelFilter, Targets};
+use tunnel_config::ConfigFileError;
 use tunnel_protocol::id::TunnelId;
 
 use crate::{
     background::{Background, BackgroundCommand, BackgroundError, BackgroundOptions},
     config_command,
-    config_file::{ConfigFile, ConfigFileError},
+    config_file::ConfigFile,
     endpoint::Endpoint,
     inspector::InspectOptions,
     log_format::LogFormat,

@@ -7,11 +7,9 @@ use std::{
     process::Command,
 };
 
-use crate::{
-    args::UsageError,
-    config_file::{ConfigFile, ConfigFileError},
-    login,
-};
+use tunnel_config::ConfigFileError;
+
+use crate::{args::UsageError, config_file::ConfigFile, login};
 
 /// What a new config file has.
 const NEW_FILE: &str = "\

@@ -1,7 +1,6 @@
 //! The config files, in TOML. docs/agent.md lists the keys, which are those of the flags.
 
 use std::{
-    borrow::Cow,
     collections::{BTreeMap, btree_map::Entry},
     fmt,
     marker::PhantomData,
@@ -20,11 +19,9 @@ use toml::{
     Spanned,
     de::{DeTable, DeValue},
 };
+use tunnel_config::{ConfigFileError, FaultAt, Key, Keys, closest, insert};
 
-use crate::{
-    settings::{Layer, ProcessLayer, Secret},
-    suggestion::closest,
-};
+use crate::settings::{Layer, ProcessLayer, Secret};
 
 /// Where the files of a user are. A user without a home has none.
 pub(crate) fn user_directory() -> Option<PathBuf> {
@@ -49,143 +46,39 @@ pub(crate) struct ConfigFile {
     pub tunnels: BTreeMap<String, Layer>,
 }
 
-/// A config file that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ConfigFileError {
-    /// It cannot be read.
-    #[error("cannot read {path}: {source}")]
-    Unreadable {
-        /// The file.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// It is a config file of another program.
-    #[error("{0} is YAML: ttf reads TOML, see docs/agent.md for an example")]
-    Yaml(String),
-    /// It is not TOML, or has keys or values it may not have.
-    #[error("{path}:{fault}")]
-    Content {
-        /// The file.
-        path: String,
-        /// What is wrong, and where.
-        fault: Fault,
-    },
-}
-
-/// A fault in a file's text: `LINE:COLUMN: MESSAGE`, and the line itself where it cannot hold a secret.
-#[derive(Debug)]
-pub(crate) struct Fault {
-    line: usize,
-    column: usize,
-    message: String,
-    excerpt: Option<String>,
-    width: usize,
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { line, column, .. } = self;
-        write!(f, "{line}:{column}: {}", self.message)?;
-        if let Some(excerpt) = &self.excerpt {
-            let gutter = " ".repeat(line.to_string().len());
-            let indent = " ".repeat(column - 1);
-            let marks = "^".repeat(self.width);
-            write!(f, "\n  {line} | {excerpt}\n  {gutter} | {indent}{marks}")?;
-        }
-        Ok(())
-    }
-}
-
-/// A fault whose place is still a range of bytes.
-#[derive(Debug)]
-struct FaultAt {
-    span: Range<usize>,
-    message: String,
-}
-
-impl FaultAt {
-    fn new(span: Range<usize>, message: impl Into<String>) -> Self {
-        let message = message.into();
-        Self { span, message }
-    }
-
-    fn syntax(error: &toml::de::Error) -> Self {
-        Self::new(error.span().unwrap_or_default(), error.message())
-    }
-
-    fn in_text(self, text: &str) -> Fault {
-        let start = text.floor_char_boundary(self.span.start);
-        let before = &text[..start];
-        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        let line = text[line_start..].lines().next().unwrap_or_default();
-        let excerpt = public_part(line);
-        let marked = text.get(self.span.clone()).unwrap_or_default();
-        Fault {
-            line: before.matches('\n').count() + 1,
-            column: text[line_start..start].chars().count() + 1,
-            message: self.message,
-            width: marked
-                .lines()
-                .next()
-                .map_or(1, |marked| marked.chars().count().max(1)),
-            // What lies behind the part that is shown cannot be pointed at.
-            excerpt: excerpt
-                .filter(|shown| line_start + shown.len() >= self.span.start)
-                .map(Cow::into_owned),
-        }
-    }
-}
-
-/// The part of a line that holds no secret: all of it, the key alone, or nothing.
-fn public_part(line: &str) -> Option<Cow<'_, str>> {
-    let trimmed = line.trim();
-    if trimmed.starts_with('[') && trimmed.ends_with(']') && !trimmed.contains(['"', '\'']) {
-        return Some(line.into());
-    }
-    let (key, _) = line.split_once('=')?;
-    let keys = Keys::known();
-    let shows_value = keys
-        .canonical(key.trim())
-        .is_some_and(|key| !SECRET_KEYS.contains(&key));
-    let is_key = key
-        .trim()
-        .chars()
-        .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
-    match (shows_value, is_key) {
-        (true, _) => Some(line.into()),
-        (false, true) => Some(format!("{key}= ...").into()),
-        (false, false) => None,
-    }
-}
-
 /// Keys whose values may be secrets.
 const SECRET_KEYS: [&str; 5] = ["token", "basic_auth", "require_header", "proxy", "header"];
 /// Keys of tables with names of the user's own.
 const TABLES: [&str; 2] = ["services", "tunnels"];
 
-/// The keys that a file may have. They are the flags of the command line, under each of their names.
-struct Keys {
-    process: Vec<(String, String)>,
-    layer: Vec<(String, String)>,
+/// The page that describes the file.
+const DOCUMENTATION: &str = "docs/agent.md";
+
+/// The keys that a file may have: those of the process, only at the top, and those of a tunnel.
+struct FileKeys {
+    process: Keys,
+    layer: Keys,
 }
 
-impl Keys {
+impl FileKeys {
     fn known() -> Self {
         Self {
-            process: keys_of::<ProcessLayer>(),
-            layer: keys_of::<Layer>(),
+            process: Keys::of(ProcessLayer::augment_args(Command::new("")).get_arguments()),
+            layer: Keys::of(Layer::augment_args(Command::new("")).get_arguments()),
         }
     }
 
-    /// The key that a name stands for.
-    fn canonical(&self, name: &str) -> Option<&str> {
-        find(&self.layer, name).or_else(|| find(&self.process, name))
+    /// Whether the value of a key is none that may be a secret.
+    fn shows(&self, name: &str) -> bool {
+        self.layer
+            .canonical(name)
+            .or_else(|| self.process.canonical(name))
+            .is_some_and(|key| !SECRET_KEYS.contains(&key))
     }
 
     /// What to say about a name that is none.
     fn unknown(&self, name: &str, is_top: bool) -> String {
-        if !is_top && find(&self.process, name).is_some() {
+        if !is_top && self.process.canonical(name).is_some() {
             return format!("`{name}` can only be set at the top level of the file");
         }
         if TABLES
@@ -194,38 +87,16 @@ impl Keys {
         {
             return format!("tables of {name}s must be named [{name}s.NAME]");
         }
-        let mut known: Vec<&str> = self.layer.iter().map(|(name, _)| name.as_str()).collect();
+        let mut known: Vec<&str> = self.layer.names().collect();
         if is_top {
-            known.extend(self.process.iter().map(|(name, _)| name.as_str()));
+            known.extend(self.process.names());
             known.extend(TABLES);
         }
         match closest(name, known.iter().copied()) {
             Some(meant) => format!("unknown key `{name}`; did you mean `{meant}`?"),
-            None => format!("unknown key `{name}`; docs/agent.md lists the keys"),
+            None => format!("unknown key `{name}`; {DOCUMENTATION} lists the keys"),
         }
     }
-}
-
-/// Each name of each flag, with the key it stands for.
-fn keys_of<T: Args>() -> Vec<(String, String)> {
-    T::augment_args(Command::new(""))
-        .get_arguments()
-        .flat_map(|flag| {
-            let id = flag.get_id().as_str();
-            let aliases = flag.get_all_aliases().unwrap_or_default();
-            [id].into_iter()
-                .chain(aliases)
-                .map(|name| (name.replace('-', "_"), id.to_owned()))
-                .collect::<Vec<_>>()
-        })
-        .collect()
-}
-
-fn find<'a>(keys: &'a [(String, String)], name: &str) -> Option<&'a str> {
-    let name = name.replace('-', "_");
-    keys.iter()
-        .find(|(known, _)| *known == name)
-        .map(|(_, id)| id.as_str())
 }
 
 impl ConfigFile {
@@ -244,20 +115,8 @@ impl ConfigFile {
     /// # Errors
     /// As [`ConfigFile::read_all`].
     pub(crate) fn read(path: &Path) -> Result<Self, ConfigFileError> {
-        let name = || path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigFileError::Unreadable {
-            path: name(),
-            source,
-        })?;
-        Self::parse(&text).map_err(|fault| match path.extension() {
-            Some(extension) if extension == "yml" || extension == "yaml" => {
-                ConfigFileError::Yaml(name())
-            }
-            _ => ConfigFileError::Content {
-                path: name(),
-                fault: fault.in_text(&text),
-            },
-        })
+        let keys = FileKeys::known();
+        tunnel_config::read(path, DOCUMENTATION, |key| keys.shows(key), Self::parse)
     }
 
     /// This file, and what it leaves open from `under`.
@@ -290,7 +149,7 @@ impl ConfigFile {
     fn parse(text: &str) -> Result<Self, FaultAt> {
         let table = DeTable::parse(text).map_err(|error| FaultAt::syntax(&error))?;
         let span = table.span();
-        let keys = Keys::known();
+        let keys = FileKeys::known();
         let mut process = DeTable::new();
         let mut top = DeTable::new();
         let mut file = Self::default();
@@ -299,7 +158,7 @@ impl ConfigFile {
             match name {
                 "tunnels" => file.tunnels = named_layers(&keys, &key, value)?,
                 "services" => file.services = named_layers(&keys, &key, value)?,
-                _ => match find(&keys.process, name) {
+                _ => match keys.process.canonical(name) {
                     Some(id) => insert(&mut process, id, &key, value)?,
                     None => insert(&mut top, layer_key(&keys, &key, true)?, &key, value)?,
                 },
@@ -329,15 +188,15 @@ fn merge(
     over
 }
 
-type Key<'a> = Spanned<Cow<'a, str>>;
-
-fn layer_key<'k>(keys: &'k Keys, key: &Key<'_>, is_top: bool) -> Result<&'k str, FaultAt> {
+fn layer_key<'k>(keys: &'k FileKeys, key: &Key<'_>, is_top: bool) -> Result<&'k str, FaultAt> {
     let name = key.get_ref();
-    find(&keys.layer, name).ok_or_else(|| FaultAt::new(key.span(), keys.unknown(name, is_top)))
+    keys.layer
+        .canonical(name)
+        .ok_or_else(|| FaultAt::new(key.span(), keys.unknown(name, is_top)))
 }
 
 fn named_layers(
-    keys: &Keys,
+    keys: &FileKeys,
     key: &Key<'_>,
     tables: Spanned<DeValue<'_>>,
 ) -> Result<BTreeMap<String, Layer>, FaultAt> {
@@ -361,26 +220,6 @@ fn named_layers(
         layers.insert(name.into_inner().into_owned(), read_table(canonical, span)?);
     }
     Ok(layers)
-}
-
-/// Puts a value under its canonical key.
-fn insert<'a>(
-    table: &mut DeTable<'a>,
-    id: &str,
-    key: &Key<'a>,
-    value: Spanned<DeValue<'a>>,
-) -> Result<(), FaultAt> {
-    let canonical = Spanned::new(key.span(), Cow::Owned(id.to_owned()));
-    match table.insert(canonical, value) {
-        None => Ok(()),
-        Some(_) => {
-            let message = format!(
-                "`{}` is set already: it is another name of `{id}`",
-                key.get_ref()
-            );
-            Err(FaultAt::new(key.span(), message))
-        }
-    }
 }
 
 /// Reads values, and names the key of one that cannot be used.
@@ -459,7 +298,8 @@ mod tests {
 
     fn fault(text: &str) -> String {
         let fault = ConfigFile::parse(text).expect_err("a bad file");
-        fault.in_text(text).to_string()
+        let keys = FileKeys::known();
+        fault.in_text(text, |key| keys.shows(key)).to_string()
     }
 
     #[test]

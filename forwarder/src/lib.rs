@@ -41,7 +41,6 @@ mod seen_requests;
 pub mod session;
 pub mod settings;
 mod status;
-mod suggestion;
 mod target;
 mod tls;
 pub mod tunnel;

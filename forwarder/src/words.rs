@@ -6,8 +6,9 @@ use clap::{
     CommandFactory, Parser,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use tunnel_config::closest;
 
-use crate::{args::Cli, suggestion::closest};
+use crate::args::Cli;
 
 /// Flags of other tunnels that have no counterpart of the same meaning here, and what there is instead.
 const FLAGS: [(&[&str], &str); 18] = [

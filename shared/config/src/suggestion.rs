@@ -4,7 +4,7 @@
 const MIN_SIMILARITY: f64 = 0.7;
 
 /// The known word that is most like `word`, if one is like it.
-pub(crate) fn closest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn closest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     known
         .into_iter()
         .map(|known| (strsim::jaro(word, known), known))
