@@ -1,15 +1,16 @@
 //! The command line of `tunnel-local`.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{
-    CommandFactory, FromArgMatches, Parser,
+    ArgMatches, Command, CommandFactory, FromArgMatches, Parser,
     builder::{PossibleValuesParser, TypedValueParser},
     error::ErrorKind,
     parser::ValueSource,
 };
 use tokio::runtime::Runtime;
 use tracing_subscriber::filter::Targets;
+use tunnel_config::ConfigFileError;
 use tunnel_connect::MAX_TUNNEL_IDS_PER_OWNER;
 use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
 use tunnel_local_aws::quotas::Quotas;
@@ -21,7 +22,8 @@ use tunnel_service::{
 
 use crate::{
     Options, Server, ServerError,
-    console::{fail, interrupted, raise_open_files, say, start_log},
+    config_file::{self, ConfigFile},
+    console::{LogFormat, LogLevel, Signals, Wish, fail, raise_open_files, report, start_log},
     front::listener::MAX_OPEN_CONNECTIONS,
     sam_invoke,
 };
@@ -107,6 +109,9 @@ struct Cli {
     /// Serve a stand-in DynamoDB and @connections for `sam local invoke` instead
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
     samples: bool,
+    /// Read settings from this file: every flag is a key, with _ in place of - [default: config.toml in the directory tunnel-local of your configuration directory or of /etc]
+    #[arg(long, short, env = "TUNNEL_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
     /// What to log on stderr: error, warn, info, debug, or a list such as warn,local=debug
     #[arg(
         long,
@@ -115,6 +120,85 @@ struct Cli {
         value_name = "LEVEL"
     )]
     log_level: Targets,
+    /// How lines on stderr look: text, or json, an object a line
+    #[arg(long, env = "TUNNEL_LOG_FORMAT", value_parser = words::<LogFormat>(&["text", "json"]), default_value = "text", value_name = "FORMAT")]
+    log_format: LogFormat,
+}
+
+/// Flags whose values can change while the server runs.
+const RELOADED: [&str; 6] = [
+    "log_level",
+    "max_concurrent_requests",
+    "max_requests_per_second",
+    "max_tunnel_ids_per_owner",
+    "max_agents_per_token",
+    "trust_proxy",
+];
+
+/// The command line, without the values of a config file.
+pub(crate) fn command() -> Command {
+    Cli::command()
+}
+
+/// Why there are no settings.
+#[derive(Debug, thiserror::Error)]
+enum InvocationError {
+    /// The config file cannot be used.
+    #[error(transparent)]
+    File(#[from] ConfigFileError),
+    /// The command line or the environment cannot be used, or help was asked for.
+    #[error(transparent)]
+    Usage(#[from] clap::Error),
+}
+
+/// What the process was told: by the command line, the environment and the config file.
+struct Invocation {
+    cli: Cli,
+    matches: ArgMatches,
+    /// The config file that was read.
+    file: Option<PathBuf>,
+    has_listen: bool,
+}
+
+impl Invocation {
+    /// Reads them. The command line is over the environment, and that over the file.
+    fn read() -> Result<Self, InvocationError> {
+        // Faults are shown below.
+        let asked = command().ignore_errors(true).try_get_matches()?;
+        let named = asked.get_one::<PathBuf>("config").cloned();
+        let path = named.or_else(config_file::default_path);
+        let path = path.filter(|_| !asked.get_flag("samples"));
+        let file = match &path {
+            Some(path) => Some(ConfigFile::read(path, &command())?),
+            None => None,
+        };
+        let settled = match &file {
+            Some(file) => file.under(command()),
+            None => command(),
+        };
+        let matches = settled.try_get_matches()?;
+        let is_default = matches.value_source("listen") == Some(ValueSource::DefaultValue);
+        Ok(Self {
+            cli: Cli::from_arg_matches(&matches)?,
+            matches,
+            has_listen: !is_default || file.is_some_and(|file| file.sets("listen")),
+            file: path,
+        })
+    }
+
+    /// The flags that have other values here than there, with `_` for `-`.
+    fn changes(&self, before: &Self) -> Vec<String> {
+        let value = |matches: &ArgMatches, id: &str| -> Option<Vec<OsString>> {
+            let values = matches.try_get_raw(id).ok()??;
+            Some(values.map(ToOwned::to_owned).collect())
+        };
+        command()
+            .get_arguments()
+            .map(|flag| flag.get_id().as_str())
+            .filter(|id| value(&self.matches, id) != value(&before.matches, id))
+            .map(ToOwned::to_owned)
+            .collect()
+    }
 }
 
 /// Words that are parsed as `T`.
@@ -186,19 +270,24 @@ pub fn main() -> ExitCode {
 }
 
 async fn run() -> ExitCode {
-    let matches = Cli::command().get_matches();
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    start_log(cli.log_level.clone());
-    let wanted = MAX_OPEN_CONNECTIONS as u64 + OTHER_OPEN_FILES;
-    if let Some(limit) = raise_open_files(wanted) {
-        say(&format!(
-            "warning: this process may open {limit} files; {MAX_OPEN_CONNECTIONS} connections need {wanted}. Raise the limit with ulimit -n or LimitNOFILE="
-        ));
-    }
+    let invocation = match Invocation::read() {
+        Ok(invocation) => invocation,
+        Err(InvocationError::Usage(error)) => error.exit(),
+        Err(InvocationError::File(error)) => return fail(2, &error),
+    };
+    let cli = &invocation.cli;
+    let log_level = start_log(cli.log_level.clone(), cli.log_format);
+    let mut signals = match Signals::listen() {
+        Ok(signals) => signals,
+        Err(error) => return fail(1, &format!("cannot take signals: {error}")),
+    };
+    warn_of_few_files(cli.log_format);
     if cli.samples {
-        let is_default = matches.value_source("listen") == Some(ValueSource::DefaultValue);
-        let listen = (!is_default).then_some(cli.listen);
-        return match sam_invoke::run(listen, interrupted()).await {
+        let listen = invocation.has_listen.then_some(cli.listen);
+        let stopped = async move {
+            signals.next().await;
+        };
+        return match sam_invoke::run(listen, stopped).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(1, &format!("{error:#}")),
         };
@@ -210,33 +299,98 @@ async fn run() -> ExitCode {
             .exit(),
         Err(error) => return fail(1, &error),
     };
-    announce(&server);
-    interrupted().await;
-    say("stopping; press Ctrl-C again to stop now");
+    if let Some(path) = &invocation.file {
+        report(cli.log_format, &format!("config file: {}", path.display()));
+    }
+    announce(&server, cli.log_format);
+    serve(server, invocation, &log_level, &mut signals).await
+}
+
+/// Serves until the process is to end, and reads the settings again whenever that is wished.
+async fn serve(
+    server: Server,
+    started: Invocation,
+    log_level: &LogLevel,
+    signals: &mut Signals,
+) -> ExitCode {
+    let format = started.cli.log_format;
+    let mut current = None;
+    // Without a file, SIGHUP has nothing to read again and ends the process, as it does by default.
+    while signals.next().await == Wish::Reload && started.file.is_some() {
+        match Invocation::read() {
+            Ok(invocation) => {
+                let before = current.as_ref().unwrap_or(&started);
+                report(format, &changed(&invocation, before, &started));
+                log_level.set(invocation.cli.log_level.clone());
+                server.set_limits(&invocation.cli.options());
+                current = Some(invocation);
+            }
+            Err(error) => report(format, &format!("not reloaded: {error}")),
+        }
+    }
+    report(format, "stopping; press Ctrl-C again to stop now");
+    let again = async { while signals.next().await == Wish::Reload {} };
     tokio::select! {
         () = server.stop() => ExitCode::SUCCESS,
-        () = interrupted() => ExitCode::FAILURE,
+        () = again => ExitCode::FAILURE,
+    }
+}
+
+/// Says what has changed since the settings were last read, and what has since the start but needs a restart.
+fn changed(now: &Invocation, before: &Invocation, started: &Invocation) -> String {
+    let is_reloaded = |id: &String| RELOADED.contains(&id.as_str());
+    let mut taken = now.changes(before);
+    taken.retain(is_reloaded);
+    let mut left = now.changes(started);
+    left.retain(|id| !is_reloaded(id));
+    let mut said = match &*taken {
+        [] => "reloaded: nothing changed".to_owned(),
+        taken => format!("reloaded: {} changed", taken.join(", ")),
+    };
+    if !left.is_empty() {
+        said += &format!("; restart to change {}", left.join(", "));
+    }
+    said
+}
+
+/// Warns if the process may not open as many files as it may need.
+fn warn_of_few_files(format: LogFormat) {
+    let wanted = MAX_OPEN_CONNECTIONS as u64 + OTHER_OPEN_FILES;
+    if let Some(limit) = raise_open_files(wanted) {
+        let warning = format!(
+            "warning: this process may open {limit} files; {MAX_OPEN_CONNECTIONS} connections need {wanted}. Raise the limit with ulimit -n or LimitNOFILE="
+        );
+        report(format, &warning);
     }
 }
 
 /// Says where the server is, and how to open a tunnel.
-fn announce(server: &Server) {
+fn announce(server: &Server, format: LogFormat) {
     let Server {
         public_url,
         endpoint,
         first_token,
+        first_token_file,
         ..
     } = server;
+    let say = |line: &str| report(format, line);
     say(&format!(
         "ready: visitors at {public_url}, agents at {endpoint}"
     ));
-    let token = first_token
-        .as_ref()
-        .map(|token| format!("TTF_TOKEN={token} "))
-        .unwrap_or_default();
-    if first_token.is_some() {
-        say("created the first agent token; it is shown only this once:");
-    }
+    let token = match (first_token, first_token_file) {
+        (Some(_), Some(file)) => {
+            let file = file.display();
+            say(&format!(
+                "created the first agent token, in {file}, which only this user can read"
+            ));
+            format!("TTF_TOKEN=$(cat {file}) ")
+        }
+        (Some(token), None) => {
+            say("created the first agent token; it is shown only this once:");
+            format!("TTF_TOKEN={token} ")
+        }
+        (None, _) => String::new(),
+    };
     say(&format!(
         "open a tunnel with: {token}ttf http 3000 --endpoint {endpoint}"
     ));

@@ -1,16 +1,22 @@
 //! What the executables have in common: their log, their lines on stderr, their exit codes and their signals.
 
 use std::{
-    fmt,
+    fmt::{self, Write as _},
     io::{self, Write},
     process::ExitCode,
+    str::FromStr,
+    time::{Duration, SystemTime},
 };
 
+#[cfg(unix)]
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{
+    Layer, Registry,
     filter::Targets,
     fmt::{self as log, MakeWriter},
     layer::SubscriberExt,
+    reload,
     util::SubscriberInitExt,
 };
 
@@ -25,12 +31,62 @@ const SIGNING_TARGETS: [&str; 7] = [
     "aws_smithy_runtime",
 ];
 
+/// How long a terminal that closes may take to be gone, once the process was told.
+#[cfg(unix)]
+const TERMINAL_CLOSING_TIME: Duration = Duration::from_millis(100);
+
+/// How lines on stderr look.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
+}
+
+/// A text that is no format.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("a log format is text or json")]
+pub(crate) struct LogFormatError;
+
+impl FromStr for LogFormat {
+    type Err = LogFormatError;
+
+    fn from_str(text: &str) -> Result<Self, LogFormatError> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err(LogFormatError),
+        }
+    }
+}
+
+/// Changes what is logged.
+#[derive(Clone, Debug)]
+pub(crate) struct LogLevel(reload::Handle<Targets, Registry>);
+
+impl LogLevel {
+    /// Logs what `filter` lets through from now on.
+    pub(crate) fn set(&self, filter: Targets) {
+        // It fails only without a log.
+        let _ = self.0.reload(without_keys(filter));
+    }
+}
+
 /// Starts logging on stderr what `filter` lets through, but for what would show keys.
-pub(crate) fn start_log(filter: Targets) {
+pub(crate) fn start_log(filter: Targets, format: LogFormat) -> LogLevel {
+    let (filter, handle) = reload::Layer::new(without_keys(filter));
+    let lines = log::layer().with_ansi(false);
+    let lines = match format {
+        LogFormat::Text => lines.with_writer(EscapedStderr(escape)).boxed(),
+        LogFormat::Json => lines.json().with_writer(EscapedStderr(escape_json)).boxed(),
+    };
     tracing_subscriber::registry()
-        .with(log::layer().with_writer(EscapedStderr).with_ansi(false))
-        .with(without_keys(filter))
+        .with(filter)
+        .with(lines)
         .init();
+    LogLevel(handle)
 }
 
 fn without_keys(filter: Targets) -> Targets {
@@ -38,24 +94,24 @@ fn without_keys(filter: Targets) -> Targets {
 }
 
 /// Stderr, on which each event stays one line of printable characters, whatever other parties' text it holds.
-struct EscapedStderr;
+struct EscapedStderr(fn(&str) -> String);
 
 impl<'a> MakeWriter<'a> for EscapedStderr {
     type Writer = EscapedLines<io::Stderr>;
 
     fn make_writer(&'a self) -> Self::Writer {
-        EscapedLines(io::stderr())
+        EscapedLines(io::stderr(), self.0)
     }
 }
 
 /// Takes one event at a time, and escapes control characters within it.
-struct EscapedLines<W>(W);
+struct EscapedLines<W>(W, fn(&str) -> String);
 
 impl<W: Write> Write for EscapedLines<W> {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(event);
         let line = text.strip_suffix('\n').unwrap_or(&text);
-        self.0.write_all((escape(line) + "\n").as_bytes())?;
+        self.0.write_all((self.1(line) + "\n").as_bytes())?;
         Ok(event.len())
     }
 
@@ -64,13 +120,15 @@ impl<W: Write> Write for EscapedLines<W> {
     }
 }
 
+/// Whether a character stays in its line, and leaves the cursor and the direction of what follows alone.
+fn is_plain(c: char) -> bool {
+    !c.is_control()
+        && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}' | '\u{2029}'
+            | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 /// Escapes what would start a new line, move the cursor, or turn the direction of what follows.
 pub(crate) fn escape(text: &str) -> String {
-    let is_plain = |c: char| {
-        !c.is_control()
-            && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}' | '\u{2029}'
-                | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         if is_plain(c) {
@@ -82,9 +140,23 @@ pub(crate) fn escape(text: &str) -> String {
     escaped
 }
 
+/// The same for a line of JSON, where such characters stand in strings only.
+pub(crate) fn escape_json(line: &str) -> String {
+    let mut escaped = String::with_capacity(line.len());
+    for c in line.chars() {
+        if is_plain(c) {
+            escaped.push(c);
+        } else {
+            // None of them is beyond the Basic Multilingual Plane.
+            let _ = write!(escaped, "\\u{:04x}", u32::from(c));
+        }
+    }
+    escaped
+}
+
 /// Says why the process ends, and makes its exit code.
 pub(crate) fn fail(code: u8, error: &dyn fmt::Display) -> ExitCode {
-    say(&format!("error: {error}"));
+    format!("error: {error}").lines().for_each(say);
     ExitCode::from(code)
 }
 
@@ -94,29 +166,97 @@ pub(crate) fn say(line: &str) {
     let _ = writeln!(io::stderr(), "{}", escape(line));
 }
 
-/// Waits for Ctrl-C, or for a request to terminate: SIGTERM, or SIGHUP when the terminal is closed.
-pub(crate) async fn interrupted() {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        let signals = [
-            SignalKind::interrupt(),
-            SignalKind::terminate(),
-            SignalKind::hangup(),
-        ];
-        let [interrupt, terminate, hangup] = signals.map(signal);
-        if let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) =
-            (interrupt, terminate, hangup)
-        {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-                _ = hangup.recv() => {}
-            }
-            return;
+/// Writes a line about the process to stderr, as the log has it.
+pub(crate) fn report(format: LogFormat, line: &str) {
+    match format {
+        LogFormat::Text => line.lines().for_each(say),
+        LogFormat::Json => {
+            let object = serde_json::json!({
+                "timestamp": humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
+                "level": "INFO",
+                "fields": { "message": line },
+                "target": "tunnel_local",
+            });
+            // Without stderr there is nowhere to write to.
+            let _ = writeln!(io::stderr(), "{}", escape_json(&object.to_string()));
         }
     }
-    let _ = tokio::signal::ctrl_c().await;
+}
+
+/// What the process is asked to do.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Wish {
+    /// To end: by Ctrl-C or SIGTERM, or because its terminal was closed.
+    Stop,
+    /// To read its settings again: by SIGHUP.
+    Reload,
+}
+
+/// The signals that the process gets.
+#[cfg(unix)]
+#[derive(Debug)]
+pub(crate) struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+    had_terminal: bool,
+}
+
+#[cfg(unix)]
+impl Signals {
+    /// Takes signals from now on.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub(crate) fn listen() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+            had_terminal: has_terminal(),
+        })
+    }
+
+    /// Waits for the next one.
+    pub(crate) async fn next(&mut self) -> Wish {
+        tokio::select! {
+            _ = self.interrupt.recv() => return Wish::Stop,
+            _ = self.terminate.recv() => return Wish::Stop,
+            _ = self.hangup.recv() => {}
+        }
+        // The same signal says that the terminal has closed. A shell may pass it on before the terminal is gone.
+        tokio::time::sleep(TERMINAL_CLOSING_TIME).await;
+        if self.had_terminal && !has_terminal() {
+            Wish::Stop
+        } else {
+            Wish::Reload
+        }
+    }
+}
+
+/// Whether the process has a terminal that controls it.
+#[cfg(unix)]
+fn has_terminal() -> bool {
+    std::fs::File::open("/dev/tty").is_ok()
+}
+
+/// The signals that the process gets: only Ctrl-C.
+#[cfg(not(unix))]
+#[derive(Debug)]
+pub(crate) struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    /// Takes signals from now on.
+    pub(crate) fn listen() -> io::Result<Self> {
+        Ok(Self)
+    }
+
+    /// Waits for the next one.
+    pub(crate) async fn next(&mut self) -> Wish {
+        let _ = tokio::signal::ctrl_c().await;
+        Wish::Stop
+    }
 }
 
 /// Lets the process open as many files as the system allows it to, and returns how many that is if fewer than `wanted`.
@@ -153,7 +293,7 @@ mod tests {
 
     #[test]
     fn an_event_is_one_line_whatever_text_it_contains() {
-        let mut lines = EscapedLines(Vec::new());
+        let mut lines = EscapedLines(Vec::new(), escape);
         lines
             .write_all(
                 "WARN rules: `x\n2026 ERROR forged\r\u{1b}[31m \u{9b}1m \u{202e}gpj`\n".as_bytes(),
@@ -178,5 +318,15 @@ mod tests {
                 "{target}"
             );
         }
+    }
+
+    #[test]
+    fn a_line_of_json_stays_json() {
+        let line =
+            serde_json::json!({ "message": "x\n\u{1b}[31m \u{9b}1m \u{202e}gpj" }).to_string();
+        let escaped = escape_json(&line);
+        assert!(escaped.is_ascii(), "{escaped}");
+        let read: serde_json::Value = serde_json::from_str(&escaped).expect("JSON");
+        assert_eq!(read["message"], "x\n\u{1b}[31m \u{9b}1m \u{202e}gpj");
     }
 }

@@ -14,12 +14,11 @@ use tunnel_service::{
     aws::sdk::SdkConfig,
     replies::Replies,
     routing::PublicUrl,
-    settings::SettingsError,
 };
 
 use crate::{
     front::visitor_sockets::EdgeSecret,
-    options::{Options, Transport},
+    options::{Options, OptionsError, Transport},
 };
 
 /// The functions.
@@ -54,7 +53,7 @@ impl Functions {
     pub(crate) fn new(
         options: &Options,
         surroundings: &Surroundings<'_>,
-    ) -> Result<Self, SettingsError> {
+    ) -> Result<Self, OptionsError> {
         let auth = auth(options)?;
         let sdk = surroundings.sdk;
         let connect = tunnel_connect::Settings {
@@ -130,12 +129,13 @@ impl Surroundings<'_> {
     }
 }
 
-fn auth(options: &Options) -> Result<AuthSettings, SettingsError> {
+fn auth(options: &Options) -> Result<AuthSettings, OptionsError> {
     let credentials = match options.auth {
         AuthMode::Token => Credentials::Token,
         AuthMode::Jwt => {
             let settings = options.jwt.clone().unwrap_or_default();
-            Credentials::Jwt(Arc::new(Jwt::new(settings)?))
+            let jwt = Jwt::new(settings).map_err(|error| OptionsError::of_jwt(&error))?;
+            Credentials::Jwt(Arc::new(jwt))
         }
         AuthMode::Open => Credentials::Open,
     };

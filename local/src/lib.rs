@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod cli;
+mod config_file;
 mod console;
 mod front;
 mod functions;

@@ -9,6 +9,7 @@ use tunnel_protocol::cidr::Cidr;
 use tunnel_service::{
     auth::{AuthMode, jwt::JwtSettings},
     routing::{PublicUrl, Routing},
+    settings::SettingsError,
 };
 
 /// The settings of a server.
@@ -89,6 +90,27 @@ pub enum OptionsError {
         "--auth jwt needs --jwt-issuer, --jwt-audience, and either --jwt-jwks-url or --jwt-secret (in the environment: TUNNEL_JWT_...)"
     )]
     IncompleteJwt,
+    /// JSON Web Tokens cannot be validated with these settings.
+    #[error("{0}")]
+    Jwt(String),
+}
+
+impl OptionsError {
+    /// What is wrong with the settings of JSON Web Tokens, by the names that they have here: those of flags.
+    pub(crate) fn of_jwt(error: &SettingsError) -> Self {
+        let names = [
+            ("JWT_ISSUER", "--jwt-issuer"),
+            ("JWT_AUDIENCE", "--jwt-audience"),
+            ("JWT_JWKS_URL", "--jwt-jwks-url"),
+            ("JWT_SECRET", "--jwt-secret"),
+        ];
+        let said = names
+            .iter()
+            .fold(error.to_string(), |said, (variable, flag)| {
+                said.replace(variable, flag)
+            });
+        Self::Jwt(said)
+    }
 }
 
 impl Options {

@@ -1,6 +1,14 @@
 //! The parts put together, started and stopped.
 
-use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io::{self, Write},
+    net::SocketAddr,
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use aws_sdk_dynamodb::Client;
 use tokio::{
@@ -8,7 +16,6 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use tracing::{info, warn};
-use tunnel_forward::Forward;
 use tunnel_local_aws::{
     caller::AccessKey,
     dynamodb::{self, DataError, DirectoryLock},
@@ -23,7 +30,6 @@ use tunnel_service::{
     now,
     replies::Replies,
     routing::PublicUrl,
-    settings::SettingsError,
     tables::connections::ConnectionsTable,
     tables::dynamodb::StoreError,
     tables::tokens::TokensTable,
@@ -52,6 +58,8 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(9_500);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long of that agents have, too, to close their side.
 const CLOSE_AGENTS_TIMEOUT: Duration = Duration::from_secs(9);
+/// The name of the first token.
+const FIRST_TOKEN: &str = "first";
 
 /// Why a server does not start.
 #[derive(Debug, thiserror::Error)]
@@ -73,9 +81,6 @@ pub enum ServerError {
     /// The tables do not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A function does not take its settings.
-    #[error(transparent)]
-    Settings(#[from] SettingsError),
     /// The listening address makes no URL.
     #[error("{0} makes no public URL: set --public-url")]
     PublicUrl(SocketAddr),
@@ -90,11 +95,13 @@ pub struct Server {
     pub public_url: PublicUrl,
     /// Where agents connect.
     pub endpoint: String,
-    /// The agent token that was made because there was none; it is not stored and cannot be shown again.
+    /// The agent token that was made because there was none; only its hash is in the tables.
     pub first_token: Option<String>,
+    /// The file in the data directory that the first token was written to.
+    pub first_token_file: Option<PathBuf>,
     tables: Tables,
     connections: ConnectionRegistry,
-    forward: Forward,
+    front: Front,
     visitors: Subsystem,
     agents: Subsystem,
     engine: Subsystem,
@@ -155,7 +162,6 @@ impl Server {
                 replies: &replies,
             },
         )?;
-        let forward = functions.forward.clone();
         let subsystems = Subsystems::default();
         let mut front = front(
             &options,
@@ -172,21 +178,36 @@ impl Server {
         }
         let Subsystems { visitors, agents } = subsystems;
         agents.spawn(front.agents.clone().recheck());
-        let first_token = first_token(options.auth, &engine.tables.tokens).await?;
-        visitors.spawn(listener::listen(listener, front, visitors.clone()));
+        let (first_token, first_token_file) = first_token(&options, &engine.tables.tokens).await?;
+        visitors.spawn(listener::listen(listener, front.clone(), visitors.clone()));
         Ok(Self {
             address,
             endpoint: format!("{}{}", websocket_scheme(&public_url), agents::PATH),
             public_url,
             first_token,
+            first_token_file,
             tables: engine.tables,
             connections,
-            forward,
+            front,
             visitors,
             agents,
             engine: engine.subsystem,
             _directory: directory,
         })
+    }
+
+    /// Changes what can change while the server runs: the limits of tunnels and owners, and the trusted proxies.
+    pub fn set_limits(&self, options: &Options) {
+        let Front { visitors, agents } = &self.front;
+        visitors.forward.set_limits(
+            options.max_concurrent_requests,
+            options.max_requests_per_second,
+        );
+        visitors.proxies.set(options.trusted_proxies.clone());
+        agents
+            .connect
+            .set_max_tunnel_ids(options.max_tunnel_ids_per_owner);
+        agents.limit.set(options.quotas.agents_of_one);
     }
 
     /// Creates an agent token with a name and returns it.
@@ -226,7 +247,10 @@ impl Server {
         let now = Instant::now();
         let drained_by = now + DRAIN_TIMEOUT;
         self.visitors.stop("visitors", drained_by).await;
-        if timeout_at(drained_by, self.forward.finish()).await.is_err() {
+        if timeout_at(drained_by, self.front.visitors.forward.finish())
+            .await
+            .is_err()
+        {
             warn!("requests were still in flight");
         }
         self.agents.stop("agents", now + CLOSE_AGENTS_TIMEOUT).await;
@@ -402,7 +426,7 @@ fn front(
             connections: connections.clone(),
             replies,
             quotas: options.quotas,
-            limit: AgentLimit::default(),
+            limit: AgentLimit::new(options.quotas.agents_of_one),
             clock: ConnectionClock::default(),
             disconnecting: agents::DisconnectPermits::default(),
             tasks: subsystems.agents.tracker().clone(),
@@ -417,12 +441,29 @@ fn websocket_scheme(public_url: &PublicUrl) -> String {
         .map_or(url.clone(), |rest| format!("ws{rest}"))
 }
 
-/// Where agents need tokens and none exists, makes the first.
-async fn first_token(auth: AuthMode, tokens: &TokensTable) -> Result<Option<String>, StoreError> {
-    if auth != AuthMode::Token || !tokens.list().await?.is_empty() {
-        return Ok(None);
+/// Where agents need tokens and none exists, makes the first. If data is kept, so is the token, in a file that only the server's user
+/// can read: whatever collects stderr keeps it for longer, and for others to read.
+async fn first_token(
+    options: &Options,
+    tokens: &TokensTable,
+) -> Result<(Option<String>, Option<PathBuf>), ServerError> {
+    if options.auth != AuthMode::Token || !tokens.list().await?.is_empty() {
+        return Ok((None, None));
     }
-    tokens.create("first", None, now()).await.map(Some)
+    let file = options
+        .data
+        .as_deref()
+        .map(dynamodb::first_token_file)
+        .transpose()?;
+    let token = tokens.create(FIRST_TOKEN, None, now()).await?;
+    let Some((path, mut file)) = file else {
+        return Ok((Some(token), None));
+    };
+    writeln!(file, "{token}").map_err(|source| DataError::File {
+        path: path.clone(),
+        source,
+    })?;
+    Ok((Some(token), Some(path)))
 }
 
 #[cfg(test)]

@@ -3,7 +3,14 @@
 //! API Gateway completes the upgrade only after this function has answered with a 2xx status; any other status is what the
 //! agent's handshake sees. Nothing can be sent to the connection yet, so the tunnel goes online with the agent's first message.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
 use http::HeaderMap;
@@ -71,7 +78,8 @@ pub struct Connect {
     authenticator: Authenticator,
     tunnels: TunnelsTable,
     connections: ConnectionsTable,
-    max_tunnel_ids: u32,
+    /// 0 means no limit. Clones share it.
+    max_tunnel_ids: Arc<AtomicU32>,
 }
 
 /// A handshake that the service has to accept or refuse.
@@ -223,8 +231,13 @@ impl Connect {
             authenticator: Authenticator::new(settings.auth, sdk),
             tunnels: TunnelsTable::new(sdk, settings.tunnels_table),
             connections: ConnectionsTable::new(sdk, settings.connections_table),
-            max_tunnel_ids: settings.max_tunnel_ids,
+            max_tunnel_ids: Arc::new(settings.max_tunnel_ids.into()),
         }
+    }
+
+    /// Changes how many tunnel ids one owner may have; 0 means no limit. Those who have more keep them.
+    pub fn set_max_tunnel_ids(&self, most: u32) {
+        self.max_tunnel_ids.store(most, Ordering::Relaxed);
     }
 
     /// Handles an event.
@@ -309,11 +322,12 @@ impl Connect {
             Ok(id) => id,
             Err(error) => return Ok(Err(HandshakeRefusal::InvalidTunnelId(error))),
         };
+        let max_tunnel_ids = self.max_tunnel_ids.load(Ordering::Relaxed);
         let claim = match handshake.purpose {
             Purpose::Release(_) => self.may_release(&tunnel_id, &identity).await?,
             Purpose::Serve(_) | Purpose::TakeReplies => {
                 self.tunnels
-                    .claim(&tunnel_id, &identity.owner, self.max_tunnel_ids, now())
+                    .claim(&tunnel_id, &identity.owner, max_tunnel_ids, now())
                     .await?
             }
         };
@@ -321,7 +335,7 @@ impl Connect {
             Claim::Owned => {}
             Claim::Taken => return Ok(Err(HandshakeRefusal::NameTaken(tunnel_id))),
             Claim::TooMany => {
-                return Ok(Err(HandshakeRefusal::TooManyTunnelIds(self.max_tunnel_ids)));
+                return Ok(Err(HandshakeRefusal::TooManyTunnelIds(max_tunnel_ids)));
             }
         }
         let connection = Connection::Agent(AgentConnection {

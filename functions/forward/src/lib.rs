@@ -477,6 +477,13 @@ impl Forward {
         logins.welcome(&form, path, &page).await
     }
 
+    /// Changes the limits for requests that come from now on: those of one tunnel at once and per second; 0 means no limit.
+    pub fn set_limits(&self, max_concurrent_requests: u32, max_requests_per_second: u32) {
+        self.0
+            .rate_limiter
+            .set(max_concurrent_requests, max_requests_per_second);
+    }
+
     /// Waits for what requests have left behind: uploads, and messages on their way to agents, such as cancellations.
     pub async fn finish(&self) {
         finish(&self.0.uploads).await;

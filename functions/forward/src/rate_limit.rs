@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -26,8 +29,10 @@ pub(crate) struct RateLimiter(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    max_concurrent: u32,
-    per_second: f64,
+    /// 0 means no limit.
+    max_concurrent: AtomicU32,
+    /// 0 means no limit.
+    per_second: AtomicU32,
     tunnels: Mutex<HashMap<TunnelId, Usage>>,
 }
 
@@ -46,16 +51,28 @@ pub(crate) struct Permit(RateLimiter, TunnelId);
 impl RateLimiter {
     /// Lets each tunnel have `max_concurrent` requests in progress and `per_second` new ones; 0 means no limit.
     pub(crate) fn new(max_concurrent: u32, per_second: u32) -> Self {
-        let max_concurrent = if max_concurrent == 0 {
-            u32::MAX
-        } else {
-            max_concurrent
-        };
         Self(Arc::new(Shared {
-            max_concurrent,
+            max_concurrent: max_concurrent.into(),
             per_second: per_second.into(),
             tunnels: Mutex::default(),
         }))
+    }
+
+    /// Changes the limits for requests that come from now on.
+    pub(crate) fn set(&self, max_concurrent: u32, per_second: u32) {
+        self.0.max_concurrent.store(max_concurrent, Relaxed);
+        self.0.per_second.store(per_second, Relaxed);
+    }
+
+    fn max_concurrent(&self) -> u32 {
+        match self.0.max_concurrent.load(Relaxed) {
+            0 => u32::MAX,
+            most => most,
+        }
+    }
+
+    fn per_second(&self) -> f64 {
+        self.0.per_second.load(Relaxed).into()
     }
 
     /// A permit for a request that comes `now`.
@@ -74,13 +91,14 @@ impl RateLimiter {
         });
         usage.tokens = self.tokens(usage, now);
         usage.filled = now;
-        if usage.in_flight >= self.0.max_concurrent {
+        if usage.in_flight >= self.max_concurrent() {
             return Err(ForwardError::RateLimited(RETRY_AFTER));
         }
-        if self.0.per_second > 0.0 {
+        let per_second = self.per_second();
+        if per_second > 0.0 {
             if usage.tokens < 1.0 {
                 return Err(ForwardError::RateLimited(Duration::from_secs_f64(
-                    (1.0 - usage.tokens) / self.0.per_second,
+                    (1.0 - usage.tokens) / per_second,
                 )));
             }
             usage.tokens -= 1.0;
@@ -90,11 +108,11 @@ impl RateLimiter {
     }
 
     fn burst(&self) -> f64 {
-        self.0.per_second * f64::from(BURST_SECONDS)
+        self.per_second() * f64::from(BURST_SECONDS)
     }
 
     fn tokens(&self, usage: &Usage, now: Instant) -> f64 {
-        (usage.tokens + (now - usage.filled).as_secs_f64() * self.0.per_second).min(self.burst())
+        (usage.tokens + (now - usage.filled).as_secs_f64() * self.per_second()).min(self.burst())
     }
 
     /// Held between awaits only.

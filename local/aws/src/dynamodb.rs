@@ -40,6 +40,8 @@ const TEMPLATE: &str = include_str!("../../../template.yaml");
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// The file in a data directory that holds everything.
 const DATABASE_FILE: &str = "tunnel.db";
+/// The file in a data directory with the token that was made when there was none.
+const FIRST_TOKEN_FILE: &str = "first-token";
 /// The file in a data directory that the server which uses it has locked; it holds that server's process id.
 const LOCK_FILE: &str = "tunnel.lock";
 
@@ -186,6 +188,20 @@ fn private_file(path: &Path) -> Result<File, DataError> {
         file.set_permissions(permissions).map_err(fault)?;
     }
     Ok(file)
+}
+
+/// Makes the file in a data directory for a server's first token; only its user can read it.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn first_token_file(directory: &Path) -> Result<(PathBuf, File), DataError> {
+    let path = directory.join(FIRST_TOKEN_FILE);
+    let file = private_file(&path)?;
+    file.set_len(0).map_err(|source| DataError::File {
+        path: path.clone(),
+        source,
+    })?;
+    Ok((path, file))
 }
 
 /// Opens the engine's data; without a directory it forgets all at the end.

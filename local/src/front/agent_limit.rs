@@ -2,14 +2,23 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use tunnel_service::auth::owner::Owner;
 
-/// How many connections each owner has open. Clones share it.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct AgentLimit(Arc<Mutex<HashMap<Owner, usize>>>);
+/// How many connections each owner has open, and may have. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct AgentLimit(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    max: AtomicUsize,
+    open: Mutex<HashMap<Owner, usize>>,
+}
 
 /// A connection's place among its owner's. Dropped, it is free again.
 #[derive(Debug)]
@@ -19,8 +28,22 @@ pub(crate) struct AgentPermit {
 }
 
 impl AgentLimit {
-    /// Takes a place, if `owner` has fewer than `max` connections.
-    pub(crate) fn acquire(&self, owner: Owner, max: usize) -> Option<AgentPermit> {
+    /// Lets each owner have `max` connections.
+    pub(crate) fn new(max: usize) -> Self {
+        Self(Arc::new(Shared {
+            max: max.into(),
+            open: Mutex::default(),
+        }))
+    }
+
+    /// Changes how many each may have. Those who have more keep them.
+    pub(crate) fn set(&self, max: usize) {
+        self.0.max.store(max, Ordering::Relaxed);
+    }
+
+    /// Takes a place, if `owner` has fewer connections than it may.
+    pub(crate) fn acquire(&self, owner: Owner) -> Option<AgentPermit> {
+        let max = self.0.max.load(Ordering::Relaxed);
         let mut open = self.lock();
         if open.get(&owner).is_some_and(|open| *open >= max) {
             return None;
@@ -34,7 +57,7 @@ impl AgentLimit {
 
     /// Held between awaits only.
     fn lock(&self) -> MutexGuard<'_, HashMap<Owner, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -58,17 +81,15 @@ mod tests {
 
     #[test]
     fn each_owner_has_its_own_places_and_they_are_free_again() {
-        let limit = AgentLimit::default();
+        let limit = AgentLimit::new(2);
         let alice = || Owner::Jwt(SubjectHash::of("issuer", "alice"));
-        let first = limit.acquire(alice(), 2).expect("the first");
-        let _second = limit.acquire(alice(), 2).expect("the second");
-        assert!(limit.acquire(alice(), 2).is_none());
-        assert!(
-            limit
-                .acquire(Owner::Token(TokenHash::of("bob")), 2)
-                .is_some()
-        );
+        let first = limit.acquire(alice()).expect("the first");
+        let _second = limit.acquire(alice()).expect("the second");
+        assert!(limit.acquire(alice()).is_none());
+        assert!(limit.acquire(Owner::Token(TokenHash::of("bob"))).is_some());
         drop(first);
-        assert!(limit.acquire(alice(), 2).is_some());
+        let _again = limit.acquire(alice()).expect("free again");
+        limit.set(3);
+        assert!(limit.acquire(alice()).is_some(), "one more than before");
     }
 }

@@ -186,7 +186,7 @@ impl AgentFront {
         let permit = match &caller {
             Caller::Agent(identity) => {
                 let owner = identity.owner.clone();
-                let permit = self.limit.acquire(owner, self.quotas.agents_of_one);
+                let permit = self.limit.acquire(owner);
                 Some(permit.ok_or_else(|| {
                     text(
                         StatusCode::TOO_MANY_REQUESTS,

@@ -1,6 +1,9 @@
 //! Reverse proxies in front of this process, and what they say of a visitor.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use http::{HeaderMap, HeaderName};
 use tunnel_protocol::{
@@ -12,8 +15,8 @@ use tunnel_protocol::{
 const UNKNOWN: &str = "unknown";
 
 /// The proxies whose word counts.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct TrustedProxies(Vec<Cidr>);
+#[derive(Debug, Default)]
+pub(crate) struct TrustedProxies(Mutex<Arc<[Cidr]>>);
 
 /// Where a request comes from.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -29,17 +32,29 @@ pub(crate) struct VisitorOrigin {
 impl TrustedProxies {
     /// Those with an address in one of these networks.
     pub(crate) fn new(networks: Vec<Cidr>) -> Self {
-        Self(networks)
+        Self(Mutex::new(networks.into()))
+    }
+
+    /// Trusts those in these networks from now on.
+    pub(crate) fn set(&self, networks: Vec<Cidr>) {
+        *self.lock() = networks.into();
+    }
+
+    /// Held between awaits only.
+    fn lock(&self) -> MutexGuard<'_, Arc<[Cidr]>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where a request with these fields comes from that `peer` has sent. Only what a trusted proxy has written counts: in
     /// `X-Forwarded-For`, to which each adds the address that it sees, what is right of the first address that is none of theirs.
     pub(crate) fn origin(&self, peer: IpAddr, fields: &HeaderMap) -> VisitorOrigin {
+        let networks = self.lock().clone();
+        let trusts = |address: IpAddr| networks.iter().any(|network| network.contains(address));
         let mut origin = VisitorOrigin {
             address: peer.to_canonical().to_string(),
             ..VisitorOrigin::default()
         };
-        if !self.trusts(peer) {
+        if !trusts(peer) {
             return origin;
         }
         for said in values(fields, FORWARDED_FOR).rev() {
@@ -48,7 +63,7 @@ impl TrustedProxies {
                 break;
             };
             origin.address = address.to_canonical().to_string();
-            if !self.trusts(address) {
+            if !trusts(address) {
                 break;
             }
         }
@@ -63,10 +78,6 @@ impl TrustedProxies {
             .filter(|scheme| matches!(&**scheme, "http" | "https"));
         origin.host = last(FORWARDED_HOST);
         origin
-    }
-
-    fn trusts(&self, address: IpAddr) -> bool {
-        self.0.iter().any(|network| network.contains(address))
     }
 }
 

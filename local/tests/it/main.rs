@@ -6,6 +6,7 @@
 mod access;
 mod compatibility;
 mod events;
+mod executable;
 mod faults;
 mod fidelity;
 mod front;
