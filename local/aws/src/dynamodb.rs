@@ -38,12 +38,19 @@ use crate::caller::AccessKey;
 const TEMPLATE: &str = include_str!("../../../template.yaml");
 /// How often expired items are removed. The engine does not do it on its own.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// The format of what the tables hold, kept as SQLite's user_version. Data from before it was kept has 0 and the same format.
+const FORMAT: u32 = 1;
 /// The file in a data directory that holds everything.
-const DATABASE_FILE: &str = "tunnel.db";
+pub(crate) const DATABASE_FILE: &str = "tunnel.db";
 /// The file in a data directory with the token that was made when there was none.
 const FIRST_TOKEN_FILE: &str = "first-token";
 /// The file in a data directory that the server which uses it has locked; it holds that server's process id.
 const LOCK_FILE: &str = "tunnel.lock";
+
+/// Where SQLite keeps a number of the application's own.
+const USER_VERSION: &str = "user_version";
+/// How long another process may keep the database locked.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The name of the table with the tunnels, as in the template.
 pub const TUNNELS: &str = "TunnelsTable";
@@ -94,6 +101,25 @@ pub enum DataError {
         path: PathBuf,
         /// The cause.
         source: DynoxideError,
+    },
+    /// The data is of a newer version of this program.
+    #[error(
+        "{} is of a newer version: it has format {found}, and this version reads formats up to {FORMAT}. Use the version that has written it, or a backup from before",
+        path.display()
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+    /// The format of the data cannot be read or noted.
+    #[error("cannot use {}: {source}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: rusqlite::Error,
     },
     /// The engine does not work in memory.
     #[error("the database engine cannot start: {0}")]
@@ -171,7 +197,7 @@ fn create_private(directory: &Path) -> Result<(), DataError> {
 }
 
 /// Opens or creates a file that only its user can read, whatever the directory lets others do.
-fn private_file(path: &Path) -> Result<File, DataError> {
+pub(crate) fn private_file(path: &Path) -> Result<File, DataError> {
     let fault = |source| DataError::File {
         path: path.to_owned(),
         source,
@@ -222,7 +248,41 @@ pub fn open(data: Option<&Path>) -> Result<Database, DataError> {
         }
     }
     let name = path.to_str().ok_or_else(|| DataError::Path(path.clone()))?;
+    note_format(&path)?;
     Database::new(name).map_err(|source| DataError::Open { path, source })
+}
+
+/// Refuses data of a newer format. Older data is read as it is, and from then on has this version's.
+fn note_format(path: &Path) -> Result<(), DataError> {
+    let fault = |source| DataError::Format {
+        path: path.to_owned(),
+        source,
+    };
+    let database = rusqlite::Connection::open(path).map_err(fault)?;
+    database.busy_timeout(BUSY_TIMEOUT).map_err(fault)?;
+    if check_format(&database, path)? < FORMAT {
+        database
+            .pragma_update(None, USER_VERSION, FORMAT)
+            .map_err(fault)?;
+    }
+    Ok(())
+}
+
+/// The format of a database, if this version reads it.
+pub(crate) fn check_format(database: &rusqlite::Connection, path: &Path) -> Result<u32, DataError> {
+    let found = database
+        .pragma_query_value(None, USER_VERSION, |row| row.get(0))
+        .map_err(|source| DataError::Format {
+            path: path.to_owned(),
+            source,
+        })?;
+    if found > FORMAT {
+        return Err(DataError::Newer {
+            path: path.to_owned(),
+            found,
+        });
+    }
+    Ok(found)
 }
 
 /// Whether a directory holds data.
@@ -376,7 +436,8 @@ fn carry_out(database: &Database, operation: &str, body: &[u8]) -> Result<Vec<u8
     }
 }
 
-async fn sweep(database: Database, stop: CancellationToken) {
+/// Removes expired items until `stop` is cancelled.
+pub async fn sweep(database: Database, stop: CancellationToken) {
     let mut due = interval(SWEEP_INTERVAL);
     loop {
         tokio::select! {
