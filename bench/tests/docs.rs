@@ -12,7 +12,12 @@ use std::{
 /// Directories without sources of this repository.
 const SKIPPED: [&str; 5] = ["target", ".git", ".tools", ".aws-sam", "node_modules"];
 /// Paths that the documentation names and that are not in this repository.
-const ELSEWHERE: [&str; 2] = ["ttf/config.toml", "ttf/tunnels.toml"];
+const ELSEWHERE: [&str; 4] = [
+    "ttf/config.toml",
+    "ttf/tunnels.toml",
+    "tunnel-local/config.toml",
+    "/etc/tunnel-local/config.toml",
+];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

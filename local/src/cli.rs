@@ -21,7 +21,7 @@ use tunnel_service::{
 };
 
 use crate::{
-    Options, Server, ServerError,
+    AccessLogFormat, AccessLogOptions, Options, Server, ServerError,
     config_file::{self, ConfigFile},
     console::{LogFormat, LogLevel, Signals, Wish, fail, raise_open_files, report, start_log},
     front::listener::MAX_OPEN_CONNECTIONS,
@@ -106,6 +106,21 @@ struct Cli {
         value_name = "CIDR"
     )]
     trust_proxy: Vec<Cidr>,
+    /// Where you ask for metrics, health, and who is connected: /metrics, /healthz, /readyz, /agents and /tunnels at this address [default: nowhere]
+    #[arg(long, env = "TUNNEL_ADMIN", value_name = "ADDRESS")]
+    admin: Option<SocketAddr>,
+    /// Serve --admin at an address that other machines can connect to; nobody is asked for a password
+    #[arg(long, env = "TUNNEL_ADMIN_REMOTE")]
+    admin_remote: bool,
+    /// Count each tunnel's requests and bytes for itself in /metrics
+    #[arg(long, env = "TUNNEL_METRICS_PER_TUNNEL")]
+    metrics_per_tunnel: bool,
+    /// Write a line for each request of a visitor to this file, or to stdout with -
+    #[arg(long, env = "TUNNEL_ACCESS_LOG", value_name = "FILE")]
+    access_log: Option<PathBuf>,
+    /// How lines of the access log look: as Apache and nginx combine them, or as JSON
+    #[arg(long, env = "TUNNEL_ACCESS_LOG_FORMAT", value_parser = words::<AccessLogFormat>(&["combined", "json"]), default_value = "combined", value_name = "FORMAT")]
+    access_log_format: AccessLogFormat,
     /// Serve a stand-in DynamoDB and @connections for `sam local invoke` instead
     #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
     samples: bool,
@@ -245,6 +260,13 @@ impl Cli {
             max_requests_per_second: self.max_requests_per_second,
             max_tunnel_ids_per_owner: self.max_tunnel_ids_per_owner,
             trusted_proxies: self.trust_proxy.clone(),
+            admin: self.admin,
+            admin_remote: self.admin_remote,
+            metrics_per_tunnel: self.metrics_per_tunnel,
+            access_log: self.access_log.clone().map(|path| AccessLogOptions {
+                target: path.into(),
+                format: self.access_log_format,
+            }),
             ..Options::default()
         }
     }
@@ -315,14 +337,16 @@ async fn serve(
 ) -> ExitCode {
     let format = started.cli.log_format;
     let mut current = None;
-    // Without a file, SIGHUP has nothing to read again and ends the process, as it does by default.
-    while signals.next().await == Wish::Reload && started.file.is_some() {
+    let has_access_log = matches!(&started.cli.access_log, Some(path) if path.as_os_str() != "-");
+    // With neither a config file nor an access log, SIGHUP ends the process, as it does by default.
+    while signals.next().await == Wish::Reload && (started.file.is_some() || has_access_log) {
+        server.reopen_access_log();
         match Invocation::read() {
             Ok(invocation) => {
-                let before = current.as_ref().unwrap_or(&started);
-                report(format, &changed(&invocation, before, &started));
                 log_level.set(invocation.cli.log_level.clone());
                 server.set_limits(&invocation.cli.options());
+                let before = current.as_ref().unwrap_or(&started);
+                report(format, &changed(&invocation, before, &started));
                 current = Some(invocation);
             }
             Err(error) => report(format, &format!("not reloaded: {error}")),
@@ -374,6 +398,9 @@ fn announce(server: &Server, format: LogFormat) {
         ..
     } = server;
     let say = |line: &str| report(format, line);
+    if let Some(address) = server.admin_address {
+        say(&format!("metrics, health and agents at http://{address}"));
+    }
     say(&format!(
         "ready: visitors at {public_url}, agents at {endpoint}"
     ));

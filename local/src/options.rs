@@ -12,6 +12,8 @@ use tunnel_service::{
     settings::SettingsError,
 };
 
+use crate::operator::AccessLogOptions;
+
 /// The settings of a server.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -39,6 +41,14 @@ pub struct Options {
     pub max_tunnel_ids_per_owner: u32,
     /// Reverse proxies in front of this process whose forwarding fields are believed.
     pub trusted_proxies: Vec<Cidr>,
+    /// Where the operator asks for metrics, health and who is connected; nowhere if not set.
+    pub admin: Option<SocketAddr>,
+    /// Serve `admin` at an address that other machines can connect to.
+    pub admin_remote: bool,
+    /// Count each tunnel's requests for itself.
+    pub metrics_per_tunnel: bool,
+    /// A log with a line for each request.
+    pub access_log: Option<AccessLogOptions>,
     /// How the functions reach each other and agents.
     pub transport: Transport,
 }
@@ -69,6 +79,10 @@ impl Default for Options {
             max_requests_per_second: 0,
             max_tunnel_ids_per_owner: MAX_TUNNEL_IDS_PER_OWNER,
             trusted_proxies: Vec::new(),
+            admin: None,
+            admin_remote: false,
+            metrics_per_tunnel: false,
+            access_log: None,
             transport: Transport::default(),
         }
     }
@@ -85,6 +99,11 @@ pub enum OptionsError {
     /// Visitors could not use the listening address.
     #[error("visitors cannot reach {0}: set --public-url to the address that they use")]
     NoPublicUrl(SocketAddr),
+    /// Other machines could ask what only the operator may know.
+    #[error(
+        "refusing to serve --admin at {0}, where other machines can connect without a password: use a loopback address, or --admin-remote if only those can connect who may"
+    )]
+    RemoteAdmin(SocketAddr),
     /// JSON Web Tokens are required, and nothing says how they are validated.
     #[error(
         "--auth jwt needs --jwt-issuer, --jwt-audience, and either --jwt-jwks-url or --jwt-secret (in the environment: TUNNEL_JWT_...)"
@@ -131,6 +150,12 @@ impl Options {
         if self.public_url.is_none() && self.listen.ip().is_unspecified() {
             return Err(OptionsError::NoPublicUrl(self.listen));
         }
+        if let Some(admin) = self.admin
+            && !admin.ip().is_loopback()
+            && !self.admin_remote
+        {
+            return Err(OptionsError::RemoteAdmin(admin));
+        }
         if self.auth == AuthMode::Jwt && !self.jwt.as_ref().is_some_and(is_complete) {
             return Err(OptionsError::IncompleteJwt);
         }
@@ -147,6 +172,19 @@ fn is_complete(jwt: &JwtSettings) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_machines_ask_the_operators_address_only_if_that_is_wanted() {
+        let admin = SocketAddr::from(([192, 0, 2, 1], 9090));
+        let options = |admin_remote| Options {
+            admin: Some(admin),
+            admin_remote,
+            ..Options::default()
+        };
+        let refused = Err(OptionsError::RemoteAdmin(admin));
+        assert_eq!(options(false).validate(), refused);
+        assert_eq!(options(true).validate(), Ok(()));
+    }
 
     #[test]
     fn a_server_open_to_strangers_or_out_of_visitors_reach_is_refused() {

@@ -11,6 +11,11 @@ use std::{
 };
 
 use aws_sdk_dynamodb::Client;
+use axum::{
+    extract::{Request, State},
+    middleware::{Next, from_fn_with_state},
+    response::Response,
+};
 use tokio::{
     net::TcpListener,
     time::{Instant, timeout_at},
@@ -48,6 +53,7 @@ use crate::{
         visitors::VisitorFront,
     },
     functions::{Functions, Surroundings},
+    operator::{AccessLog, Observer, admin_api::AdminApi},
     options::{Options, OptionsError, Transport},
     subsystem::Subsystem,
 };
@@ -81,6 +87,9 @@ pub enum ServerError {
     /// The tables do not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The access log cannot be written.
+    #[error("cannot write the access log: {0}")]
+    AccessLog(#[source] io::Error),
     /// The listening address makes no URL.
     #[error("{0} makes no public URL: set --public-url")]
     PublicUrl(SocketAddr),
@@ -91,6 +100,8 @@ pub enum ServerError {
 pub struct Server {
     /// Where it listens.
     pub address: SocketAddr,
+    /// Where the operator asks, if anywhere.
+    pub admin_address: Option<SocketAddr>,
     /// Where visitors reach it.
     pub public_url: PublicUrl,
     /// Where agents connect.
@@ -137,18 +148,14 @@ impl Server {
 
     async fn start_here(options: Options) -> Result<Self, ServerError> {
         options.validate()?;
-        let directory = options
-            .data
-            .as_deref()
-            .map(DirectoryLock::acquire)
-            .transpose()?;
-        let listener = bind(options.listen).await?;
-        let address = local_address(&listener)?;
+        let directory = options.data.as_deref();
+        let directory = directory.map(DirectoryLock::acquire).transpose()?;
+        let observer = Arc::new(observer(&options)?);
+        let (listener, address) = bind_at(options.listen).await?;
         let public_url = public_url(&options, address)?;
-        let engine = Engine::start(&options).await?;
-        let management = bind(LOOPBACK).await?;
-        let websocket_api =
-            WebSocketApiUrl::of_socket(local_address(&management)?, management::STAGE);
+        let engine = Engine::start(&options, &observer).await?;
+        let (management, management_address) = bind_at(LOOPBACK).await?;
+        let websocket_api = WebSocketApiUrl::of_socket(management_address, management::STAGE);
         let sockets = Sockets::open(&options).await?;
         let (connections, replies) = (ConnectionRegistry::default(), Replies::default());
         let functions = Functions::new(
@@ -166,22 +173,26 @@ impl Server {
         let mut front = front(
             &options,
             functions,
+            &observer,
             &connections,
-            replies,
+            replies.clone(),
             &subsystems,
             &public_url,
         );
         if let Some(sockets) = sockets {
             front.visitors.sockets = Some(sockets.serve(&engine, &front, &subsystems));
-            let api = engine.management(&connections, options.quotas);
-            engine.serve(management, api.merge(agents::router(&front.agents)));
+            engine.serve_agents(management, &front.agents);
         }
         let Subsystems { visitors, agents } = subsystems;
+        let admin_address = engine
+            .serve_admin(&options, &front, &replies, &visitors)
+            .await?;
         agents.spawn(front.agents.clone().recheck());
         let (first_token, first_token_file) = first_token(&options, &engine.tables.tokens).await?;
         visitors.spawn(listener::listen(listener, front.clone(), visitors.clone()));
         Ok(Self {
             address,
+            admin_address,
             endpoint: format!("{}{}", websocket_scheme(&public_url), agents::PATH),
             public_url,
             first_token,
@@ -198,7 +209,9 @@ impl Server {
 
     /// Changes what can change while the server runs: the limits of tunnels and owners, and the trusted proxies.
     pub fn set_limits(&self, options: &Options) {
-        let Front { visitors, agents } = &self.front;
+        let Front {
+            visitors, agents, ..
+        } = &self.front;
         visitors.forward.set_limits(
             options.max_concurrent_requests,
             options.max_requests_per_second,
@@ -208,6 +221,13 @@ impl Server {
             .connect
             .set_max_tunnel_ids(options.max_tunnel_ids_per_owner);
         agents.limit.set(options.quotas.agents_of_one);
+    }
+
+    /// Opens the file of the access log again, which may have another name by now.
+    pub fn reopen_access_log(&self) {
+        if let Some(log) = &self.front.observer.access_log {
+            log.reopen();
+        }
     }
 
     /// Creates an agent token with a name and returns it.
@@ -254,7 +274,12 @@ impl Server {
             warn!("requests were still in flight");
         }
         self.agents.stop("agents", now + CLOSE_AGENTS_TIMEOUT).await;
-        self.engine.stop("engine", now + STOP_TIMEOUT).await;
+        let stopped_by = now + STOP_TIMEOUT;
+        self.engine.stop("engine", stopped_by).await;
+        if let Some(log) = &self.front.observer.access_log {
+            // A file system that does not answer is not waited for.
+            let _ = timeout_at(stopped_by, log.finish()).await;
+        }
     }
 }
 
@@ -262,17 +287,12 @@ impl Server {
 const LOOPBACK: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
-async fn bind(address: SocketAddr) -> Result<TcpListener, ServerError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| ServerError::Listen { address, source })
-}
-
-fn local_address(listener: &TcpListener) -> Result<SocketAddr, ServerError> {
-    listener.local_addr().map_err(|source| ServerError::Listen {
-        address: LOOPBACK,
-        source,
-    })
+/// Listens at an address, and returns it with the port that was picked where it has none.
+async fn bind_at(address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServerError> {
+    let fault = |source| ServerError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(fault)?;
+    let address = listener.local_addr().map_err(fault)?;
+    Ok((listener, address))
 }
 
 fn public_url(options: &Options, address: SocketAddr) -> Result<PublicUrl, ServerError> {
@@ -285,20 +305,17 @@ fn public_url(options: &Options, address: SocketAddr) -> Result<PublicUrl, Serve
 }
 
 impl Engine {
-    async fn start(options: &Options) -> Result<Self, ServerError> {
+    async fn start(options: &Options, observer: &Arc<Observer>) -> Result<Self, ServerError> {
         let database = dynamodb::open(options.data.as_deref())?;
-        let listener = bind(LOOPBACK).await?;
+        let (listener, address) = bind_at(LOOPBACK).await?;
         let key = token::generate_token();
-        let sdk = sdk::for_loopback(&format!("http://{}", local_address(&listener)?), &key);
+        let sdk = sdk::for_loopback(&format!("http://{address}"), &key);
         let access_key = AccessKey::only(&key);
         let subsystem = Subsystem::default();
-        dynamodb::serve(
-            database,
-            listener,
-            access_key.clone(),
-            subsystem.tracker(),
-            subsystem.stopping(),
-        );
+        let api = dynamodb::router(database.clone(), access_key.clone());
+        let api = api.layer(from_fn_with_state(observer.clone(), count_operation));
+        serve(&subsystem, listener, api, "DynamoDB");
+        subsystem.spawn(dynamodb::sweep(database, subsystem.stopping().clone()));
         dynamodb::create_tables(&Client::new(&sdk)).await?;
         let tables = Tables {
             tokens: TokensTable::new(&sdk, dynamodb::TOKENS.to_owned()),
@@ -319,18 +336,84 @@ impl Engine {
         management::router(connections.clone(), quotas, self.access_key.clone())
     }
 
-    /// Serves another API until the engine is stopped.
-    fn serve(&self, listener: TcpListener, api: axum::Router) {
-        let stopping = self.subsystem.stopping().clone();
-        self.subsystem.spawn(async move {
-            if let Err(error) = axum::serve(listener, api)
-                .with_graceful_shutdown(stopping.cancelled_owned())
-                .await
-            {
-                warn!(%error, "@connections ended");
-            }
-        });
+    /// Serves what functions need to reach agents: @connections, and the WebSocket API for their reply connections.
+    fn serve_agents(&self, listener: TcpListener, agents: &Arc<AgentFront>) {
+        let api = self.management(&agents.connections, agents.quotas);
+        self.serve(listener, api.merge(agents::router(agents)));
     }
+
+    /// Serves @connections until the engine is stopped.
+    fn serve(&self, listener: TcpListener, api: axum::Router) {
+        serve(&self.subsystem, listener, api, "@connections");
+    }
+
+    /// Serves what the operator asks for until the engine is stopped, which is last; returns where.
+    async fn serve_admin(
+        &self,
+        options: &Options,
+        front: &Front,
+        replies: &Replies,
+        visitors: &Subsystem,
+    ) -> Result<Option<SocketAddr>, ServerError> {
+        let Some(address) = options.admin else {
+            return Ok(None);
+        };
+        let (listener, address) = bind_at(address).await?;
+        let api = AdminApi {
+            observer: front.observer.clone(),
+            tokens: self.tables.tokens.clone(),
+            tunnels: self.tables.tunnels.clone(),
+            replies: replies.clone(),
+            stopping: visitors.stopping().clone(),
+        };
+        serve(&self.subsystem, listener, api.router(address), "--admin");
+        Ok(Some(address))
+    }
+}
+
+/// Serves an API until the subsystem is stopped.
+fn serve(subsystem: &Subsystem, listener: TcpListener, api: axum::Router, name: &'static str) {
+    let stopping = subsystem.stopping().clone();
+    subsystem.spawn(async move {
+        if let Err(error) = axum::serve(listener, api)
+            .with_graceful_shutdown(stopping.cancelled_owned())
+            .await
+        {
+            warn!(%error, name, "ended");
+        }
+    });
+}
+
+/// Counts an operation of the tables and the time that it takes.
+async fn count_operation(
+    State(observer): State<Arc<Observer>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let target = request.headers().get("x-amz-target").cloned();
+    let started = Instant::now();
+    let response = next.run(request).await;
+    let target = target.as_ref().and_then(|target| target.to_str().ok());
+    let (_, operation) = target
+        .and_then(|target| target.split_once('.'))
+        .unwrap_or_default();
+    let has_failed = response.status().is_server_error();
+    observer
+        .metrics
+        .table(operation, started.elapsed(), has_failed);
+    response
+}
+
+/// What takes note of requests and agents.
+fn observer(options: &Options) -> Result<Observer, ServerError> {
+    let access_log = options.access_log.as_ref().map(AccessLog::open);
+    let access_log = access_log.transpose().map_err(ServerError::AccessLog)?;
+    let proxies = Arc::new(TrustedProxies::new(options.trusted_proxies.clone()));
+    Ok(Observer::new(
+        proxies,
+        access_log,
+        options.metrics_per_tunnel,
+    ))
 }
 
 impl Tables {
@@ -361,8 +444,8 @@ impl Sockets {
         if options.transport != Transport::Emulated {
             return Ok(None);
         }
-        let listener = bind(LOOPBACK).await?;
-        let api = WebSocketApiUrl::of_socket(local_address(&listener)?, management::STAGE);
+        let (listener, address) = bind_at(LOOPBACK).await?;
+        let api = WebSocketApiUrl::of_socket(address, management::STAGE);
         Ok(Some(Self {
             management: listener,
             api,
@@ -404,6 +487,7 @@ struct Subsystems {
 fn front(
     options: &Options,
     functions: Functions,
+    observer: &Arc<Observer>,
     connections: &ConnectionRegistry,
     replies: Replies,
     subsystems: &Subsystems,
@@ -412,7 +496,7 @@ fn front(
     Front {
         visitors: VisitorFront {
             forward: functions.forward,
-            proxies: Arc::new(TrustedProxies::new(options.trusted_proxies.clone())),
+            proxies: observer.proxies.clone(),
             hosts: HostPolicy::new(public_url.clone(), options.any_host),
             scheme: public_url.scheme().into(),
             subsystem: subsystems.visitors.clone(),
@@ -429,9 +513,11 @@ fn front(
             limit: AgentLimit::new(options.quotas.agents_of_one),
             clock: ConnectionClock::default(),
             disconnecting: agents::DisconnectPermits::default(),
+            observer: observer.clone(),
             tasks: subsystems.agents.tracker().clone(),
             stopping: subsystems.agents.stopping().clone(),
         }),
+        observer: observer.clone(),
     }
 }
 

@@ -164,6 +164,10 @@ pub(crate) struct State {
     broken_off: CancellationToken,
 }
 
+/// The tunnel that a request was for, if there is one of that name: an extension of the response.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ServedTunnel(pub TunnelId);
+
 /// Where a request goes: the tunnel, and the address within it.
 #[derive(Clone, Debug)]
 pub(crate) struct TunnelPath {
@@ -359,18 +363,27 @@ impl Forward {
         pages::take_cookie(&mut request.headers, pages::COOKIE);
         request.login = LoginCookie::take(&mut request.headers);
         let wants_html = request.wants_html();
-        match self.serve_route(request, route).await {
+        let served = match &route {
+            Route::Tunnel { id, .. } => Some(ServedTunnel(id.clone())),
+            Route::OwnOrigin { .. } | Route::Own(_) | Route::None => None,
+        };
+        let mut response = match self.serve_route(request, route).await {
             Ok(mut response) => {
                 page.mark(&mut response);
                 response
             }
             Err(error @ ForwardError::NoSuchTunnel) => {
                 let home = self.first_tunnel(&homes).await;
-                home.and_then(Home::redirect)
-                    .unwrap_or_else(|| error.into_response(wants_html))
+                return home
+                    .and_then(Home::redirect)
+                    .unwrap_or_else(|| error.into_response(wants_html));
             }
             Err(error) => error.into_response(wants_html),
+        };
+        if let Some(served) = served {
+            response.extensions_mut().insert(served);
         }
+        response
     }
 
     /// Whether an address is a tunnel's that exists.

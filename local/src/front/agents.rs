@@ -32,9 +32,15 @@ use tunnel_local_aws::{
     management::{Connection, ConnectionRegistry, STAGE, SocketConnection},
     quotas::Quotas,
 };
-use tunnel_protocol::{frames, id::ConnectionId, message, writer::MessageWriter};
+use tunnel_protocol::{
+    frames,
+    id::{ConnectionId, TunnelId},
+    message,
+    writer::MessageWriter,
+};
 use tunnel_service::{
-    aws::route_event::RouteResponse, now, replies::Replies, telemetry::connection_span,
+    auth::owner::Owner, aws::route_event::RouteResponse, now, replies::Replies,
+    telemetry::connection_span,
 };
 
 use crate::{
@@ -45,6 +51,7 @@ use crate::{
         listener::ConnectionPermit,
         response::text,
     },
+    operator::{HANDSHAKE_CODES, Observer},
     options::Transport,
 };
 
@@ -107,6 +114,8 @@ pub(crate) struct AgentFront {
     pub(crate) clock: ConnectionClock,
     /// Places for ended connections that are being noted.
     pub(crate) disconnecting: DisconnectPermits,
+    /// Takes note of agents.
+    pub(crate) observer: Arc<Observer>,
     /// Holds a task for each connection and each message being handled.
     pub(crate) tasks: TaskTracker,
     /// Cancelled when connections are to end, also those that open later.
@@ -123,8 +132,12 @@ impl AgentFront {
     ) -> Response<ResponseBody> {
         let accept_key = match handshake::check(&request) {
             Ok(accept_key) => accept_key,
-            Err(refusal) => return refusal.into_response(),
+            Err(refusal) => {
+                self.observer.metrics.refused(refusal.code());
+                return refusal.into_response();
+            }
         };
+        let origin = self.observer.proxies.origin(peer.ip(), request.headers());
         let source = EventSource {
             connection_id: connection_id(),
             connected_at: self.clock.open_ms(now()),
@@ -134,13 +147,21 @@ impl AgentFront {
         let span = connection_span(&source.connection_id);
         let upgrade = hyper::upgrade::on(&mut request);
         let admitted = self.admit(request.headers(), request.uri(), &source);
-        let agent_permit = match admitted.instrument(span.clone()).await {
-            Ok(agent_permit) => agent_permit,
-            Err(refusal) => return refusal,
+        let admitted = match admitted.instrument(span.clone()).await {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                self.observer.metrics.refused(refusal.code);
+                return refusal.response;
+            }
         };
+        let agent = admitted.agent.map(|(tunnel, owner)| {
+            let connection = source.connection_id.clone();
+            self.observer
+                .agent(connection, tunnel, owner, origin.address)
+        });
         let front = self.clone();
         let serving = async move {
-            match upgrade.await {
+            let end = match upgrade.await {
                 Ok(upgraded) => front.serve(upgraded, source).await,
                 Err(error) => {
                     warn!(
@@ -148,9 +169,13 @@ impl AgentFront {
                         "the agent left during its handshake"
                     );
                     front.disconnected(&source, 1006, "").await;
+                    ConnectionEnd::new(1006, "")
                 }
+            };
+            if let Some(agent) = agent {
+                agent.ended(end.name());
             }
-            drop((agent_permit, connection_permit));
+            drop((admitted.permit, connection_permit));
         };
         self.tasks.spawn(serving.instrument(span));
         handshake::switching_protocols(accept_key)
@@ -163,7 +188,7 @@ impl AgentFront {
         headers: &HeaderMap,
         uri: &Uri,
         source: &EventSource,
-    ) -> Result<Option<AgentPermit>, Response<ResponseBody>> {
+    ) -> Result<Admitted, Refused> {
         let query: Vec<(Cow<'_, str>, Cow<'_, str>)> =
             form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).collect();
         let first = |name: &str| {
@@ -176,27 +201,23 @@ impl AgentFront {
             headers: headers.clone(),
             purpose: Purpose::of_query(first),
         };
-        let failed = |error: ConnectError| {
-            error!(error = &error as &dyn std::error::Error, "$connect failed");
-            text(StatusCode::INTERNAL_SERVER_ERROR, "Internal server error\n")
-        };
+        let failed = |error: ConnectError| Refused::failed(&error);
         let Some(caller) = self.connect.identify(&handshake).await.map_err(failed)? else {
-            return Err(refused(HandshakeRefusal::NotAuthorized.into()));
+            return Err(Refused::by(&HandshakeRefusal::NotAuthorized));
         };
-        let permit = match &caller {
-            Caller::Agent(identity) => {
-                let owner = identity.owner.clone();
-                let permit = self.limit.acquire(owner);
-                Some(permit.ok_or_else(|| {
-                    text(
-                        StatusCode::TOO_MANY_REQUESTS,
-                        "Too many agents of this owner are connected.\n",
-                    )
-                })?)
-            }
+        let owner = match &caller {
+            Caller::Agent(identity) => Some(identity.owner.clone()),
             Caller::TicketHolder(_) => None,
         };
-        let answer: RouteResponse = match self.transport {
+        let permit = match &owner {
+            Some(owner) => {
+                let permit = self.limit.acquire(owner.clone());
+                Some(permit.ok_or_else(Refused::too_many)?)
+            }
+            None => None,
+        };
+        let asked_for = first("tunnel_id").and_then(|id| id.parse().ok());
+        let tunnel = match self.transport {
             Transport::InProcess => {
                 match self
                     .connect
@@ -204,25 +225,28 @@ impl AgentFront {
                     .await
                     .map_err(failed)?
                 {
-                    Admission::Refused(refusal) => refusal.into(),
-                    Admission::Agent { .. } | Admission::ReplyConnection => RouteResponse::ok(),
+                    Admission::Refused(refusal) => return Err(Refused::by(&refusal)),
+                    Admission::Agent { tunnel_id, .. } => Some(tunnel_id),
+                    Admission::ReplyConnection => None,
                 }
             }
-            Transport::Emulated => self
-                .connect
-                .handle(source.connect(headers, uri))
-                .await
-                .map_err(failed)?,
+            Transport::Emulated => {
+                let event = source.connect(headers, uri);
+                let answer = self.connect.handle(event).await.map_err(failed)?;
+                if !(200..300).contains(&answer.status_code) {
+                    return Err(Refused::answered(answer));
+                }
+                asked_for
+            }
         };
-        if (200..300).contains(&answer.status_code) {
-            Ok(permit)
-        } else {
-            Err(refused(answer))
-        }
+        Ok(Admitted {
+            permit,
+            agent: tunnel.zip(owner),
+        })
     }
 
-    /// Serves a connection to its end.
-    async fn serve(self: &Arc<Self>, upgraded: Upgraded, source: EventSource) {
+    /// Serves a connection to its end, and returns why it has ended.
+    async fn serve(self: &Arc<Self>, upgraded: Upgraded, source: EventSource) -> ConnectionEnd {
         let config = frames::server_config(self.quotas.frame, self.quotas.message);
         let socket =
             WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config))
@@ -251,6 +275,7 @@ impl AgentFront {
             let drain = tokio::io::copy(socket.get_mut(), &mut nowhere);
             let _ = timeout(CLOSE_TIMEOUT, drain).await;
         }
+        end
     }
 
     /// Reads messages until the connection ends or is to be closed, and returns why.
@@ -395,6 +420,60 @@ impl AgentFront {
     }
 }
 
+/// A connection that is let in.
+struct Admitted {
+    /// Its place among its owner's.
+    permit: Option<AgentPermit>,
+    /// If it is an agent's: its tunnel and its owner.
+    agent: Option<(TunnelId, Owner)>,
+}
+
+/// A handshake that is refused.
+struct Refused {
+    /// Why, for those who count.
+    code: &'static str,
+    response: Response<ResponseBody>,
+}
+
+impl Refused {
+    fn by(refusal: &HandshakeRefusal) -> Self {
+        let answer = RouteResponse::refused(refusal.status(), refusal.code(), &refusal.to_string());
+        Self {
+            code: refusal.code(),
+            response: refused(answer),
+        }
+    }
+
+    fn failed(error: &ConnectError) -> Self {
+        error!(error = error as &dyn std::error::Error, "$connect failed");
+        Self {
+            code: "internal_error",
+            response: text(StatusCode::INTERNAL_SERVER_ERROR, "Internal server error\n"),
+        }
+    }
+
+    fn too_many() -> Self {
+        Self {
+            code: "too_many_agents",
+            response: text(
+                StatusCode::TOO_MANY_REQUESTS,
+                "Too many agents of this owner are connected.\n",
+            ),
+        }
+    }
+
+    /// By the function, whose answer has the code in its body.
+    fn answered(answer: RouteResponse) -> Self {
+        let body = answer.body.as_deref().unwrap_or_default();
+        let said: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
+        let known = HANDSHAKE_CODES.iter().find(|code| said["error"] == **code);
+        Self {
+            code: known.copied().unwrap_or("internal_error"),
+            response: refused(answer),
+        }
+    }
+}
+
 /// See [`MAX_DISCONNECTS_AT_ONCE`].
 #[derive(Debug)]
 pub(crate) struct DisconnectPermits(Semaphore);
@@ -412,6 +491,11 @@ struct ConnectionEnd {
     reason: &'static str,
 }
 
+/// Why a connection ends that the agent has closed, whatever its code.
+const CLOSED_BY_AGENT: &str = "closed by the agent";
+/// Why one ends from which nothing comes.
+const SILENT: &str = "silent for too long";
+
 const CLOSED_BY_SERVICE: ConnectionEnd = ConnectionEnd {
     code: 1000,
     reason: "closed by the service",
@@ -423,6 +507,19 @@ const GOING_AWAY: ConnectionEnd = ConnectionEnd {
 };
 
 impl ConnectionEnd {
+    /// A name for those who count.
+    fn name(self) -> &'static str {
+        match (self.reason, self.code) {
+            (CLOSED_BY_AGENT, _) => "by_agent",
+            (SILENT, _) => "lost",
+            _ if self == GOING_AWAY => "going_away",
+            (_, 1000 | 1001) => "by_service",
+            (_, 1009) => "too_long",
+            (_, 1002 | 1003 | 1007) => "malformed",
+            _ => "lost",
+        }
+    }
+
     fn new(code: u16, reason: &'static str) -> Self {
         Self { code, reason }
     }
@@ -432,7 +529,7 @@ impl ConnectionEnd {
         match message {
             Some(Ok(Message::Close(frame))) => Self::new(
                 frame.map_or(1005, |frame| frame.code.into()),
-                "closed by the agent",
+                CLOSED_BY_AGENT,
             ),
             Some(Ok(_)) => Self::new(1003, "not a binary message of this protocol"),
             Some(Err(tungstenite::Error::Capacity(_))) => {
@@ -499,7 +596,7 @@ impl Liveness {
             self.unblocked_writes = unblocked_writes;
             self.hear();
         }
-        (now >= self.heard + MAX_SILENCE).then_some(ConnectionEnd::new(1001, "silent for too long"))
+        (now >= self.heard + MAX_SILENCE).then_some(ConnectionEnd::new(1001, SILENT))
     }
 }
 

@@ -71,6 +71,15 @@ fn has_body(headers: &HeaderMap) -> bool {
 }
 
 impl HandshakeError {
+    /// A name for those who count.
+    pub(crate) fn code(self) -> &'static str {
+        match self {
+            Self::NotWebSocket => "not_websocket",
+            Self::WebPage => "web_page",
+            Self::SeveralCredentials => "several_credentials",
+        }
+    }
+
     /// The answer to a refused handshake.
     pub(crate) fn into_response(self) -> Response<ResponseBody> {
         match self {

@@ -23,6 +23,7 @@ use crate::{
         socket::{VisitorSocket, VisitorStream},
         visitors::{VisitorBody, VisitorFront},
     },
+    operator::Observer,
     subsystem::Subsystem,
 };
 
@@ -40,6 +41,8 @@ const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 pub(crate) struct Front {
     pub(crate) visitors: VisitorFront,
     pub(crate) agents: Arc<AgentFront>,
+    /// Takes note of requests.
+    pub(crate) observer: Arc<Observer>,
 }
 
 /// An open connection's place among [`MAX_OPEN_CONNECTIONS`]. It is free when the last clone is dropped.
@@ -153,23 +156,26 @@ impl Front {
         socket: Arc<VisitorSocket>,
         permit: ConnectionPermit,
     ) -> Response<VisitorBody> {
-        let response = match socket.begin_request(request.version()) {
+        let begun = socket.begin_request(request.version());
+        if begun.is_ok() && request.uri().path() == agents::PATH {
+            let peer = socket.peer;
+            let mut response = self.agents.clone().accept(request, peer, permit).await;
+            if response.status() == http::StatusCode::SWITCHING_PROTOCOLS {
+                socket.upgrade();
+            } else {
+                response = last(response);
+            }
+            return VisitorBody::of(response, socket, None);
+        }
+        let visit = self.observer.visit(&request, socket.peer);
+        let response = match begun {
             Err(error) => {
                 last(ForwardError::from(error).into_response(wants_html(request.headers())))
             }
-            Ok(()) if request.uri().path() == agents::PATH => {
-                let peer = socket.peer;
-                let response = self.agents.clone().accept(request, peer, permit).await;
-                if response.status() == http::StatusCode::SWITCHING_PROTOCOLS {
-                    socket.upgrade();
-                    response
-                } else {
-                    last(response)
-                }
-            }
-            Ok(()) => self.visitors.serve(request, &socket, permit).await,
+            Ok(()) => self.visitors.serve(request, &socket, permit, &visit).await,
         };
-        VisitorBody::of(response, socket)
+        visit.answered(&response);
+        VisitorBody::of(response, socket, Some(visit))
     }
 }
 

@@ -34,6 +34,7 @@ use crate::{
         upgrade::Upgrade,
         visitor_sockets::VisitorSockets,
     },
+    operator::Visit,
     subsystem::Subsystem,
 };
 
@@ -61,11 +62,12 @@ impl VisitorFront {
         mut request: Request<Incoming>,
         socket: &Arc<VisitorSocket>,
         permit: ConnectionPermit,
+        noted: &Arc<Visit>,
     ) -> Response<ResponseBody> {
         let wants_html = wants_html(request.headers());
         let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
         let upgraded = hyper::upgrade::on(&mut request);
-        let mut visit = match self.visit(request, socket, is_read.clone()) {
+        let mut visit = match self.visit(request, socket, is_read.clone(), noted) {
             Ok(visit) => visit,
             Err(error) => return last(ForwardError::from(error).into_response(wants_html)),
         };
@@ -81,7 +83,7 @@ impl VisitorFront {
             return response;
         }
         let upgrade = visit.upgrade.is_some().then(|| {
-            let (upgrade, body) = Upgrade::new(upgraded, permit.clone());
+            let (upgrade, body) = Upgrade::new(upgraded, permit.clone(), noted.clone());
             visit.body = body;
             upgrade
         });
@@ -121,6 +123,7 @@ impl VisitorFront {
         request: Request<Incoming>,
         socket: &VisitorSocket,
         is_read: Arc<AtomicBool>,
+        noted: &Arc<Visit>,
     ) -> Result<VisitorRequest, ForeignHostError> {
         let (mut head, body) = request.into_parts();
         let origin = self.proxies.origin(socket.peer.ip(), &head.headers);
@@ -140,7 +143,11 @@ impl VisitorFront {
             scheme: origin.scheme.unwrap_or_else(|| self.scheme.to_string()),
             host,
         };
-        let body = RequestBody { body, is_read };
+        let body = RequestBody {
+            body,
+            is_read,
+            noted: noted.clone(),
+        };
         let body = body.map_err(Into::into).boxed_unsync();
         Ok(VisitorRequest::from_http(head, body, source))
     }
@@ -151,6 +158,7 @@ impl VisitorFront {
 struct RequestBody {
     body: Incoming,
     is_read: Arc<AtomicBool>,
+    noted: Arc<Visit>,
 }
 
 impl Body for RequestBody {
@@ -162,6 +170,11 @@ impl Body for RequestBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if let Some(Ok(frame)) = &frame
+            && let Some(bytes) = frame.data_ref()
+        {
+            self.noted.received(bytes.len());
+        }
         if frame.is_none() || self.body.is_end_stream() {
             self.is_read.store(true, Ordering::Relaxed);
         }
@@ -183,6 +196,10 @@ pub(crate) struct VisitorBody {
     body: ResponseBody,
     socket: Arc<VisitorSocket>,
     broken: Option<ResponseBodyError>,
+    /// How many bytes are still to come, where that is known: nobody asks for more then.
+    left: Option<u64>,
+    /// What is noted of the request, unless it is an agent's.
+    noted: Option<Arc<Visit>>,
 }
 
 impl VisitorBody {
@@ -190,15 +207,32 @@ impl VisitorBody {
     pub(crate) fn of(
         response: Response<ResponseBody>,
         socket: Arc<VisitorSocket>,
+        noted: Option<Arc<Visit>>,
     ) -> Response<Self> {
-        let has_length = response.headers().contains_key(header::CONTENT_LENGTH)
-            || response.body().size_hint().exact().is_some();
+        let stated = response.headers().get(header::CONTENT_LENGTH);
+        let has_length = stated.is_some() || response.body().size_hint().exact().is_some();
+        let left = stated.and_then(|length| length.to_str().ok()?.parse().ok());
         socket.begin_response(!has_length && !response.body().is_end_stream());
         response.map(|body| Self {
+            left: left.or_else(|| body.size_hint().exact()),
             body,
             socket,
             broken: None,
+            noted,
         })
+    }
+
+    /// Notes what is given out, and whether it is the end.
+    fn note(&mut self, frame: Option<&Frame<Bytes>>) {
+        let Some(noted) = &self.noted else {
+            return;
+        };
+        let bytes = frame.and_then(Frame::data_ref).map_or(0, Bytes::len);
+        noted.sent(bytes);
+        self.left = self.left.map(|left| left.saturating_sub(bytes as u64));
+        if frame.is_none() || self.left == Some(0) || self.body.is_end_stream() {
+            noted.completed();
+        }
     }
 }
 
@@ -214,10 +248,20 @@ impl Body for VisitorBody {
         if this.broken.is_none() {
             match ready!(Pin::new(&mut this.body).poll_frame(context)) {
                 Some(Err(error)) => {
+                    if let Some(noted) = &this.noted {
+                        noted.broke_off();
+                    }
                     this.broken = Some(error);
                     this.socket.expect_flush();
                 }
-                frame => return Poll::Ready(frame),
+                Some(Ok(frame)) => {
+                    this.note(Some(&frame));
+                    return Poll::Ready(Some(Ok(frame)));
+                }
+                None => {
+                    this.note(None);
+                    return Poll::Ready(None);
+                }
             }
         }
         // hyper drops what it has not sent when a body fails.
@@ -240,6 +284,10 @@ impl Body for VisitorBody {
 
 impl Drop for VisitorBody {
     fn drop(&mut self) {
+        if self.broken.is_none() && self.body.is_end_stream() {
+            // Nobody asks a body without bytes for any.
+            self.note(None);
+        }
         self.socket.end_response();
     }
 }

@@ -17,6 +17,7 @@ mod jwt;
 mod lifecycle;
 mod load;
 mod login;
+mod operator;
 mod ownership;
 mod pages;
 mod protocol;

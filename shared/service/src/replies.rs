@@ -317,6 +317,11 @@ impl Replies {
         }
     }
 
+    /// How many bytes of bodies are held now: they wait for slow visitors, or for parts that are missing.
+    pub fn held_body_bytes(&self) -> usize {
+        self.budget.held_bytes()
+    }
+
     /// Passes a reply to the request that waits for it, and returns whether there is one.
     pub fn deliver(&self, sender: &ConnectionId, reply: Reply) -> bool {
         let key = (sender.clone(), reply.request_id);
