@@ -1,23 +1,32 @@
 //! What an operator does to the tables of a service: agent tokens and tunnel names, of a deployment or of a data directory.
 
-use std::{io::Write, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use aws_sdk_dynamodb::Client;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use serde_json::json;
 use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tunnel_local_aws::{caller::AccessKey, dynamodb};
+use tunnel_local_aws::{backup, caller::AccessKey, dynamodb};
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
-    auth::{owner::Owner, token},
+    auth::token,
     aws::sdk,
     now,
     settings::Variables,
     tables::{tokens::TokensTable, tunnels::TunnelsTable},
 };
 
-use crate::console::{escape, fail};
+use crate::{
+    console::{escape, fail},
+    operator::listing,
+};
 
 /// Longest life that a token can be given.
 const MAX_TOKEN_LIFE: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
@@ -32,12 +41,24 @@ struct Cli {
     /// The data directory of a tunnel-local
     #[arg(long, global = true, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Print lists as JSON
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: AdminCommand,
 }
 
 #[derive(Debug, Subcommand)]
 enum AdminCommand {
+    #[command(flatten)]
+    Tables(TablesCommand),
+    #[command(flatten)]
+    Copies(CopiesCommand),
+}
+
+/// What is done to the tables of a service.
+#[derive(Debug, Subcommand)]
+enum TablesCommand {
     /// Create a token and print it; it cannot be shown again, because only its hash is kept
     CreateToken {
         /// Who it is for
@@ -60,6 +81,21 @@ enum AdminCommand {
     ReleaseTunnel {
         /// The tunnel's id
         id: TunnelId,
+    },
+}
+
+/// What is done to a data directory as a whole.
+#[derive(Debug, Subcommand)]
+enum CopiesCommand {
+    /// Copy a data directory's tokens and tunnel names into a new file; the server may be running
+    Backup {
+        /// The new file
+        file: PathBuf,
+    },
+    /// Make a backup the data of a directory that has none; its server must not be running
+    Restore {
+        /// The backup
+        file: PathBuf,
     },
 }
 
@@ -91,32 +127,31 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {
+    let command = match cli.command {
+        AdminCommand::Tables(command) => command,
+        AdminCommand::Copies(command) => return command.run(cli.data.as_deref()),
+    };
     let service = match (cli.stack, cli.data) {
         (Some(stack), _) => Service::deployed(&stack)?,
         (None, Some(directory)) => Service::in_directory(&directory).await?,
-        (None, None) => Cli::command()
-            .error(
-                ErrorKind::MissingRequiredArgument,
-                "specify the service: --stack NAME or --data DIR",
-            )
-            .exit(),
+        (None, None) => missing("specify the service: --stack NAME or --data DIR"),
     };
     let mut out = std::io::stdout().lock();
-    match cli.command {
-        AdminCommand::CreateToken { name, expires } => {
+    match command {
+        TablesCommand::CreateToken { name, expires } => {
             let token = service.tokens.create(&name, expires, now()).await?;
             writeln!(out, "{token}")?;
         }
-        AdminCommand::ListTokens => service.list_tokens(&mut out).await?,
-        AdminCommand::RevokeToken { name } => {
+        TablesCommand::ListTokens => service.list_tokens(&mut out, cli.json).await?,
+        TablesCommand::RevokeToken { name } => {
             let revoked = service.tokens.revoke(&name).await?;
             if revoked == 0 {
                 bail!("there is no valid token with the name {name}");
             }
             writeln!(out, "revoked {revoked}")?;
         }
-        AdminCommand::ListTunnels => service.list_tunnels(&mut out).await?,
-        AdminCommand::ReleaseTunnel { id } => {
+        TablesCommand::ListTunnels => service.list_tunnels(&mut out, cli.json).await?,
+        TablesCommand::ReleaseTunnel { id } => {
             if !service.tunnels.release(&id).await? {
                 bail!("there is no tunnel {id}");
             }
@@ -124,6 +159,24 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Ends the process because of an argument that is missing.
+fn missing(what: &str) -> ! {
+    Cli::command()
+        .error(ErrorKind::MissingRequiredArgument, what)
+        .exit()
+}
+
+impl CopiesCommand {
+    fn run(self, data: Option<&Path>) -> anyhow::Result<()> {
+        let data = data.unwrap_or_else(|| missing("specify the data directory: --data DIR"));
+        match self {
+            Self::Backup { file } => backup::backup(data, &file)?,
+            Self::Restore { file } => backup::restore(data, &file)?,
+        }
+        Ok(())
+    }
 }
 
 /// The tables of a service.
@@ -136,7 +189,7 @@ struct Service {
 
 impl Service {
     /// Those of a data directory, whether a server is running on it or not.
-    async fn in_directory(directory: &std::path::Path) -> anyhow::Result<Self> {
+    async fn in_directory(directory: &Path) -> anyhow::Result<Self> {
         if !dynamodb::has_data(directory) {
             bail!("{} contains no data of a tunnel-local", directory.display());
         }
@@ -197,30 +250,34 @@ impl Service {
         })
     }
 
-    async fn list_tokens(&self, out: &mut impl Write) -> anyhow::Result<()> {
-        for token in self.tokens.list().await? {
-            let is_expired = token.expires_at.is_some_and(|at| at <= now().as_secs());
-            let state = match (token.revoked, is_expired) {
-                (true, _) => "revoked",
-                (false, true) => "expired",
-                (false, false) => "good",
-            };
-            let name = escape(&token.name);
-            writeln!(out, "{name}\t{}\t{state}", short(&token.hash.to_string()))?;
+    async fn list_tokens(&self, out: &mut impl Write, is_json: bool) -> anyhow::Result<()> {
+        let tokens = self.tokens.list().await?;
+        if is_json {
+            let tokens: Vec<_> = tokens.iter().map(listing::token).collect();
+            writeln!(out, "{}", json!({ "tokens": tokens }))?;
+            return Ok(());
+        }
+        for token in tokens {
+            let (name, hash) = (escape(&token.name), token.hash.to_string());
+            let (hash, state) = (listing::short(&hash), listing::token_state(&token));
+            writeln!(out, "{name}\t{hash}\t{state}")?;
         }
         Ok(())
     }
 
-    async fn list_tunnels(&self, out: &mut impl Write) -> anyhow::Result<()> {
+    async fn list_tunnels(&self, out: &mut impl Write, is_json: bool) -> anyhow::Result<()> {
         let tokens = self.tokens.list().await?;
-        for (id, tunnel) in self.tunnels.list(now()).await? {
-            let owner = tokens
+        let tunnels = self.tunnels.list(now()).await?;
+        if is_json {
+            let tunnels: Vec<_> = tunnels
                 .iter()
-                .find(|token| tunnel.identity.owner == Owner::Token(token.hash.clone()))
-                .map_or_else(
-                    || short(&tunnel.identity.owner.to_string()).to_owned(),
-                    |token| token.name.clone(),
-                );
+                .map(|(id, tunnel)| listing::tunnel(id, tunnel, &tokens))
+                .collect();
+            writeln!(out, "{}", json!({ "tunnels": tunnels }))?;
+            return Ok(());
+        }
+        for (id, tunnel) in tunnels {
+            let owner = listing::owner_name(&tunnel.identity.owner, &tokens);
             let state = match tunnel.online {
                 Some(_) => "online",
                 None => "offline",
@@ -229,10 +286,6 @@ impl Service {
         }
         Ok(())
     }
-}
-
-fn short(text: &str) -> &str {
-    text.get(..18).unwrap_or(text)
 }
 
 #[cfg(test)]

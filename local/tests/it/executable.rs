@@ -2,17 +2,21 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Output, Stdio},
 };
 
 use http::StatusCode;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     process::{Child, ChildStderr, Command},
 };
-use tokio_tungstenite::{connect_async, tungstenite};
+use tokio_tungstenite::{
+    connect_async,
+    tungstenite::{self, client::IntoClientRequest},
+};
 
 use crate::harness::{get, within};
 
@@ -107,6 +111,20 @@ fn command(executable: &str) -> Command {
     command
 }
 
+/// Runs `tunnel-admin` on a data directory.
+pub(crate) async fn admin(data: &Path, arguments: &[&str]) -> Output {
+    let mut command = command(env!("CARGO_BIN_EXE_tunnel-admin"));
+    command
+        .args(arguments)
+        .arg("--data")
+        .arg(data)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    within("tunnel-admin", command.output())
+        .await
+        .expect("the executable")
+}
+
 fn config(directory: &TempDir, text: &str) -> PathBuf {
     let path = directory.path().join("config.toml");
     std::fs::write(&path, text).expect("written");
@@ -123,7 +141,16 @@ fn text(path: &Path) -> &str {
 
 /// The status with which an agent's handshake is answered.
 async fn handshake(endpoint: &str, tunnel_id: &str) -> u16 {
-    match connect_async(format!("{endpoint}?tunnel_id={tunnel_id}")).await {
+    handshake_with(endpoint, tunnel_id, "none").await
+}
+
+/// The same with a token.
+async fn handshake_with(endpoint: &str, tunnel_id: &str, token: &str) -> u16 {
+    let url = format!("{endpoint}?tunnel_id={tunnel_id}");
+    let mut request = url.into_client_request().expect("a URL");
+    let token = format!("Bearer {token}").parse().expect("a value");
+    request.headers_mut().insert("authorization", token);
+    match connect_async(request).await {
         Ok(_) => 101,
         Err(tungstenite::Error::Http(response)) => response.status().as_u16(),
         Err(error) => panic!("{error}"),
@@ -267,11 +294,144 @@ async fn lines_can_be_objects() {
     assert_eq!(handshake(&endpoint, "one").await, 101);
     server.says("connected").await;
     for line in server.stop().await {
-        let read: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+        let read: Value = serde_json::from_str(&line).expect("JSON");
         assert!(read["fields"]["message"].is_string(), "{line}");
         assert!(
             read["timestamp"].is_string() && read["level"].is_string(),
             "{line}"
         );
     }
+}
+
+/// The output of a `tunnel-admin` that succeeds.
+async fn admin_says(data: &Path, arguments: &[&str]) -> String {
+    let output = admin(data, arguments).await;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {stderr}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// What a `tunnel-admin` that fails says.
+async fn admin_refuses(data: &Path, arguments: &[&str]) -> String {
+    let output = admin(data, arguments).await;
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+    String::from_utf8(output.stderr).expect("text")
+}
+
+#[tokio::test]
+async fn a_backup_of_a_running_server_becomes_the_data_of_another() {
+    let directory = directory();
+    let (data, copy) = (directory.path().join("data"), directory.path().join("copy"));
+    let backup = directory.path().join("backup.db");
+    let mut server = TunnelLocal::start(&["--data", text(&data)], &[]);
+    let (_, endpoint) = server.ready().await;
+    assert_eq!(handshake(&endpoint, "my-app").await, 101);
+    let token = admin_says(&data, &["create-token", "alice"]).await;
+    admin_says(&data, &["backup", text(&backup)]).await;
+    let said = admin_refuses(&data, &["backup", text(&backup)]).await;
+    assert!(said.contains("exists already"), "{said}");
+    let said = admin_refuses(&data, &["restore", text(&backup)]).await;
+    assert!(said.contains("is in use by another tunnel-local"), "{said}");
+    server.stop().await;
+    let said = admin_refuses(&data, &["restore", text(&backup)]).await;
+    assert!(said.contains("contains data already"), "{said}");
+
+    admin_says(&copy, &["restore", text(&backup)]).await;
+    let listed = admin_says(&copy, &["list-tunnels"]).await;
+    assert_eq!(listed, "my-app\toffline\topen\n");
+    let mut server = TunnelLocal::start(&["--data", text(&copy), "--auth", "token"], &[]);
+    let (_, endpoint) = server.ready().await;
+    assert_eq!(handshake_with(&endpoint, "new", token.trim()).await, 101);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_no_backup_is_not_restored() {
+    let directory = directory();
+    let data = directory.path().join("data");
+    let file = directory.path().join("file");
+    std::fs::write(&file, "SQLite format 3\0 or not").expect("written");
+    let said = admin_refuses(&data, &["restore", text(&file)]).await;
+    assert!(
+        said.contains("is not a backup of a data directory"),
+        "{said}"
+    );
+    let said = admin_refuses(&data, &["restore", "/nonexistent"]).await;
+    assert!(said.contains("there is no such file"), "{said}");
+    let said = admin_refuses(&data, &["backup", text(&file)]).await;
+    assert!(said.contains("contains no data"), "{said}");
+    assert!(!data.exists());
+}
+
+/// A data directory as a server of an earlier version has left it: the token [`RECORDED_TOKEN`], which owns the tunnel `my-app`, the
+/// token alice, and bob, which is revoked. There was no index of owners then. The tunnel's `ttl` is in the year 2100, so that it
+/// outlives the test.
+fn recorded(directory: &TempDir) -> PathBuf {
+    let data = directory.path().join("data");
+    std::fs::create_dir(&data).expect("a directory");
+    let database = include_bytes!("recorded/data-format-0.db");
+    std::fs::write(data.join("tunnel.db"), database).expect("written");
+    data
+}
+
+const RECORDED_TOKEN: &str = "ttf_96f82b66e85c77c9baad5f3e4a0d7471cc5db2a0abde323f6182d88d2eab2e31";
+
+#[tokio::test]
+async fn data_of_an_earlier_version_goes_on_being_used() {
+    let directory = directory();
+    let data = recorded(&directory);
+    let arguments = [
+        "--data",
+        text(&data),
+        "--auth",
+        "token",
+        "--max-tunnel-ids-per-owner",
+        "1",
+    ];
+    let mut server = TunnelLocal::start(&arguments, &[]);
+    let (_, endpoint) = server.ready().await;
+    assert_eq!(
+        handshake_with(&endpoint, "my-app", RECORDED_TOKEN).await,
+        101
+    );
+    // The tunnels that an owner had then count, too.
+    assert_eq!(
+        handshake_with(&endpoint, "another", RECORDED_TOKEN).await,
+        400
+    );
+    let said = server.stop().await;
+    assert!(!said.join("\n").contains("first agent token"), "{said:?}");
+    let listed = admin_says(&data, &["list-tokens", "--json"]).await;
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    let mut tokens: Vec<_> = listed["tokens"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .collect();
+    tokens.sort_by_key(|token| token["name"].to_string());
+    let tokens = tokens.iter().map(|token| (&token["name"], &token["state"]));
+    let expected = [("alice", "good"), ("bob", "revoked"), ("first", "good")];
+    let expected = expected.map(|(name, state)| (Value::from(name), Value::from(state)));
+    assert!(
+        tokens.eq(expected.iter().map(|(name, state)| (name, state))),
+        "{listed}"
+    );
+}
+
+#[tokio::test]
+async fn data_of_a_later_version_is_refused_with_a_sentence() {
+    let directory = directory();
+    let data = recorded(&directory);
+    // Where SQLite's header has the number that is the application's own.
+    let path = data.join("tunnel.db");
+    let mut database = std::fs::read(&path).expect("a file");
+    database[60..64].copy_from_slice(&7_u32.to_be_bytes());
+    std::fs::write(&path, database).expect("written");
+    let mut server = TunnelLocal::start(&["--data", text(&data)], &[]);
+    assert_eq!(server.ended().await, Some(1));
+    let said = server.said.join("\n");
+    assert!(
+        said.contains("tunnel.db is of a newer version: it has format 7"),
+        "{said}"
+    );
 }
