@@ -330,12 +330,8 @@ impl Metrics {
         page.family(name, Kind::Counter, help);
         for (outcome, by_status) in Outcome::ALL.iter().zip(&self.requests) {
             for (status, count) in STATUSES.iter().zip(by_status) {
-                let count = count.load(Relaxed);
-                // Most pairs cannot be.
-                if count > 0 || (*outcome == Outcome::Ok && *status == "2xx") {
-                    let labels = [("outcome", outcome.name()), ("status", *status)];
-                    page.sample(name, &labels, count);
-                }
+                let labels = [("outcome", outcome.name()), ("status", *status)];
+                page.sample(name, &labels, count.load(Relaxed));
             }
         }
         let name = "tunnel_request_errors_total";
@@ -507,6 +503,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -525,6 +523,40 @@ mod tests {
     fn outcomes_are_counted_by_their_number() {
         for (at, outcome) in Outcome::ALL.iter().enumerate() {
             assert_eq!(*outcome as usize, at);
+        }
+    }
+
+    /// The names of metrics in a text.
+    fn names(text: &str) -> BTreeSet<&str> {
+        text.split(|c: char| !c.is_ascii_lowercase() && c != '_')
+            .filter(|word| word.starts_with("tunnel_") && word.len() > "tunnel_".len())
+            .map(|name| {
+                let of_histogram = name.strip_suffix("_bucket").or(name.strip_suffix("_count"));
+                of_histogram.unwrap_or(name)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_documentation_has_every_metric_and_rules_and_dashboard_only_those() {
+        let page = Metrics::new(true).page(Readings {
+            agents: 0,
+            held_body_bytes: 0,
+            max_body_bytes: 0,
+        });
+        let families: BTreeSet<&str> = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+            .collect();
+        assert!(families.len() > 20, "{families:?}");
+        let documented = names(include_str!("../../../docs/metrics.md"));
+        assert_eq!(documented, families);
+        for text in [
+            include_str!("../../../packaging/alerts.yml"),
+            include_str!("../../../packaging/grafana-dashboard.json"),
+        ] {
+            let unknown: Vec<_> = names(text).difference(&families).copied().collect();
+            assert!(unknown.is_empty(), "{unknown:?}");
         }
     }
 }
