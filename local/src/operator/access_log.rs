@@ -10,7 +10,7 @@ use std::{
     str::FromStr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
     },
     time::Duration,
@@ -210,6 +210,7 @@ pub(crate) struct AccessLog {
     format: AccessLogFormat,
     commands: SyncSender<Command>,
     is_to_be_reopened: Arc<AtomicBool>,
+    lost: Arc<AtomicU64>,
 }
 
 impl AccessLog {
@@ -220,10 +221,12 @@ impl AccessLog {
     pub(crate) fn open(options: &AccessLogOptions) -> io::Result<Self> {
         let (commands, received) = sync_channel(MAX_QUEUED_LINES);
         let is_to_be_reopened = Arc::new(AtomicBool::new(false));
+        let lost = Arc::new(AtomicU64::new(0));
         let writer = Writer {
             output: output(&options.target)?,
             target: options.target.clone(),
             is_to_be_reopened: is_to_be_reopened.clone(),
+            lost: lost.clone(),
             is_failing: false,
         };
         std::thread::Builder::new()
@@ -233,17 +236,25 @@ impl AccessLog {
             format: options.format,
             commands,
             is_to_be_reopened,
+            lost,
         })
     }
 
-    /// Writes a line, unless too many wait already. Returns whether it will be written.
-    pub(super) fn write(&self, entry: &Entry<'_>) -> bool {
+    /// How many lines are lost: too many waited already, or they could not be written.
+    pub(super) fn lost_lines(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Writes a line, unless too many wait already.
+    pub(super) fn write(&self, entry: &Entry<'_>) {
         let now = Timestamp::now();
         let line = match self.format {
             AccessLogFormat::Combined => entry.combined(now),
             AccessLogFormat::Json => entry.json(now),
         };
-        self.commands.try_send(Command::Write(line)).is_ok()
+        if self.commands.try_send(Command::Write(line)).is_err() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Opens the file again, because the one that was open has another name by now. The lines before stay in that one.
@@ -280,6 +291,7 @@ struct Writer {
     target: AccessLogTarget,
     output: Box<dyn Write + Send>,
     is_to_be_reopened: Arc<AtomicBool>,
+    lost: Arc<AtomicU64>,
     is_failing: bool,
 }
 
@@ -305,6 +317,9 @@ impl Writer {
             match command {
                 Command::Write(line) => {
                     let written = self.output.write_all(line.as_bytes());
+                    if written.is_err() {
+                        self.lost.fetch_add(1, Ordering::Relaxed);
+                    }
                     self.note(written);
                 }
                 Command::Wake => {}
@@ -350,13 +365,14 @@ mod tests {
     use super::*;
     use crate::operator::metrics::Outcome;
 
-    fn lines(request: &Request<()>) -> (String, String) {
+    /// Does something with the entry of a request that has failed.
+    fn with_entry<T>(request: &Request<()>, act: impl FnOnce(&Entry<'_>) -> T) -> T {
         let origin = VisitorOrigin {
             address: "203.0.113.9".to_owned(),
             ..VisitorOrigin::default()
         };
         let tunnel = "my-app".parse().expect("an id");
-        let entry = Entry {
+        act(&Entry {
             request: &RequestLine::of(request, origin),
             ended: Ended {
                 outcome: Outcome::Failed,
@@ -368,9 +384,50 @@ mod tests {
             code: Some("local_unreachable"),
             head: Some(Duration::from_millis(7)),
             took: Duration::from_millis(8),
-        };
+        })
+    }
+
+    fn lines(request: &Request<()>) -> (String, String) {
         let at = "2026-11-25T21:58:32.5Z".parse().expect("a time");
-        (entry.combined(at), entry.json(at))
+        with_entry(request, |entry| (entry.combined(at), entry.json(at)))
+    }
+
+    fn write(log: &AccessLog, lines: usize) {
+        let request = Request::get("/").body(()).expect("a request");
+        for _ in 0..lines {
+            with_entry(&request, |entry| log.write(entry));
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_log_that_is_not_written_and_lost_lines_are_counted() {
+        let (commands, _not_read) = sync_channel(2);
+        let log = AccessLog {
+            format: AccessLogFormat::Combined,
+            commands,
+            is_to_be_reopened: Arc::default(),
+            lost: Arc::default(),
+        };
+        write(&log, 5);
+        assert_eq!(log.lost_lines(), 3);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn lines_that_a_full_disk_does_not_take_are_counted() {
+        let options = AccessLogOptions {
+            target: AccessLogTarget::File("/dev/full".into()),
+            format: AccessLogFormat::Json,
+        };
+        let log = AccessLog::open(&options).expect("it opens");
+        write(&log, 1000);
+        log.finish().await;
+        // Some are still kept, to be tried again.
+        assert!(
+            (900..1000).contains(&log.lost_lines()),
+            "{}",
+            log.lost_lines()
+        );
     }
 
     #[test]

@@ -25,7 +25,7 @@ use tunnel_service::{
     tables::{dynamodb::StoreError, tokens::TokensTable, tunnels::TunnelsTable},
 };
 
-use super::{Observer, exposition::CONTENT_TYPE, listing, metrics::Readings};
+use super::{AccessLog, Observer, exposition::CONTENT_TYPE, listing, metrics::Readings};
 use crate::front::host::HostPolicy;
 
 /// A server whose tables do not answer within this time is not ready.
@@ -91,10 +91,12 @@ async fn check_host(
 }
 
 async fn metrics(State(api): State<AdminApi>) -> Response {
+    let access_log = api.observer.access_log.as_ref();
     let readings = Readings {
         agents: api.observer.agent_count(),
         held_body_bytes: api.replies.held_body_bytes(),
         max_body_bytes: MAX_HELD_BODY_BYTES,
+        lost_lines: access_log.map_or(0, AccessLog::lost_lines),
     };
     let page = api.observer.metrics.page(readings);
     ([(header::CONTENT_TYPE, CONTENT_TYPE)], page).into_response()

@@ -161,7 +161,6 @@ pub(crate) struct Metrics {
     handshakes: Counts<{ HANDSHAKE_CODES.len() }>,
     tables: [Histogram; OPERATIONS.len()],
     table_errors: AtomicU64,
-    dropped_lines: AtomicU64,
     tunnels: Option<Mutex<BTreeMap<String, TunnelCounts>>>,
 }
 
@@ -179,6 +178,7 @@ pub(crate) struct Readings {
     pub(crate) agents: usize,
     pub(crate) held_body_bytes: usize,
     pub(crate) max_body_bytes: usize,
+    pub(crate) lost_lines: u64,
 }
 
 /// A request that has ended.
@@ -210,7 +210,6 @@ impl Metrics {
             handshakes: Counts::new(&HANDSHAKE_CODES),
             tables: std::array::from_fn(|_| Histogram::new(TABLE_BOUNDS)),
             table_errors: AtomicU64::default(),
-            dropped_lines: AtomicU64::default(),
             tunnels: per_tunnel.then(Mutex::default),
         }
     }
@@ -293,11 +292,6 @@ impl Metrics {
         }
     }
 
-    /// A line of the access log is lost.
-    pub(crate) fn line_dropped(&self) {
-        self.dropped_lines.fetch_add(1, Relaxed);
-    }
-
     /// The page.
     pub(crate) fn page(&self, readings: Readings) -> String {
         let mut page = Page::default();
@@ -306,6 +300,9 @@ impl Metrics {
         self.write_traffic(&mut page);
         self.write_agents(&mut page, readings);
         self.write_tables(&mut page, readings);
+        let name = "tunnel_access_log_lost_lines_total";
+        let help = "Lines of the access log that could not be written, or not fast enough.";
+        page.single(name, Kind::Counter, help, readings.lost_lines);
         self.write_tunnels(&mut page);
         page.into_text()
     }
@@ -375,12 +372,6 @@ impl Metrics {
                 Kind::Gauge,
                 "Upgraded connections that are open.",
                 &self.upgraded_open,
-            ),
-            (
-                "tunnel_access_log_dropped_lines_total",
-                Kind::Counter,
-                "Lines of the access log that were lost because it could not be written fast enough.",
-                &self.dropped_lines,
             ),
         ] {
             page.single(name, kind, help, value.load(Relaxed));
@@ -543,6 +534,7 @@ mod tests {
             agents: 0,
             held_body_bytes: 0,
             max_body_bytes: 0,
+            lost_lines: 0,
         });
         let families: BTreeSet<&str> = page
             .lines()
