@@ -22,15 +22,13 @@ use hyper_util::{
     },
     rt::TokioIo,
 };
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    time::timeout,
-};
+use tokio::time::timeout;
 use tower_service::Service;
 
 use crate::{
     directory::Directory,
     lock::lock,
+    origin_socket::OriginSocket,
     target::{Target, TargetTransport},
 };
 
@@ -173,65 +171,6 @@ impl Service<Name> for LoopbackResolver {
             (Ipv6Addr::LOCALHOST, 0).into(),
         ];
         std::future::ready(Ok(addresses.into_iter()))
-    }
-}
-
-trait ReadWrite: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> ReadWrite for T {}
-
-/// A TCP or Unix socket.
-pub(crate) struct OriginSocket(Box<dyn ReadWrite>);
-
-impl OriginSocket {
-    fn wrap(socket: impl ReadWrite + 'static) -> TokioIo<Self> {
-        TokioIo::new(Self(Box::new(socket)))
-    }
-}
-
-impl Connection for OriginSocket {
-    fn connected(&self) -> Connected {
-        Connected::new()
-    }
-}
-
-impl AsyncRead for OriginSocket {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut tokio::io::ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for OriginSocket {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }
 

@@ -199,7 +199,9 @@ impl ResponseSender {
         processing_time_ms: u64,
         context: &Context,
     ) -> Result<(), OriginError> {
-        let (head, body) = response.into_parts();
+        let (mut head, body) = response.into_parts();
+        // The service may have closed the connection: until the end of this function it is read on.
+        let _reading = std::mem::take(&mut head.extensions);
         self.recording.response_head(head.status, &head.headers);
         let compress = context.compresses && compression::is_compressible(&head.headers);
         let mut message = self

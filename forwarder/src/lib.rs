@@ -33,6 +33,7 @@ mod log_format;
 mod login;
 mod named_address;
 mod origin;
+mod origin_socket;
 mod outgoing;
 mod proxy;
 #[cfg(test)]

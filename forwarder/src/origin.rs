@@ -27,6 +27,7 @@ use crate::{
     connector::{Connector, Record},
     failure,
     header_rules::HeaderRules,
+    origin_socket::Responses,
     settings::{HostHeader, Settings},
     target::Target,
     tls,
@@ -211,6 +212,8 @@ impl Origin {
 
     /// Calls the local service and returns its response as soon as the head is there.
     ///
+    /// Until the response's extensions are dropped, it is read on although the service takes no more of the request.
+    ///
     /// A service may close a kept connection while a request is put on it. A request that may be made twice (RFC 9110, 9.2.2), and
     /// whose body is still at hand, is made once more then, on a new connection.
     ///
@@ -246,8 +249,12 @@ impl Origin {
         let is_upgrade = request.is_upgrade();
         match client.request(request.into_http()).await {
             Ok(mut response) => {
-                if let Some(record) = response.extensions_mut().remove::<Record>() {
+                let extensions = response.extensions_mut();
+                if let Some(record) = extensions.remove::<Record>() {
                     record.mark_served();
+                }
+                if let Some(responses) = extensions.remove::<Responses>() {
+                    extensions.insert(responses.begin());
                 }
                 checked(response, is_upgrade).map_err(|error| FailedCall {
                     error,

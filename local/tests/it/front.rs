@@ -377,6 +377,97 @@ async fn a_visitor_that_sends_everything_before_it_reads_gets_an_early_answer() 
     assert!(answer.ends_with("\r\n\r\nlarge"), "{answer}");
 }
 
+/// How a local service answers that does not read the whole request.
+#[derive(Clone, Copy, Debug)]
+struct EarlyAnswer {
+    /// How much it reads of the body first.
+    reads: usize,
+    /// How long the body of its answer is.
+    length: usize,
+    /// It resets the connection; otherwise it closes it with the rest unread, which resets it as well, but a little later.
+    resets: bool,
+}
+
+impl EarlyAnswer {
+    async fn give(self, mut stream: TcpStream) {
+        let mut request = Vec::new();
+        let head_end = loop {
+            if let Some(at) = request.windows(4).position(|end| end == b"\r\n\r\n") {
+                break at + 4;
+            }
+            stream.read_buf(&mut request).await.expect("a request");
+        };
+        while request.len() < head_end + self.reads {
+            stream.read_buf(&mut request).await.expect("a body");
+        }
+        let length = self.length;
+        let mut answer =
+            format!("HTTP/1.1 413 Content Too Large\r\ncontent-length: {length}\r\n\r\n")
+                .into_bytes();
+        answer.resize(answer.len() + length, b'l');
+        stream.write_all(&answer).await.expect("sent");
+        if self.resets {
+            stream.set_zero_linger().expect("set");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_early_answer_outlives_the_connection_that_it_came_on() {
+    const LENGTH: usize = 2_000_000;
+    let stack = stack().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let settings = crate::harness::settings(&stack, listener.local_addr().expect("an address"));
+    let _agent = crate::harness::Agent::online(settings).await;
+    let chunk = [b"10000\r\n", &[b'x'; 0x10000][..], b"\r\n"].concat();
+    let chunked = [chunk.repeat(LENGTH / 0x10000), b"0\r\n\r\n".to_vec()].concat();
+    let whole = vec![b'x'; LENGTH];
+    for (reads, length, resets) in [
+        (0, 0, false),
+        (0, 0, true),
+        (0, 20_000, false),
+        (0, 20_000, true),
+        (1, 5, true),
+        (100_000, 5, false),
+        (100_000, 20_000, true),
+    ] {
+        let early = EarlyAnswer {
+            reads,
+            length,
+            resets,
+        };
+        for (framing, body) in [
+            (format!("content-length: {LENGTH}"), &whole),
+            ("transfer-encoding: chunked".to_owned(), &chunked),
+        ] {
+            let head = format!(
+                "POST /my-app/ HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{framing}\r\n\r\n"
+            );
+            let visiting = async {
+                let mut stream = visitor(&stack, head.as_bytes()).await;
+                stream.write_all(body).await.expect("sent");
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).await.expect("an answer");
+                answer
+            };
+            let serving = async {
+                let (stream, _) = listener.accept().await.expect("a connection");
+                early.give(stream).await;
+            };
+            let both = async { tokio::join!(visiting, serving) };
+            let (answer, ()) = within("the answer", both).await;
+            assert!(
+                answer.starts_with("HTTP/1.1 413 "),
+                "{early:?} {framing}: {answer}"
+            );
+            assert!(
+                answer.ends_with(&format!("\r\n\r\n{}", "l".repeat(length))),
+                "{early:?} {framing}: {answer}"
+            );
+        }
+    }
+}
+
 #[tokio::test]
 async fn requests_this_front_cannot_serve_are_answered_with_a_code() {
     let (stack, origin) = (stack().await, Origin::echo().await);
