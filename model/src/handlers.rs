@@ -276,7 +276,10 @@ impl Ownership {
             }
             Task::Forward { lookups_left, step } => self.step_forward(state, lookups_left, step),
             Task::Late(write) => {
-                self.write(state, write);
+                // Later than the whole life of its connection a record is not written.
+                if !matches!(write, Write::Put(connection) if is_over(state, connection)) {
+                    self.write(state, write);
+                }
                 None
             }
         };
@@ -573,6 +576,12 @@ pub(crate) fn post(state: &mut State, to: Connection, message: Message) -> bool 
         state.add_message(to, message);
     }
     is_open
+}
+
+/// Whether a connection has been on record and is not any more.
+fn is_over(state: &State, connection: Connection) -> bool {
+    let ends = state.ends(connection);
+    ends.record.is_none() && ends.agent != AgentEnd::Connecting
 }
 
 /// Closes a connection from the service's side.

@@ -61,6 +61,8 @@ pub enum Owner {
 pub struct Rules {
     /// A tunnel is taken only while the connection's record exists and no newer connection serves.
     pub fence: bool,
+    /// A connection that is on record is not recorded again, which would forget what `ready` said.
+    pub recorded_once: bool,
     /// What `ready` said is recorded before anything else, so that a later check can put the tunnel online.
     pub recorded_first: bool,
     /// The agent hears `connection_established` before the tunnel can be found, and a connection that is gone takes nothing.
@@ -95,6 +97,7 @@ impl Default for Rules {
     fn default() -> Self {
         Self {
             fence: true,
+            recorded_once: true,
             recorded_first: true,
             established_first: true,
             check_heals: true,

@@ -295,8 +295,10 @@ impl Ownership {
         match fault {
             Action::Unanswered(task) => {
                 match task.write() {
-                    // Later than the whole life of its connection a record is not written.
-                    Some(write @ Write::Put(_)) => drop(self.write(state, write)),
+                    // Both writes of `$connect` are one step then.
+                    Some(Write::Claim(connection)) if !self.scenario.name_changes_hands => {
+                        state.add_task(Task::Late(Write::Put(connection)));
+                    }
                     Some(write) => state.add_task(Task::Late(write)),
                     None => {}
                 }

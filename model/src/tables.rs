@@ -57,7 +57,11 @@ impl Ownership {
         match write {
             Write::Claim(connection) => self.claim(state, self.owner(connection)),
             Write::Put(connection) => {
-                state.ends_mut(connection).record = Some(Record {
+                let record = &mut state.ends_mut(connection).record;
+                if record.is_some() && self.rules.recorded_once {
+                    return Answered::Refused;
+                }
+                *record = Some(Record {
                     is_ready: false,
                     previous: None,
                 });

@@ -225,6 +225,12 @@ fn o2_breaks_when_ready_is_recorded_last() {
 }
 
 #[test]
+fn o2_breaks_when_a_connection_is_recorded_again_later() {
+    let rules = without(|rules| rules.recorded_once = false);
+    assert_breaks(NEWEST_SERVES, rules, TAKEOVER);
+}
+
+#[test]
 fn o2_breaks_when_a_retried_delete_is_believed() {
     let rules = without(|rules| rules.offline_always = false);
     assert_breaks(ENDED_IS_OFFLINE, rules, ONE_AGENT);

@@ -542,6 +542,23 @@ async fn a_live_tunnel_that_was_marked_offline_is_online_again_after_a_ping_as_i
 }
 
 #[tokio::test]
+async fn a_connection_that_is_recorded_again_later_is_still_ready() {
+    let service = Service::new().await;
+    let connection = service.open("connection").await;
+    service.ready(&connection).await;
+    // The first attempt of a write whose second was answered.
+    let purpose = Purpose::Serve(Some(TUNNEL.to_owned()));
+    service.shake_hands("ours", "connection", purpose).await;
+    let tunnels = service.tunnels();
+    let went = tunnels.mark_offline(&id(TUNNEL), &connection, now()).await;
+    assert!(went.expect("an answer"));
+
+    service.ping(&connection).await;
+
+    assert_eq!(service.serving().await, Some(connection));
+}
+
+#[tokio::test]
 async fn a_connection_without_a_record_is_closed_at_its_next_message() {
     let service = Service::new().await;
     let connection: ConnectionId = "unknown=".parse().expect("an id");

@@ -3,7 +3,10 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use aws_sdk_dynamodb::types::{AttributeValue, ConditionCheck, ReturnValue, TransactWriteItem};
+use aws_sdk_dynamodb::{
+    operation::put_item::PutItemError,
+    types::{AttributeValue, ConditionCheck, ReturnValue, TransactWriteItem},
+};
 
 use crate::tables::dynamodb::{
     Change, Item, StoreError, Table, is_live, number, read_flag, read_number, read_text, text,
@@ -79,7 +82,8 @@ impl ConnectionsTable {
         Self(Table::new(sdk, name))
     }
 
-    /// Records a connection.
+    /// Records a connection that has been admitted. One that is on record stays as it is: the call may be a repetition that
+    /// comes late, after what `ready` said was recorded.
     ///
     /// # Errors
     /// See [`StoreError`].
@@ -112,8 +116,20 @@ impl ConnectionsTable {
             }
             Connection::Reply => put.item("kind", text("reply")),
         };
-        put.send().await.map_err(table.failed("PutItem"))?;
-        Ok(())
+        let outcome = put
+            .condition_expression("attribute_not_exists(connectionId)")
+            .send()
+            .await;
+        match outcome {
+            Err(error)
+                if !error
+                    .as_service_error()
+                    .is_some_and(PutItemError::is_conditional_check_failed_exception) =>
+            {
+                Err(table.failed("PutItem")(error))
+            }
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// Records what an agent said in `ready`, or what has changed since. Returns whether the connection is still open.
