@@ -234,7 +234,7 @@ impl AgentConnections {
     async fn message(&self, source: &EventSource, text: &str, connection: &SocketConnection) {
         let _under_way = self.meter.begin();
         let units = units(text.len());
-        let is_ping = matches!(message::decode(text), Ok(FromAgent::Ping));
+        let is_ping = matches!(message::decode(text), Ok(FromAgent::Ping { .. }));
         self.meter.count(|counts| {
             *(if is_ping {
                 &mut counts.units_of_pings
@@ -270,7 +270,7 @@ impl AgentConnections {
         let units = units(body.len());
         let is_pong = matches!(
             std::str::from_utf8(&body).map(message::decode),
-            Ok(Ok(ToAgent::Pong))
+            Ok(Ok(ToAgent::Pong { .. }))
         );
         let is_relayed = id
             .parse()

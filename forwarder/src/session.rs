@@ -174,8 +174,10 @@ pub struct Session {
     end_of_life: Option<Instant>,
     /// The service answers a `ping` of a connection that it has replaced with `replaced`.
     confirms_replaced: bool,
-    /// The service has said `replaced`, and was asked to confirm it.
-    awaits_confirmation: bool,
+    /// The id of the last `ping` that asked whether `replaced` is true.
+    last_question: u32,
+    /// The service has said `replaced`, and has not answered that question yet.
+    awaits_answer: bool,
     /// Cancelled when another agent has taken the tunnel over for good.
     replaced: CancellationToken,
     /// Cancelled when another connection of this agent has taken over.
@@ -215,7 +217,8 @@ impl Session {
                 .life_ms
                 .and_then(|life| opened.at.checked_add(Duration::from_millis(life))),
             confirms_replaced: established.features.contains(&Feature::ConfirmReplaced),
-            awaits_confirmation: false,
+            last_question: 0,
+            awaits_answer: false,
             replaced: CancellationToken::new(),
             moved: CancellationToken::new(),
         }
@@ -415,14 +418,14 @@ impl Session {
     fn on_tick(&mut self) -> Option<Duration> {
         let silence = self.liveness.tick(self.context.outgoing.progress());
         if silence.is_none() && self.liveness.is_ping_message_due() {
-            self.ping();
+            self.ping(None);
         }
         silence
     }
 
     /// Returns whether there was room for a `ping`.
-    fn ping(&mut self) -> bool {
-        let ping = message::encode(&FromAgent::Ping);
+    fn ping(&mut self, id: Option<u32>) -> bool {
+        let ping = message::encode(&FromAgent::Ping { id });
         match self.context.outgoing.try_control(ping) {
             Ok(receipt) => {
                 self.liveness.ping_message_queued(receipt);
@@ -486,8 +489,8 @@ impl Session {
                 self.websocket(request_id, FromVisitor::Closed(code));
             }
             Ok(ToAgent::Cancel { request_id }) => self.cancel(&request_id),
-            Ok(ToAgent::Pong) => self.on_pong(),
-            Ok(ToAgent::Replaced { reason }) => self.on_replaced(reason),
+            Ok(ToAgent::Pong { .. }) => self.on_pong(),
+            Ok(ToAgent::Replaced { reason, id }) => self.on_replaced(reason, id),
             Ok(ToAgent::UrlUpdated { public_url }) => {
                 self.observe(Event::Online {
                     public_url,
@@ -509,17 +512,21 @@ impl Session {
         }
     }
 
-    /// The service says that another connection has taken the tunnel over. Messages overtake each other, so a service that can is
-    /// asked again: it answers `replaced` once more if that is so, and `pong` if this connection serves after all.
-    fn on_replaced(&mut self, reason: String) {
+    /// The service says that another connection has taken the tunnel over. Messages overtake each other and come twice, so a service
+    /// that can is asked: it answers `replaced` with the id of the question if that is so, and `pong` if this connection serves
+    /// after all.
+    fn on_replaced(&mut self, reason: String, question: Option<u32>) {
         if self.has_moved() {
             // By a later connection of this agent, or else that one hears of it and ends the agent.
             debug!(reason, "a connection that has moved does not serve");
             return;
         }
-        if self.confirms_replaced && !self.awaits_confirmation {
-            // Where there is no room to ask, the answer to the next `ping` says it again.
-            self.awaits_confirmation = self.ping();
+        let is_answer = self.awaits_answer && question == Some(self.last_question);
+        if self.confirms_replaced && !is_answer {
+            if question.is_none() {
+                // Where there is no room to ask, the answer to the next `ping` says it again.
+                self.ask();
+            }
             return;
         }
         self.replaced.cancel();
@@ -529,10 +536,18 @@ impl Session {
         }
     }
 
+    fn ask(&mut self) {
+        let question = self.last_question.wrapping_add(1);
+        if self.ping(Some(question)) {
+            self.last_question = question;
+            self.awaits_answer = true;
+        }
+    }
+
     /// Any `pong` ends the wait, also one that answers an earlier `ping`: if the connection is replaced all the same, the answer to
-    /// the later one makes the agent ask once more. Were answers counted, after a lost one a late `replaced` would be believed.
+    /// the next one makes the agent ask once more.
     fn on_pong(&mut self) {
-        if std::mem::take(&mut self.awaits_confirmation) {
+        if std::mem::take(&mut self.awaits_answer) {
             debug!("this connection serves the tunnel after all");
         }
     }

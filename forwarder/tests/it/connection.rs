@@ -310,9 +310,22 @@ fn is_online(event: &Event) -> bool {
 }
 
 fn replaced() -> ToAgent {
+    answered_replaced(None)
+}
+
+fn answered_replaced(id: Option<u32>) -> ToAgent {
     ToAgent::Replaced {
         reason: "another agent".to_owned(),
+        id,
     }
+}
+
+fn ping(id: u32) -> FromAgent {
+    FromAgent::Ping { id: Some(id) }
+}
+
+fn pong(id: u32) -> ToAgent {
+    ToAgent::Pong { id: Some(id) }
 }
 
 fn taken_over() -> Result<(), TunnelError> {
@@ -351,25 +364,28 @@ async fn a_takeover_is_believed_when_the_service_confirms_it() {
     connection
         .establish(&[Feature::Notices, Feature::ConfirmReplaced], None)
         .await;
-    // One that was on its way for long.
+    // One that was on its way for long, and comes twice.
     connection.say(&replaced()).await;
-    assert_eq!(connection.hear().await, FromAgent::Ping);
-    connection.say(&ToAgent::Pong).await;
+    assert_eq!(connection.hear().await, ping(1));
+    connection.say(&replaced()).await;
+    assert_eq!(connection.hear().await, ping(2));
+    connection.say(&answered_replaced(Some(1))).await;
+    connection.say(&pong(2)).await;
     connection.request("still-served").await;
     assert_eq!(connection.response().await.as_str(), "still-served");
     // One that is true.
     connection.say(&replaced()).await;
-    assert_eq!(connection.hear().await, FromAgent::Ping);
+    assert_eq!(connection.hear().await, ping(3));
     connection.request("before-the-answer").await;
     assert_eq!(connection.response().await.as_str(), "before-the-answer");
-    connection.say(&replaced()).await;
+    connection.say(&answered_replaced(Some(3))).await;
     assert_eq!(connection.next().await, None);
     assert_eq!(agent.end().await, taken_over());
 }
 
 #[tokio::test]
 async fn a_ping_answered_late_or_with_a_takeover_leaves_no_doubt_behind() {
-    for answer in [ToAgent::Pong, replaced()] {
+    for answer in [pong(2), answered_replaced(Some(2))] {
         let mut service = Service::start();
         let origin = Origin::start(2).await;
         let mut agent = Agent::start(&service, &origin);
@@ -381,15 +397,16 @@ async fn a_ping_answered_late_or_with_a_takeover_leaves_no_doubt_behind() {
         tokio::time::pause();
         tokio::time::advance(SOLE_PING_MESSAGE_INTERVAL).await;
         tokio::time::resume();
-        assert_eq!(connection.hear().await, FromAgent::Ping);
+        assert_eq!(connection.hear().await, FromAgent::Ping { id: None });
         connection.say(&replaced()).await;
-        assert_eq!(connection.hear().await, FromAgent::Ping);
-        connection.say(&ToAgent::Pong).await;
-        // Not believed at once, whichever of the two `ping` has its answer.
+        assert_eq!(connection.hear().await, ping(1));
+        connection.say(&ToAgent::Pong { id: None }).await;
+        // Too late, because the other one was taken for the answer.
+        connection.say(&answered_replaced(Some(1))).await;
         connection.say(&replaced()).await;
-        assert_eq!(connection.hear().await, FromAgent::Ping);
+        assert_eq!(connection.hear().await, ping(2));
         connection.say(&answer).await;
-        if answer == ToAgent::Pong {
+        if answer == pong(2) {
             connection.request("still-served").await;
             assert_eq!(connection.response().await.as_str(), "still-served");
         } else {

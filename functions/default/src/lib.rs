@@ -275,11 +275,11 @@ impl DefaultRoute {
         };
         match message {
             FromAgent::Ready(ready) => return Box::pin(self.open(sender, ready)).await,
-            FromAgent::Ping => {
+            FromAgent::Ping { id } => {
                 // The dashboard counts live agents by the connections of such lines.
                 info!("ping");
-                if self.check(sender).await? {
-                    self.post(sender, &ToAgent::Pong).await?;
+                if self.check(sender, id).await? {
+                    self.post(sender, &ToAgent::Pong { id }).await?;
                 }
             }
             FromAgent::Release => return self.release(sender).await,
@@ -377,7 +377,7 @@ impl DefaultRoute {
                 }
                 if let Some(before) = before {
                     self.ownership
-                        .notify_replaced(&before.connection_id, &before.features, TAKEN_OVER)
+                        .notify_replaced(&before.connection_id, &before.features, TAKEN_OVER, None)
                         .await;
                 }
             }
@@ -385,7 +385,7 @@ impl DefaultRoute {
                 // Agents of earlier versions ignore everything before this message.
                 self.post(id, &established).await?;
                 self.ownership
-                    .notify_replaced(id, &opened.features, TAKEN_OVER)
+                    .notify_replaced(id, &opened.features, TAKEN_OVER, None)
                     .await;
             }
             Standing::Released => {
@@ -442,7 +442,7 @@ impl DefaultRoute {
             .filter(|online| online.connection_id != *sender)
         {
             self.ownership
-                .notify_replaced(&online.connection_id, &online.features, RELEASED)
+                .notify_replaced(&online.connection_id, &online.features, RELEASED, None)
                 .await;
         }
         self.post(sender, &ToAgent::Released { tunnel_id, existed })
@@ -451,6 +451,7 @@ impl DefaultRoute {
     }
 
     /// Checks an agent's open connection, sets right what is wrong, and returns whether a `ping` is to be answered with `pong`.
+    /// `ping` is the id of that `ping`, if there is one and it has one.
     ///
     /// - One whose token was revoked or has expired is closed, and so is one that is not on record.
     /// - One that should serve its tunnel and does not is put online: an older one serves, or none does.
@@ -461,7 +462,11 @@ impl DefaultRoute {
     ///
     /// # Errors
     /// If the tables or @connections do not answer.
-    pub async fn check(&self, connection: &ConnectionId) -> Result<bool, DefaultRouteError> {
+    pub async fn check(
+        &self,
+        connection: &ConnectionId,
+        ping: Option<u32>,
+    ) -> Result<bool, DefaultRouteError> {
         let agent = match self.ownership.connections.get(connection, now()).await? {
             Some(Connection::Agent(agent)) => agent,
             Some(Connection::Reply) => return Ok(true),
@@ -485,7 +490,7 @@ impl DefaultRoute {
             Standing::Serves { before } => {
                 if let Some(before) = before {
                     self.ownership
-                        .notify_replaced(&before.connection_id, &before.features, TAKEN_OVER)
+                        .notify_replaced(&before.connection_id, &before.features, TAKEN_OVER, None)
                         .await;
                 }
                 self.check_url(&candidate).await?;
@@ -498,7 +503,7 @@ impl DefaultRoute {
         };
         info!(tunnel = %candidate.agent.tunnel_id, reason, "notified that it was replaced");
         self.ownership
-            .notify_replaced(connection, &candidate.opened.features, reason)
+            .notify_replaced(connection, &candidate.opened.features, reason, ping)
             .await;
         Ok(false)
     }

@@ -207,17 +207,19 @@ impl Ownership {
         Ok(())
     }
 
-    /// Tells a connection that it does not serve its tunnel, or closes it if its agent does not know that message. A check
-    /// repeats it, so a failure only matters to the log.
+    /// Tells a connection that it does not serve its tunnel, or closes it if its agent does not know that message. `ping` is the id
+    /// of the `ping` that this answers. A check repeats it, so a failure only matters to the log.
     pub(crate) async fn notify_replaced(
         &self,
         connection: &ConnectionId,
         features: &[Feature],
         reason: &str,
+        ping: Option<u32>,
     ) {
         let outcome = if features.contains(&Feature::Notices) {
             let replaced = ToAgent::Replaced {
                 reason: reason.to_owned(),
+                id: ping,
             };
             self.agents
                 .post_patiently(connection, &replaced, BUSY_TIMEOUT)

@@ -362,7 +362,7 @@ impl AgentFront {
             };
             for connection in unsettled {
                 let span = connection_span(connection);
-                if let Err(error) = self.default.check(connection).instrument(span).await {
+                if let Err(error) = self.default.check(connection, None).instrument(span).await {
                     error!(%connection, error = &error as &dyn std::error::Error, "could not be checked");
                 }
             }

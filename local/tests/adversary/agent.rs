@@ -71,6 +71,8 @@ struct Session {
     asks_again: bool,
     is_replaced: bool,
     is_doubting: bool,
+    /// The id of the last `ping` that asked whether `replaced` is true.
+    last_question: u32,
     seen: HashSet<String>,
 }
 
@@ -150,6 +152,7 @@ impl Agent {
             asks_again: false,
             is_replaced: false,
             is_doubting: false,
+            last_question: 0,
             seen: HashSet::new(),
         };
         let ready = json!({
@@ -237,8 +240,10 @@ impl Agent {
                 }
             }
             "replaced" if !session.is_established => session.is_doubting = true,
-            "replaced" if session.is_doubting => session.is_replaced = true,
-            "replaced" => self.doubt(session),
+            "replaced" if message["id"].is_null() => self.doubt(session),
+            "replaced" if session.is_doubting => {
+                session.is_replaced |= message["id"] == session.last_question;
+            }
             "pong" => session.is_doubting = false,
             "http_request" => self.request(session, &message, takes_requests),
             _ => {}
@@ -248,8 +253,9 @@ impl Agent {
     fn doubt(&self, session: &mut Session) {
         if session.asks_again {
             session.is_doubting = true;
-            self.cloud
-                .send(&session.line.id, &json!({ "type": "ping" }));
+            session.last_question += 1;
+            let ping = json!({ "type": "ping", "id": session.last_question });
+            self.cloud.send(&session.line.id, &ping);
         } else {
             session.is_replaced = true;
         }

@@ -214,3 +214,15 @@ async fn a_visitor_who_leaves_cancels_the_request() {
         json!({ "type": "cancel", "request_id": id })
     );
 }
+
+#[tokio::test]
+async fn an_answer_to_a_ping_has_its_id() {
+    let stack = stack_in_order().await;
+    let mut old = ScriptedAgent::online(&stack, "my-app", &["notices"]).await;
+    old.say(&json!({ "type": "ping", "id": 7 })).await;
+    assert_eq!(old.hear().await, json!({ "type": "pong", "id": 7 }));
+    let _new = ScriptedAgent::online(&stack, "my-app", &["notices"]).await;
+    assert_eq!(old.hear_type("replaced").await.get("id"), None);
+    old.say(&json!({ "type": "ping", "id": 8 })).await;
+    assert_eq!(old.hear_type("replaced").await["id"], 8);
+}

@@ -41,8 +41,8 @@ pub enum Feature {
     Zstd,
     /// Enforces the visitor policy in `access` of `ready`. Has no meaning when an agent announces it.
     Access,
-    /// Answers a `ping` of a connection that does not serve its tunnel with `replaced`, so that an agent can ask whether it was
-    /// really replaced. Has no meaning when an agent announces it.
+    /// Answers a `ping` of a connection that does not serve its tunnel with `replaced`, and repeats the `id` of a `ping` in its
+    /// answer, so that an agent can ask whether it was really replaced. Has no meaning when an agent announces it.
     ConfirmReplaced,
     /// Carries upgraded connections, such as WebSockets: `upgrade` of `http_request`, and raw bytes in the parts that follow.
     Upgrade,
@@ -171,7 +171,7 @@ impl CarriesBody for FromAgent {
             | Self::Error(_)
             | Self::WebsocketBatch(_)
             | Self::WebsocketClose { .. }
-            | Self::Ping
+            | Self::Ping { .. }
             | Self::Release
             | Self::Unknown => None,
         }
@@ -189,7 +189,7 @@ impl CarriesBody for ToAgent {
             | Self::WebsocketMessage { .. }
             | Self::WebsocketSent { .. }
             | Self::WebsocketClose { .. }
-            | Self::Pong
+            | Self::Pong { .. }
             | Self::UrlUpdated { .. }
             | Self::Released { .. }
             | Self::Replaced { .. }
@@ -268,7 +268,11 @@ pub enum FromAgent {
         websocket: ConnectionId,
     },
     /// Keeps an idle connection open and requests a `pong`.
-    Ping,
+    Ping {
+        /// Tells the answer from others, where the service has [`Feature::ConfirmReplaced`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<u32>,
+    },
     /// Gives up the connection's tunnel id, so that anyone may claim it.
     Release,
     /// A type that this code does not know.
@@ -318,7 +322,11 @@ pub enum ToAgent {
         code: Option<u16>,
     },
     /// Answers `ping`.
-    Pong,
+    Pong {
+        /// That of the `ping`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<u32>,
+    },
     /// The tunnel has a different address from now on.
     UrlUpdated {
         /// The new address.
@@ -336,6 +344,9 @@ pub enum ToAgent {
     Replaced {
         /// What happened, for the user.
         reason: String,
+        /// That of the `ping` that this answers, if it answers one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<u32>,
     },
     /// Something the agent sent was refused.
     Error {
@@ -697,7 +708,7 @@ mod tests {
         );
         assert_eq!(
             decode::<FromAgent>(r#"{"type":"ping"}"#).expect("ping"),
-            FromAgent::Ping
+            FromAgent::Ping { id: None }
         );
         let response = r#"{"type":"http_response","request_id":"r1","status_code":200,"headers":{"x":["1","2"]},"body":"aGk=","processing_time_ms":5}"#;
         let FromAgent::HttpResponse(response) = decode(response).expect("a response") else {
@@ -777,7 +788,7 @@ mod tests {
             encode(&FromAgent::Ready(Ready::default())),
             r#"{"type":"ready"}"#
         );
-        assert_eq!(encode(&ToAgent::Pong), r#"{"type":"pong"}"#);
+        assert_eq!(encode(&ToAgent::Pong { id: None }), r#"{"type":"pong"}"#);
     }
 
     #[test]

@@ -763,11 +763,11 @@ mod tests {
             ),
             (
                 message::encode(&FromAgent::BodyPart(part.clone())).into(),
-                message::encode(&FromAgent::Ping),
+                message::encode(&FromAgent::Ping { id: None }),
             ),
             (
                 FromAgent::BodyPart(part).encode_as(Format::Binary),
-                message::encode(&FromAgent::Ping),
+                message::encode(&FromAgent::Ping { id: None }),
             ),
             (
                 Encoded::Text("x".repeat(MAX_CONTROL_MESSAGE_BYTES + 1)),
