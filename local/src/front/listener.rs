@@ -198,4 +198,26 @@ mod tests {
         let next = tokio::time::timeout(Duration::from_secs(20), next).await;
         assert!(next.expect("in time").is_none());
     }
+
+    #[tokio::test]
+    async fn a_place_is_free_again_when_the_last_who_holds_it_is_done() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let _both = [
+            TcpStream::connect(address).await.expect("a connection"),
+            TcpStream::connect(address).await.expect("a connection"),
+        ];
+        let places = Arc::new(Semaphore::new(1));
+        let stopping = CancellationToken::new();
+        let first = next_connection(&listener, &places, &stopping).await;
+        let (_stream, _peer, place) = first.expect("not stopped").expect("accepted");
+        // An agent's connection holds it beyond the request that opened it.
+        let agents = place.clone();
+        drop(place);
+        let mut next = Box::pin(next_connection(&listener, &places, &stopping));
+        assert!(next.as_mut().now_or_never().is_none(), "accepted");
+        drop(agents);
+        let next = tokio::time::timeout(Duration::from_secs(20), next).await;
+        assert!(next.expect("in time").expect("not stopped").is_ok());
+    }
 }

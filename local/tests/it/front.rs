@@ -377,6 +377,85 @@ async fn a_visitor_that_sends_everything_before_it_reads_gets_an_early_answer() 
     assert!(answer.ends_with("\r\n\r\nlarge"), "{answer}");
 }
 
+/// Reads an answer until this text has come.
+async fn read_past(stream: &mut TcpStream, text: &str) {
+    let mut answer = Vec::new();
+    while !String::from_utf8_lossy(&answer).contains(text) {
+        let read = within("an answer", stream.read_buf(&mut answer)).await;
+        assert_ne!(read.expect("read"), 0, "no {text} in {answer:?}");
+    }
+}
+
+/// After how many seconds the stack closes a connection on which nothing more is said, and what it sent until then.
+async fn closed_after(stream: &mut TcpStream) -> (u64, Vec<u8>) {
+    tokio::time::pause();
+    let began = Instant::now();
+    let mut last_words = Vec::new();
+    let end = tokio::time::timeout(
+        Duration::from_secs(120),
+        stream.read_to_end(&mut last_words),
+    );
+    end.await.expect("an end").expect("read");
+    let elapsed = began.elapsed();
+    tokio::time::resume();
+    (elapsed.as_secs(), last_words)
+}
+
+#[tokio::test]
+async fn a_connection_that_sends_no_whole_head_is_closed_after_thirty_seconds() {
+    let stack = stack().await;
+    for sent in ["", "GET /_health HTTP/1.1\r\nhost: local"] {
+        let mut stream = visitor(&stack, sent.as_bytes()).await;
+        let (seconds, answer) = closed_after(&mut stream).await;
+        assert!((29..=31).contains(&seconds), "{sent:?}: {seconds} s");
+        assert_eq!(answer, b"", "{sent:?}");
+    }
+    let request = b"GET /_health HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut stream = visitor(&stack, request).await;
+    read_past(&mut stream, r#"{"status":"ok"}"#).await;
+    let (seconds, _) = closed_after(&mut stream).await;
+    assert!((29..=31).contains(&seconds), "after an answer: {seconds} s");
+}
+
+#[tokio::test]
+async fn an_agent_that_says_nothing_for_thirty_seconds_is_closed() {
+    let stack = stack().await;
+    let handshake = b"GET /_ws?tunnel_id=my-app HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    let mut stream = visitor(&stack, handshake).await;
+    read_past(&mut stream, "\r\n\r\n").await;
+    let (seconds, frames) = closed_after(&mut stream).await;
+    // It has a little time to agree.
+    assert!((30..=35).contains(&seconds), "{seconds} s");
+    let frames = String::from_utf8_lossy(&frames);
+    assert!(frames.contains("silent for too long"), "{frames}");
+}
+
+#[tokio::test]
+async fn an_upload_that_stands_still_after_its_answer_is_cancelled_after_a_minute() {
+    let stack = stack().await;
+    let mut agent = online(&stack).await;
+    let head = b"POST /my-app/ HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nbegin";
+    let mut stream = visitor(&stack, head).await;
+    let id = request_id(&mut agent).await;
+    let answer = json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": {}, "body": "ZWFybHk=" });
+    agent.say(&answer).await;
+    read_past(&mut stream, "early").await;
+    let pass = async |seconds| {
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(seconds)).await;
+        tokio::time::resume();
+    };
+    for _ in 0..3 {
+        pass(19).await;
+        agent.expect_quiet("cancelled too soon").await;
+    }
+    pass(4).await;
+    assert_eq!(
+        agent.hear().await,
+        json!({ "type": "cancel", "request_id": id })
+    );
+}
+
 /// How a local service answers that does not read the whole request.
 #[derive(Clone, Copy, Debug)]
 struct EarlyAnswer {

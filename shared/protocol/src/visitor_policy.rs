@@ -346,6 +346,19 @@ mod tests {
     }
 
     #[test]
+    fn how_long_a_comparison_takes_does_not_tell_which_secret_was_right() {
+        let secrets = ["first", "second", "third"].map(|secret| hash(b"salt", secret.as_bytes()));
+        let accepted = secrets.map(|hash| Body(Bytes::copy_from_slice(&hash)));
+        for guess in ["first", "third", "none of them"] {
+            let mut compared = 0;
+            let all = accepted.iter().inspect(|_| compared += 1);
+            let is_right = is_one_of(&hash(b"salt", guess.as_bytes()), all);
+            assert_eq!(is_right, guess != "none of them");
+            assert_eq!(compared, accepted.len(), "{guess}");
+        }
+    }
+
+    #[test]
     fn only_a_user_name_with_its_password_is_admitted() {
         let policy = policy(&["alice:opensesame", "bob:a:b"], &[], &[], &[]).expect("rules");
         let admit = |values: &[&str]| {
