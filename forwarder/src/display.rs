@@ -72,9 +72,12 @@ impl Display {
             return;
         }
         if self.style.format == LogFormat::Json {
-            return self.stderr.push(log_format::event_line(tunnel, event));
+            let line = log_format::event_line(tunnel, event);
+            return line.into_iter().for_each(|line| self.stderr.push(line));
         }
-        let text = text(event);
+        let Some(text) = text(event) else {
+            return;
+        };
         let tunnel = if self.style.names_tunnels {
             format!("[{tunnel}] ")
         } else {
@@ -93,8 +96,9 @@ impl Display {
     }
 }
 
-fn text(event: &Event) -> String {
-    match event {
+/// What happened, in words; `None` if it is no matter for lines.
+fn text(event: &Event) -> Option<String> {
+    let text = match event {
         Event::Connecting {
             endpoint,
             proxy: None,
@@ -150,7 +154,9 @@ fn text(event: &Event) -> String {
             };
             format!("draining {in_flight} {requests}; press Ctrl-C again to stop now")
         }
-    }
+        Event::RoundTrip(_) | Event::SocketOpened | Event::SocketClosed => return None,
+    };
+    Some(text)
 }
 
 /// A number of bytes, as a reader wants it.
@@ -489,10 +495,14 @@ mod tests {
             took: Duration::from_millis(7),
             visitor: Some("203.0.113.9".to_owned()),
         };
-        assert_eq!(text(&event), "GET / 200 2.0 KiB 7 ms from 203.0.113.9");
+        let line = text(&event);
         assert_eq!(
-            text(&Event::Draining { in_flight: 1 }),
-            "draining 1 request; press Ctrl-C again to stop now"
+            line.as_deref(),
+            Some("GET / 200 2.0 KiB 7 ms from 203.0.113.9")
+        );
+        assert_eq!(
+            text(&Event::Draining { in_flight: 1 }).as_deref(),
+            Some("draining 1 request; press Ctrl-C again to stop now")
         );
     }
 }

@@ -47,6 +47,12 @@ pub enum Event {
         /// The visitor's address, as the service's front saw it.
         visitor: Option<String>,
     },
+    /// How long the service took to answer the agent's last ping.
+    RoundTrip(Duration),
+    /// A visitor's connection has changed its protocol, such as to WebSocket.
+    SocketOpened,
+    /// Such a connection has ended.
+    SocketClosed,
     /// No new requests are taken; those in flight may finish.
     Draining {
         /// How many there are.

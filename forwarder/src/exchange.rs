@@ -17,6 +17,7 @@ use tunnel_protocol::{
 use crate::{
     event::Event,
     inspector::{RecordedStream, Recording},
+    open_socket::SocketObserver,
     origin::{Origin, OriginBody, OriginError},
     outgoing::Outgoing,
     settings::Settings,
@@ -31,6 +32,8 @@ pub(crate) struct Context {
     pub origin: Origin,
     /// Takes encoded messages to the service.
     pub outgoing: MessageSender,
+    /// Learns of upgraded connections.
+    pub sockets: SocketObserver,
     timeout: Duration,
     /// The service takes bodies in parts.
     takes_parts: bool,
@@ -49,10 +52,12 @@ impl Context {
         origin: &Origin,
         features: &[Feature],
         outgoing: MessageSender,
+        sockets: SocketObserver,
     ) -> Self {
         Self {
             origin: origin.clone(),
             outgoing,
+            sockets,
             timeout: settings.request_timeout,
             takes_parts: features.contains(&Feature::BodyParts),
             has_windows: features.contains(&Feature::Window),
@@ -172,6 +177,7 @@ async fn attempt(
     {
         let protocol = protocol.map(|protocol| (header::UPGRADE, protocol));
         response.headers_mut().extend(protocol);
+        let _open = context.sockets.opened();
         let upload = (upload, progress);
         reply.upgrade(response, upload, processing_time_ms).await?;
     } else {

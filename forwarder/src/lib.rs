@@ -3,7 +3,7 @@
 //! A user's words become [`settings`]: `args` is the command line and `config_file` the file, `endpoint`, `target` and
 //! [`visitor_rules`] are the values in them. [`tunnel`] keeps one tunnel open over as many connections as it takes, [`handshake`]
 //! opens a connection and [`session`] serves it. `exchange` is one request with its response, `upload` the request's body,
-//! `outgoing` what the service is told about it, `origin` the local service, and `addresses` what that is called on either side.
+//! `outgoing` what the service is told about it, `open_socket` who counts those that have changed their protocol, `origin` the local service, and `addresses` what that is called on either side.
 //! `tunnel_ids` keeps the tunnel's address over restarts. [`inspector`] records exchanges and shows them on a page. [`event`] is what
 //! happens, `display` how the user sees it, and [`exit`] the executable's life.
 
@@ -19,6 +19,7 @@ mod diagnose;
 mod dial;
 mod directory;
 mod display;
+mod durations;
 mod endpoint;
 pub mod event;
 mod exchange;
@@ -32,6 +33,7 @@ mod lock;
 mod log_format;
 mod login;
 mod named_address;
+mod open_socket;
 mod origin;
 mod origin_socket;
 mod outgoing;

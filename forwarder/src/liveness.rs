@@ -29,6 +29,8 @@ pub(crate) struct Liveness {
     /// Looks since the service was asked, and has not given a sign of life.
     unanswered_ticks: u32,
     answers_ping_frames: bool,
+    /// Pong frames that have arrived.
+    pong_frames: u64,
     /// What the writer had done at the last sign of life.
     seen: Progress,
     ping_message: PingMessage,
@@ -41,6 +43,8 @@ struct PingMessage {
     receipt: Option<Receipt>,
     /// Taken since the last sign of life.
     is_unanswered: bool,
+    /// No `pong` has arrived since it was queued.
+    awaits_pong: bool,
 }
 
 impl Liveness {
@@ -52,11 +56,13 @@ impl Liveness {
             silent_ticks: 0,
             unanswered_ticks: 0,
             answers_ping_frames: false,
+            pong_frames: 0,
             seen: Progress::default(),
             ping_message: PingMessage {
                 queued: now,
                 receipt: None,
                 is_unanswered: false,
+                awaits_pong: false,
             },
         }
     }
@@ -70,9 +76,21 @@ impl Liveness {
         self.ping_message.is_unanswered = false;
     }
 
-    /// A pong frame arrived.
-    pub(crate) fn ping_frame_answered(&mut self) {
+    /// A pong frame arrived. Returns how long it took, if it answers the last ping frame, which the socket took at `pinged`.
+    pub(crate) fn ping_frame_answered(
+        &mut self,
+        progress: Progress,
+        pinged: Instant,
+    ) -> Option<Duration> {
         self.answers_ping_frames = true;
+        self.pong_frames += 1;
+        (self.pong_frames == progress.ping_frames).then(|| pinged.elapsed())
+    }
+
+    /// A `pong` message arrived. Returns how long it took, where ping frames do not tell.
+    pub(crate) fn ping_message_answered(&mut self) -> Option<Duration> {
+        let is_answer = std::mem::take(&mut self.ping_message.awaits_pong);
+        (is_answer && !self.answers_ping_frames).then(|| self.ping_message.queued.elapsed())
     }
 
     /// Whether it is time for a `ping` message.
@@ -89,6 +107,7 @@ impl Liveness {
     pub(crate) fn ping_message_queued(&mut self, receipt: Receipt) {
         self.ping_message.queued = Instant::now();
         self.ping_message.receipt = Some(receipt);
+        self.ping_message.awaits_pong = true;
     }
 
     /// Looks at the connection, every [`LIVENESS_TICK`]. Returns for how long nothing has arrived, if it is dead.
@@ -139,6 +158,31 @@ mod tests {
         }
     }
 
+    /// A pong frame arrives.
+    fn answer(liveness: &mut Liveness) {
+        liveness.ping_frame_answered(NOTHING, Instant::now());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_round_trip_is_measured_by_the_answer_to_the_last_ping_frame() {
+        const TOOK: Duration = Duration::from_millis(30);
+        let mut liveness = Liveness::new();
+        let pinged = Instant::now();
+        advance(TOOK).await;
+        assert_eq!(
+            liveness.ping_frame_answered(ping_frames(1), pinged),
+            Some(TOOK)
+        );
+        // Of two that are on their way, the first answer is not the last one's.
+        assert_eq!(liveness.ping_frame_answered(ping_frames(3), pinged), None);
+        assert_eq!(
+            liveness.ping_frame_answered(ping_frames(3), pinged),
+            Some(TOOK)
+        );
+        // Arrived before the writer has counted its ping frame.
+        assert_eq!(liveness.ping_frame_answered(ping_frames(3), pinged), None);
+    }
+
     /// Looks `times` times at a connection on which the writer got as far as `progress`.
     async fn is_dead_after(liveness: &mut Liveness, times: u32, progress: Progress) -> bool {
         let mut is_dead = false;
@@ -153,7 +197,7 @@ mod tests {
     async fn a_connection_that_answers_no_ping_frame_is_dead_within_20_s() {
         let mut liveness = Liveness::new();
         liveness.heard(NOTHING);
-        liveness.ping_frame_answered();
+        answer(&mut liveness);
         assert!(!is_dead_after(&mut liveness, 3, ping_frames(1)).await);
         assert!(is_dead_after(&mut liveness, 1, ping_frames(1)).await);
     }
@@ -168,7 +212,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn bytes_accepted_by_a_blocked_socket_are_a_sign_of_life() {
         let mut liveness = Liveness::new();
-        liveness.ping_frame_answered();
+        answer(&mut liveness);
         for unblocked_writes in 1..20 {
             let progress = Progress {
                 unblocked_writes,
@@ -181,7 +225,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_pause_of_the_process_is_not_silence() {
         let mut liveness = Liveness::new();
-        liveness.ping_frame_answered();
+        answer(&mut liveness);
         assert!(!is_dead_after(&mut liveness, 1, ping_frames(1)).await);
         advance(Duration::from_secs(40)).await;
         assert!(!is_dead_after(&mut liveness, 1, ping_frames(2)).await);

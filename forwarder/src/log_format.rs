@@ -57,8 +57,8 @@ impl FormatTime for LocalTime {
     }
 }
 
-/// What happened to a tunnel, as an object a line.
-pub(crate) fn event_line(tunnel: &str, event: &Event) -> String {
+/// What happened to a tunnel, as an object a line; `None` if it is no matter for lines.
+pub(crate) fn event_line(tunnel: &str, event: &Event) -> Option<String> {
     let (level, kind, fields) = match event {
         Event::Connecting { endpoint, proxy } => (
             "INFO",
@@ -104,10 +104,11 @@ pub(crate) fn event_line(tunnel: &str, event: &Event) -> String {
             }),
         ),
         Event::Draining { in_flight } => ("INFO", "draining", json!({ "in_flight": in_flight })),
+        Event::RoundTrip(_) | Event::SocketOpened | Event::SocketClosed => return None,
     };
     let mut all = json!({ "tunnel": tunnel });
     merge(&mut all, fields);
-    line(level, kind, all)
+    Some(line(level, kind, all))
 }
 
 /// A line about the process.
@@ -156,7 +157,7 @@ mod tests {
             took: Duration::from_millis(7),
             visitor: Some("203.0.113.9".to_owned()),
         };
-        let line = event_line("web", &request(Ok(StatusCode::OK)));
+        let line = event_line("web", &request(Ok(StatusCode::OK))).expect("a line");
         let mut read: Value = serde_json::from_str(&line).expect("JSON");
         let timestamp = read["timestamp"].take();
         assert!(
@@ -171,7 +172,7 @@ mod tests {
                 "uri": "/a\"???[2J", "status": 200, "response_bytes": 12, "duration_ms": 7, "visitor": "203.0.113.9",
             })
         );
-        let line = event_line("web", &request(Err("it broke off".to_owned())));
+        let line = event_line("web", &request(Err("it broke off".to_owned()))).expect("a line");
         let read: Value = serde_json::from_str(&line).expect("JSON");
         assert_eq!(read["error"], "it broke off");
         assert!(read.get("status").is_none());

@@ -32,6 +32,7 @@ use crate::{
     handshake::{Opened, Socket},
     inspector::{Recorder, Recording},
     liveness::{LIVENESS_TICK, Liveness},
+    open_socket::SocketObserver,
     origin::Origin,
     seen_requests::SeenRequests,
     settings::Settings,
@@ -200,6 +201,7 @@ impl Session {
                 &tunnel.origin,
                 &established.features,
                 sender,
+                SocketObserver::new(tunnel.observer.clone(), tunnel.settings.clone()),
             ),
             tunnel,
             connection: established.connection_id,
@@ -414,6 +416,13 @@ impl Session {
         (self.tunnel.observer)(&self.tunnel.settings.name, event);
     }
 
+    /// Tells of the connection that serves the tunnel; others may be about to end.
+    fn observe_round_trip(&self, took: Option<Duration>) {
+        if let Some(took) = took.filter(|_| matches!(self.phase, Phase::Serving)) {
+            self.observe(Event::RoundTrip(took));
+        }
+    }
+
     /// Looks whether the service is still there, and asks. Returns for how long nothing has arrived if it is not.
     fn on_tick(&mut self) -> Option<Duration> {
         let silence = self.liveness.tick(self.context.outgoing.progress());
@@ -444,7 +453,12 @@ impl Session {
         match message {
             Some(Ok(Message::Text(text))) => self.receive(&text),
             Some(Ok(Message::Binary(bytes))) => self.receive_binary(&bytes),
-            Some(Ok(Message::Pong(_))) => self.liveness.ping_frame_answered(),
+            Some(Ok(Message::Pong(_))) => {
+                let outgoing = &self.context.outgoing;
+                let (progress, pinged) = (outgoing.progress(), outgoing.last_ping_frame());
+                let took = self.liveness.ping_frame_answered(progress, pinged);
+                self.observe_round_trip(took);
+            }
             Some(Ok(Message::Close(frame))) => {
                 let code = frame
                     .map(|frame| format!(" ({})", frame.code))
@@ -489,7 +503,11 @@ impl Session {
                 self.websocket(request_id, FromVisitor::Closed(code));
             }
             Ok(ToAgent::Cancel { request_id }) => self.cancel(&request_id),
-            Ok(ToAgent::Pong { .. }) => self.on_pong(),
+            Ok(ToAgent::Pong { .. }) => {
+                let took = self.liveness.ping_message_answered();
+                self.observe_round_trip(took);
+                self.on_pong();
+            }
             Ok(ToAgent::Replaced { reason, id }) => self.on_replaced(reason, id),
             Ok(ToAgent::UrlUpdated { public_url }) => {
                 self.observe(Event::Online {

@@ -83,6 +83,7 @@ pub(crate) async fn run(
     let outcome = match carrier.open(&context, &request, started).await {
         Ok((status, None)) => Ok(status),
         Ok((status, Some(socket))) => {
+            let _open = context.sockets.opened();
             carrier.carry(socket, incoming).await;
             Ok(status)
         }

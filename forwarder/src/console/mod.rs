@@ -229,7 +229,8 @@ impl Screen {
     #[cfg(unix)]
     fn suspend(&mut self, shared: &Shared) -> io::Result<()> {
         restore()?;
-        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TSTP)?;
+        // This thread, which stops all: sent to the process, the signal may reach another thread after this one has gone on.
+        signal_hook::low_level::raise(signal_hook::consts::SIGTSTP)?;
         while !is_in_foreground() {
             if shared.closing.load(Ordering::Relaxed) {
                 return Ok(());
@@ -237,12 +238,14 @@ impl Screen {
             thread::sleep(FRAME_INTERVAL);
         }
         prepare()?;
-        self.0.clear()
+        // A new one draws everything. `clear` would ask the terminal where its cursor is, and not every terminal answers.
+        self.0 = Terminal::new(CrosstermBackend::new(io::stderr()))?;
+        Ok(())
     }
 
     #[cfg(not(unix))]
     fn suspend(&mut self, _: &Shared) -> io::Result<()> {
-        self.0.clear()
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use http::{Method, StatusCode};
 
-use crate::{display, event::Event};
+use crate::{display, durations::Durations, event::Event};
 
 /// Requests that are remembered; taller terminals are rare.
 const MAX_REQUESTS: usize = 200;
@@ -27,6 +27,7 @@ pub(super) struct State {
     requests: VecDeque<RequestLine>,
     counts: Counts,
     rate: Rate,
+    durations: Durations,
     log: VecDeque<String>,
     inspector_url: Option<String>,
     notice: Option<(Instant, String)>,
@@ -41,6 +42,10 @@ pub(super) struct TunnelState {
     pub(super) status: Status,
     /// The addresses, once known. They stay while the tunnel is offline.
     pub(super) urls: Option<Urls>,
+    /// How long the service took to answer the last ping of the connection.
+    pub(super) round_trip: Option<Duration>,
+    /// Visitors' connections that have changed their protocol and are open.
+    pub(super) sockets: usize,
 }
 
 #[derive(Debug)]
@@ -146,6 +151,8 @@ impl State {
                     name,
                     status: Status::Connecting,
                     urls: None,
+                    round_trip: None,
+                    sockets: 0,
                 })
                 .collect(),
             selected: 0,
@@ -155,6 +162,7 @@ impl State {
                 second: 0,
                 slots: [0; RATE_SECONDS + 1],
             },
+            durations: Durations::default(),
             log: VecDeque::new(),
             inspector_url: None,
             notice: None,
@@ -174,61 +182,71 @@ impl State {
                 bytes,
                 took,
                 ..
-            } => {
-                let outcome = outcome
+            } => self.add_request(RequestLine {
+                ended: now,
+                tunnel: tunnel.to_owned(),
+                method: method.clone(),
+                uri: display::clean(uri),
+                outcome: outcome
                     .as_ref()
                     .copied()
-                    .map_err(|text| display::clean(text));
-                self.counts.add(&outcome);
-                self.rate.advance(self.second(now));
-                self.rate.slots[slot(self.rate.second)] += 1;
-                let request = RequestLine {
-                    ended: now,
-                    tunnel: tunnel.to_owned(),
-                    method: method.clone(),
-                    uri: display::clean(uri),
-                    outcome,
-                    bytes: *bytes,
-                    took: *took,
-                };
-                push_bounded(&mut self.requests, request, MAX_REQUESTS);
-            }
+                    .map_err(|text| display::clean(text)),
+                bytes: *bytes,
+                took: *took,
+            }),
             Event::Connecting { .. } => {}
             Event::Online {
                 public_url,
                 browser_url,
                 target,
-            } => {
-                let urls = Urls {
+            } => self.change(tunnel, |tunnel| {
+                tunnel.urls = Some(Urls {
                     public: display::clean(public_url),
                     browser: browser_url.as_deref().map(display::clean),
                     target: display::clean(target),
-                };
-                if let Some(tunnel) = self.tunnel(tunnel) {
-                    tunnel.urls = Some(urls);
-                    if !matches!(tunnel.status, Status::Online { .. }) {
-                        tunnel.status = Status::Online { since: now };
-                    }
+                });
+                if !matches!(tunnel.status, Status::Online { .. }) {
+                    tunnel.status = Status::Online { since: now };
                 }
-            }
+            }),
             Event::Reconnecting {
                 reason,
                 pause,
                 attempt,
-            } => {
-                if let Some(tunnel) = self.tunnel(tunnel) {
-                    tunnel.status = Status::Offline {
-                        reason: display::clean(reason),
-                        next_try: now + *pause,
-                        attempt: *attempt,
-                    };
-                }
+            } => self.change(tunnel, |tunnel| {
+                tunnel.status = Status::Offline {
+                    reason: display::clean(reason),
+                    next_try: now + *pause,
+                    attempt: *attempt,
+                };
+                tunnel.round_trip = None;
+            }),
+            Event::RoundTrip(took) => {
+                self.change(tunnel, |tunnel| tunnel.round_trip = Some(*took));
             }
+            Event::SocketOpened => self.change(tunnel, |tunnel| tunnel.sockets += 1),
+            Event::SocketClosed => self.change(tunnel, |tunnel| {
+                tunnel.sockets = tunnel.sockets.saturating_sub(1);
+            }),
         }
     }
 
-    fn tunnel(&mut self, name: &str) -> Option<&mut TunnelState> {
-        self.tunnels.iter_mut().find(|tunnel| tunnel.name == name)
+    fn add_request(&mut self, request: RequestLine) {
+        let second = self.second(request.ended);
+        self.counts.add(&request.outcome);
+        self.rate.advance(second);
+        self.rate.slots[slot(self.rate.second)] += 1;
+        // How long a socket was open says nothing about how fast requests are answered.
+        if request.outcome != Ok(StatusCode::SWITCHING_PROTOCOLS) {
+            self.durations.push(request.took);
+        }
+        push_bounded(&mut self.requests, request, MAX_REQUESTS);
+    }
+
+    fn change(&mut self, tunnel: &str, change: impl FnOnce(&mut TunnelState)) {
+        if let Some(tunnel) = self.tunnels.iter_mut().find(|known| known.name == tunnel) {
+            change(tunnel);
+        }
     }
 
     /// Notes a line of the log, which is safe for a terminal already.
@@ -309,12 +327,9 @@ impl State {
         self.rate.at(self.second(now))
     }
 
-    /// The time that this share of the remembered requests took at most.
-    pub(super) fn percentile(&self, percent: usize) -> Option<Duration> {
-        let mut took: Vec<Duration> = self.requests.iter().map(|request| request.took).collect();
-        took.sort_unstable();
-        let at = (took.len() * percent).div_ceil(100).checked_sub(1)?;
-        took.get(at).copied()
+    /// How long the last requests took.
+    pub(super) fn durations(&self) -> &Durations {
+        &self.durations
     }
 
     pub(super) fn notice(&self, now: Instant) -> Option<&str> {

@@ -64,21 +64,24 @@ pub(super) fn draw(frame: &mut Frame<'_>, state: &State, theme: Theme, now: Inst
     if let Some(url) = state.qr_code() {
         return draw_qr_code(frame, url);
     }
-    let tunnels: Vec<Line<'_>> = state
+    let width = frame.area().width.into();
+    let mut about: Vec<Line<'_>> = state
         .tunnels()
         .iter()
         .enumerate()
         .flat_map(|(at, tunnel)| {
             let is_selected = state.tunnels().len() > 1 && at == state.selected();
-            tunnel_lines(tunnel, is_selected, theme, now)
+            tunnel_lines(tunnel, is_selected, width, theme, now)
         })
         .collect();
+    let inspector = state.inspector_url();
+    about.extend(inspector.map(|url| about_line("inspector", url, Style::new(), width)));
     let log_lines = u16::try_from(state.log_lines().len())
         .unwrap_or(u16::MAX)
         .min(MAX_LOG_LINES);
-    let [head, about, counts, requests, log, keys] = Layout::vertical([
+    let [head, about_area, counts, requests, log, keys] = Layout::vertical([
         Constraint::Length(2),
-        Constraint::Length(u16::try_from(tunnels.len() + 1).unwrap_or(u16::MAX)),
+        Constraint::Length(u16::try_from(about.len() + 1).unwrap_or(u16::MAX)),
         Constraint::Length(2),
         Constraint::Min(3),
         Constraint::Length(log_lines),
@@ -86,7 +89,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, state: &State, theme: Theme, now: Inst
     ])
     .areas(frame.area());
     frame.render_widget(head_line(state, now), head);
-    frame.render_widget(Paragraph::new(tunnels), about);
+    frame.render_widget(Paragraph::new(about), about_area);
     frame.render_widget(counts_line(state, theme, now), counts);
     frame.render_widget(request_table(state, requests, theme, now), requests);
     let skipped = state.log_lines().len().saturating_sub(log_lines.into());
@@ -115,6 +118,7 @@ fn head_line(state: &State, now: Instant) -> Line<'_> {
 fn tunnel_lines(
     tunnel: &TunnelState,
     is_selected: bool,
+    width: usize,
     theme: Theme,
     now: Instant,
 ) -> Vec<Line<'_>> {
@@ -123,7 +127,7 @@ fn tunnel_lines(
     let status = match &tunnel.status {
         Status::Connecting => Span::styled("connecting", theme.colour(Color::Yellow)),
         Status::Online { since } => Span::styled(
-            format!("online for {}", age(*since, now)),
+            format!("online for {}{}", age(*since, now), measures(tunnel)),
             theme.colour(Color::Green),
         ),
         Status::Offline {
@@ -150,14 +154,36 @@ fn tunnel_lines(
         ];
         for (label, value, style) in rows {
             if let Some(value) = value {
-                lines.push(Line::from(vec![
-                    Span::styled(format!("  {label:<12} "), DIM),
-                    Span::styled(value, style),
-                ]));
+                lines.push(about_line(label, value, style, width));
             }
         }
     }
     lines
+}
+
+/// An address with its label, or without where only one of them fits.
+fn about_line<'a>(label: &str, value: &'a str, style: Style, width: usize) -> Line<'a> {
+    let value = Span::styled(value, style);
+    let label = Span::styled(format!("  {label:<12} "), DIM);
+    if label.width() + value.width() > width {
+        Line::from(vec![Span::raw("  "), value])
+    } else {
+        Line::from(vec![label, value])
+    }
+}
+
+/// What is known of a connection beside that it is open.
+fn measures(tunnel: &TunnelState) -> String {
+    let mut text = String::new();
+    if let Some(round_trip) = tunnel.round_trip {
+        text.push_str(&format!(", round trip {}", short_duration(round_trip)));
+    }
+    match tunnel.sockets {
+        0 => {}
+        1 => text.push_str(", 1 open socket"),
+        sockets => text.push_str(&format!(", {sockets} open sockets")),
+    }
+    text
 }
 
 fn counts_line<'a>(state: &State, theme: Theme, now: Instant) -> Line<'a> {
@@ -175,7 +201,7 @@ fn counts_line<'a>(state: &State, theme: Theme, now: Instant) -> Line<'a> {
         spans.push(Span::styled(format!("  {name} {count}"), style));
     }
     spans.push(Span::raw(format!("  {:.1}/s", state.rate(now))));
-    if let (Some(median), Some(p95)) = (state.percentile(50), state.percentile(95)) {
+    if let Some([median, p95]) = state.durations().percentiles([50, 95]) {
         let times = format!("  p50 {}  p95 {}", duration(median), duration(p95));
         spans.push(Span::styled(times, DIM));
     }
@@ -298,6 +324,15 @@ fn duration(took: Duration) -> String {
     }
 }
 
+/// A duration that may be shorter than a millisecond.
+fn short_duration(took: Duration) -> String {
+    if took < Duration::from_millis(10) {
+        format!("{:.1} ms", took.as_secs_f64() * 1000.0)
+    } else {
+        duration(took)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use http::Method;
@@ -370,6 +405,41 @@ mod tests {
         let older = lines.iter().position(|line| line.contains("/hello?a=1"));
         assert!(newest.is_some() && newest < older, "{text}");
         assert!(!text.contains("i inspector"), "there is none: {text}");
+    }
+
+    #[test]
+    fn the_round_trip_and_the_open_sockets_of_a_tunnel_are_shown() {
+        let now = Instant::now();
+        let mut state = state(&["api", "web"]);
+        state.apply("web", &online(None), now);
+        for event in [
+            Event::SocketOpened,
+            Event::RoundTrip(Duration::from_micros(340)),
+            Event::SocketOpened,
+        ] {
+            state.apply("web", &event, now);
+        }
+        let text = drawn(&state, 80, 20, now).join("\n");
+        let expected = "online for 0 s, round trip 0.3 ms, 2 open sockets";
+        assert!(text.contains(expected), "{text}");
+        state.apply("web", &Event::SocketClosed, now);
+        state.apply("web", &Event::RoundTrip(Duration::from_millis(48)), now);
+        let text = drawn(&state, 80, 20, now).join("\n");
+        assert!(text.contains("round trip 48 ms, 1 open socket\n"), "{text}");
+    }
+
+    #[test]
+    fn a_socket_that_was_open_for_long_does_not_count_as_a_slow_request() {
+        let now = Instant::now();
+        let mut state = state(&["http"]);
+        state.apply("http", &request("/", Ok(StatusCode::OK)), now);
+        let mut socket = request("/chat", Ok(StatusCode::SWITCHING_PROTOCOLS));
+        if let Event::Request { took, .. } = &mut socket {
+            *took = Duration::from_secs(3600);
+        }
+        state.apply("http", &socket, now);
+        let text = drawn(&state, 80, 20, now).join("\n");
+        assert!(text.contains("p50 7 ms  p95 7 ms"), "{text}");
     }
 
     #[test]

@@ -139,7 +139,7 @@ pub(crate) fn tunnel(tunnel: &InspectedTunnel, shared: &Shared) -> Option<Value>
     let address = tunnel.address();
     let public_url = address.public_url?;
     let proto = public_url.split(':').next().unwrap_or_default();
-    let (rates, open) = shared.metrics.of(tunnel.name());
+    let (rates, open) = shared.metrics.of(tunnel.name()).now();
     Some(json!({
         "name": tunnel.name(),
         "uri": format!("/api/tunnels/{}", tunnel.name()),

@@ -1,7 +1,7 @@
 //! How many exchanges the tunnels have, how often and how long: the numbers of `/api/tunnels`.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -9,10 +9,8 @@ use std::{
 use serde::Serialize;
 use tokio::time::Instant;
 
-use crate::lock::lock;
+use crate::{durations::Durations, lock::lock};
 
-/// The durations of so many exchanges are remembered.
-const MAX_DURATIONS: usize = 1024;
 /// How often rates are computed.
 const RATE_TICK: Duration = Duration::from_secs(5);
 /// Over how many minutes the rates are averaged.
@@ -20,7 +18,11 @@ const RATE_MINUTES: [f64; 3] = [1.0, 5.0, 15.0];
 
 /// Counts the exchanges of each tunnel.
 #[derive(Debug, Default)]
-pub(crate) struct Metrics(Mutex<HashMap<Arc<str>, Counts>>);
+pub(crate) struct Metrics(Mutex<HashMap<Box<str>, Arc<TunnelMetrics>>>);
+
+/// Counts the exchanges of one tunnel.
+#[derive(Debug, Default)]
+pub(crate) struct TunnelMetrics(Mutex<Counts>);
 
 #[derive(Debug)]
 struct Counts {
@@ -30,7 +32,7 @@ struct Counts {
     tick: Instant,
     /// Exchanges per second.
     rates: [f64; 3],
-    durations: VecDeque<Duration>,
+    durations: Durations,
 }
 
 impl Default for Counts {
@@ -41,7 +43,7 @@ impl Default for Counts {
             since_tick: 0,
             tick: Instant::now(),
             rates: [0.0; 3],
-            durations: VecDeque::new(),
+            durations: Durations::default(),
         }
     }
 }
@@ -60,45 +62,39 @@ pub(crate) struct Rates {
 }
 
 impl Metrics {
+    /// The numbers of a tunnel.
+    pub(crate) fn of(&self, tunnel: &str) -> Arc<TunnelMetrics> {
+        let mut tunnels = lock(&self.0);
+        tunnels.entry(tunnel.into()).or_default().clone()
+    }
+}
+
+impl TunnelMetrics {
     /// An exchange has begun.
-    pub(crate) fn started(&self, tunnel: &Arc<str>) {
-        self.with(tunnel, |counts| {
-            counts.count += 1;
-            counts.open += 1;
-            counts.advance();
-            counts.since_tick += 1;
-        });
+    pub(crate) fn started(&self) {
+        let mut counts = lock(&self.0);
+        counts.count += 1;
+        counts.open += 1;
+        counts.advance();
+        counts.since_tick += 1;
     }
 
     /// An exchange took this long.
-    pub(crate) fn took(&self, tunnel: &Arc<str>, took: Duration) {
-        self.with(tunnel, |counts| {
-            if counts.durations.len() == MAX_DURATIONS {
-                counts.durations.pop_front();
-            }
-            counts.durations.push_back(took);
-        });
+    pub(crate) fn took(&self, took: Duration) {
+        lock(&self.0).durations.push(took);
     }
 
     /// An exchange is not going on any more.
-    pub(crate) fn closed(&self, tunnel: &Arc<str>) {
-        self.with(tunnel, |counts| counts.open = counts.open.saturating_sub(1));
+    pub(crate) fn closed(&self) {
+        let mut counts = lock(&self.0);
+        counts.open = counts.open.saturating_sub(1);
     }
 
-    /// The numbers of a tunnel, and how many exchanges are going on.
-    pub(crate) fn of(&self, tunnel: &str) -> (Rates, u64) {
-        self.with(&Arc::from(tunnel), |counts| {
-            counts.advance();
-            (counts.rates(), counts.open)
-        })
-    }
-
-    fn with<T>(&self, tunnel: &Arc<str>, act: impl FnOnce(&mut Counts) -> T) -> T {
-        let mut tunnels = lock(&self.0);
-        if !tunnels.contains_key(tunnel) {
-            tunnels.insert(tunnel.clone(), Counts::default());
-        }
-        act(tunnels.get_mut(tunnel).expect("it was inserted"))
+    /// The numbers now, and how many exchanges are going on.
+    pub(crate) fn now(&self) -> (Rates, u64) {
+        let mut counts = lock(&self.0);
+        counts.advance();
+        (counts.rates(), counts.open)
     }
 }
 
@@ -123,22 +119,19 @@ impl Counts {
     }
 
     fn rates(&self) -> Rates {
-        let mut sorted: Vec<Duration> = self.durations.iter().copied().collect();
-        sorted.sort_unstable();
-        let percentile = |percent: usize| {
-            let at = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
-            let took = sorted.get(at).copied().unwrap_or_default();
-            u64::try_from(took.as_nanos()).unwrap_or(u64::MAX)
-        };
+        let percentiles = self.durations.percentiles([50, 90, 95, 99]);
+        let [p50, p90, p95, p99] = percentiles
+            .unwrap_or_default()
+            .map(|took| u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
         Rates {
             count: self.count,
             rate1: self.rates[0],
             rate5: self.rates[1],
             rate15: self.rates[2],
-            p50: percentile(50),
-            p90: percentile(90),
-            p95: percentile(95),
-            p99: percentile(99),
+            p50,
+            p90,
+            p95,
+            p99,
         }
     }
 }
@@ -150,16 +143,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn rates_follow_the_exchanges_and_fade() {
         let metrics = Metrics::default();
-        let tunnel = Arc::from("web");
+        let tunnel = metrics.of("web");
         for _ in 0..120 {
             for _ in 0..10 {
-                metrics.started(&tunnel);
-                metrics.took(&tunnel, Duration::from_millis(5));
-                metrics.closed(&tunnel);
+                tunnel.started();
+                tunnel.took(Duration::from_millis(5));
+                tunnel.closed();
             }
             tokio::time::advance(Duration::from_secs(1)).await;
         }
-        let (rates, open) = metrics.of("web");
+        let (rates, open) = metrics.of("web").now();
         assert_eq!(
             (rates.count, open, rates.p50, rates.p99),
             (1200, 0, 5_000_000, 5_000_000)
@@ -167,6 +160,6 @@ mod tests {
         assert!((7.0..10.0).contains(&rates.rate1), "{rates:?}");
         assert!(rates.rate15 < rates.rate1);
         tokio::time::advance(Duration::from_secs(3600)).await;
-        assert!(metrics.of("web").0.rate1 < 0.001);
+        assert!(tunnel.now().0.rate1 < 0.001);
     }
 }

@@ -18,12 +18,13 @@ use tunnel_protocol::{
 };
 
 use super::{
+    metrics::TunnelMetrics,
     recorded::{
-        RecordedBody, RecordedExchange, RecordedRequest, RecordedResponse, ReplaySource, State,
-        Timings, header_bytes,
+        ExchangeId, RecordedBody, RecordedExchange, RecordedRequest, RecordedResponse,
+        ReplaySource, State, Timings, header_bytes,
     },
     shared::Shared,
-    store::Slot,
+    store::{ExchangeStore, Slot},
     websocket::{Conversation, Side},
 };
 
@@ -34,11 +35,11 @@ const BROKEN_OFF: &str = "the connection to the service broke";
 
 /// Records the exchanges of one tunnel. The default one records nothing.
 #[derive(Clone, Default)]
-pub struct Recorder(Option<TunnelRecorder>);
+pub struct Recorder(Option<Arc<TunnelRecorder>>);
 
-#[derive(Clone)]
 struct TunnelRecorder {
     tunnel: Arc<str>,
+    metrics: Arc<TunnelMetrics>,
     shared: Arc<Shared>,
 }
 
@@ -51,10 +52,11 @@ impl fmt::Debug for Recorder {
 
 impl Recorder {
     pub(crate) fn new(tunnel: &str, shared: Arc<Shared>) -> Self {
-        Self(Some(TunnelRecorder {
+        Self(Some(Arc::new(TunnelRecorder {
             tunnel: tunnel.into(),
+            metrics: shared.metrics.of(tunnel),
             shared,
-        }))
+        })))
     }
 
     /// Begins to record a visitor's request.
@@ -68,14 +70,14 @@ impl Recorder {
     }
 
     fn record(&self, message: &HttpRequest, replay: Option<ReplaySource>) -> Recording {
-        let Some(TunnelRecorder { tunnel, shared }) = &self.0 else {
+        let Some(recorder) = &self.0 else {
             return Recording::default();
         };
-        shared.metrics.started(tunnel);
+        recorder.metrics.started();
         let now = SystemTime::now();
-        let slot = shared.store.insert(|id| RecordedExchange {
-            id,
-            tunnel: tunnel.clone(),
+        let slot = recorder.shared.store.insert(RecordedExchange {
+            id: ExchangeId(0),
+            tunnel: recorder.tunnel.clone(),
             visitor: visitor(message),
             started: now,
             request: RecordedRequest {
@@ -97,8 +99,7 @@ impl Recorder {
         });
         Recording(Some(Arc::new(OpenRecording {
             slot,
-            shared: shared.clone(),
-            tunnel: tunnel.clone(),
+            recorder: recorder.clone(),
             started: Instant::now(),
         })))
     }
@@ -133,18 +134,21 @@ impl fmt::Debug for Recording {
 
 struct OpenRecording {
     slot: Arc<Slot>,
-    shared: Arc<Shared>,
-    tunnel: Arc<str>,
+    recorder: Arc<TunnelRecorder>,
     started: Instant,
 }
 
 impl OpenRecording {
+    fn store(&self) -> &ExchangeStore {
+        &self.recorder.shared.store
+    }
+
     fn update(&self, change: impl FnOnce(&mut RecordedExchange) -> usize) {
-        self.shared.store.update(&self.slot, change);
+        self.store().update(&self.slot, change);
     }
 
     fn changed(&self) {
-        self.shared.store.changed(&self.slot);
+        self.store().changed(&self.slot);
     }
 
     fn end(&self, state: State) {
@@ -159,7 +163,13 @@ impl OpenRecording {
             0
         });
         if is_end {
-            self.shared.ended(&self.tunnel, &self.slot, took);
+            let TunnelRecorder {
+                tunnel,
+                metrics,
+                shared,
+            } = &*self.recorder;
+            metrics.took(took);
+            shared.ended(tunnel, &self.slot);
             self.changed();
         }
     }
@@ -168,20 +178,20 @@ impl OpenRecording {
 impl Drop for OpenRecording {
     fn drop(&mut self) {
         self.end(State::Cancelled(BROKEN_OFF.to_owned()));
-        self.shared.metrics.closed(&self.tunnel);
+        self.recorder.metrics.closed();
     }
 }
 
 impl Recording {
     /// What identifies the exchange, if it is recorded.
-    pub(crate) fn id(&self) -> Option<super::recorded::ExchangeId> {
+    pub(crate) fn id(&self) -> Option<ExchangeId> {
         self.0.as_ref().map(|open| open.slot.id())
     }
 
     /// Bytes of the request's body, on their way to the local service.
     pub(crate) fn request_bytes(&self, bytes: &[u8]) {
         if let Some(open) = self.0.as_ref().filter(|_| !bytes.is_empty()) {
-            let limit = open.shared.store.limits().body_bytes;
+            let limit = open.store().limits().body_bytes;
             open.update(|exchange| exchange.request.body.push(bytes, limit));
         }
     }
@@ -219,7 +229,7 @@ impl Recording {
     /// Bytes of the response's body, on their way to the visitor.
     pub(crate) fn response_bytes(&self, bytes: &[u8]) {
         if let Some(open) = self.0.as_ref().filter(|_| !bytes.is_empty()) {
-            let limit = open.shared.store.limits().body_bytes;
+            let limit = open.store().limits().body_bytes;
             open.update(|exchange| match &mut exchange.response {
                 Some(response) => response.body.push(bytes, limit),
                 None => 0,
@@ -325,11 +335,7 @@ mod tests {
     use tunnel_protocol::id::RequestId;
 
     use super::*;
-    use crate::inspector::{
-        metrics::Metrics,
-        recorded::ExchangeId,
-        store::{ExchangeStore, StoreLimits},
-    };
+    use crate::inspector::{metrics::Metrics, store::StoreLimits};
 
     fn recorder(bytes: usize) -> (Recorder, Arc<Shared>) {
         let shared = Arc::new(Shared {
@@ -422,7 +428,7 @@ mod tests {
                 State::Cancelled(BROKEN_OFF.to_owned())
             ]
         );
-        let (rates, open) = shared.metrics.of("web");
+        let (rates, open) = shared.metrics.of("web").now();
         assert_eq!((rates.count, open), (2, 0));
     }
 

@@ -1,9 +1,6 @@
 //! What recorders, the API and replays share.
 
-use std::{
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::sync::{Arc, Mutex};
 
 use tokio::task::spawn_blocking;
 
@@ -82,23 +79,26 @@ impl Shared {
         let Some(tunnel) = self.tunnel(tunnel) else {
             return;
         };
-        let mut address = lock(&tunnel.address);
         match event {
             Event::Online {
                 public_url,
                 browser_url,
                 ..
             } => {
-                *address = TunnelAddress {
+                *lock(&tunnel.address) = TunnelAddress {
                     public_url: Some(public_url.clone()),
                     browser_url: browser_url.clone(),
                     is_online: true,
                 };
             }
-            Event::Reconnecting { .. } => address.is_online = false,
-            Event::Connecting { .. } | Event::Request { .. } | Event::Draining { .. } => return,
+            Event::Reconnecting { .. } => lock(&tunnel.address).is_online = false,
+            Event::Connecting { .. }
+            | Event::Request { .. }
+            | Event::RoundTrip(_)
+            | Event::SocketOpened
+            | Event::SocketClosed
+            | Event::Draining { .. } => return,
         }
-        drop(address);
         self.store.touch();
     }
 
@@ -112,8 +112,7 @@ impl Shared {
     }
 
     /// An exchange has ended.
-    pub(crate) fn ended(&self, tunnel: &Arc<str>, slot: &Arc<Slot>, took: Duration) {
-        self.metrics.took(tunnel, took);
+    pub(crate) fn ended(&self, tunnel: &str, slot: &Arc<Slot>) {
         if let Some(history) = &self.history {
             history.keep(slot.clone(), self.masking(tunnel));
         }

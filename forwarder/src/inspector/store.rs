@@ -89,8 +89,10 @@ pub(crate) struct ExchangeStore {
     limits: StoreLimits,
     ring: Mutex<Ring>,
     bytes: AtomicUsize,
-    /// Counts changes. Whoever follows the exchanges waits for it, and then asks which have changed.
-    version: watch::Sender<u64>,
+    /// Counts changes. Whoever follows the exchanges asks which have changed since the version that they know.
+    version: Mutex<u64>,
+    /// Wakes those who follow the exchanges.
+    followed: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
@@ -124,7 +126,8 @@ impl ExchangeStore {
                 cleared: 0,
             }),
             bytes: AtomicUsize::new(0),
-            version: watch::Sender::new(0),
+            version: Mutex::new(0),
+            followed: watch::Sender::new(0),
         }
     }
 
@@ -138,12 +141,16 @@ impl ExchangeStore {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Adds an exchange that `make` makes with its id.
-    pub(crate) fn insert(&self, make: impl FnOnce(ExchangeId) -> RecordedExchange) -> Arc<Slot> {
+    /// Adds an exchange, and gives it its id.
+    pub(crate) fn insert(&self, mut exchange: RecordedExchange) -> Arc<Slot> {
         let mut ring = lock(&self.ring);
         ring.last_id = ring.last_id.next();
-        let exchange = make(ring.last_id);
-        self.add(&mut ring, exchange)
+        exchange.id = ring.last_id;
+        let (slot, dropped) = self.add(&mut ring, exchange);
+        // What they held is freed once others may add theirs.
+        drop(ring);
+        drop(dropped);
+        slot
     }
 
     /// Adds exchanges of an earlier process, oldest first.
@@ -155,7 +162,8 @@ impl ExchangeStore {
         }
     }
 
-    fn add(&self, ring: &mut Ring, exchange: RecordedExchange) -> Arc<Slot> {
+    /// Returns its place, and those that it took the room of.
+    fn add(&self, ring: &mut Ring, exchange: RecordedExchange) -> (Arc<Slot>, Vec<Arc<Slot>>) {
         let mut bytes = exchange.base_bytes() + exchange.request.body.kept.len();
         if let Some(response) = &exchange.response {
             bytes += super::recorded::header_bytes(&response.headers) + response.body.kept.len();
@@ -174,9 +182,9 @@ impl ExchangeStore {
             }),
         });
         ring.slots.push_back(slot.clone());
-        self.trim(ring);
+        let dropped = self.trim(ring);
         self.changed(&slot);
-        slot
+        (slot, dropped)
     }
 
     /// Changes an exchange. `change` returns by how many bytes it grew. Does nothing if the ring has dropped the exchange.
@@ -192,21 +200,30 @@ impl ExchangeStore {
             self.bytes.fetch_add(grown, Ordering::Relaxed);
         }
         if self.held_bytes() > self.limits.bytes {
-            self.trim(&mut lock(&self.ring));
+            let dropped = self.trim(&mut lock(&self.ring));
+            drop(dropped);
         }
     }
 
     /// Tells whoever follows that an exchange has changed.
     pub(crate) fn changed(&self, slot: &Slot) {
-        self.version.send_modify(|version| {
-            *version += 1;
-            slot.version.store(*version, Ordering::Release);
-        });
+        self.advance(|version| slot.version.store(version, Ordering::Release));
     }
 
     /// Tells whoever follows that something beside the exchanges has changed.
     pub(crate) fn touch(&self) {
-        self.version.send_modify(|version| *version += 1);
+        self.advance(|_| {});
+    }
+
+    /// Counts a change, and lets `note` note its version before anybody sees that.
+    fn advance(&self, note: impl FnOnce(u64)) {
+        let mut version = lock(&self.version);
+        *version += 1;
+        note(*version);
+        // Costs more than all of the above, and most of the time nobody follows.
+        if self.followed.receiver_count() > 0 {
+            self.followed.send_replace(*version);
+        }
     }
 
     /// The exchange with this id, if it is kept.
@@ -227,21 +244,22 @@ impl ExchangeStore {
         while let Some(slot) = ring.slots.pop_front() {
             self.drop_slot(&slot);
         }
-        self.version.send_modify(|version| {
-            *version += 1;
-            ring.cleared = *version;
-        });
+        self.advance(|version| ring.cleared = version);
     }
 
     /// Follows the changes.
     pub(crate) fn follow(&self) -> watch::Receiver<u64> {
-        self.version.subscribe()
+        let version = lock(&self.version);
+        let follower = self.followed.subscribe();
+        // Nobody may have been told of the last ones.
+        self.followed.send_replace(*version);
+        follower
     }
 
     /// What has changed since a version.
     pub(crate) fn changes_since(&self, since: u64) -> Changes {
         let ring = lock(&self.ring);
-        let version = *self.version.borrow();
+        let version = *lock(&self.version);
         let changed = ring.slots.iter().filter(|slot| slot.version() > since);
         Changes {
             version,
@@ -251,14 +269,17 @@ impl ExchangeStore {
         }
     }
 
-    /// Drops the oldest exchanges until the others fit.
-    fn trim(&self, ring: &mut Ring) {
+    /// Drops the oldest exchanges until the others fit, and returns them.
+    fn trim(&self, ring: &mut Ring) -> Vec<Arc<Slot>> {
+        let mut dropped = Vec::new();
         while ring.slots.len() > self.limits.exchanges || self.held_bytes() > self.limits.bytes {
             let Some(slot) = ring.slots.pop_front() else {
-                return;
+                break;
             };
             self.drop_slot(&slot);
+            dropped.push(slot);
         }
+        dropped
     }
 
     fn drop_slot(&self, slot: &Slot) {

@@ -4,6 +4,7 @@
 
 mod commands;
 mod connection;
+mod console;
 mod executable;
 mod first_connection;
 mod harness;

@@ -110,6 +110,8 @@ pub struct Progress {
 struct ProgressCounters {
     unblocked_writes: AtomicU64,
     ping_frames: AtomicU64,
+    /// When the socket took the last of them, in microseconds after `opened`.
+    last_ping_frame: AtomicU64,
     opened: Instant,
     /// When the socket last took a frame, in milliseconds after `opened`.
     last_written: AtomicU64,
@@ -120,6 +122,7 @@ impl ProgressCounters {
         Self {
             unblocked_writes: AtomicU64::new(0),
             ping_frames: AtomicU64::new(0),
+            last_ping_frame: AtomicU64::new(0),
             opened: Instant::now(),
             last_written: AtomicU64::new(0),
         }
@@ -129,6 +132,14 @@ impl ProgressCounters {
         let elapsed = self.opened.elapsed().as_millis();
         let milliseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
         self.last_written.store(milliseconds, Ordering::Relaxed);
+    }
+
+    fn pinged(&self, ping_frames: u64) {
+        let elapsed = self.opened.elapsed().as_micros();
+        let microseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        self.last_ping_frame.store(microseconds, Ordering::Relaxed);
+        // After the time, so that whoever sees this ping frame counted sees its time.
+        self.ping_frames.fetch_add(ping_frames, Ordering::Release);
     }
 }
 
@@ -320,8 +331,15 @@ impl MessageSender {
         let progress = &self.0.lanes.progress;
         Progress {
             unblocked_writes: progress.unblocked_writes.load(Ordering::Relaxed),
-            ping_frames: progress.ping_frames.load(Ordering::Relaxed),
+            ping_frames: progress.ping_frames.load(Ordering::Acquire),
         }
+    }
+
+    /// When the socket took the last ping frame, to the microsecond; when the writer was made, if it has taken none yet.
+    pub fn last_ping_frame(&self) -> Instant {
+        let progress = &self.0.lanes.progress;
+        let microseconds = progress.last_ping_frame.load(Ordering::Relaxed);
+        progress.opened + Duration::from_micros(microseconds)
     }
 
     /// When the socket last took a frame, to the millisecond; when the writer was made, if it has taken none yet.
@@ -553,8 +571,9 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
             return Poll::Ready(Ok(()));
         }
         let ping_frames = mem::take(&mut self.unflushed.ping_frames);
-        let counter = &lanes.progress.ping_frames;
-        counter.fetch_add(ping_frames, Ordering::Relaxed);
+        if ping_frames > 0 {
+            lanes.progress.pinged(ping_frames);
+        }
         for taken in self.unflushed.taken.drain(..) {
             // Not every sender waits for it.
             let _ = taken.send(());
@@ -994,6 +1013,7 @@ mod tests {
             let ping = ping.expect("open").expect("no error");
             assert_eq!(ping, Message::Ping(Bytes::new()));
             settle().await;
+            assert_eq!(sender.last_ping_frame(), Instant::now());
         }
         assert_eq!(sender.progress().unblocked_writes, 0);
         sender.body(long("a")).await.expect("open");
