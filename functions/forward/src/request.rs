@@ -417,6 +417,24 @@ mod tests {
     }
 
     #[test]
+    fn a_websocket_at_an_http_api_or_a_function_url_is_refused_as_such() {
+        for event in [V1, V2, FUNCTION_URL_EVENT] {
+            let mut request = read(event, |event| {
+                let key = "dGhlIHNhbXBsZSBub25jZQ==";
+                event["headers"]["sec-websocket-key"] = key.into();
+                if let Some(fields) = event.get_mut("multiValueHeaders") {
+                    fields["sec-websocket-key"] = json!([key]);
+                }
+            });
+            let refused = request.without_upgrade("not here").expect_err("refused");
+            let response = refused.into_response(false);
+            assert_eq!(response.status(), http::StatusCode::NOT_IMPLEMENTED);
+            assert_eq!(response.headers()["x-tunnel-error"], "no_upgrade");
+            assert!(read(event, |_| {}).without_upgrade("not here").is_ok());
+        }
+    }
+
+    #[test]
     fn each_field_of_payload_1_0_is_there_once_with_all_its_values() {
         let request = read(V1, |event| {
             event["headers"]["x-twice"] = json!("2");

@@ -16,7 +16,7 @@ use crate::harness::{
 };
 
 /// `alice:opensesame`, as a visitor sends it.
-const ALICE: &str = "Basic YWxpY2U6b3BlbnNlc2FtZQ==";
+pub(crate) const ALICE: &str = "Basic YWxpY2U6b3BlbnNlc2FtZQ==";
 
 pub(crate) fn secrets(texts: &[&str]) -> Option<Vec<Secret>> {
     Some(

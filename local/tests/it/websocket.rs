@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use forwarder::event::Event;
+use forwarder::{event::Event, settings::Settings, visitor_rules::PolicyArgs};
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, StatusCode};
 use local::{Options, Server, Transport};
@@ -26,7 +26,10 @@ use tunnel_local_aws::quotas::Quotas;
 use tunnel_protocol::id::ConnectionId;
 use tunnel_service::{now, tables::connections::Connection};
 
-use crate::harness::{Agent, Origin, ScriptedAgent, get, reply, settings, visit, within};
+use crate::{
+    access::{ALICE, secrets},
+    harness::{Agent, Origin, ScriptedAgent, get, reply, settings, visit, within},
+};
 
 type VisitorWebSocket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
@@ -353,6 +356,68 @@ async fn what_cannot_carry_an_upgrade_says_so() {
             assert_eq!(response.headers()["x-tunnel-error"], "no_upgrade");
         }
     }
+}
+
+/// Asks for a WebSocket with these fields, and returns it or the refusal's status and code.
+async fn ask(
+    agent: &Agent,
+    fields: &[(&'static str, &'static str)],
+) -> Result<VisitorWebSocket, (StatusCode, String)> {
+    let mut request = websocket_url(agent, "/")
+        .into_client_request()
+        .expect("a request");
+    for (name, value) in fields {
+        let value = HeaderValue::from_static(value);
+        request.headers_mut().insert(*name, value);
+    }
+    match within("an answer", connect_async(request)).await {
+        Ok((socket, _)) => Ok(socket),
+        Err(tungstenite::Error::Http(response)) => {
+            let code = response.headers().get("x-tunnel-error");
+            let code = code.map(|code| code.to_str().expect("text").to_owned());
+            Err((response.status(), code.unwrap_or_default()))
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[tokio::test]
+async fn visitor_rules_and_limits_apply_to_handshakes() {
+    let stack = stack_with(Options {
+        max_concurrent_requests: 1,
+        ..Options::default()
+    })
+    .await;
+    let mut server = EchoServer::start().await;
+    let rules = PolicyArgs {
+        basic_auth: secrets(&["alice:opensesame"]),
+        ..PolicyArgs::default()
+    };
+    let mut agent = Agent::online(Settings {
+        access: rules.check().expect("rules"),
+        ..settings(&stack, server.address)
+    })
+    .await;
+    let refused = |status, code: &str| Err((status, code.to_owned()));
+    let unauthorized = ask(&agent, &[]).await.map(drop);
+    let expected = refused(StatusCode::UNAUTHORIZED, "visitor_unauthorized");
+    assert_eq!(unauthorized, expected);
+    let alice = [("authorization", ALICE)];
+    let first = ask(&agent, &alice).await.expect("upgraded");
+    let handshake = within("the handshake", server.handshakes.recv()).await;
+    let handshake = handshake.expect("a handshake");
+    assert!(!handshake.headers().contains_key("authorization"));
+    // For as long as it is open it is one of the tunnel's requests.
+    let second = ask(&agent, &alice).await.map(drop);
+    let expected = refused(StatusCode::TOO_MANY_REQUESTS, "rate_limited");
+    assert_eq!(second, expected);
+    drop(first);
+    agent
+        .until("the socket's end", |event| {
+            matches!(event, Event::SocketClosed).then_some(())
+        })
+        .await;
+    assert!(server.handshakes.try_recv().is_err(), "only one was let in");
 }
 
 #[tokio::test]
