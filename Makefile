@@ -23,8 +23,8 @@ CARGO_FUZZ := 0.13.2
 # make invoke EVENT=ready   runs a function in a container with sam local invoke; needs a running `tunnel-local --samples`.
 #                           EVENT: connect disconnect ready ping http-response body-part agent-error http-v1 http-v2 url
 # make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with direct access
-# make inspector            looks at the inspector's page in headless Chromium
-# make web                  runs the dev servers of web frameworks, and what pages do with WebSockets, behind the tunnel in a browser
+# make inspector            the part of `make web` that looks at the inspector's page
+# make web                  runs dev servers, WebSockets, logging in and the inspector behind the tunnel in headless Chromium
 # make fuzz                 runs each target of fuzz/fuzz_targets for FUZZ_SECONDS; make fuzz-decode runs one of them
 #                           failures go to fuzz/artifacts, inputs to fuzz/corpus
 # make chaos                injects random faults into the built executables while visitors use the tunnel, for CHAOS_SECONDS;
@@ -128,7 +128,7 @@ servers: build
 	.ci/frameworks $(BIN)
 
 inspector: build
-	.ci/inspector/run $(BIN)
+	.ci/web/run $(BIN) inspector.test.js
 
 web: build
 	.ci/web/run $(BIN)

@@ -7,7 +7,7 @@ import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { promisify } from "node:util";
 import { WebSocket, WebSocketServer } from "ws";
-import { PYTHON, atEnd, endAll, openBrowser, openPage, openTunnels, startProcess, startServices } from "./servers.js";
+import { BIN, PYTHON, atEnd, endAll, openBrowser, openPage, openTunnels, startProcess, startServices } from "./servers.js";
 
 const run = promisify(execFile);
 const PEER = join(import.meta.dirname, "websockets_peer.py");
@@ -88,6 +88,8 @@ const clients = {
     return saw;
   },
   websockets: async (url, compression) => JSON.parse((await run(PYTHON, [PEER, "visit", url, compression])).stdout),
+  // Knows no compression.
+  tungstenite: async (url) => JSON.parse((await run(join(BIN, "examples/websocket_client"), [url], { maxBuffer: 8 * LARGE_BYTES })).stdout),
   async Chromium(url) {
     const { page, close } = await openPage(browser);
     const saw = await page.evaluate(playInBrowser, [url, LARGE_BYTES]);

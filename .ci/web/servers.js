@@ -36,12 +36,17 @@ export async function freePort() {
   return port;
 }
 
-/** Starts a process, and returns the first group of `pattern` once its output has that. */
-export function startProcess(command, args, pattern, { cwd, env } = {}) {
+/**
+ * Starts a process, and returns the groups of `pattern` once its output has that: an object if they have names, else the first.
+ * `spawned` gets the process at once.
+ */
+export function startProcess(command, args, pattern, { cwd, env, spawned } = {}) {
   // A group of its own: dev servers have children.
   const child = spawn(command, args, { cwd, env: { ...process.env, ...env }, detached: true, stdio: ["ignore", "pipe", "pipe"] });
+  spawned?.(child);
   let said = "";
-  const gone = new Promise((resolve) => child.once("close", resolve));
+  // One that cannot be started is not closed either.
+  const gone = new Promise((resolve) => child.once("close", resolve).once("error", resolve));
   atEnd(async () => {
     try {
       process.kill(-child.pid, "SIGKILL");
@@ -58,7 +63,7 @@ export function startProcess(command, args, pattern, { cwd, env } = {}) {
       const found = said.match(pattern);
       if (!found) return;
       clearTimeout(timer);
-      resolve(found[1]);
+      resolve(found.groups ?? found[1]);
     };
     child.stdout.on("data", listen);
     child.stderr.on("data", listen);

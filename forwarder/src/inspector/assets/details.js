@@ -164,6 +164,12 @@ async function messageOf(exchange, part) {
 
 const exchangeTab = async (exchange) => h("div", { class: "sides" }, await messageOf(exchange, "request"), await messageOf(exchange, "response"));
 
+/** The beginning of a binary message. */
+function hexLine(base64) {
+  const shown = [...atob(base64.slice(0, 344))].map((char) => char.charCodeAt(0).toString(16).padStart(2, "0"));
+  return `${shown.join(" ")}${base64.length > 344 ? " …" : ""}`;
+}
+
 function messagesTab(exchange) {
   if (!exchange.messages.length) return h("p", { class: "note" }, "No messages yet.");
   const missing = exchange.messages[0].number;
@@ -173,7 +179,7 @@ function messagesTab(exchange) {
     missing ? h("p", { class: "note is-cut" }, `${missing} earlier messages are not kept.`) : null,
     h("ol", { class: "frames" }, exchange.messages.map((message) => {
       const isVisitor = message.from === "visitor";
-      const text = message.text ?? `${message.base64.slice(0, 400)}${message.base64.length > 400 ? "…" : ""}`;
+      const text = message.text ?? hexLine(message.base64);
       return h(
         "li",
         { class: `frame ${message.from} ${message.kind}` },
@@ -187,7 +193,9 @@ function messagesTab(exchange) {
 
 function timingsTab(exchange) {
   const { transit, sent, head: toHead, end } = exchange.timings;
-  const total = end ?? toHead ?? sent ?? 0;
+  const isOpen = exchange.state === "open";
+  const sofar = (Date.now() - Date.parse(exchange.start)) * 1e6;
+  const total = end ?? Math.max(isOpen ? sofar : 0, toHead ?? 0, sent ?? 0);
   const bars = [
     ["Request passed on", 0, sent ?? toHead ?? total],
     ["Waiting for the response", Math.min(sent ?? 0, toHead ?? total), toHead ?? total],
@@ -203,7 +211,7 @@ function timingsTab(exchange) {
     "div",
     {},
     h("table", { class: "timings" }, h("tbody", {}, rows)),
-    h("p", { class: "note" }, `Total ${duration(total)} at the agent${exchange.state === "open" ? " so far" : ""}.`, transit === null ? "" : ` Before that, the request took ${duration(transit)} from the service to the agent, if both clocks agree.`),
+    h("p", { class: "note" }, `Total ${duration(total)} at the agent${isOpen ? " so far" : ""}.`, transit === null ? "" : ` Before that, the request took ${duration(transit)} from the service to the agent, if both clocks agree.`),
   );
 }
 

@@ -3,13 +3,13 @@
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { createHmac } from "node:crypto";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, beforeEach, test } from "node:test";
 import { promisify } from "node:util";
 import { WebSocket } from "ws";
-import { endAll, openInspector, startAll } from "./stack.js";
+import { openInspector, startAll } from "./inspector.js";
+import { endAll, temporaryDirectory } from "./servers.js";
 
 /** How soon a request must be in the list. */
 const SOON_MS = 300;
@@ -302,8 +302,7 @@ test("copied commands make the same request again", () =>
 test("the HAR opens in a HAR reader", async () => {
   await (await visit("/gzip?page=1")).arrayBuffer();
   await (await visit("/picture.png")).arrayBuffer();
-  const directory = mkdtempSync(join(tmpdir(), "har-"));
-  const file = join(directory, "requests.har");
+  const file = join(temporaryDirectory(), "requests.har");
   writeFileSync(file, await (await fetch(`${stack.inspector}/api/requests/har`)).text());
   const context = await stack.browser.newContext({ offline: true });
   const page = await context.newPage();
@@ -312,7 +311,6 @@ test("the HAR opens in a HAR reader", async () => {
   assert.equal(response.status(), 200);
   assert.match(await response.text(), /tea-042/);
   await context.close();
-  rmSync(directory, { recursive: true });
 });
 
 for (const [name, options] of [
