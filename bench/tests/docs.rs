@@ -12,10 +12,11 @@ use std::{
 /// Directories without sources of this repository.
 const SKIPPED: [&str; 5] = ["target", ".git", ".tools", ".aws-sam", "node_modules"];
 /// Paths that the documentation names and that are not in this repository.
-const ELSEWHERE: [&str; 4] = [
+const ELSEWHERE: [&str; 5] = [
     "ttf/config.toml",
     "ttf/tunnels.toml",
     "tunnel-local/config.toml",
+    "/etc/ttf/config.toml",
     "/etc/tunnel-local/config.toml",
 ];
 

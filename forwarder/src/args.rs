@@ -96,6 +96,8 @@ enum Command {
         #[arg(value_name = "TUNNEL")]
         tunnel: Option<StatusSubject>,
     },
+    /// Ask the agent on this machine, at the address of its inspector, whether its tunnels are open; exits with 1 if not
+    Health,
     /// Try every step from here to the service and to the local service, and say what is wrong
     Diagnose {
         /// A local service to try, if not that of the settings
@@ -203,6 +205,8 @@ pub(crate) enum Action {
     Edit(config_command::Edit),
     /// Say how a tunnel is.
     Status(Box<Settings>, StatusSubject),
+    /// Ask a running agent whether its tunnels are open.
+    Health,
     /// Try every step.
     Diagnose {
         /// Of this tunnel.
@@ -451,8 +455,9 @@ impl Options {
                 Ok(Action::Diagnose { settings, json })
             }
             Some(Command::Service { command, options }) => {
-                background(command, options, self.config, file)
+                background(command, options, self.config, default_file, file)
             }
+            Some(Command::Health) => Ok(Action::Health),
             None if !file.tunnels.is_empty() && flags.target().is_none() => {
                 Err(UsageError::StartMissing)
             }
@@ -494,6 +499,7 @@ fn background(
     command: BackgroundCommand,
     options: BackgroundOptions,
     files: Vec<PathBuf>,
+    default_file: Option<PathBuf>,
     file: &ConfigFile,
 ) -> Result<Action, UsageError> {
     if command == BackgroundCommand::Install && every_tunnel(file)?.is_empty() {
@@ -503,6 +509,7 @@ fn background(
         command,
         options,
         files,
+        default_file: default_file.filter(|file| file.exists()),
     }))
 }
 

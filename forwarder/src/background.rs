@@ -13,6 +13,8 @@ use service_manager::{
     ServiceUninstallCtx,
 };
 
+/// The unit of the whole machine, as packages install it: hardened, with a user of its own.
+const SYSTEM_UNIT: &str = include_str!("../../packaging/systemd/ttf.service");
 /// What the service is called, unless it is named.
 const NAME: &str = "ttf";
 /// The pause before a start that follows a failure, in seconds.
@@ -51,8 +53,10 @@ pub(crate) struct Background {
     pub command: BackgroundCommand,
     /// Which service.
     pub options: BackgroundOptions,
-    /// The config files that the service reads beside the one in its default place.
+    /// The config files of the command line.
     pub files: Vec<PathBuf>,
+    /// The one in its default place, if there is one. A user's service finds it there, but that of the machine is no user.
+    pub default_file: Option<PathBuf>,
 }
 
 /// Why the service manager does not do it.
@@ -123,21 +127,21 @@ impl Background {
         label: ServiceLabel,
     ) -> Result<String, BackgroundError> {
         let program = std::env::current_exe().map_err(BackgroundError::Executable)?;
-        let files = self
-            .files
-            .iter()
-            .map(std::path::absolute)
-            .collect::<Result<Vec<_>, _>>();
-        let args = arguments(&files.map_err(BackgroundError::Executable)?);
+        let files = self.files().map_err(BackgroundError::Executable)?;
         let is_systemd = matches!(
             ServiceManagerKind::native(),
             Ok(ServiceManagerKind::Systemd)
         );
+        let unit = if self.options.system {
+            system_unit(&program, &files)
+        } else {
+            user_unit(&program, &files)
+        };
         let context = ServiceInstallCtx {
             label: label.clone(),
-            contents: is_systemd.then(|| unit(&program, &args, self.options.system)),
+            contents: is_systemd.then_some(unit),
             program,
-            args,
+            args: arguments(&files),
             username: None,
             working_directory: None,
             environment: None,
@@ -148,6 +152,10 @@ impl Background {
                 reset_after_secs: None,
             },
         };
+        // One that is there already starts again, with these files. Most often there is none to stop.
+        let _ = manager.stop(ServiceStopCtx {
+            label: label.clone(),
+        });
         manager.install(context).map_err(BackgroundError::Refused)?;
         manager
             .start(ServiceStartCtx { label })
@@ -160,6 +168,15 @@ impl Background {
         } else {
             format!("the service {name} is installed and started")
         })
+    }
+
+    /// The config files that the service has to be told about.
+    fn files(&self) -> io::Result<Vec<PathBuf>> {
+        let default_file = self.default_file.iter().filter(|_| self.options.system);
+        default_file
+            .chain(&self.files)
+            .map(std::path::absolute)
+            .collect()
     }
 }
 
@@ -184,38 +201,66 @@ fn arguments(files: &[PathBuf]) -> Vec<OsString> {
         .collect()
 }
 
-/// A systemd unit.
-fn unit(program: &Path, arguments: &[OsString], is_system: bool) -> String {
-    let words: Vec<String> = [program.as_os_str()]
-        .into_iter()
-        .chain(arguments.iter().map(OsString::as_os_str))
-        .map(|word| quoted(&word.to_string_lossy()))
+/// [`SYSTEM_UNIT`] for this executable, with these files as credentials.
+fn system_unit(program: &Path, files: &[PathBuf]) -> String {
+    let start = command(program, &arguments(&[]));
+    let names: Vec<String> = (1..=files.len()).map(|n| format!("{n}.toml")).collect();
+    let options: String = names
+        .iter()
+        .map(|name| format!(" --config %d/{name}"))
         .collect();
-    let wanted_by = if is_system {
-        "multi-user.target"
-    } else {
-        "default.target"
-    };
-    let command = words.join(" ");
+    let credentials: Vec<String> = names
+        .iter()
+        .zip(files)
+        .map(|(name, file)| {
+            // This setting is not made of words, so nothing else is special in it.
+            let file = file.to_string_lossy().replace('%', "%%");
+            format!("LoadCredential={name}:{file}")
+        })
+        .collect();
+    let lines: Vec<String> = SYSTEM_UNIT
+        .lines()
+        .map(|line| match line.split_once('=') {
+            Some(("ExecStart", _)) => format!("ExecStart={start}{options}"),
+            Some(("LoadCredential", _)) => credentials.join("\n"),
+            _ => line.to_owned(),
+        })
+        .collect();
+    lines.join("\n") + "\n"
+}
+
+/// A unit of a user, which has less to restrict and no other user to become.
+fn user_unit(program: &Path, files: &[PathBuf]) -> String {
+    let command = command(program, &arguments(files));
     format!(
         "[Unit]\n\
-         Description=Tunnels to services on this machine\n\
-         Wants=network-online.target\n\
-         After=network-online.target\n\
+         Description=HTTP tunnels to services on this machine\n\
          \n\
          [Service]\n\
+         Type=notify\n\
          ExecStart={command}\n\
          Restart=on-failure\n\
          RestartSec={RESTART_DELAY_SECONDS}\n\
          # Wrong usage, a refused token, a tunnel id that is taken, another agent in its place: trying again does not help.\n\
          RestartPreventExitStatus=2 3 4 5 6\n\
+         WatchdogSec=60\n\
          \n\
          [Install]\n\
-         WantedBy={wanted_by}\n"
+         WantedBy=default.target\n"
     )
 }
 
-/// A word of a unit's command line (systemd.service(5), systemd.syntax(7)).
+/// A unit's command line.
+fn command(program: &Path, arguments: &[OsString]) -> String {
+    let words: Vec<String> = [program.as_os_str()]
+        .into_iter()
+        .chain(arguments.iter().map(OsString::as_os_str))
+        .map(|word| quoted(&word.to_string_lossy()))
+        .collect();
+    words.join(" ")
+}
+
+/// A word in a unit's setting (systemd.service(5), systemd.syntax(7)).
 fn quoted(word: &str) -> String {
     let escaped = word
         .replace('\\', "\\\\")
@@ -230,13 +275,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_unit_runs_every_tunnel_of_the_files() {
-        let files = ["/home/a b/100%/ttf.toml".into()];
-        let unit = unit(Path::new("/usr/bin/ttf"), &arguments(&files), false);
+    fn a_users_unit_runs_every_tunnel_of_the_files() {
+        let unit = user_unit(
+            Path::new("/usr/bin/ttf"),
+            &["/home/a b/100%/ttf.toml".into()],
+        );
         assert!(
             unit.contains("\nExecStart=\"/usr/bin/ttf\" \"start\" \"--all\" \"--keep-trying\" \"--config\" \"/home/a b/100%%/ttf.toml\"\n"),
             "{unit}"
         );
         assert!(unit.ends_with("WantedBy=default.target\n"), "{unit}");
+    }
+
+    #[test]
+    fn the_machines_unit_is_that_of_the_packages_with_other_files() {
+        let unit = system_unit(
+            Path::new("/opt/my apps/ttf"),
+            &["/etc/a.toml".into(), "/root/100%/b.toml".into()],
+        );
+        let changed: Vec<&str> = unit
+            .lines()
+            .filter(|line| !SYSTEM_UNIT.lines().any(|same| same == *line))
+            .collect();
+        assert_eq!(
+            changed,
+            [
+                "ExecStart=\"/opt/my apps/ttf\" \"start\" \"--all\" \"--keep-trying\" --config %d/1.toml --config %d/2.toml",
+                "LoadCredential=1.toml:/etc/a.toml",
+                "LoadCredential=2.toml:/root/100%%/b.toml",
+            ]
+        );
+        assert_eq!(unit.lines().count(), SYSTEM_UNIT.lines().count() + 1);
     }
 }

@@ -27,11 +27,13 @@ use crate::{
     diagnose,
     display::{Display, LineStyle, Lines},
     handshake::{self, HandshakeError},
+    health,
     inspector::{InspectOptions, Inspector},
     log_format::{self, LocalTime, LogFormat},
     login::{self, LoginError},
     settings::Settings,
     status::{self, StatusError},
+    supervision::{self, Supervision},
     tunnel::TunnelError,
     tunnel_ids,
 };
@@ -297,6 +299,10 @@ async fn act(
         Action::Status(settings, subject) => {
             stdout.line(&status::status(&settings, subject).await?);
         }
+        Action::Health => {
+            let state = health::check(&inspect.address).await;
+            stdout.line(state.map_err(|error| failed(&error))?);
+        }
         Action::Diagnose { settings, json } => {
             let diagnosis = diagnose::diagnose(&settings).await;
             if json {
@@ -375,9 +381,11 @@ async fn open(
         .map_err(|error| ExitFailure::new(Exit::Failed, &format!("cannot start: {error}")))?;
     let stop = CancellationToken::new();
     let console = console.map(Arc::new);
-    let (inspector, _serving) =
+    let (inspector, mut serving) =
         inspect_tunnels(inspect, &tunnels, console.as_deref(), (stderr, style)).await?;
-    let observer = observer(display, console.clone(), inspector.clone());
+    serving.spawn(supervision::keep_alive());
+    let supervision = Supervision::new(tunnels.iter().map(|tunnel| tunnel.name.clone()));
+    let observer = observer(display, console.clone(), inspector.clone(), supervision);
     let mut run = std::pin::pin!(crate::run(
         tunnels,
         observer,
@@ -393,6 +401,7 @@ async fn open(
     let outcome = tokio::select! {
         outcome = &mut run => Some(outcome),
         () = stop_requested(&mut signals) => {
+            supervision::stopping();
             stop.cancel();
             tokio::select! {
                 outcome = &mut run => Some(outcome),
@@ -443,10 +452,16 @@ async fn inspect_tunnels(
 }
 
 /// Shows what happens: in the console if there is one, else as lines. URLs are lines on a stdout that somebody else reads.
-fn observer(display: Display, console: Option<Arc<Console>>, inspector: Inspector) -> Observer {
+fn observer(
+    display: Display,
+    console: Option<Arc<Console>>,
+    inspector: Inspector,
+    supervision: Supervision,
+) -> Observer {
     let prints_urls = !io::stdout().is_terminal();
     Arc::new(move |tunnel, event| {
         inspector.observe(tunnel, &event);
+        supervision.observe(tunnel, &event);
         match &console {
             None => display.show(tunnel, &event),
             Some(console) => {

@@ -5,7 +5,7 @@
 //! opens a connection and [`session`] serves it. `exchange` is one request with its response, `upload` the request's body,
 //! `outgoing` what the service is told about it, `open_socket` who counts those that have changed their protocol, `origin` the local service, and `addresses` what that is called on either side.
 //! `tunnel_ids` keeps the tunnel's address over restarts. [`inspector`] records exchanges and shows them on a page. [`event`] is what
-//! happens, `display` how the user sees it, and [`exit`] the executable's life.
+//! happens, `display` how the user sees it, `supervision` what a service manager is told of it, and [`exit`] the executable's life.
 
 mod addresses;
 mod args;
@@ -27,6 +27,7 @@ pub mod exit;
 mod failure;
 pub mod handshake;
 mod header_rules;
+mod health;
 pub mod inspector;
 mod liveness;
 mod lock;
@@ -44,6 +45,7 @@ mod seen_requests;
 pub mod session;
 pub mod settings;
 mod status;
+mod supervision;
 mod target;
 mod tls;
 pub mod tunnel;

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use rustix::process::Signal;
 use serde_json::Value;
 use tokio::net::{TcpListener, TcpSocket};
 
@@ -193,4 +194,33 @@ async fn a_diagnosis_names_each_step_and_fails_if_one_does() {
     assert_eq!(bad.code, Some(1));
     let target = bad.stdout.last().expect("a line");
     assert!(target.starts_with("[FAIL] target"), "{target}");
+}
+
+#[tokio::test]
+async fn health_is_what_the_running_agent_says_of_its_tunnels() {
+    let home = Path::new("/nonexistent");
+    let service = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
+    let mut agent = Ttf::tunnel(&service, &["--inspect", "0"]);
+    let address = agent.until_line("inspector: http://").await;
+    agent.until_line("online: ").await;
+    let good = ttf(home, &["health", "--inspect", &address]).await;
+    assert_eq!(
+        (good.code, good.stdout),
+        (Some(0), vec!["online".to_owned()])
+    );
+
+    agent.signal(Signal::TERM);
+    agent.ended().await;
+    let gone = ttf(home, &["health", "--inspect", &address]).await;
+    assert_eq!(gone.code, Some(1));
+    let said = gone.stderr.join("\n");
+    let expected = format!("error: no agent answers at {address}: ");
+    assert!(said.starts_with(&expected), "{said}");
+
+    let unavailable = Service::refusing("503 Service Unavailable").await;
+    let mut agent = Ttf::tunnel(&unavailable, &["--inspect", "0"]);
+    let address = agent.until_line("inspector: http://").await;
+    let bad = ttf(home, &["health", "--inspect", &address]).await;
+    assert_eq!(bad.code, Some(1));
+    assert_eq!(bad.stderr, ["error: the agent is reconnecting"]);
 }

@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 use serde_json::json;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixDatagram};
 use tokio_tungstenite::accept_async;
 
 use crate::harness::{Agent, Service, Ttf, within};
@@ -23,6 +23,70 @@ async fn a_signal_stops_it_with_code_0() {
         assert_eq!(ended.stdout, ["http://t.example.com/my-app"]);
         assert_eq!(ended.stderr, ["stopping"]);
     }
+}
+
+#[tokio::test]
+async fn a_service_manager_hears_when_it_is_ready_that_it_lives_and_that_it_stops() {
+    let service = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("notify");
+    let manager = UnixDatagram::bind(&path).expect("a socket");
+    let heard = async |wanted: &str| {
+        let mut message = [0; 4096];
+        loop {
+            let length = within(wanted, manager.recv(&mut message))
+                .await
+                .expect("a message");
+            if message[..length].trim_ascii_end() == wanted.as_bytes() {
+                return;
+            }
+        }
+    };
+    let environment = [
+        ("XDG_CONFIG_HOME", "/nonexistent"),
+        ("NOTIFY_SOCKET", path.to_str().expect("a path")),
+        ("WATCHDOG_USEC", "100000"),
+    ];
+    let arguments = ["http", "1", "-e", &service.endpoint, "--remember=false"];
+    let ttf = Ttf::start_with(&environment, &arguments);
+    heard("READY=1\nSTATUS=online: http://t.example.com/my-app").await;
+    heard("WATCHDOG=1").await;
+    ttf.signal(Signal::TERM);
+    heard("STOPPING=1").await;
+    assert_eq!(code(ttf).await, Some(0));
+}
+
+#[tokio::test]
+async fn a_service_is_ready_though_the_tunnel_cannot_be_opened_yet_but_not_with_a_refused_token() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("notify");
+    let manager = UnixDatagram::bind(&path).expect("a socket");
+    let environment = [
+        ("XDG_CONFIG_HOME", "/nonexistent"),
+        ("NOTIFY_SOCKET", path.to_str().expect("a path")),
+    ];
+    let start = |service: &Service| {
+        let arguments = ["http", "1", "-e", &service.endpoint, "--keep-trying"];
+        Ttf::start_with(&environment, &arguments)
+    };
+
+    let refused = start(&Service::refusing("401 Unauthorized").await)
+        .ended()
+        .await;
+    assert_eq!(refused.code, Some(3));
+    let mut message = [0; 4096];
+    assert!(
+        manager.try_recv(&mut message).is_err(),
+        "it was never ready"
+    );
+
+    let _unavailable = start(&Service::refusing("503 Service Unavailable").await);
+    let length = within("readiness", manager.recv(&mut message)).await;
+    let message = String::from_utf8_lossy(&message[..length.expect("a message")]);
+    assert!(
+        message.starts_with("READY=1\nSTATUS=offline: "),
+        "{message}"
+    );
 }
 
 #[tokio::test]

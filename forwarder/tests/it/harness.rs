@@ -143,10 +143,15 @@ impl Ttf {
 
     /// Starts it, with a directory for the user's files.
     pub(crate) fn start_in(home: &str, arguments: &[&str]) -> Self {
+        Self::start_with(&[("XDG_CONFIG_HOME", home)], arguments)
+    }
+
+    /// Starts it, with this environment and nothing else in it.
+    pub(crate) fn start_with(environment: &[(&str, &str)], arguments: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_ttf"))
             .args(arguments)
             .env_clear()
-            .env("XDG_CONFIG_HOME", home)
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -176,18 +181,18 @@ impl Ttf {
         kill_process(pid.expect("it runs"), signal).expect("a signal");
     }
 
-    /// Waits for a line on stderr that begins like this.
-    pub(crate) async fn until_line(&mut self, start: &str) {
+    /// Waits for a line on stderr that begins like this, and returns how it goes on.
+    pub(crate) async fn until_line(&mut self, start: &str) -> String {
         let lines = self.stderr.as_mut().expect("stderr is read");
         within(start, async {
             loop {
                 let line = lines.next_line().await.expect("a pipe");
-                if line.expect("another line").starts_with(start) {
-                    return;
+                if let Some(rest) = line.expect("another line").strip_prefix(start) {
+                    return rest.to_owned();
                 }
             }
         })
-        .await;
+        .await
     }
 
     /// Waits for its end.
