@@ -25,6 +25,7 @@ use tunnel_service::{
 
 use crate::{
     console::{escape, fail},
+    document::Document,
     operator::listing,
 };
 
@@ -54,6 +55,8 @@ enum AdminCommand {
     Tables(TablesCommand),
     #[command(flatten)]
     Copies(CopiesCommand),
+    #[command(flatten)]
+    Document(Document),
 }
 
 /// What is done to the tables of a service.
@@ -130,6 +133,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     let command = match cli.command {
         AdminCommand::Tables(command) => command,
         AdminCommand::Copies(command) => return command.run(cli.data.as_deref()),
+        AdminCommand::Document(document) => return Ok(document.write(Cli::command())?),
     };
     let service = match (cli.stack, cli.data) {
         (Some(stack), _) => Service::deployed(&stack)?,

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{
-    ArgMatches, Command, CommandFactory, FromArgMatches, Parser,
+    ArgMatches, Command, CommandFactory, FromArgMatches, Parser, Subcommand,
     builder::{PossibleValuesParser, TypedValueParser},
     error::ErrorKind,
     parser::ValueSource,
@@ -24,8 +24,9 @@ use crate::{
     AccessLogFormat, AccessLogOptions, Options, Server, ServerError,
     config_file::{self, ConfigFile},
     console::{LogFormat, LogLevel, Signals, Wish, fail, raise_open_files, report, start_log},
+    document::Document,
     front::listener::MAX_OPEN_CONNECTIONS,
-    sam_invoke,
+    health, sam_invoke, supervision,
 };
 
 /// Files that are open besides connections, with room to spare: the database, the log, sockets of the process's own.
@@ -40,6 +41,7 @@ struct Cli {
     /// Where visitors and agents connect; port 0 picks a free one. With --samples: where containers reach this machine
     #[arg(
         long,
+        global = true,
         env = "TUNNEL_LISTEN",
         default_value = "127.0.0.1:8080",
         value_name = "ADDRESS"
@@ -138,6 +140,17 @@ struct Cli {
     /// How lines on stderr look: text, or json, an object a line
     #[arg(long, env = "TUNNEL_LOG_FORMAT", value_parser = words::<LogFormat>(&["text", "json"]), default_value = "text", value_name = "FORMAT")]
     log_format: LogFormat,
+    #[command(subcommand)]
+    command: Option<OtherCommand>,
+}
+
+/// What there is to do instead of serving.
+#[derive(Subcommand)]
+enum OtherCommand {
+    /// Ask the server with the same settings whether it serves; exits with 1 if it does not
+    Health,
+    #[command(flatten)]
+    Document(Document),
 }
 
 /// Flags whose values can change while the server runs.
@@ -298,6 +311,13 @@ async fn run() -> ExitCode {
         Err(InvocationError::File(error)) => return fail(2, &error),
     };
     let cli = &invocation.cli;
+    match &cli.command {
+        Some(OtherCommand::Health) => return outcome(health::check(cli.listen, cli.admin).await),
+        Some(OtherCommand::Document(document)) => {
+            return outcome(document.write(command()).map_err(Into::into));
+        }
+        None => {}
+    }
     let log_level = start_log(cli.log_level.clone(), cli.log_format);
     let mut signals = match Signals::listen() {
         Ok(signals) => signals,
@@ -309,10 +329,7 @@ async fn run() -> ExitCode {
         let stopped = async move {
             signals.next().await;
         };
-        return match sam_invoke::run(listen, stopped).await {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(1, &format!("{error:#}")),
-        };
+        return outcome(sam_invoke::run(listen, stopped).await);
     }
     let server = match Server::start(cli.options()).await {
         Ok(server) => server,
@@ -352,6 +369,7 @@ async fn serve(
             Err(error) => report(format, &format!("not reloaded: {error}")),
         }
     }
+    supervision::stopping();
     report(format, "stopping; press Ctrl-C again to stop now");
     let again = async { while signals.next().await == Wish::Reload {} };
     tokio::select! {
@@ -388,6 +406,13 @@ fn warn_of_few_files(format: LogFormat) {
     }
 }
 
+fn outcome(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(1, &format!("{error:#}")),
+    }
+}
+
 /// Says where the server is, and how to open a tunnel.
 fn announce(server: &Server, format: LogFormat) {
     let Server {
@@ -401,9 +426,9 @@ fn announce(server: &Server, format: LogFormat) {
     if let Some(address) = server.admin_address {
         say(&format!("metrics, health and agents at http://{address}"));
     }
-    say(&format!(
-        "ready: visitors at {public_url}, agents at {endpoint}"
-    ));
+    let ready = format!("ready: visitors at {public_url}, agents at {endpoint}");
+    supervision::ready(&ready);
+    say(&ready);
     let token = match (first_token, first_token_file) {
         (Some(_), Some(file)) => {
             let file = file.display();

@@ -25,6 +25,7 @@ use crate::{
     },
     operator::Observer,
     subsystem::Subsystem,
+    supervision::Heartbeat,
 };
 
 /// Most open connections of visitors and agents together; more wait to be accepted.
@@ -61,8 +62,12 @@ impl ConnectionPermit {
 /// Accepts connections until the subsystem is stopped.
 pub(crate) async fn listen(listener: TcpListener, front: Front, visitors: Subsystem) {
     let places = Arc::new(Semaphore::new(MAX_OPEN_CONNECTIONS));
+    let mut heartbeat = Heartbeat::new();
     loop {
-        let next = next_connection(&listener, &places, visitors.stopping()).await;
+        let next = tokio::select! {
+            next = next_connection(&listener, &places, visitors.stopping()) => next,
+            () = heartbeat.beat() => continue,
+        };
         let Some(accepted) = next else {
             return;
         };
