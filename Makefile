@@ -30,6 +30,8 @@ CARGO_FUZZ := 0.13.2
 # make chaos                injects random faults into the built executables while visitors use the tunnel, for CHAOS_SECONDS;
 #                           CHAOS_SEED repeats a run, CHAOS_RATE is requests per second, CHAOS_ONLY=kill,hold selects faults
 # make chaos SCENARIO=...   rollovers, outage or soak instead
+# make dist                 makes archives, Debian packages and checksums of a release in target/packages, with tools that it downloads
+# make archives             makes the archives alone, of what `make build` has built
 # make e2e-deploy           deploys to an emulator of AWS and sends requests through the tunnel
 # make live                 deploys to your AWS account, measures what AWS does not document, and removes everything: docs/live.md
 
@@ -42,7 +44,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than the longest message. For the others, libFuzzer's default of 4,096 bytes is enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers inspector web chaos fuzz $(FUZZ)
+.PHONY: run test check build fmt clippy doc deny smoke archives bench dist tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers inspector web chaos fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -91,6 +93,12 @@ smoke: build
 
 bench: build
 	cargo bench --locked -p tunnel-bench --bench performance -- $(PART) $(if $(MISSING),--allow-missing)
+
+dist: tools
+	.ci/dist target/packages
+
+archives: build
+	.ci/dist target/packages $(BIN)
 
 token: build
 	@$(ADMIN) create-token $(or $(NAME),$(error set NAME, the name of the token: NAME=alice)) $(if $(EXPIRES),--expires $(EXPIRES))
