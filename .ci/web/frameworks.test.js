@@ -12,21 +12,21 @@ before(async () => {
 after(endAll);
 
 async function check(project, address) {
-  const { page, failures, close } = await openPage(browser);
+  const { page, failures, settle, close } = await openPage(browser);
   try {
-    return await visit(project, address, page, failures);
+    return await visit(project, address, page, failures, settle);
   } finally {
     project.restore();
     await close();
   }
 }
 
-async function visit(project, address, page, failures) {
+async function visit(project, address, page, failures, settle) {
   const shows = (text) => page.getByText(text, { exact: false }).first().waitFor();
   await page.goto(address);
   await shows(project.text);
   // Whatever the page still fetches is part of it, and so is the socket over which it hears of edits.
-  await page.waitForLoadState("networkidle");
+  await settle();
   await page.evaluate(() => {
     window.isSamePage = true;
   });

@@ -105,7 +105,7 @@ export async function openBrowser() {
   return browser;
 }
 
-/** A page in a profile of its own, and a list of everything that fails in it. */
+/** A page in a profile of its own, a list of everything that fails in it, and what waits until it has fetched what it needs. */
 export async function openPage(browser) {
   const context = await browser.newContext();
   context.setDefaultTimeout(PATIENCE_MS);
@@ -128,7 +128,19 @@ export async function openPage(browser) {
   page.on("response", (response) => response.status() >= 400 && fail(response.status(), response.url()));
   page.on("pageerror", (error) => fail(String(error)));
   page.on("console", (message) => message.type() === "error" && fail(message.text(), message.location().url));
-  return { page, failures, close: () => context.close() };
+  const open = new Set();
+  page.on("request", (request) => open.add(request));
+  page.on("requestfinished", (request) => open.delete(request));
+  page.on("requestfailed", (request) => open.delete(request));
+  const settle = async () => {
+    try {
+      await page.waitForLoadState("networkidle");
+    } catch {
+      // One that only asks again and again, as some dev servers' do while they compile, is missing nothing.
+      if (open.size > 0) throw new Error(`not answered: ${[...open].map((request) => request.url()).join(", ")}`);
+    }
+  };
+  return { page, failures, settle, close: () => context.close() };
 }
 
 export function temporaryDirectory() {
