@@ -175,10 +175,12 @@ pub struct Session {
     end_of_life: Option<Instant>,
     /// The service answers a `ping` of a connection that it has replaced with `replaced`.
     confirms_replaced: bool,
-    /// The id of the last `ping` that asked whether `replaced` is true.
+    /// The id of the last `ping`.
+    last_ping: u32,
+    /// The highest id of those that were answered with `pong`.
+    last_pong: u32,
+    /// The id of the last that asked whether `replaced` is true.
     last_question: u32,
-    /// The service has said `replaced`, and has not answered that question yet.
-    awaits_answer: bool,
     /// Cancelled when another agent has taken the tunnel over for good.
     replaced: CancellationToken,
     /// Cancelled when another connection of this agent has taken over.
@@ -219,8 +221,9 @@ impl Session {
                 .life_ms
                 .and_then(|life| opened.at.checked_add(Duration::from_millis(life))),
             confirms_replaced: established.features.contains(&Feature::ConfirmReplaced),
+            last_ping: 0,
+            last_pong: 0,
             last_question: 0,
-            awaits_answer: false,
             replaced: CancellationToken::new(),
             moved: CancellationToken::new(),
         }
@@ -427,20 +430,18 @@ impl Session {
     fn on_tick(&mut self) -> Option<Duration> {
         let silence = self.liveness.tick(self.context.outgoing.progress());
         if silence.is_none() && self.liveness.is_ping_message_due() {
-            self.ping(None);
+            self.ping();
         }
         silence
     }
 
-    /// Returns whether there was room for a `ping`.
-    fn ping(&mut self, id: Option<u32>) -> bool {
+    /// Asks for a `pong`, if there is room for a `ping`.
+    fn ping(&mut self) {
+        self.last_ping = self.last_ping.wrapping_add(1);
+        let id = self.confirms_replaced.then_some(self.last_ping);
         let ping = message::encode(&FromAgent::Ping { id });
-        match self.context.outgoing.try_control(ping) {
-            Ok(receipt) => {
-                self.liveness.ping_message_queued(receipt);
-                true
-            }
-            Err(_) => false,
+        if let Ok(receipt) = self.context.outgoing.try_control(ping) {
+            self.liveness.ping_message_queued(receipt);
         }
     }
 
@@ -503,10 +504,10 @@ impl Session {
                 self.websocket(request_id, FromVisitor::Closed(code));
             }
             Ok(ToAgent::Cancel { request_id }) => self.cancel(&request_id),
-            Ok(ToAgent::Pong { .. }) => {
+            Ok(ToAgent::Pong { id }) => {
                 let took = self.liveness.ping_message_answered();
                 self.observe_round_trip(took);
-                self.on_pong();
+                self.on_pong(id);
             }
             Ok(ToAgent::Replaced { reason, id }) => self.on_replaced(reason, id),
             Ok(ToAgent::UrlUpdated { public_url }) => {
@@ -531,21 +532,28 @@ impl Session {
     }
 
     /// The service says that another connection has taken the tunnel over. Messages overtake each other and come twice, so a service
-    /// that can is asked: it answers `replaced` with the id of the question if that is so, and `pong` if this connection serves
-    /// after all.
-    fn on_replaced(&mut self, reason: String, question: Option<u32>) {
+    /// that can is asked: it repeats the id of the `ping` in `replaced` if that is so, and in `pong` if this connection serves
+    /// after all. The answer to the later `ping` counts, and none to those before the last question.
+    fn on_replaced(&mut self, reason: String, ping: Option<u32>) {
         if self.has_moved() {
             // By a later connection of this agent, or else that one hears of it and ends the agent.
             debug!(reason, "a connection that has moved does not serve");
             return;
         }
-        let is_answer = self.awaits_answer && question == Some(self.last_question);
-        if self.confirms_replaced && !is_answer {
-            if question.is_none() {
+        if self.confirms_replaced {
+            match ping {
                 // Where there is no room to ask, the answer to the next `ping` says it again.
-                self.ask();
+                None => {
+                    self.ping();
+                    self.last_question = self.last_ping;
+                    return;
+                }
+                Some(id) if id <= self.last_pong || id < self.last_question => {
+                    debug!(reason, "a later ping has another answer, or none yet");
+                    return;
+                }
+                Some(_) => {}
             }
-            return;
         }
         self.replaced.cancel();
         // A stopping agent ends as the user asked, and as soon.
@@ -554,20 +562,8 @@ impl Session {
         }
     }
 
-    fn ask(&mut self) {
-        let question = self.last_question.wrapping_add(1);
-        if self.ping(Some(question)) {
-            self.last_question = question;
-            self.awaits_answer = true;
-        }
-    }
-
-    /// Any `pong` ends the wait, also one that answers an earlier `ping`: if the connection is replaced all the same, the answer to
-    /// the next one makes the agent ask once more.
-    fn on_pong(&mut self) {
-        if std::mem::take(&mut self.awaits_answer) {
-            debug!("this connection serves the tunnel after all");
-        }
+    fn on_pong(&mut self, ping: Option<u32>) {
+        self.last_pong = self.last_pong.max(ping.unwrap_or_default());
     }
 
     fn start(&mut self, request: HttpRequest) {

@@ -70,9 +70,14 @@ struct Session {
     is_established: bool,
     asks_again: bool,
     is_replaced: bool,
-    is_doubting: bool,
-    /// The id of the last `ping` that asked whether `replaced` is true.
-    last_question: u32,
+    /// `replaced` has overtaken `connection_established`.
+    is_early_replaced: bool,
+    /// The id of the last `ping`.
+    last_ping: u64,
+    /// The highest id of those that were answered with `pong`.
+    last_pong: u64,
+    /// The id of the last that asked whether `replaced` is true.
+    last_question: u64,
     seen: HashSet<String>,
 }
 
@@ -151,7 +156,9 @@ impl Agent {
             is_established: false,
             asks_again: false,
             is_replaced: false,
-            is_doubting: false,
+            is_early_replaced: false,
+            last_ping: 0,
+            last_pong: 0,
             last_question: 0,
             seen: HashSet::new(),
         };
@@ -187,7 +194,7 @@ impl Agent {
                 },
                 () = sleep_until(ping_at) => {
                     ping_at = Instant::now() + PING_INTERVAL;
-                    self.cloud.send(&session.line.id, &json!({ "type": "ping" }));
+                    self.ping(session);
                 }
                 () = sleep_until(until.unwrap_or(ping_at)), if until.is_some() => {
                     if !self.cloud.weather().is_calm() {
@@ -228,23 +235,28 @@ impl Agent {
 
     fn take(&self, session: &mut Session, text: &str, takes_requests: bool) {
         let message: Value = serde_json::from_str(text).expect("a message");
-        info!(connection = %session.line.id, is_doubting = session.is_doubting, message = %message["type"], "agent");
+        info!(connection = %session.line.id, message = %message["type"], "agent");
         match message["type"].as_str().unwrap_or_default() {
             "connection_established" => {
                 session.asks_again = message["features"]
                     .as_array()
                     .is_some_and(|features| features.contains(&json!(CONFIRMS)));
                 session.is_established = true;
-                if session.is_doubting {
+                if session.is_early_replaced {
                     self.doubt(session);
                 }
             }
-            "replaced" if !session.is_established => session.is_doubting = true,
-            "replaced" if message["id"].is_null() => self.doubt(session),
-            "replaced" if session.is_doubting => {
-                session.is_replaced |= message["id"] == session.last_question;
+            "replaced" if !session.is_established => session.is_early_replaced = true,
+            "replaced" => match message["id"].as_u64() {
+                None => self.doubt(session),
+                Some(id) => {
+                    session.is_replaced |= id > session.last_pong && id >= session.last_question;
+                }
+            },
+            "pong" => {
+                let id = message["id"].as_u64().unwrap_or_default();
+                session.last_pong = session.last_pong.max(id);
             }
-            "pong" => session.is_doubting = false,
             "http_request" => self.request(session, &message, takes_requests),
             _ => {}
         }
@@ -252,13 +264,17 @@ impl Agent {
 
     fn doubt(&self, session: &mut Session) {
         if session.asks_again {
-            session.is_doubting = true;
-            session.last_question += 1;
-            let ping = json!({ "type": "ping", "id": session.last_question });
-            self.cloud.send(&session.line.id, &ping);
+            self.ping(session);
+            session.last_question = session.last_ping;
         } else {
             session.is_replaced = true;
         }
+    }
+
+    fn ping(&self, session: &mut Session) {
+        session.last_ping += 1;
+        let ping = json!({ "type": "ping", "id": session.last_ping });
+        self.cloud.send(&session.line.id, &ping);
     }
 
     fn request(&self, session: &mut Session, message: &Value, takes_requests: bool) {
