@@ -21,18 +21,22 @@ use tunnel_service::{
 };
 
 use crate::{
-    AccessLogFormat, AccessLogOptions, Options, Server, ServerError,
+    AccessLogFormat, AccessLogOptions, Options, OptionsError, Server, ServerError,
     config_file::{self, ConfigFile},
     console::{LogFormat, LogLevel, Signals, Wish, fail, raise_open_files, report, start_log},
     document::Document,
     front::listener::MAX_OPEN_CONNECTIONS,
     health, sam_invoke, supervision,
+    tls::{AcmeOptions, TlsOptions},
 };
 
 /// Files that are open besides connections, with room to spare: the database, the log, sockets of the process's own.
 const OTHER_OPEN_FILES: u64 = 256;
 /// In less, agents could not open the next connection in time.
 const MIN_CONNECTION_AGE: Duration = Duration::from_secs(1);
+
+/// Whom --acme asks for certificates.
+const LETS_ENCRYPT: &str = "https://acme-v02.api.letsencrypt.org/directory";
 
 /// Runs the whole tunnel on this machine: visitors and agents connect to one address.
 #[derive(Parser)]
@@ -50,6 +54,32 @@ struct Cli {
     /// Where visitors reach the server, if not at that address
     #[arg(long, env = "TUNNEL_PUBLIC_URL", value_name = "URL")]
     public_url: Option<PublicUrl>,
+    /// Serve HTTPS with the certificate in this PEM file, which is read again when it changes
+    #[arg(long, env = "TUNNEL_TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key, in PEM
+    #[arg(long, env = "TUNNEL_TLS_KEY", value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// Serve HTTPS with certificates that an authority issues for the host of --public-url; CONTACT is your mail address. You agree to the authority's terms of service
+    #[arg(long, env = "TUNNEL_ACME", value_name = "CONTACT")]
+    acme: Option<String>,
+    /// With --acme: the authority's directory
+    #[arg(
+        long,
+        env = "TUNNEL_ACME_DIRECTORY",
+        value_name = "URL",
+        default_value = LETS_ENCRYPT
+    )]
+    acme_directory: String,
+    /// With --acme: the certificate, in PEM, by which a private authority's directory is known
+    #[arg(long, env = "TUNNEL_ACME_CA", value_name = "FILE")]
+    acme_ca: Option<PathBuf>,
+    /// With --acme: prove with DNS records whose the names are, and use one certificate for all subdomains; called as COMMAND present|cleanup _acme-challenge.NAME VALUE
+    #[arg(long, env = "TUNNEL_ACME_DNS_HOOK", value_name = "COMMAND")]
+    acme_dns_hook: Option<PathBuf>,
+    /// With HTTPS: redirect visitors who use http:// at this address
+    #[arg(long, env = "TUNNEL_LISTEN_HTTP", value_name = "ADDRESS")]
+    listen_http: Option<SocketAddr>,
     /// Store names and tokens in this directory; without it they are lost when the server stops
     #[arg(long, env = "TUNNEL_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
@@ -124,7 +154,7 @@ struct Cli {
     #[arg(long, env = "TUNNEL_ACCESS_LOG_FORMAT", value_parser = words::<AccessLogFormat>(&["combined", "json"]), default_value = "combined", value_name = "FORMAT")]
     access_log_format: AccessLogFormat,
     /// Serve a stand-in DynamoDB and @connections for `sam local invoke` instead
-    #[arg(long, conflicts_with_all = ["data", "auth", "public_url"])]
+    #[arg(long, conflicts_with_all = ["data", "auth", "public_url", "tls_cert", "acme", "listen_http"])]
     samples: bool,
     /// Read settings from this file: every flag is a key, with _ in place of - [default: config.toml in the directory tunnel-local of your configuration directory or of /etc]
     #[arg(long, short, env = "TUNNEL_CONFIG", value_name = "FILE")]
@@ -254,6 +284,7 @@ impl Cli {
         Options {
             listen: self.listen,
             public_url: self.public_url.clone(),
+            listen_http: self.listen_http,
             data: self.data.clone(),
             auth: self.auth.unwrap_or(default_auth),
             jwt: Some(JwtSettings {
@@ -285,6 +316,28 @@ impl Cli {
     }
 }
 
+impl Cli {
+    /// Where certificates come from.
+    fn tls(&self) -> Result<Option<TlsOptions>, OptionsError> {
+        match (&self.tls_cert, &self.tls_key, &self.acme) {
+            (None, None, None) => Ok(None),
+            (Some(certificate), Some(key), None) => Ok(Some(TlsOptions::Files {
+                certificate: certificate.clone(),
+                key: key.clone(),
+            })),
+            (None, None, Some(contact)) => Ok(Some(TlsOptions::Acme(AcmeOptions {
+                contact: contact.clone(),
+                directory_url: self.acme_directory.clone(),
+                authority: self.acme_ca.clone(),
+                dns_hook: self.acme_dns_hook.clone(),
+                data: self.data.clone().ok_or(OptionsError::NowhereToKeep)?,
+            }))),
+            (_, _, Some(_)) => Err(OptionsError::TwoSources),
+            (_, _, None) => Err(OptionsError::HalfAPair),
+        }
+    }
+}
+
 fn connection_age(text: &str) -> Result<Duration, String> {
     let age = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     (age >= MIN_CONNECTION_AGE)
@@ -312,7 +365,11 @@ async fn run() -> ExitCode {
     };
     let cli = &invocation.cli;
     match &cli.command {
-        Some(OtherCommand::Health) => return outcome(health::check(cli.listen, cli.admin).await),
+        Some(OtherCommand::Health) => {
+            // Whatever is wrong with the certificates, the server has said it.
+            let is_https = !matches!(cli.tls(), Ok(None));
+            return outcome(health::check(cli.listen, cli.admin, is_https).await);
+        }
         Some(OtherCommand::Document(document)) => {
             return outcome(document.write(command()).map_err(Into::into));
         }
@@ -331,7 +388,17 @@ async fn run() -> ExitCode {
         };
         return outcome(sam_invoke::run(listen, stopped).await);
     }
-    let server = match Server::start(cli.options()).await {
+    let started = match cli.tls() {
+        Ok(tls) => {
+            Server::start(Options {
+                tls,
+                ..cli.options()
+            })
+            .await
+        }
+        Err(error) => Err(error.into()),
+    };
+    let server = match started {
         Ok(server) => server,
         Err(ServerError::Options(error)) => Cli::command()
             .error(ErrorKind::ArgumentConflict, error)
@@ -470,6 +537,30 @@ mod tests {
             parse(&["--routing", "subdomain"]).routing,
             Routing::Subdomain
         );
+        let tls = |arguments: &[&str]| {
+            Cli::try_parse_from(std::iter::once(&"tunnel-local").chain(arguments))
+                .expect("valid arguments")
+                .tls()
+        };
+        assert_eq!(tls(&[]), Ok(None));
+        assert_eq!(tls(&["--tls-cert", "c"]), Err(OptionsError::HalfAPair));
+        assert_eq!(tls(&["--acme", "a@b.c"]), Err(OptionsError::NowhereToKeep));
+        let both = [
+            "--acme",
+            "a@b.c",
+            "--data",
+            "d",
+            "--tls-cert",
+            "c",
+            "--tls-key",
+            "k",
+        ];
+        assert_eq!(tls(&both), Err(OptionsError::TwoSources));
+        assert!(matches!(tls(&both[..4]), Ok(Some(TlsOptions::Acme(_)))));
+        assert!(matches!(
+            tls(&both[4..]),
+            Ok(Some(TlsOptions::Files { .. }))
+        ));
         for wrong in [
             ["--auth", "none"],
             ["--routing", "host"],

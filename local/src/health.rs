@@ -18,9 +18,14 @@ const STATUS_LINE: &[u8] = b"HTTP/1.1 200";
 ///
 /// # Errors
 /// If it does not answer that it serves.
-pub(crate) async fn check(listen: SocketAddr, admin: Option<SocketAddr>) -> anyhow::Result<()> {
+pub(crate) async fn check(
+    listen: SocketAddr,
+    admin: Option<SocketAddr>,
+    is_https: bool,
+) -> anyhow::Result<()> {
     let (address, path) = match admin {
         Some(admin) => (reachable(admin), "/readyz"),
+        None if is_https => bail!("a server with HTTPS is asked at its --admin address: set one"),
         None => (reachable(listen), "/_health"),
     };
     timeout(ANSWER_TIMEOUT, ask(address, path))

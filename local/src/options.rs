@@ -1,6 +1,9 @@
 //! What to start: the settings of a server, and which of them cannot be.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use tunnel_connect::MAX_TUNNEL_IDS_PER_OWNER;
 use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
@@ -8,11 +11,13 @@ use tunnel_local_aws::quotas::Quotas;
 use tunnel_protocol::cidr::Cidr;
 use tunnel_service::{
     auth::{AuthMode, jwt::JwtSettings},
-    routing::{PublicUrl, Routing},
+    routing::{PublicUrl, Routing, host_name},
     settings::SettingsError,
 };
 
 use crate::operator::AccessLogOptions;
+
+use crate::tls::TlsOptions;
 
 /// The settings of a server.
 #[derive(Clone, Debug)]
@@ -21,6 +26,10 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Where visitors reach `listen`, if not under its own address.
     pub public_url: Option<PublicUrl>,
+    /// TLS on `listen`, and where its certificates come from.
+    pub tls: Option<TlsOptions>,
+    /// Where visitors without TLS are sent to TLS.
+    pub listen_http: Option<SocketAddr>,
     /// Where data is kept; without a directory it is forgotten at the end.
     pub data: Option<PathBuf>,
     /// How agents prove who they are.
@@ -69,6 +78,8 @@ impl Default for Options {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             public_url: None,
+            tls: None,
+            listen_http: None,
             data: None,
             auth: AuthMode::Open,
             jwt: None,
@@ -112,6 +123,28 @@ pub enum OptionsError {
     /// JSON Web Tokens cannot be validated with these settings.
     #[error("{0}")]
     Jwt(String),
+    /// Visitors are told to use an address without TLS, and there is only TLS.
+    #[error("with TLS, --public-url must start with https://")]
+    PublicUrlWithoutTls,
+    /// There is no TLS to which visitors could be sent.
+    #[error("--listen-http needs --tls-cert and --tls-key, or --acme")]
+    RedirectWithoutTls,
+    /// No authority issues a certificate for this name.
+    #[error(
+        "--acme needs --public-url https://HOST with a host name that others can look up, not an address"
+    )]
+    NoPublicName,
+    /// A certificate without its key, or a key without its certificate.
+    #[error("--tls-cert and --tls-key belong together: set both")]
+    HalfAPair,
+    /// Certificates from two places.
+    #[error(
+        "certificates come either from --tls-cert and --tls-key or from --acme: set one of them"
+    )]
+    TwoSources,
+    /// There is nowhere to keep certificates.
+    #[error("--acme needs --data, where account and certificates are kept")]
+    NowhereToKeep,
 }
 
 impl OptionsError {
@@ -159,7 +192,27 @@ impl Options {
         if self.auth == AuthMode::Jwt && !self.jwt.as_ref().is_some_and(is_complete) {
             return Err(OptionsError::IncompleteJwt);
         }
-        Ok(())
+        self.validate_tls()
+    }
+
+    fn validate_tls(&self) -> Result<(), OptionsError> {
+        let Some(tls) = &self.tls else {
+            return match self.listen_http {
+                Some(_) => Err(OptionsError::RedirectWithoutTls),
+                None => Ok(()),
+            };
+        };
+        let has_name = |url: &PublicUrl| {
+            let name = host_name(url.authority());
+            let is_address = name.starts_with('[') || name.parse::<IpAddr>().is_ok();
+            !is_address && name.contains('.') && !url.is_loopback()
+        };
+        match (tls, &self.public_url) {
+            (_, Some(url)) if url.scheme() != "https" => Err(OptionsError::PublicUrlWithoutTls),
+            (TlsOptions::Acme(_), None) => Err(OptionsError::NoPublicName),
+            (TlsOptions::Acme(_), Some(url)) if !has_name(url) => Err(OptionsError::NoPublicName),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -172,6 +225,7 @@ fn is_complete(jwt: &JwtSettings) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tls::AcmeOptions;
 
     #[test]
     fn other_machines_ask_the_operators_address_only_if_that_is_wanted() {
@@ -221,6 +275,60 @@ mod tests {
         ] {
             assert_eq!(options.validate(), expected, "{what}");
         }
+    }
+
+    #[test]
+    fn tls_has_a_public_url_that_fits() {
+        let files = TlsOptions::Files {
+            certificate: PathBuf::from("c"),
+            key: PathBuf::from("k"),
+        };
+        let acme = TlsOptions::Acme(AcmeOptions {
+            contact: "a@example.com".to_owned(),
+            directory_url: "https://acme.example.com/directory".to_owned(),
+            authority: None,
+            dns_hook: None,
+            data: PathBuf::from("d"),
+        });
+        for (tls, public_url, expected) in [
+            (&files, None, Ok(())),
+            (&files, Some("https://t.example.com"), Ok(())),
+            (
+                &files,
+                Some("http://t.example.com"),
+                Err(OptionsError::PublicUrlWithoutTls),
+            ),
+            (&acme, None, Err(OptionsError::NoPublicName)),
+            (
+                &acme,
+                Some("https://192.0.2.1"),
+                Err(OptionsError::NoPublicName),
+            ),
+            (
+                &acme,
+                Some("https://[2001:db8::1]"),
+                Err(OptionsError::NoPublicName),
+            ),
+            (
+                &acme,
+                Some("https://localhost"),
+                Err(OptionsError::NoPublicName),
+            ),
+            (&acme, Some("https://t.example.com"), Ok(())),
+        ] {
+            let options = Options {
+                tls: Some(tls.clone()),
+                public_url: public_url.map(|url| url.parse().expect("a URL")),
+                auth: AuthMode::Token,
+                ..Options::default()
+            };
+            assert_eq!(options.validate(), expected, "{public_url:?}");
+        }
+        let redirect = Options {
+            listen_http: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+            ..Options::default()
+        };
+        assert_eq!(redirect.validate(), Err(OptionsError::RedirectWithoutTls));
     }
 
     #[test]

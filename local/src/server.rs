@@ -48,7 +48,7 @@ use crate::{
         connection_clock::ConnectionClock,
         forwarded::TrustedProxies,
         host::HostPolicy,
-        listener::{self, Front},
+        listener::{self, Entrance, Front},
         visitor_sockets::{EdgeSecret, VisitorSockets},
         visitors::VisitorFront,
     },
@@ -56,6 +56,7 @@ use crate::{
     operator::{AccessLog, Observer, admin_api::AdminApi},
     options::{Options, OptionsError, Transport},
     subsystem::Subsystem,
+    tls::{Names, Tls, TlsError},
 };
 
 /// How long stopping takes at most. Container runtimes kill a process 10 s after they have asked it to end.
@@ -90,6 +91,9 @@ pub enum ServerError {
     /// The access log cannot be written.
     #[error("cannot write the access log: {0}")]
     AccessLog(#[source] io::Error),
+    /// Certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The listening address makes no URL.
     #[error("{0} makes no public URL: set --public-url")]
     PublicUrl(SocketAddr),
@@ -102,6 +106,8 @@ pub struct Server {
     pub address: SocketAddr,
     /// Where the operator asks, if anywhere.
     pub admin_address: Option<SocketAddr>,
+    /// Where it sends visitors without TLS to TLS.
+    pub http_address: Option<SocketAddr>,
     /// Where visitors reach it.
     pub public_url: PublicUrl,
     /// Where agents connect.
@@ -148,11 +154,10 @@ impl Server {
 
     async fn start_here(options: Options) -> Result<Self, ServerError> {
         options.validate()?;
-        let directory = options.data.as_deref();
-        let directory = directory.map(DirectoryLock::acquire).transpose()?;
+        let directory = lock_directory(&options)?;
         let observer = Arc::new(observer(&options)?);
-        let (listener, address) = bind_at(options.listen).await?;
-        let public_url = public_url(&options, address)?;
+        let listeners = Listeners::open(&options).await?;
+        let public_url = public_url(&options, listeners.main.1)?;
         let engine = Engine::start(&options, &observer).await?;
         let (management, management_address) = bind_at(LOOPBACK).await?;
         let websocket_api = WebSocketApiUrl::of_socket(management_address, management::STAGE);
@@ -184,15 +189,16 @@ impl Server {
             engine.serve_agents(management, &front.agents);
         }
         let Subsystems { visitors, agents } = subsystems;
-        let admin_address = engine
-            .serve_admin(&options, &front, &replies, &visitors)
-            .await?;
+        let admin = engine.serve_admin(&options, &front, &replies, &visitors);
+        let admin_address = admin.await?;
         agents.spawn(front.agents.clone().recheck());
+        front.entrance = entrance(&options, &public_url, &engine.tables, &visitors)?;
         let (first_token, first_token_file) = first_token(&options, &engine.tables.tokens).await?;
-        visitors.spawn(listener::listen(listener, front.clone(), visitors.clone()));
+        let (address, http_address) = listeners.serve(&front, &visitors);
         Ok(Self {
             address,
             admin_address,
+            http_address,
             endpoint: format!("{}{}", websocket_scheme(&public_url), agents::PATH),
             public_url,
             first_token,
@@ -283,6 +289,12 @@ impl Server {
     }
 }
 
+/// Takes the data directory for this process, if there is one.
+fn lock_directory(options: &Options) -> Result<Option<DirectoryLock>, DataError> {
+    let directory = options.data.as_deref();
+    directory.map(DirectoryLock::acquire).transpose()
+}
+
 /// A free port that only this machine can use.
 const LOOPBACK: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
@@ -299,7 +311,12 @@ fn public_url(options: &Options, address: SocketAddr) -> Result<PublicUrl, Serve
     if let Some(url) = &options.public_url {
         return Ok(url.clone());
     }
-    format!("http://{address}")
+    let scheme = if options.tls.is_some() {
+        "https"
+    } else {
+        "http"
+    };
+    format!("{scheme}://{address}")
         .parse()
         .map_err(|_| ServerError::PublicUrl(address))
 }
@@ -484,6 +501,67 @@ struct Subsystems {
     agents: Subsystem,
 }
 
+/// What is spoken on the listening socket.
+fn entrance(
+    options: &Options,
+    public_url: &PublicUrl,
+    tables: &Tables,
+    visitors: &Subsystem,
+) -> Result<Entrance, TlsError> {
+    let Some(tls) = &options.tls else {
+        return Ok(Entrance::Plain);
+    };
+    let names = Names {
+        public_url: public_url.clone(),
+        routing: options.routing,
+        tunnels: tables.tunnels.clone(),
+    };
+    let tls = Tls::start(tls.clone(), names, visitors)?;
+    Ok(Entrance::Tls(Arc::new(tls)))
+}
+
+/// The sockets for visitors and agents, with their addresses.
+struct Listeners {
+    main: (TcpListener, SocketAddr),
+    /// For visitors who are sent to the other.
+    http: Option<(TcpListener, SocketAddr)>,
+}
+
+impl Listeners {
+    async fn open(options: &Options) -> Result<Self, ServerError> {
+        Ok(Self {
+            main: bind_at(options.listen).await?,
+            http: match options.listen_http {
+                Some(address) => Some(bind_at(address).await?),
+                None => None,
+            },
+        })
+    }
+
+    /// Serves what comes, and returns the addresses.
+    fn serve(self, front: &Front, visitors: &Subsystem) -> (SocketAddr, Option<SocketAddr>) {
+        let places = listener::places();
+        let listen = |listener, front| {
+            let listening = listener::listen(listener, front, places.clone(), visitors.clone());
+            visitors.spawn(listening);
+        };
+        let (main, address) = self.main;
+        listen(main, front.clone());
+        let http_address = self.http.map(|(http, address)| {
+            let entrance = Entrance::Redirect;
+            listen(
+                http,
+                Front {
+                    entrance,
+                    ..front.clone()
+                },
+            );
+            address
+        });
+        (address, http_address)
+    }
+}
+
 fn front(
     options: &Options,
     functions: Functions,
@@ -494,6 +572,7 @@ fn front(
     public_url: &PublicUrl,
 ) -> Front {
     Front {
+        entrance: Entrance::Plain,
         visitors: VisitorFront {
             forward: functions.forward,
             proxies: observer.proxies.clone(),

@@ -59,6 +59,22 @@ impl HostPolicy {
     }
 }
 
+impl HostPolicy {
+    /// The scheme and host of the address to which visitors are sent who asked for this host without TLS: the same host, if it is
+    /// ours, on the public URL's port.
+    pub(crate) fn secure_origin(&self, asked: Option<&str>) -> String {
+        let own = self.public_url.authority();
+        let is_served = |asked: &&str| self.serves_any || self.public_url.covers_host(asked);
+        let name = host_name(asked.filter(is_served).unwrap_or(own));
+        let port = own.rsplit_once(':').map(|(_, port)| port);
+        let port = port.filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()));
+        match port {
+            Some(port) => format!("https://{name}:{port}"),
+            None => format!("https://{name}"),
+        }
+    }
+}
+
 fn is_address(name: &str) -> bool {
     let bare = name
         .strip_prefix('[')
@@ -107,6 +123,38 @@ mod tests {
             policy("http://t.test:8080", false).host(Some("a.t.test")),
             Ok("a.t.test".to_owned())
         );
+    }
+
+    #[test]
+    fn visitors_without_tls_are_sent_to_the_same_host_if_it_is_ours() {
+        for (public_url, asked, expected) in [
+            (
+                "https://t.example.com",
+                Some("t.example.com:80"),
+                "https://t.example.com",
+            ),
+            (
+                "https://t.example.com",
+                Some("A.t.example.com"),
+                "https://a.t.example.com",
+            ),
+            (
+                "https://t.example.com:8443",
+                Some("a.t.example.com:80"),
+                "https://a.t.example.com:8443",
+            ),
+            (
+                "https://t.example.com",
+                Some("evil.example"),
+                "https://t.example.com",
+            ),
+            ("https://t.example.com", None, "https://t.example.com"),
+            ("https://[::1]:8443", Some("[::1]:80"), "https://[::1]:8443"),
+            ("https://[::1]", Some("[::1]:80"), "https://[::1]"),
+        ] {
+            let policy = policy(public_url, false);
+            assert_eq!(policy.secure_origin(asked), expected, "{asked:?}");
+        }
     }
 
     #[test]

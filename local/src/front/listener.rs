@@ -2,30 +2,33 @@
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, MissedTickBehavior, interval_at},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
-use tunnel_forward::{error::ForwardError, request::wants_html};
+use tunnel_forward::{error::ForwardError, request::wants_html, response::ResponseBody};
 use tunnel_protocol::limits::MAX_HEADER_FIELDS;
 
 use crate::{
     front::{
         agents::{self, AgentFront},
+        http2::{self, OpenStream, StreamBody, Streams},
         request_head::MAX_HEAD_BYTES,
-        response::last,
-        socket::{VisitorSocket, VisitorStream},
+        response::{last, text},
+        socket::{RawStream, Transport, VisitorSocket, VisitorStream},
         visitors::{VisitorBody, VisitorFront},
     },
     operator::Observer,
     subsystem::Subsystem,
     supervision::Heartbeat,
+    tls::{HANDSHAKE_TIMEOUT, Handshake, Tls},
 };
 
 /// Most open connections of visitors and agents together; more wait to be accepted.
@@ -37,9 +40,24 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// How often a visitor that waits for its response is looked after.
 const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
+/// How long a visitor over HTTP/2 without a request may take to end its connection once it was asked to.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What is spoken on a listening socket.
+#[derive(Clone, Debug)]
+pub(crate) enum Entrance {
+    /// HTTP.
+    Plain,
+    /// HTTP in TLS.
+    Tls(Arc<Tls>),
+    /// HTTP, and whoever speaks it is sent to TLS.
+    Redirect,
+}
+
 /// What a connection is served with.
 #[derive(Clone, Debug)]
 pub(crate) struct Front {
+    pub(crate) entrance: Entrance,
     pub(crate) visitors: VisitorFront,
     pub(crate) agents: Arc<AgentFront>,
     /// Takes note of requests.
@@ -59,9 +77,19 @@ impl ConnectionPermit {
     }
 }
 
+/// The places for connections.
+pub(crate) fn places() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(MAX_OPEN_CONNECTIONS))
+}
+
 /// Accepts connections until the subsystem is stopped.
-pub(crate) async fn listen(listener: TcpListener, front: Front, visitors: Subsystem) {
-    let places = Arc::new(Semaphore::new(MAX_OPEN_CONNECTIONS));
+pub(crate) async fn listen(
+    listener: TcpListener,
+    front: Front,
+    places: Arc<Semaphore>,
+    visitors: Subsystem,
+) {
+    let is_encrypted = matches!(front.entrance, Entrance::Tls(_));
     let mut heartbeat = Heartbeat::new();
     loop {
         let next = tokio::select! {
@@ -73,7 +101,7 @@ pub(crate) async fn listen(listener: TcpListener, front: Front, visitors: Subsys
         };
         match accepted {
             Ok((stream, peer, permit)) => {
-                let socket = Arc::new(VisitorSocket::new(stream, peer));
+                let socket = Arc::new(VisitorSocket::new(stream, peer, is_encrypted));
                 visitors.spawn(serve(socket, front.clone(), permit, visitors.clone()));
             }
             Err(error) => {
@@ -110,6 +138,81 @@ async fn serve(
     permit: ConnectionPermit,
     visitors: Subsystem,
 ) {
+    let transport = match &front.entrance {
+        Entrance::Plain | Entrance::Redirect => Transport::Plain(RawStream::new(socket.clone())),
+        Entrance::Tls(tls) => {
+            let handshake = Box::pin(handshake(tls, &socket, &front.visitors));
+            match visitors.stopping().run_until_cancelled(handshake).await {
+                Some(Some(Handshake::Http1(stream))) => Transport::Tls(Box::new(stream)),
+                Some(Some(Handshake::Http2(stream))) => {
+                    let transport = Transport::Tls(Box::new(stream));
+                    return serve_http2(socket, transport, front, permit, visitors).await;
+                }
+                Some(Some(Handshake::Validation) | None) => return socket.finish().await,
+                None => return,
+            }
+        }
+    };
+    serve_http1(socket, transport, front, permit, visitors).await;
+}
+
+/// Does the server's part of a handshake, in time.
+async fn handshake(
+    tls: &Tls,
+    socket: &Arc<VisitorSocket>,
+    front: &VisitorFront,
+) -> Option<Handshake> {
+    let peer = socket.peer;
+    let accept = async {
+        let first = socket.first_byte().await?;
+        if first.is_some_and(|byte| byte.is_ascii_uppercase()) {
+            // A method, and no record of TLS.
+            let answer = plain_http_answer(&front.hosts.secure_origin(None));
+            let _ = RawStream::new(socket.clone())
+                .write_all(answer.as_bytes())
+                .await;
+            return Err(io::Error::other("it speaks HTTP without TLS"));
+        }
+        tls.accept(RawStream::new(socket.clone())).await
+    };
+    match timeout(HANDSHAKE_TIMEOUT, accept).await {
+        Ok(Ok(handshake)) => Some(handshake),
+        Ok(Err(error)) => {
+            debug!(%peer, error = &error as &dyn std::error::Error, "no TLS handshake");
+            None
+        }
+        Err(_) => {
+            debug!(%peer, "the TLS handshake takes too long");
+            socket.reset();
+            None
+        }
+    }
+}
+
+/// What whoever speaks HTTP where TLS is expected is told.
+fn plain_http_answer(origin: &str) -> String {
+    let sentence = format!("This port speaks HTTPS. Use {origin}\n");
+    let length = sentence.len();
+    format!(
+        "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{sentence}"
+    )
+}
+
+/// How often visitors are looked after.
+fn departure_checks() -> Interval {
+    let begin = Instant::now() + DEPARTURE_CHECK_INTERVAL;
+    let mut checks = interval_at(begin, DEPARTURE_CHECK_INTERVAL);
+    checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    checks
+}
+
+async fn serve_http1(
+    socket: Arc<VisitorSocket>,
+    transport: Transport,
+    front: Front,
+    permit: ConnectionPermit,
+    visitors: Subsystem,
+) {
     let service = {
         let (socket, permit) = (socket.clone(), permit.clone());
         service_fn(move |request| {
@@ -125,11 +228,9 @@ async fn serve(
         // Heads grow where characters of the target are escaped.
         .max_buf_size(2 * MAX_HEAD_BYTES)
         .max_headers(MAX_HEADER_FIELDS);
-    let stream = TokioIo::new(VisitorStream::new(socket.clone()));
+    let stream = TokioIo::new(VisitorStream::new(socket.clone(), transport));
     let mut connection = std::pin::pin!(http.serve_connection(stream, service).with_upgrades());
-    let begin = Instant::now() + DEPARTURE_CHECK_INTERVAL;
-    let mut check = interval_at(begin, DEPARTURE_CHECK_INTERVAL);
-    check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut check = departure_checks();
     let mut is_stopping = false;
     let peer = socket.peer;
     let outcome = loop {
@@ -154,6 +255,64 @@ async fn serve(
     }
 }
 
+async fn serve_http2(
+    socket: Arc<VisitorSocket>,
+    transport: Transport,
+    front: Front,
+    permit: ConnectionPermit,
+    visitors: Subsystem,
+) {
+    let streams = Arc::new(Streams::default());
+    let service = {
+        let (socket, streams) = (socket.clone(), streams.clone());
+        service_fn(move |request| {
+            let (front, socket, permit) = (front.clone(), socket.clone(), permit.clone());
+            let stream = streams.open();
+            Box::pin(async move {
+                Ok::<_, Infallible>(front.serve_stream(request, socket, permit, stream).await)
+            })
+        })
+    };
+    let http = http2::builder(visitors.clone());
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(transport), service));
+    let mut check = departure_checks();
+    let mut closing_since: Option<Instant> = None;
+    let peer = socket.peer;
+    let outcome = loop {
+        tokio::select! {
+            outcome = connection.as_mut() => break outcome,
+            () = visitors.stopping().cancelled(), if closing_since.is_none() => {
+                closing_since = Some(Instant::now());
+                connection.as_mut().graceful_shutdown();
+            }
+            () = streams.is_flooded.cancelled() => {
+                debug!(%peer, "the visitor gives up one request after another: connection cut");
+                socket.reset();
+                return;
+            }
+            _ = check.tick() => {
+                streams.break_off_stalled();
+                let idle = streams.idle();
+                let is_left = idle.is_some()
+                    && closing_since.is_some_and(|since| since.elapsed() >= CLOSE_TIMEOUT);
+                if socket.cut_reason().is_some() || is_left {
+                    debug!(%peer, "the visitor takes nothing: connection cut");
+                    socket.reset();
+                    return;
+                }
+                if closing_since.is_none() && idle.is_some_and(|idle| idle >= HEAD_TIMEOUT) {
+                    closing_since = Some(Instant::now());
+                    connection.as_mut().graceful_shutdown();
+                }
+            }
+        }
+    };
+    if let Err(error) = outcome {
+        debug!(%peer, error = &error as &dyn std::error::Error, "connection ended");
+    }
+    socket.finish().await;
+}
+
 impl Front {
     async fn serve(
         &self,
@@ -161,11 +320,12 @@ impl Front {
         socket: Arc<VisitorSocket>,
         permit: ConnectionPermit,
     ) -> Response<VisitorBody> {
+        let is_redirect = matches!(self.entrance, Entrance::Redirect);
         let begun = socket.begin_request(request.version());
-        if begun.is_ok() && request.uri().path() == agents::PATH {
+        if begun.is_ok() && !is_redirect && request.uri().path() == agents::PATH {
             let peer = socket.peer;
             let mut response = self.agents.clone().accept(request, peer, permit).await;
-            if response.status() == http::StatusCode::SWITCHING_PROTOCOLS {
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 socket.upgrade();
             } else {
                 response = last(response);
@@ -174,6 +334,7 @@ impl Front {
         }
         let visit = self.observer.visit(&request, socket.peer);
         let response = match begun {
+            Ok(()) if is_redirect => self.redirect(&request),
             Err(error) => {
                 last(ForwardError::from(error).into_response(wants_html(request.headers())))
             }
@@ -181,6 +342,46 @@ impl Front {
         };
         visit.answered(&response);
         VisitorBody::of(response, socket, Some(visit))
+    }
+
+    /// Serves a request over HTTP/2.
+    async fn serve_stream(
+        &self,
+        mut request: Request<Incoming>,
+        socket: Arc<VisitorSocket>,
+        permit: ConnectionPermit,
+        stream: OpenStream,
+    ) -> Response<StreamBody> {
+        let checked = http2::check(&mut request);
+        if checked.is_ok() && request.uri().path() == agents::PATH {
+            let agents = self.agents.clone();
+            let response = agents.accept(request, socket.peer, permit).await;
+            return stream.answer(response, None);
+        }
+        let visit = self.observer.visit(&request, socket.peer);
+        let response = match checked {
+            Err(error) => ForwardError::from(error).into_response(wants_html(request.headers())),
+            Ok(()) => {
+                let visitors = &self.visitors;
+                visitors.serve(request, &socket, permit, &visit).await
+            }
+        };
+        visit.answered(&response);
+        stream.answer(response, Some(visit))
+    }
+
+    /// Sends a visitor to the same address with TLS.
+    fn redirect(&self, request: &Request<Incoming>) -> Response<ResponseBody> {
+        let asked = request.headers().get(header::HOST);
+        let asked = asked.and_then(|host| host.to_str().ok());
+        let origin = self.visitors.hosts.secure_origin(asked);
+        let location = HeaderValue::from_str(&format!("{origin}{}", request.uri()));
+        let mut response = text(StatusCode::PERMANENT_REDIRECT, "Use https.\n");
+        match location {
+            Ok(location) => drop(response.headers_mut().insert(header::LOCATION, location)),
+            Err(_) => *response.status_mut() = StatusCode::BAD_REQUEST,
+        }
+        last(response)
     }
 }
 

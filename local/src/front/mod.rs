@@ -1,5 +1,5 @@
 //! The sockets. `listener` accepts connections; on each, `request_stream` and `request_head` check requests before hyper reads
-//! them from `socket`; `visitors` serves them, by the rules of `host` and `forwarded`. `agents` serves the connections that
+//! them from `socket`; those over HTTP/2 go through `http2`; `visitors` serves them, by the rules of `host` and `forwarded`. `agents` serves the connections that
 //! `handshake` and `agent_limit` accept, in the order of `connection_clock`; `visitor_sockets` those of visitors where every step is
 //! as in AWS. `response` has the front's own answers.
 
@@ -9,11 +9,12 @@ pub(crate) mod connection_clock;
 pub(crate) mod forwarded;
 pub(crate) mod handshake;
 pub(crate) mod host;
+mod http2;
 pub(crate) mod listener;
 mod request_head;
 mod request_stream;
 mod response;
-mod socket;
+pub(crate) mod socket;
 pub(crate) mod upgrade;
 pub(crate) mod visitor_sockets;
 pub(crate) mod visitors;

@@ -105,7 +105,7 @@ fn check_host(fields: &[httparse::Header<'_>], is_http_11: bool) -> Result<(), R
 }
 
 /// Whether a value is a host with, at most, a port.
-fn is_host(value: &[u8]) -> bool {
+pub(crate) fn is_host(value: &[u8]) -> bool {
     let Ok(authority) = Authority::try_from(value) else {
         return false;
     };
@@ -155,7 +155,8 @@ fn framing(fields: &[httparse::Header<'_>], is_http_11: bool) -> Result<Framing,
     }
 }
 
-fn content_length(value: &[u8]) -> Result<Framing, RequestHeadError> {
+/// Reads the one Content-Length of a request.
+pub(crate) fn content_length(value: &[u8]) -> Result<Framing, RequestHeadError> {
     let is_number = !value.is_empty() && value.iter().all(u8::is_ascii_digit);
     if !is_number {
         return Err(RequestHeadError::Malformed(
@@ -171,7 +172,10 @@ fn content_length(value: &[u8]) -> Result<Framing, RequestHeadError> {
 }
 
 /// The target with what cannot stand in it escaped; `None` where nothing has to be.
-fn escape_target(method: &str, target: &str) -> Result<Option<String>, RequestHeadError> {
+pub(crate) fn escape_target(
+    method: &str,
+    target: &str,
+) -> Result<Option<String>, RequestHeadError> {
     let is_origin_form = target.starts_with('/') || (method == "OPTIONS" && target == "*");
     if !is_origin_form || method == "CONNECT" {
         return Err(RequestHeadError::Malformed(

@@ -10,13 +10,14 @@ use std::{
     time::Duration,
 };
 
-use bytes::BytesMut;
 use http::Version;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     time::{Instant, timeout},
 };
+use tokio_rustls::server::TlsStream;
+use tokio_util::io::poll_read_buf;
 
 use crate::front::{
     request_head::RequestHeadError,
@@ -44,19 +45,21 @@ const PROBE_DELAYS: [Duration; 4] = [
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 3;
 /// How long what was sent has to reach a visitor before its connection is reset.
-const RESET_DELAY: Duration = Duration::from_secs(1);
+pub(crate) const RESET_DELAY: Duration = Duration::from_secs(1);
 /// How long a visitor may send nothing behind the last answer before its connection is closed. What it sends is read and dropped:
 /// many send all of a request before they read the answer.
 const LINGER_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long it may go on sending.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A visitor's socket. hyper has it as a [`VisitorStream`].
+/// A visitor's socket. hyper has it as a [`VisitorStream`], or as its [`Transport`] alone where HTTP/2 is spoken.
 #[derive(Debug)]
 pub(crate) struct VisitorSocket {
     stream: TcpStream,
     /// Where it comes from.
     pub(crate) peer: SocketAddr,
+    /// Its bytes are TLS: nothing may be written between them.
+    is_encrypted: bool,
     exchange: Mutex<Exchange>,
 }
 
@@ -108,8 +111,8 @@ pub(crate) enum CutReason {
 }
 
 impl VisitorSocket {
-    /// Takes an accepted connection.
-    pub(crate) fn new(stream: TcpStream, peer: SocketAddr) -> Self {
+    /// Takes an accepted connection, on which TLS is spoken if it `is_encrypted`.
+    pub(crate) fn new(stream: TcpStream, peer: SocketAddr, is_encrypted: bool) -> Self {
         tunnel_protocol::writer::tune(&stream);
         // Without it a connection that is gone is missed later.
         #[cfg(unix)]
@@ -117,6 +120,7 @@ impl VisitorSocket {
         Self {
             stream,
             peer,
+            is_encrypted,
             exchange: Mutex::default(),
         }
     }
@@ -186,6 +190,10 @@ impl VisitorSocket {
         exchange.version?;
         match peer_state(&self.stream) {
             PeerState::Closed => Some(CutReason::Left),
+            // TLS has its own way to end one side only, which leaves the socket as it is. And it cannot be probed: nothing fits
+            // between its records.
+            PeerState::HalfClosed if self.is_encrypted => Some(CutReason::Left),
+            PeerState::Open if self.is_encrypted => None,
             // Some end their side behind their request, at any time, and wait for the answer; others have left.
             PeerState::HalfClosed => self.probe(&mut exchange, now),
             // What is sent ahead may fill the socket, and hide the end behind it.
@@ -241,6 +249,13 @@ impl VisitorSocket {
             }
         };
         let _ = timeout(LINGER_TIMEOUT, drain).await;
+    }
+
+    /// The first byte that comes, which stays unread; `None` if the connection ends without one.
+    pub(crate) async fn first_byte(&self) -> io::Result<Option<u8>> {
+        let mut byte = [0];
+        let length = self.stream.peek(&mut byte).await?;
+        Ok((length > 0).then_some(byte[0]))
     }
 
     /// Makes closing the connection a reset.
@@ -342,32 +357,158 @@ fn has_unread(stream: &TcpStream) -> bool {
     return false;
 }
 
+/// The bytes on the socket.
+#[derive(Debug)]
+pub(crate) struct RawStream(Arc<VisitorSocket>);
+
+impl RawStream {
+    /// Reads from the socket and writes to it.
+    pub(crate) fn new(socket: Arc<VisitorSocket>) -> Self {
+        Self(socket)
+    }
+}
+
+impl AsyncRead for RawStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let stream = &self.0.stream;
+        loop {
+            ready!(stream.poll_read_ready(context))?;
+            match stream.try_read_buf(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                outcome => return Poll::Ready(outcome.map(drop)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for RawStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.0
+            .poll_stream_write(context, |stream| stream.try_write(bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.0
+            .poll_stream_write(context, |stream| stream.try_write_vectored(bytes))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        #[cfg(unix)]
+        let _ = rustix::net::shutdown(&self.0.stream, rustix::net::Shutdown::Write);
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// What requests and answers travel in.
+#[derive(Debug)]
+pub(crate) enum Transport {
+    /// The socket itself.
+    Plain(RawStream),
+    /// TLS on the socket.
+    Tls(Box<TlsStream<RawStream>>),
+}
+
+/// Runs the same on either transport.
+macro_rules! on_transport {
+    ($transport:expr, $stream:ident => $run:expr) => {
+        match $transport.get_mut() {
+            Transport::Plain(plain) => {
+                let $stream = Pin::new(plain);
+                $run
+            }
+            Transport::Tls(tls) => {
+                let $stream = Pin::new(&mut **tls);
+                $run
+            }
+        }
+    };
+}
+
+impl AsyncRead for Transport {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        on_transport!(self, stream => stream.poll_read(context, buffer))
+    }
+}
+
+impl AsyncWrite for Transport {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        on_transport!(self, stream => stream.poll_write(context, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        on_transport!(self, stream => stream.poll_write_vectored(context, bytes))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Plain(plain) => plain.is_write_vectored(),
+            Self::Tls(tls) => tls.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        on_transport!(self, stream => stream.poll_flush(context))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        on_transport!(self, stream => stream.poll_shutdown(context))
+    }
+}
+
 /// The socket as hyper has it: it reads checked requests.
 #[derive(Debug)]
 pub(crate) struct VisitorStream {
     socket: Arc<VisitorSocket>,
+    transport: Transport,
     requests: RequestStream,
 }
 
 impl VisitorStream {
-    /// Reads requests from the socket and writes answers to it.
-    pub(crate) fn new(socket: Arc<VisitorSocket>) -> Self {
+    /// Reads requests from a socket and writes answers to it.
+    pub(crate) fn new(socket: Arc<VisitorSocket>, transport: Transport) -> Self {
         Self {
             socket,
+            transport,
             requests: RequestStream::new(),
         }
     }
 
     fn poll_read_head(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let input: &mut BytesMut = self.requests.input();
-        loop {
-            ready!(self.socket.stream.poll_read_ready(context))?;
-            input.reserve(HEAD_READ_BYTES);
-            match self.socket.stream.try_read_buf(input) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                outcome => return Poll::Ready(outcome),
-            }
-        }
+        let input = self.requests.input();
+        input.reserve(HEAD_READ_BYTES);
+        poll_read_buf(Pin::new(&mut self.transport), context, input)
     }
 
     fn poll_read_body(
@@ -376,27 +517,18 @@ impl VisitorStream {
         buffer: &mut ReadBuf<'_>,
         most: usize,
     ) -> Poll<io::Result<()>> {
-        loop {
-            ready!(self.socket.stream.poll_read_ready(context))?;
-            let before = buffer.filled().len();
-            let read = if most < buffer.remaining() {
-                let read = self
-                    .socket
-                    .stream
-                    .try_read(buffer.initialize_unfilled_to(most));
-                read.inspect(|length| buffer.advance(*length))
-            } else {
-                self.socket.stream.try_read_buf(buffer)
-            };
-            match read {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-                Ok(_) => {
-                    self.requests.pass(buffer, before);
-                    return Poll::Ready(Ok(()));
-                }
-            }
+        let before = buffer.filled().len();
+        let transport = Pin::new(&mut self.transport);
+        if most < buffer.remaining() {
+            let mut part = ReadBuf::new(buffer.initialize_unfilled_to(most));
+            ready!(transport.poll_read(context, &mut part))?;
+            let length = part.filled().len();
+            buffer.advance(length);
+        } else {
+            ready!(transport.poll_read(context, buffer))?;
         }
+        self.requests.pass(buffer, before);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -433,9 +565,9 @@ impl AsyncWrite for VisitorStream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.socket.exchange().is_unflushed = true;
-        self.socket
-            .poll_stream_write(context, |stream| stream.try_write(bytes))
+        let stream = self.get_mut();
+        stream.socket.exchange().is_unflushed = true;
+        Pin::new(&mut stream.transport).poll_write(context, bytes)
     }
 
     fn poll_write_vectored(
@@ -443,18 +575,20 @@ impl AsyncWrite for VisitorStream {
         context: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.socket.exchange().is_unflushed = true;
-        self.socket
-            .poll_stream_write(context, |stream| stream.try_write_vectored(bytes))
+        let stream = self.get_mut();
+        stream.socket.exchange().is_unflushed = true;
+        Pin::new(&mut stream.transport).poll_write_vectored(context, bytes)
     }
 
     fn is_write_vectored(&self) -> bool {
-        true
+        self.transport.is_write_vectored()
     }
 
     /// hyper calls this once it has handed on all that it had.
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut exchange = self.socket.exchange();
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let stream = self.get_mut();
+        ready!(Pin::new(&mut stream.transport).poll_flush(context))?;
+        let mut exchange = stream.socket.exchange();
         exchange.is_unflushed = false;
         if let Some(waker) = exchange.waits_for_flush.take() {
             waker.wake();
@@ -462,10 +596,8 @@ impl AsyncWrite for VisitorStream {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        #[cfg(unix)]
-        let _ = rustix::net::shutdown(&self.socket.stream, rustix::net::Shutdown::Write);
-        Poll::Ready(Ok(()))
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().transport).poll_shutdown(context)
     }
 }
 
@@ -483,8 +615,9 @@ mod tests {
         let address = listener.local_addr().expect("an address");
         let _visitor = TcpStream::connect(address).await.expect("a connection");
         let (stream, peer) = listener.accept().await.expect("a connection");
-        let socket = Arc::new(VisitorSocket::new(stream, peer));
-        let mut stream = VisitorStream::new(socket.clone());
+        let socket = Arc::new(VisitorSocket::new(stream, peer, false));
+        let transport = Transport::Plain(RawStream::new(socket.clone()));
+        let mut stream = VisitorStream::new(socket.clone(), transport);
         let chunk = vec![0; 1024 * 1024];
         // Until the system's buffers are full.
         let mut is_full = false;

@@ -24,6 +24,7 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
+use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
     tungstenite::{self, Message, client::IntoClientRequest},
@@ -465,6 +466,15 @@ impl ScriptedAgent {
         tokio_tungstenite::connect_async(request)
             .await
             .map(|(socket, _)| Self(socket))
+    }
+
+    /// Connects to this address over a connection that is open already.
+    pub(crate) async fn over(stream: TlsStream<TcpStream>, address: &str) -> Self {
+        let stream = MaybeTlsStream::Rustls(stream);
+        let (socket, _) = tokio_tungstenite::client_async(address, stream)
+            .await
+            .expect("a handshake");
+        Self(socket)
     }
 
     pub(crate) async fn send(&mut self, message: impl Into<Message>) {

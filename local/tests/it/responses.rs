@@ -36,7 +36,8 @@ async fn request_of(agent: &mut ScriptedAgent) -> Value {
     }
 }
 
-fn base64(bytes: &[u8]) -> String {
+/// As messages have it.
+pub(crate) fn base64(bytes: &[u8]) -> String {
     use base64::{Engine, prelude::BASE64_STANDARD};
     BASE64_STANDARD.encode(bytes)
 }
