@@ -45,11 +45,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than the longest message. For the others, libFuzzer's default of 4,096 bytes is enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-<<<<<<< HEAD
-.PHONY: run test check build fmt clippy doc deny smoke archives bench dist tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers inspector web chaos fuzz $(FUZZ)
-=======
-.PHONY: run test check build fmt clippy doc deny smoke bench tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers acme inspector web chaos fuzz $(FUZZ)
->>>>>>> a977160 (ci: make acme runs tunnel-local with Pebble)
+.PHONY: run test check build fmt clippy doc deny smoke archives bench dist tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers acme inspector web chaos fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
