@@ -490,6 +490,7 @@ fn login(flags: Layer, default_file: Option<PathBuf>) -> Result<Action, UsageErr
     }
     Ok(Action::Login(Box::new(Login {
         service: flags.service.clone(),
+        endpoint_ca: flags.endpoint_ca.clone(),
         settings: flags.settings("login")?,
         file: default_file.ok_or(UsageError::NoHome)?,
     })))

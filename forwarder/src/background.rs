@@ -207,7 +207,7 @@ fn system_unit(program: &Path, files: &[PathBuf]) -> String {
     let names: Vec<String> = (1..=files.len()).map(|n| format!("{n}.toml")).collect();
     let options: String = names
         .iter()
-        .map(|name| format!(" --config %d/{name}"))
+        .map(|name| format!(" --config ${{CREDENTIALS_DIRECTORY}}/{name}"))
         .collect();
     let credentials: Vec<String> = names
         .iter()
@@ -300,7 +300,7 @@ mod tests {
         assert_eq!(
             changed,
             [
-                "ExecStart=\"/opt/my apps/ttf\" \"start\" \"--all\" \"--keep-trying\" --config %d/1.toml --config %d/2.toml",
+                "ExecStart=\"/opt/my apps/ttf\" \"start\" \"--all\" \"--keep-trying\" --config ${CREDENTIALS_DIRECTORY}/1.toml --config ${CREDENTIALS_DIRECTORY}/2.toml",
                 "LoadCredential=1.toml:/etc/a.toml",
                 "LoadCredential=2.toml:/root/100%%/b.toml",
             ]

@@ -137,10 +137,11 @@ impl ConfigFile {
             return Some(self.top.clone());
         };
         let service = self.services.get(service)?;
-        // Another service's token must not go there.
+        // Another service's token must not go there, and its certificates prove nothing here.
         let top = Layer {
             endpoint: None,
             token: None,
+            endpoint_ca: None,
             ..self.top.clone()
         };
         Some(service.or(&top))

@@ -18,6 +18,8 @@ use crate::{
 pub(crate) struct Login {
     /// Endpoint and token.
     pub settings: Settings,
+    /// The file with the certificates that the endpoint may have besides those that the system trusts.
+    pub endpoint_ca: Option<PathBuf>,
     /// The name of the service; without one it is that of all tunnels that name none.
     pub service: Option<String>,
     /// The file that they are stored in.
@@ -61,6 +63,7 @@ pub(crate) enum LoginError {
 pub(crate) async fn login(login: Login) -> Result<String, LoginError> {
     let Login {
         mut settings,
+        endpoint_ca,
         service,
         file,
     } = login;
@@ -75,7 +78,7 @@ pub(crate) async fn login(login: Login) -> Result<String, LoginError> {
     let path = file.clone();
     let stored = tokio::task::spawn_blocking({
         let settings = settings.clone();
-        move || store(&path, service.as_deref(), &settings)
+        move || store(&path, service.as_deref(), &settings, endpoint_ca.as_deref())
     });
     stored
         .await
@@ -113,7 +116,12 @@ async fn ask() -> Result<Secret, LoginError> {
     }
 }
 
-fn store(path: &Path, service: Option<&str>, settings: &Settings) -> Result<(), LoginError> {
+fn store(
+    path: &Path,
+    service: Option<&str>,
+    settings: &Settings,
+    endpoint_ca: Option<&Path>,
+) -> Result<(), LoginError> {
     let name = || path.display().to_string();
     let unwritable = |source| LoginError::Unwritable {
         path: name(),
@@ -125,12 +133,24 @@ fn store(path: &Path, service: Option<&str>, settings: &Settings) -> Result<(), 
         Err(error) => return Err(unwritable(error)),
     };
     let content = || LoginError::Content { path: name() };
-    let after = with_login(&before, service, settings).ok_or_else(content)?;
+    // A later start may be in another directory.
+    let endpoint_ca = endpoint_ca
+        .map(std::path::absolute)
+        .transpose()
+        .map_err(unwritable)?;
+    let after =
+        with_login(&before, service, settings, endpoint_ca.as_deref()).ok_or_else(content)?;
     write(path, &after).map_err(unwritable)
 }
 
-/// The file's text with endpoint and token, and all else as it was. `None` if it is not TOML, or has something else in their place.
-fn with_login(text: &str, service: Option<&str>, settings: &Settings) -> Option<String> {
+/// The file's text with what belongs to the login, and all else as it was. `None` if it is not TOML, or has something else in its
+/// place.
+fn with_login(
+    text: &str,
+    service: Option<&str>,
+    settings: &Settings,
+    endpoint_ca: Option<&Path>,
+) -> Option<String> {
     let mut document: DocumentMut = text.parse().ok()?;
     let table = match service {
         None => document.as_table_mut(),
@@ -146,10 +166,17 @@ fn with_login(text: &str, service: Option<&str>, settings: &Settings) -> Option<
         }
     };
     table.insert("endpoint", toml_edit::value(settings.endpoint.to_string()));
-    match &settings.token {
-        Some(token) => table.insert("token", toml_edit::value(token.reveal())),
-        None => table.remove("token"),
-    };
+    let values = [
+        ("token", settings.token.as_ref().map(Secret::reveal)),
+        ("endpoint_ca", endpoint_ca.and_then(Path::to_str)),
+    ];
+    for (key, value) in values {
+        match value {
+            Some(value) => table.insert(key, toml_edit::value(value)),
+            // It belonged to an earlier login.
+            None => table.remove(key),
+        };
+    }
     Some(document.to_string())
 }
 
@@ -195,13 +222,19 @@ mod tests {
     #[test]
     fn a_login_changes_nothing_else_in_the_file() {
         let text = "# mine\ntarget = 3000 # the app\n\n[tunnels.web]\ntarget = 1\n";
-        let first = with_login(text, None, &settings("https://t.example.com", Some("one")));
+        let first = with_login(
+            text,
+            None,
+            &settings("https://t.example.com", Some("one")),
+            None,
+        );
         let first = first.expect("a file");
         assert_eq!(
             first,
             "# mine\ntarget = 3000 # the app\nendpoint = \"wss://t.example.com/_ws\"\ntoken = \"one\"\n\n[tunnels.web]\ntarget = 1\n"
         );
-        let again = with_login(&first, None, &settings("127.0.0.1:8080", None)).expect("a file");
+        let again =
+            with_login(&first, None, &settings("127.0.0.1:8080", None), None).expect("a file");
         assert!(
             !again.contains("token") && again.contains("ws://127.0.0.1:8080/_ws"),
             "{again}"
@@ -210,19 +243,27 @@ mod tests {
             &first,
             Some("work"),
             &settings("https://w.example.com", Some("two")),
+            Some(Path::new("/etc/w.pem")),
         );
         let named = named.expect("a file");
         assert!(named.starts_with(&first), "{named}");
         assert!(
             named.ends_with(
-                "[services.work]\nendpoint = \"wss://w.example.com/_ws\"\ntoken = \"two\"\n"
+                "[services.work]\nendpoint = \"wss://w.example.com/_ws\"\ntoken = \"two\"\nendpoint_ca = \"/etc/w.pem\"\n"
             ),
             "{named}"
         );
+        let again = with_login(
+            &named,
+            Some("work"),
+            &settings("https://w.example.com", None),
+            None,
+        );
+        assert!(again.expect("a file").ends_with("w.example.com/_ws\"\n"));
         let settings = settings("127.0.0.1:8080", None);
         for spoilt in ["nonsense", "services = 3\n", "services.work = 3\n"] {
             assert_eq!(
-                with_login(spoilt, Some("work"), &settings),
+                with_login(spoilt, Some("work"), &settings, None),
                 None,
                 "{spoilt}"
             );
@@ -237,8 +278,8 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("ttf/config.toml");
         let settings = settings("https://t.example.com", Some("one"));
-        store(&file, None, &settings).expect("stored");
-        store(&file, Some("work"), &settings).expect("stored");
+        store(&file, None, &settings, None).expect("stored");
+        store(&file, Some("work"), &settings, None).expect("stored");
         let mode = |path: &Path| fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
         assert_eq!(mode(&file), 0o600);
         assert_eq!(mode(file.parent().expect("a directory")), 0o700);

@@ -221,6 +221,7 @@ pub(crate) fn read(arguments: &[OsString]) -> Result<Cli, clap::Error> {
     {
         return Cli::try_parse_from([program.clone(), "-V".into()]);
     }
+    let arguments = &with_two_dashes(arguments);
     let cli = Cli::try_parse_from(arguments).map_err(answer)?;
     let Some(words) = cli.unknown_command() else {
         return Ok(cli);
@@ -233,6 +234,37 @@ pub(crate) fn read(arguments: &[OsString]) -> Result<Cli, clap::Error> {
     }
     let word = word.to_string_lossy();
     Err(Cli::command().error(ErrorKind::InvalidSubcommand, about_command(&word)))
+}
+
+/// `-subdomain=x` is `--subdomain=x`: programs written in Go, such as ngrok 2, take one dash for two.
+fn with_two_dashes(arguments: &[OsString]) -> Vec<OsString> {
+    let mut command = Cli::command();
+    command.build();
+    let commands = std::iter::once(&command).chain(command.get_subcommands());
+    let flags: Vec<&clap::Arg> = commands.flat_map(clap::Command::get_arguments).collect();
+    let is_flag = |name: &str| {
+        let is_ours = flags.iter().any(|flag| {
+            flag.get_long() == Some(name)
+                || flag
+                    .get_all_aliases()
+                    .is_some_and(|aliases| aliases.contains(&name))
+        });
+        is_ours
+            || FLAGS.iter().any(|(flags, _)| {
+                flags
+                    .iter()
+                    .any(|flag| flag.strip_prefix("--") == Some(name))
+            })
+    };
+    let with_two = |argument: &OsString| {
+        let word = argument.to_str()?.strip_prefix('-')?;
+        let name = word.split('=').next()?;
+        is_flag(name).then(|| OsString::from(format!("--{word}")))
+    };
+    arguments
+        .iter()
+        .map(|argument| with_two(argument).unwrap_or_else(|| argument.clone()))
+        .collect()
 }
 
 /// Not a command, but an address or a directory: `3000`, `localhost:3000`, `./dist`.
@@ -328,6 +360,9 @@ mod tests {
             "ttf http 3000 --no-tls-verify",
             "ttf http --port 3000 --to 127.0.0.1:8080",
             "ttf start --all --config a.toml --config b.toml",
+            "ttf http -subdomain=my-app 3000",
+            "ttf http -authtoken abc -host-header=rewrite 3000",
+            "ttf -e127.0.0.1:8080 3000",
         ] {
             assert!(is_read(line), "{line}: {}", refusal(line));
         }
@@ -338,6 +373,7 @@ mod tests {
         for (line, words) in [
             ("ttf http 3000 --oauth google", "--basic-auth"),
             ("ttf http 3000 --region eu", "the endpoint decides"),
+            ("ttf http -region=eu 3000", "the endpoint decides"),
             ("ttf http 3000 --scheme=https", "not needed"),
             ("ttf http 3000 --metrics :9000", "ttf status"),
             ("ttf tcp 22", "HTTP alone"),
