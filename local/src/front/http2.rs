@@ -16,7 +16,10 @@ use hyper::{rt::Executor, server::conn::http2};
 use hyper_util::rt::TokioTimer;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::CancellationToken;
-use tunnel_forward::response::{ResponseBody, ResponseBodyError};
+use tunnel_forward::{
+    ServedTunnel,
+    response::{ResponseBody, ResponseBodyError, whole},
+};
 use tunnel_protocol::limits::MAX_HEADER_FIELDS;
 
 use crate::{
@@ -40,9 +43,10 @@ const FIELD_OVERHEAD_BYTES: usize = 32;
 /// Most streams that a visitor has opened and reset before they were looked at, and most that were reset for its faults.
 const MAX_UNSEEN_RESETS: usize = 20;
 const MAX_FAULTS: usize = 100;
-/// How many more requests than were answered whole a visitor may give up, before its connection is closed. Opening and resetting
-/// streams costs a visitor nothing, and an agent a request.
-const MAX_ABANDONED: usize = 200;
+/// What a visitor may owe for requests that it has given up, before its connection is closed: each costs this much, and a request
+/// that a tunnel has answered whole pays back 1. Opening and resetting streams costs a visitor nothing, and an agent a request.
+const MAX_ABANDONED: usize = 800;
+const ABANDONED_COST: usize = 4;
 
 /// HTTP/2 with this front's limits.
 pub(crate) fn builder(subsystem: Subsystem) -> http2::Builder<StreamExecutor> {
@@ -163,9 +167,9 @@ pub(crate) struct Streams {
 #[derive(Debug)]
 struct StreamsState {
     open: usize,
-    /// Since when none is open.
+    /// Since when none is open and what was sent is in the socket, as far as was looked.
     idle_since: Instant,
-    /// How many more were given up than answered.
+    /// What those that were given up cost, less what others have paid back.
     abandoned: usize,
     sending: Vec<Weak<Mutex<Sending>>>,
 }
@@ -183,37 +187,53 @@ impl Default for StreamsState {
 
 impl Streams {
     /// Counts a request until the value is dropped.
-    pub(crate) fn open(self: &Arc<Self>) -> OpenStream {
+    pub(crate) fn open(self: &Arc<Self>, method: &Method) -> OpenStream {
         self.state().open += 1;
         OpenStream {
             streams: self.clone(),
+            is_head: method == Method::HEAD,
+            is_of_tunnel: false,
             is_answered: false,
         }
     }
 
-    /// How long no request has been open; `None` while one is.
+    /// How long no request has been open and the socket has had room; `None` while a request is.
     pub(crate) fn idle(&self) -> Option<Duration> {
         let state = self.state();
         (state.open == 0).then(|| state.idle_since.elapsed())
     }
 
-    /// Breaks off responses of which the visitor has taken nothing for [`MAX_STALL`]. What they hold is free then, though the
-    /// visitor sees it only once it reads on.
-    pub(crate) fn break_off_stalled(&self) {
+    /// Breaks off responses of which the visitor has taken nothing for [`MAX_STALL`] while the socket had room. What they hold is
+    /// free then, but for what hyper was given, and the visitor sees it only once it reads on. Tells whether one has been stuck for
+    /// as long again: only the end of the connection frees that one.
+    pub(crate) fn check(&self, is_socket_full: bool) -> bool {
         let now = Instant::now();
-        self.state().sending.retain(|sending| {
+        let mut is_stuck = false;
+        let mut state = self.state();
+        if is_socket_full {
+            state.idle_since = now;
+        }
+        state.sending.retain(|sending| {
             let Some(sending) = sending.upgrade() else {
                 return false;
             };
             let mut sending = lock(&sending);
-            let is_stalled = sending
-                .given_at
-                .is_some_and(|given_at| now.duration_since(given_at) >= MAX_STALL);
-            if is_stalled {
+            let Some(given_at) = sending.given_at else {
+                return true;
+            };
+            if is_socket_full {
+                // The way to the visitor is slow. Whether it would take more of this response will show.
+                sending.given_at = Some(now);
+                return true;
+            }
+            let stalled = now.duration_since(given_at);
+            if stalled >= MAX_STALL {
                 sending.body = None;
             }
-            !is_stalled
+            is_stuck |= stalled >= 2 * MAX_STALL;
+            true
         });
+        is_stuck
     }
 
     fn state(&self) -> MutexGuard<'_, StreamsState> {
@@ -225,16 +245,25 @@ impl Streams {
 #[derive(Debug)]
 pub(crate) struct OpenStream {
     streams: Arc<Streams>,
+    is_head: bool,
+    /// Whether a tunnel answers it.
+    is_of_tunnel: bool,
     is_answered: bool,
 }
 
 impl OpenStream {
     /// The response as it is sent on this stream.
     pub(crate) fn answer(
-        self,
+        mut self,
         response: Response<ResponseBody>,
         noted: Option<Arc<Visit>>,
     ) -> Response<StreamBody> {
+        self.is_of_tunnel = response.extensions().get::<ServedTunnel>().is_some();
+        let response = if self.is_head {
+            without_body(response)
+        } else {
+            response
+        };
         let mut response = response.map(|body| {
             let sending = Arc::new(Mutex::new(Sending {
                 body: Some(body),
@@ -256,16 +285,29 @@ impl OpenStream {
     }
 }
 
+/// The answer to a HEAD request. Over HTTP/2 hyper would send the body.
+fn without_body(mut response: Response<ResponseBody>) -> Response<ResponseBody> {
+    let length = response.body().size_hint().exact();
+    if let Some(length) = length.filter(|length| *length > 0) {
+        let fields = response.headers_mut();
+        fields
+            .entry(header::CONTENT_LENGTH)
+            .or_insert_with(|| length.into());
+    }
+    response.map(|_| whole(Bytes::new()))
+}
+
 impl Drop for OpenStream {
     fn drop(&mut self) {
         let mut state = self.streams.state();
         state.open -= 1;
         state.idle_since = Instant::now();
         if self.is_answered {
-            state.abandoned = state.abandoned.saturating_sub(1);
+            let paid = usize::from(self.is_of_tunnel);
+            state.abandoned = state.abandoned.saturating_sub(paid);
             return;
         }
-        state.abandoned += 1;
+        state.abandoned += ABANDONED_COST;
         if state.abandoned > MAX_ABANDONED {
             self.streams.is_flooded.cancel();
         }
@@ -472,40 +514,86 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_response_that_a_visitor_does_not_take_is_broken_off_after_a_minute() {
         let streams = Arc::new(Streams::default());
-        let mut slow = streams.open().answer(endless(), None).into_body();
+        let mut slow = streams
+            .open(&Method::GET)
+            .answer(endless(), None)
+            .into_body();
         slow.frame().await.expect("a frame").expect("no error");
         tokio::time::advance(MAX_STALL - Duration::from_secs(1)).await;
-        streams.break_off_stalled();
+        assert!(!streams.check(false));
         slow.frame().await.expect("a frame").expect("no error");
         tokio::time::advance(MAX_STALL).await;
-        streams.break_off_stalled();
+        assert!(!streams.check(false));
         let error = slow.frame().await.expect("an end").expect_err("broken");
         assert!(matches!(error, StreamBodyError::Stalled), "{error}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_is_idle_while_no_request_is_open() {
+    async fn a_full_socket_is_no_stall_of_a_response() {
+        let streams = Arc::new(Streams::default());
+        let mut slow = streams
+            .open(&Method::GET)
+            .answer(endless(), None)
+            .into_body();
+        slow.frame().await.expect("a frame").expect("no error");
+        for _ in 0..5 {
+            tokio::time::advance(MAX_STALL - Duration::from_secs(1)).await;
+            assert!(!streams.check(true));
+        }
+        tokio::time::advance(MAX_STALL - Duration::from_secs(1)).await;
+        assert!(!streams.check(false));
+        slow.frame().await.expect("a frame").expect("no error");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_response_that_hyper_cannot_pass_on_ends_the_connection() {
+        let streams = Arc::new(Streams::default());
+        let mut stuck = streams
+            .open(&Method::GET)
+            .answer(endless(), None)
+            .into_body();
+        stuck.frame().await.expect("a frame").expect("no error");
+        tokio::time::advance(MAX_STALL).await;
+        assert!(!streams.check(false));
+        tokio::time::advance(MAX_STALL).await;
+        assert!(streams.check(false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_idle_while_no_request_is_open_and_nothing_waits_for_the_socket() {
         let streams = Arc::new(Streams::default());
         tokio::time::advance(Duration::from_secs(5)).await;
         assert_eq!(streams.idle(), Some(Duration::from_secs(5)));
-        let open = streams.open();
+        let open = streams.open(&Method::GET);
         assert_eq!(streams.idle(), None);
         drop(open);
         assert_eq!(streams.idle(), Some(Duration::ZERO));
+        tokio::time::advance(Duration::from_secs(5)).await;
+        streams.check(true);
+        assert_eq!(streams.idle(), Some(Duration::ZERO));
+        tokio::time::advance(Duration::from_secs(5)).await;
+        streams.check(false);
+        assert_eq!(streams.idle(), Some(Duration::from_secs(5)));
     }
 
     #[tokio::test]
-    async fn answers_make_up_for_requests_that_were_given_up() {
+    async fn answers_of_tunnels_make_up_for_requests_that_were_given_up() {
         let streams = Arc::new(Streams::default());
-        let give_up = || drop(streams.open());
-        for _ in 0..MAX_ABANDONED {
+        let give_up = || drop(streams.open(&Method::GET));
+        for _ in 0..MAX_ABANDONED / ABANDONED_COST {
             give_up();
         }
-        let body = tunnel_forward::response::whole("hello");
-        let mut answered = streams.open().answer(Response::new(body), None).into_body();
-        let frame = poll_fn(|context| Pin::new(&mut answered).poll_frame(context)).await;
-        frame.expect("a frame").expect("no error");
-        drop(answered);
+        for is_of_tunnel in [false, true, true, true, true] {
+            let mut response = Response::new(whole("hello"));
+            if is_of_tunnel {
+                let id = "my-app".parse().expect("an id");
+                response.extensions_mut().insert(ServedTunnel(id));
+            }
+            let stream = streams.open(&Method::GET);
+            let mut answered = stream.answer(response, None).into_body();
+            let frame = poll_fn(|context| Pin::new(&mut answered).poll_frame(context)).await;
+            frame.expect("a frame").expect("no error");
+        }
         give_up();
         assert!(!streams.is_flooded.is_cancelled());
         give_up();

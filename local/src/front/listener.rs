@@ -9,7 +9,7 @@ use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, Interval, MissedTickBehavior, interval_at, timeout},
+    time::{Instant, Interval, MissedTickBehavior, error::Elapsed, interval_at, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -40,7 +40,8 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// How often a visitor that waits for its response is looked after.
 const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How long a visitor over HTTP/2 without a request may take to end its connection once it was asked to.
+/// How long a visitor over HTTP/2 that has no request, and all of its responses, may take to end its connection once it was asked
+/// to.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What is spoken on a listening socket.
@@ -143,12 +144,16 @@ async fn serve(
         Entrance::Tls(tls) => {
             let handshake = Box::pin(handshake(tls, &socket, &front.visitors));
             match visitors.stopping().run_until_cancelled(handshake).await {
-                Some(Some(Handshake::Http1(stream))) => Transport::Tls(Box::new(stream)),
-                Some(Some(Handshake::Http2(stream))) => {
+                Some(Ok(Some(Handshake::Http1(stream)))) => Transport::Tls(Box::new(stream)),
+                Some(Ok(Some(Handshake::Http2(stream)))) => {
                     let transport = Transport::Tls(Box::new(stream));
                     return serve_http2(socket, transport, front, permit, visitors).await;
                 }
-                Some(Some(Handshake::Validation) | None) => return socket.finish().await,
+                Some(Ok(Some(Handshake::Validation) | None)) => return socket.finish().await,
+                Some(Err(_)) => {
+                    debug!(peer = %socket.peer, "the TLS handshake takes too long");
+                    return socket.reset();
+                }
                 None => return,
             }
         }
@@ -156,12 +161,15 @@ async fn serve(
     serve_http1(socket, transport, front, permit, visitors).await;
 }
 
-/// Does the server's part of a handshake, in time.
+/// Does the server's part of a handshake, and returns what it led to, if it did not fail.
+///
+/// # Errors
+/// If it takes longer than [`HANDSHAKE_TIMEOUT`].
 async fn handshake(
     tls: &Tls,
     socket: &Arc<VisitorSocket>,
     front: &VisitorFront,
-) -> Option<Handshake> {
+) -> Result<Option<Handshake>, Elapsed> {
     let peer = socket.peer;
     let accept = async {
         let first = socket.first_byte().await?;
@@ -175,18 +183,12 @@ async fn handshake(
         }
         tls.accept(RawStream::new(socket.clone())).await
     };
-    match timeout(HANDSHAKE_TIMEOUT, accept).await {
-        Ok(Ok(handshake)) => Some(handshake),
-        Ok(Err(error)) => {
-            debug!(%peer, error = &error as &dyn std::error::Error, "no TLS handshake");
-            None
-        }
-        Err(_) => {
-            debug!(%peer, "the TLS handshake takes too long");
-            socket.reset();
-            None
-        }
-    }
+    let outcome = timeout(HANDSHAKE_TIMEOUT, accept).await?;
+    Ok(outcome
+        .inspect_err(
+            |error| debug!(%peer, error = error as &dyn std::error::Error, "no TLS handshake"),
+        )
+        .ok())
 }
 
 /// What whoever speaks HTTP where TLS is expected is told.
@@ -267,14 +269,14 @@ async fn serve_http2(
         let (socket, streams) = (socket.clone(), streams.clone());
         service_fn(move |request| {
             let (front, socket, permit) = (front.clone(), socket.clone(), permit.clone());
-            let stream = streams.open();
+            let stream = streams.open(request.method());
             Box::pin(async move {
                 Ok::<_, Infallible>(front.serve_stream(request, socket, permit, stream).await)
             })
         })
     };
     let http = http2::builder(visitors.clone());
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(transport), service));
+    let mut connection = Box::pin(http.serve_connection(TokioIo::new(transport), service));
     let mut check = departure_checks();
     let mut closing_since: Option<Instant> = None;
     let peer = socket.peer;
@@ -291,14 +293,17 @@ async fn serve_http2(
                 return;
             }
             _ = check.tick() => {
-                streams.break_off_stalled();
-                let idle = streams.idle();
-                let is_left = idle.is_some()
-                    && closing_since.is_some_and(|since| since.elapsed() >= CLOSE_TIMEOUT);
-                if socket.cut_reason().is_some() || is_left {
+                let is_stuck = streams.check(socket.is_blocked());
+                if is_stuck || socket.cut_reason().is_some() {
                     debug!(%peer, "the visitor takes nothing: connection cut");
                     socket.reset();
                     return;
+                }
+                let idle = streams.idle();
+                if idle.is_some_and(|idle| idle >= CLOSE_TIMEOUT)
+                    && closing_since.is_some_and(|since| since.elapsed() >= CLOSE_TIMEOUT)
+                {
+                    break Ok(());
                 }
                 if closing_since.is_none() && idle.is_some_and(|idle| idle >= HEAD_TIMEOUT) {
                     closing_since = Some(Instant::now());
@@ -310,6 +315,7 @@ async fn serve_http2(
     if let Err(error) = outcome {
         debug!(%peer, error = &error as &dyn std::error::Error, "connection ended");
     }
+    drop(connection);
     socket.finish().await;
 }
 

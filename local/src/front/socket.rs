@@ -177,6 +177,11 @@ impl VisitorSocket {
         exchange.needs_reset = exchange.version == Some(Version::HTTP_10);
     }
 
+    /// Whether there are bytes that the socket has no room for.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.exchange().stalled_since.is_some()
+    }
+
     /// Why the connection is to be cut, as far as is known now.
     pub(crate) fn cut_reason(&self) -> Option<CutReason> {
         let now = Instant::now();

@@ -221,6 +221,27 @@ async fn requests_that_contradict_themselves_are_refused() {
 }
 
 #[tokio::test]
+async fn answers_of_the_server_s_own_to_head_have_a_length_and_no_body() {
+    let pair = Pair::new();
+    let server = stack_with(pair.options()).await;
+    let visitor = Visitor::new(&pair, &server).await;
+    let unknown = || Request::builder().uri("https://localhost/nobody/");
+    let health = || Request::builder().uri("https://localhost/_health");
+    let agents = || Request::builder().uri("https://localhost/_ws");
+    let malformed = || get("/").header("host", "other.example");
+    for request in [unknown, health, agents, malformed] {
+        let whole = visitor.ask(empty(request())).await;
+        assert!(!whole.body().is_empty(), "{whole:?}");
+        let got = visitor.ask(empty(request().method(Method::HEAD))).await;
+        assert_eq!(got.status(), whole.status());
+        assert_eq!(got.body(), "");
+        let length = got.headers().get("content-length").expect("a length");
+        assert_eq!(length, &whole.body().len().to_string());
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn stopping_lets_requests_finish_and_takes_no_new_ones() {
     let pair = Pair::new();
     let server = stack_with(pair.options()).await;
