@@ -7,7 +7,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::Uri;
 use rustls::{ServerConfig, server::ClientHello};
 use tokio::{
     sync::{Notify, Semaphore, watch},
@@ -234,13 +233,20 @@ impl Acme {
         if self.certificates.contains(subject.name()) {
             return;
         }
-        let running = match self.running(&subject) {
-            Some(running) => running,
-            None if self.is_delayed(&subject) || !self.may_issue(&subject).await => return,
-            None => self.begin(subject),
+        if self.is_delayed(&subject) {
+            return;
+        }
+        let owner = match &subject {
+            Subject::Service(_) => None,
+            Subject::Tunnel(name, id) => match self.owner(name, id).await {
+                Some(owner) => Some(owner),
+                None => return,
+            },
         };
-        // An error is the end of the attempt, too.
-        let _ = running.clone().changed().await;
+        if let Some(mut running) = self.begin(subject, owner) {
+            // An error is the end of the attempt, too.
+            let _ = running.changed().await;
+        }
     }
 
     /// Goes on obtaining and renewing what is due, until stopped.
@@ -283,7 +289,7 @@ impl Acme {
                 continue;
             }
             if self.is_wanted(&subject).await {
-                self.begin(subject);
+                self.begin(subject, None);
             }
         }
         next
@@ -310,28 +316,30 @@ impl Acme {
         }
     }
 
-    /// Whether a first certificate may be obtained: only for tunnels that exist, and not too many.
-    async fn may_issue(&self, subject: &Subject) -> bool {
-        let Subject::Tunnel(name, id) = subject else {
-            return true;
-        };
-        let owner = match self.tunnels.get(id, now()).await {
-            Ok(Some(tunnel)) => tunnel.identity.owner,
+    /// Whose a tunnel is; only one that exists gets a certificate.
+    async fn owner(&self, name: &str, id: &TunnelId) -> Option<Owner> {
+        match self.tunnels.get(id, now()).await {
+            Ok(Some(tunnel)) => Some(tunnel.identity.owner),
             Ok(None) => {
                 debug!(name, "no certificate for a tunnel that nobody has");
-                return false;
+                None
             }
             Err(error) => {
                 error!(
                     error = &error as &dyn std::error::Error,
                     "a tunnel could not be looked up"
                 );
-                return false;
+                None
             }
-        };
+        }
+    }
+
+    /// Whether one more first certificate may be obtained for an owner.
+    fn may_issue(&self, name: &str, owner: Owner) -> bool {
+        let now = Instant::now();
         let mut allowance = lock(&self.allowance);
-        let is_allowed = allowance.take(owner, Instant::now());
-        if !is_allowed {
+        let is_allowed = allowance.take(owner, now);
+        if !is_allowed && allowance.is_news(now) {
             warn!(
                 name,
                 "no certificate: its owner, or all owners, have had as many as they get in an hour"
@@ -354,32 +362,48 @@ impl Acme {
         }
     }
 
-    /// Begins an attempt, unless one is going on, and returns what shows its end.
-    fn begin(self: &Arc<Self>, subject: Subject) -> watch::Receiver<()> {
+    /// Begins an attempt, unless one is going on, and returns what shows its end. A tunnel's first certificate counts among those of
+    /// its `owner`. `None` if it is not the time for one.
+    fn begin(
+        self: &Arc<Self>,
+        subject: Subject,
+        owner: Option<Owner>,
+    ) -> Option<watch::Receiver<()>> {
         let mut attempts = lock(&self.attempts);
         let failures = match attempts.get(subject.name()) {
-            Some(Attempt::Running(end)) if is_open(end) => return end.clone(),
+            Some(Attempt::Running(end)) if is_open(end) => return Some(end.clone()),
+            Some(Attempt::Failed(_, retry_at)) if Instant::now() < *retry_at => return None,
             Some(Attempt::Failed(failures, _)) => *failures,
             Some(Attempt::Running(_)) | None => 0,
         };
+        if let Some(owner) = owner {
+            // Another handshake may have obtained it while this one looked up the owner.
+            let is_there = self.certificates.contains(subject.name());
+            if is_there || !self.may_issue(subject.name(), owner) {
+                return None;
+            }
+        }
         let (running, end) = watch::channel(());
         attempts.insert(subject.name().to_owned(), Attempt::Running(end.clone()));
         drop(attempts);
         let acme = self.clone();
         self.subsystem.spawn(async move {
-            let stopping = acme.subsystem.stopping().clone();
-            let attempt = acme.attempt(&subject, failures);
-            stopping.run_until_cancelled(attempt).await;
+            acme.attempt(&subject, failures).await;
             drop(running);
             acme.changed.notify_one();
         });
-        end
+        Some(end)
     }
 
     async fn attempt(&self, subject: &Subject, failures: u32) {
-        let _place = self.places.acquire().await;
-        let outcome = match self.issuer.issue(&subject.names()).await {
-            Ok(pem) => self
+        let stopping = self.subsystem.stopping();
+        let place = stopping.run_until_cancelled(self.places.acquire()).await;
+        if place.is_none() {
+            return;
+        }
+        let outcome = match self.issuer.issue(&subject.names(), stopping).await {
+            Ok(None) => return,
+            Ok(Some(pem)) => self
                 .certificates
                 .insert(subject.name(), &pem)
                 .map_err(Into::into),
@@ -410,21 +434,38 @@ impl Acme {
 
 /// How many first certificates were obtained in the last hour, and whose.
 #[derive(Debug, Default)]
-struct Allowance(VecDeque<(Instant, Owner)>);
+struct Allowance {
+    taken: VecDeque<(Instant, Owner)>,
+    /// When the log was told last that it is used up.
+    told_at: Option<Instant>,
+}
 
 impl Allowance {
     /// Counts one more, if there may be one more.
     fn take(&mut self, owner: Owner, now: Instant) -> bool {
         let is_old = |(at, _): &(Instant, Owner)| now.duration_since(*at) >= HOUR;
-        while self.0.front().is_some_and(is_old) {
-            self.0.pop_front();
+        while self.taken.front().is_some_and(is_old) {
+            self.taken.pop_front();
         }
-        let of_owner = self.0.iter().filter(|(_, other)| *other == owner).count();
-        if self.0.len() >= MAX_FIRST_CERTIFICATES || of_owner >= MAX_FIRST_CERTIFICATES_OF_OWNER {
+        let of_owner = self.taken.iter().filter(|(_, other)| *other == owner);
+        if self.taken.len() >= MAX_FIRST_CERTIFICATES
+            || of_owner.count() >= MAX_FIRST_CERTIFICATES_OF_OWNER
+        {
             return false;
         }
-        self.0.push_back((now, owner));
+        self.taken.push_back((now, owner));
         true
+    }
+
+    /// Whether the log has not been told for an hour that it is used up: strangers can ask as often as they like.
+    fn is_news(&mut self, now: Instant) -> bool {
+        let is_news = self
+            .told_at
+            .is_none_or(|told_at| now.duration_since(told_at) >= HOUR);
+        if is_news {
+            self.told_at = Some(now);
+        }
+        is_news
     }
 }
 
@@ -447,11 +488,11 @@ fn contact(text: &str) -> String {
     }
 }
 
-/// The name of the folder for an authority: what is tried with one is not another's.
+/// The name of the folder for an authority's directory: what is tried with one is not another's.
 fn folder(directory_url: &str) -> String {
-    let uri: Option<Uri> = directory_url.parse().ok();
-    let authority = uri.as_ref().and_then(Uri::authority);
-    let name = authority.map_or(directory_url, http::uri::Authority::as_str);
+    let name = directory_url
+        .strip_prefix("https://")
+        .unwrap_or(directory_url);
     name.chars()
         .map(|c| {
             if c.is_ascii_alphanumeric() || c == '.' || c == '-' {
@@ -530,6 +571,77 @@ mod tests {
         assert!(!taken("greedy", begin));
         assert!(taken("other", begin));
         assert!(taken("greedy", begin + HOUR));
+    }
+
+    #[test]
+    fn the_log_is_told_once_an_hour_that_an_allowance_is_used_up() {
+        let (mut allowance, begin) = (Allowance::default(), Instant::now());
+        assert!(allowance.is_news(begin));
+        assert!(!allowance.is_news(begin + HOUR / 2));
+        assert!(allowance.is_news(begin + HOUR));
+    }
+
+    /// With an authority that nobody is.
+    fn acme(data: PathBuf) -> Arc<Acme> {
+        let options = AcmeOptions {
+            contact: "a@example.com".to_owned(),
+            directory_url: "https://localhost:9/dir".to_owned(),
+            authority: None,
+            dns_hook: None,
+            data,
+        };
+        let sdk = tunnel_service::aws::sdk::for_loopback("http://127.0.0.1:9", "key");
+        let names = Names {
+            public_url: "https://t.example.com".parse().expect("a URL"),
+            routing: Routing::Subdomain,
+            tunnels: TunnelsTable::new(&sdk, String::new()),
+        };
+        Arc::new(Acme::open(options, names, Subsystem::default()).expect("opened"))
+    }
+
+    #[tokio::test]
+    async fn handshakes_for_one_name_at_once_are_one_of_the_owners_certificates() {
+        let data = tempfile::tempdir().expect("a directory");
+        let acme = acme(data.path().to_owned());
+        let begin = |label: &str| {
+            let name = format!("{label}.t.example.com");
+            let subject = acme.naming.subject(Some(&name)).expect("a subject");
+            acme.begin(subject, "token:owner".parse().ok())
+        };
+        for _ in 0..2 * MAX_FIRST_CERTIFICATES_OF_OWNER {
+            assert!(begin("my-app").is_some());
+        }
+        for number in 1..MAX_FIRST_CERTIFICATES_OF_OWNER {
+            assert!(begin(&format!("other{number}")).is_some(), "{number}");
+        }
+        assert!(begin("too-many").is_none());
+    }
+
+    #[tokio::test]
+    async fn a_name_that_has_failed_waits_and_one_with_a_certificate_needs_none() {
+        let data = tempfile::tempdir().expect("a directory");
+        let acme = acme(data.path().to_owned());
+        let name = "my-app.t.example.com";
+        let begin = || {
+            let subject = acme.naming.subject(Some(name)).expect("a subject");
+            acme.begin(subject, "token:owner".parse().ok())
+        };
+        let later = Instant::now() + HOUR;
+        lock(&acme.attempts).insert(name.to_owned(), Attempt::Failed(1, later));
+        assert!(begin().is_none());
+        lock(&acme.attempts).clear();
+        let pair = rcgen::generate_simple_self_signed([name.to_owned()]).expect("a pair");
+        let pem = format!("{}{}", pair.signing_key.serialize_pem(), pair.cert.pem());
+        acme.certificates.insert(name, &pem).expect("stored");
+        assert!(begin().is_none());
+        assert!(lock(&acme.allowance).taken.is_empty());
+    }
+
+    #[test]
+    fn directories_on_one_host_have_folders_of_their_own() {
+        let one = folder("https://ca.example:14000/acme/one/directory");
+        assert_eq!(one, "ca.example_14000_acme_one_directory");
+        assert_ne!(one, folder("https://ca.example:14000/acme/two/directory"));
     }
 
     #[test]

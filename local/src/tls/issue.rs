@@ -19,7 +19,12 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
-use tokio::{process::Command, sync::Mutex as AsyncMutex, time::timeout};
+use tokio::{
+    process::Command,
+    sync::Mutex as AsyncMutex,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::tls::{TlsError, provider, store::write_secret};
@@ -35,6 +40,9 @@ const HOOK_TIMEOUT: Duration = Duration::from_secs(300);
 const MAX_HOOK_TEXT_BYTES: usize = 500;
 /// How long obtaining a certificate may take altogether.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(900);
+/// How long removing what validations needed may take, and how long once the server is stopping.
+const CLEAN_UP_TIMEOUT: Duration = HOOK_TIMEOUT.saturating_mul(2);
+const STOP_CLEAN_UP_TIMEOUT: Duration = Duration::from_secs(5);
 /// What an authority says that has forgotten the account.
 const NO_ACCOUNT: &str = "urn:ietf:params:acme:error:accountDoesNotExist";
 
@@ -97,14 +105,31 @@ impl std::fmt::Debug for AccountCell {
 }
 
 impl Issuer {
-    /// Obtains a certificate for names, and returns its key and its chain in PEM.
+    /// Obtains a certificate for names, and returns its key and its chain in PEM, or `None` when it is `stopping`. However it ends,
+    /// nothing of the validations stays where the authority looks.
     ///
     /// # Errors
     /// See [`IssueError`].
-    pub(super) async fn issue(&self, names: &[String]) -> Result<String, IssueError> {
-        let issue = Box::pin(self.order(names));
-        let outcome = timeout(ISSUE_TIMEOUT, issue).await;
-        let outcome = outcome.unwrap_or(Err(IssueError::Timeout));
+    pub(super) async fn issue(
+        &self,
+        names: &[String],
+        stopping: &CancellationToken,
+    ) -> Result<Option<String>, IssueError> {
+        let mut prepared = Prepared::default();
+        let order = Box::pin(timeout(ISSUE_TIMEOUT, self.order(names, &mut prepared)));
+        let outcome = match stopping.run_until_cancelled(order).await {
+            Some(outcome) => outcome.unwrap_or(Err(IssueError::Timeout)).map(Some),
+            None => Ok(None),
+        };
+        let stopped = async {
+            stopping.cancelled().await;
+            sleep(STOP_CLEAN_UP_TIMEOUT).await;
+        };
+        tokio::select! {
+            () = self.clean_up(prepared) => {}
+            () = stopped => warn!("records of a validation may stay: the DNS hook takes too long"),
+            () = sleep(CLEAN_UP_TIMEOUT) => warn!("records of a validation may stay: the DNS hook takes too long"),
+        }
         if let Err(IssueError::Authority(instant_acme::Error::Api(problem))) = &outcome
             && problem.r#type.as_deref() == Some(NO_ACCOUNT)
         {
@@ -115,14 +140,11 @@ impl Issuer {
         outcome
     }
 
-    async fn order(&self, names: &[String]) -> Result<String, IssueError> {
+    async fn order(&self, names: &[String], prepared: &mut Prepared) -> Result<String, IssueError> {
         let account = self.account().await?;
         let identifiers: Vec<_> = names.iter().cloned().map(Identifier::Dns).collect();
         let mut order = account.new_order(&NewOrder::new(&identifiers)).await?;
-        let mut prepared = Prepared::default();
-        let validated = self.validate(&mut order, &mut prepared).await;
-        self.clean_up(prepared).await;
-        validated?;
+        self.validate(&mut order, prepared).await?;
         let failed = |error: rcgen::Error| IssueError::Key(error.to_string());
         let key = KeyPair::generate().map_err(failed)?;
         let mut request = CertificateParams::new(names).map_err(failed)?;
@@ -188,7 +210,7 @@ impl Issuer {
                 Identifier::Dns(name) => name.clone(),
                 _ => continue,
             };
-            let Some(mut challenge) = authorization.challenge(kind.clone()) else {
+            let Some(challenge) = authorization.challenge(kind.clone()) else {
                 let challenge = kind_name;
                 return Err(IssueError::NoChallenge { challenge, name });
             };
@@ -200,7 +222,16 @@ impl Issuer {
                     prepared.names.push(name);
                 }
             }
-            challenge.set_ready().await?;
+        }
+        // Two names may share a record. Looked up with one value, it would be remembered without the other.
+        let mut authorizations = order.authorizations();
+        while let Some(authorization) = authorizations.next().await {
+            let mut authorization = authorization?;
+            if authorization.status != AuthorizationStatus::Valid
+                && let Some(mut challenge) = authorization.challenge(kind.clone())
+            {
+                challenge.set_ready().await?;
+            }
         }
         match order.poll_ready(&POLLING).await {
             Ok(OrderStatus::Ready) => Ok(()),
