@@ -175,6 +175,10 @@ pub struct Session {
     end_of_life: Option<Instant>,
     /// The service answers a `ping` of a connection that it has replaced with `replaced`.
     confirms_replaced: bool,
+    /// The service repeats the id of a `ping`.
+    repeats_ping_ids: bool,
+    /// A service that does not repeat ids has said `replaced`, and was asked to confirm it.
+    awaits_confirmation: bool,
     /// The id of the last `ping`.
     last_ping: u32,
     /// The highest id of those that were answered with `pong`.
@@ -221,6 +225,8 @@ impl Session {
                 .life_ms
                 .and_then(|life| opened.at.checked_add(Duration::from_millis(life))),
             confirms_replaced: established.features.contains(&Feature::ConfirmReplaced),
+            repeats_ping_ids: established.features.contains(&Feature::PingIds),
+            awaits_confirmation: false,
             last_ping: 0,
             last_pong: 0,
             last_question: 0,
@@ -435,14 +441,17 @@ impl Session {
         silence
     }
 
-    /// Asks for a `pong`, if there is room for a `ping`.
-    fn ping(&mut self) {
+    /// Asks for a `pong`, if there is room for a `ping`. Returns whether there was.
+    fn ping(&mut self) -> bool {
         self.last_ping = self.last_ping.wrapping_add(1);
-        let id = self.confirms_replaced.then_some(self.last_ping);
+        let id = self.repeats_ping_ids.then_some(self.last_ping);
         let ping = message::encode(&FromAgent::Ping { id });
-        if let Ok(receipt) = self.context.outgoing.try_control(ping) {
+        let receipt = self.context.outgoing.try_control(ping);
+        let is_queued = receipt.is_ok();
+        if let Ok(receipt) = receipt {
             self.liveness.ping_message_queued(receipt);
         }
+        is_queued
     }
 
     /// Takes what the socket brings. Returns why the connection has ended if it has.
@@ -531,29 +540,16 @@ impl Session {
         }
     }
 
-    /// The service says that another connection has taken the tunnel over. Messages overtake each other and come twice, so a service
-    /// that can is asked: it repeats the id of the `ping` in `replaced` if that is so, and in `pong` if this connection serves
-    /// after all. The answer to the later `ping` counts, and none to those before the last question.
+    /// The service says that another connection has taken the tunnel over.
     fn on_replaced(&mut self, reason: String, ping: Option<u32>) {
         if self.has_moved() {
             // By a later connection of this agent, or else that one hears of it and ends the agent.
             debug!(reason, "a connection that has moved does not serve");
             return;
         }
-        if self.confirms_replaced {
-            match ping {
-                // Where there is no room to ask, the answer to the next `ping` says it again.
-                None => {
-                    self.ping();
-                    self.last_question = self.last_ping;
-                    return;
-                }
-                Some(id) if id <= self.last_pong || id < self.last_question => {
-                    debug!(reason, "a later ping has another answer, or none yet");
-                    return;
-                }
-                Some(_) => {}
-            }
+        if self.confirms_replaced && !self.is_confirmed(ping) {
+            debug!(reason, "not confirmed");
+            return;
         }
         self.replaced.cancel();
         // A stopping agent ends as the user asked, and as soon.
@@ -562,8 +558,32 @@ impl Session {
         }
     }
 
+    /// Whether `replaced`, as the answer to this `ping` or to none, confirms what the service was asked. Asks if it was not.
+    ///
+    /// Messages overtake each other and come twice, so a service that can repeats the id of the `ping`. The answer to the later
+    /// `ping` counts, and none to those before the last question. From an earlier version of the service, a second `replaced`
+    /// without a `pong` in between must do.
+    ///
+    /// Where there is no room to ask, the answer to the next `ping` says it again.
+    fn is_confirmed(&mut self, ping: Option<u32>) -> bool {
+        if !self.repeats_ping_ids {
+            let is_second = self.awaits_confirmation;
+            self.awaits_confirmation = is_second || self.ping();
+            return is_second;
+        }
+        let Some(id) = ping else {
+            self.ping();
+            self.last_question = self.last_ping;
+            return false;
+        };
+        id > self.last_pong && id >= self.last_question
+    }
+
+    /// Without ids, any `pong` ends the wait, also one that answers an earlier `ping`: if the connection is replaced all the same,
+    /// the answer to the later one makes the agent ask once more.
     fn on_pong(&mut self, ping: Option<u32>) {
         self.last_pong = self.last_pong.max(ping.unwrap_or_default());
+        self.awaits_confirmation = false;
     }
 
     fn start(&mut self, request: HttpRequest) {

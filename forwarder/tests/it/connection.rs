@@ -309,6 +309,10 @@ fn is_online(event: &Event) -> bool {
     matches!(event, Event::Online { .. })
 }
 
+/// A service that can be asked whether a connection serves.
+const CONFIRMS_WITH_IDS: [Feature; 3] =
+    [Feature::Notices, Feature::ConfirmReplaced, Feature::PingIds];
+
 fn replaced() -> ToAgent {
     answered_replaced(None)
 }
@@ -361,9 +365,7 @@ async fn a_takeover_is_believed_when_the_service_confirms_it() {
     let origin = Origin::start(2).await;
     let mut agent = Agent::start(&service, &origin);
     let mut connection = service.accept().await;
-    connection
-        .establish(&[Feature::Notices, Feature::ConfirmReplaced], None)
-        .await;
+    connection.establish(&CONFIRMS_WITH_IDS, None).await;
     // One that was on its way for long, and comes twice.
     connection.say(&replaced()).await;
     assert_eq!(connection.hear().await, ping(1));
@@ -384,15 +386,37 @@ async fn a_takeover_is_believed_when_the_service_confirms_it() {
 }
 
 #[tokio::test]
+async fn a_takeover_is_believed_when_a_service_without_ping_ids_says_it_again() {
+    const PING: FromAgent = FromAgent::Ping { id: None };
+    let mut service = Service::start();
+    let origin = Origin::start(2).await;
+    let mut agent = Agent::start(&service, &origin);
+    let mut connection = service.accept().await;
+    connection
+        .establish(&[Feature::Notices, Feature::ConfirmReplaced], None)
+        .await;
+    // One that is not true any more.
+    connection.say(&replaced()).await;
+    assert_eq!(connection.hear().await, PING);
+    connection.say(&ToAgent::Pong { id: None }).await;
+    connection.request("still-served").await;
+    assert_eq!(connection.response().await.as_str(), "still-served");
+    // One that is true.
+    connection.say(&replaced()).await;
+    assert_eq!(connection.hear().await, PING);
+    connection.say(&replaced()).await;
+    assert_eq!(connection.next().await, None);
+    assert_eq!(agent.end().await, taken_over());
+}
+
+#[tokio::test]
 async fn a_ping_answered_late_or_with_a_takeover_leaves_no_doubt_behind() {
     for answer in [pong(2), answered_replaced(Some(3))] {
         let mut service = Service::start();
         let origin = Origin::start(2).await;
         let mut agent = Agent::start(&service, &origin);
         let mut connection = service.accept().await;
-        connection
-            .establish(&[Feature::Notices, Feature::ConfirmReplaced], None)
-            .await;
+        connection.establish(&CONFIRMS_WITH_IDS, None).await;
         agent.until(is_online).await;
         tokio::time::pause();
         tokio::time::advance(SOLE_PING_MESSAGE_INTERVAL).await;

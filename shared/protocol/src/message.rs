@@ -41,8 +41,8 @@ pub enum Feature {
     Zstd,
     /// Enforces the visitor policy in `access` of `ready`. Has no meaning when an agent announces it.
     Access,
-    /// Answers a `ping` of a connection that does not serve its tunnel with `replaced`, and repeats the `id` of a `ping` in its
-    /// answer, so that an agent can ask whether it was really replaced. Has no meaning when an agent announces it.
+    /// Answers a `ping` of a connection that does not serve its tunnel with `replaced`, so that an agent can ask whether it was
+    /// really replaced. Has no meaning when an agent announces it.
     ConfirmReplaced,
     /// Carries upgraded connections, such as WebSockets: `upgrade` of `http_request`, and raw bytes in the parts that follow.
     Upgrade,
@@ -50,13 +50,15 @@ pub enum Feature {
     Binary,
     /// Carries visitors' WebSockets as text messages: `websocket` of `http_request`, and the `websocket_` messages that follow.
     Websockets,
+    /// Repeats the `id` of a `ping` in its answer. Has no meaning when an agent announces it.
+    PingIds,
     /// A feature that this code does not know.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 11] = [
+pub const FEATURES: [Feature; 12] = [
     Feature::BodyParts,
     Feature::Cancel,
     Feature::Notices,
@@ -68,6 +70,7 @@ pub const FEATURES: [Feature; 11] = [
     Feature::Upgrade,
     Feature::Binary,
     Feature::Websockets,
+    Feature::PingIds,
 ];
 
 /// How the messages to a peer carry bodies.
@@ -269,7 +272,7 @@ pub enum FromAgent {
     },
     /// Keeps an idle connection open and requests a `pong`.
     Ping {
-        /// Tells the answer from others, where the service has [`Feature::ConfirmReplaced`].
+        /// Tells the answer from others, where the service has [`Feature::PingIds`].
         #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<u32>,
     },
@@ -739,14 +742,14 @@ mod tests {
             ToAgent::Unknown
         );
         let ready = decode::<FromAgent>(
-            r#"{"type":"ready","protocol":9,"features":["body_parts","teleport"]}"#,
+            r#"{"type":"ready","protocol":9,"features":["ping_ids","teleport"]}"#,
         )
         .expect("ready");
         assert_eq!(
             ready,
             FromAgent::Ready(Ready {
                 protocol: Some(9),
-                features: vec![Feature::BodyParts, Feature::Unknown],
+                features: vec![Feature::PingIds, Feature::Unknown],
                 ..Ready::default()
             })
         );
