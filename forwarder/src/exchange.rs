@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Response, StatusCode, header};
-use hyper::body::Incoming;
 use tokio::time::Instant;
 use tracing::info;
 use tunnel_protocol::{
@@ -19,6 +18,7 @@ use crate::{
     inspector::{RecordedStream, Recording},
     open_socket::SocketObserver,
     origin::{Origin, OriginBody, OriginError},
+    origin_socket::ResponseBody,
     outgoing::Outgoing,
     settings::Settings,
     upgrade,
@@ -200,14 +200,12 @@ struct ResponseSender {
 impl ResponseSender {
     async fn respond(
         &mut self,
-        response: Response<Incoming>,
+        response: Response<ResponseBody>,
         is_head: bool,
         processing_time_ms: u64,
         context: &Context,
     ) -> Result<(), OriginError> {
-        let (mut head, body) = response.into_parts();
-        // The service may have closed the connection: until the end of this function it is read on.
-        let _reading = std::mem::take(&mut head.extensions);
+        let (head, body) = response.into_parts();
         self.recording.response_head(head.status, &head.headers);
         let compress = context.compresses && compression::is_compressible(&head.headers);
         let mut message = self
@@ -244,7 +242,7 @@ impl ResponseSender {
     /// Answers that the protocol is changed, and carries what the two sides then send.
     async fn upgrade(
         &mut self,
-        response: Response<Incoming>,
+        response: Response<ResponseBody>,
         (upload, progress): (UploadStream, UploadProgress),
         processing_time_ms: u64,
     ) -> Result<(), OriginError> {
@@ -280,7 +278,7 @@ impl ResponseSender {
 
     async fn first_chunk(
         &self,
-        body: &mut BodySender<RecordedStream<Incoming>>,
+        body: &mut BodySender<RecordedStream<ResponseBody>>,
         room: usize,
         takes_parts: bool,
     ) -> Result<Chunk, OriginError> {

@@ -9,7 +9,6 @@ use http::{
     uri::{PathAndQuery, Scheme, Uri},
 };
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
-use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::{self, Client},
     rt::{TokioExecutor, TokioTimer},
@@ -27,7 +26,7 @@ use crate::{
     connector::{Connector, Record},
     failure,
     header_rules::HeaderRules,
-    origin_socket::Responses,
+    origin_socket::{ResponseBody, Responses},
     settings::{HostHeader, Settings},
     target::Target,
     tls,
@@ -212,14 +211,17 @@ impl Origin {
 
     /// Calls the local service and returns its response as soon as the head is there.
     ///
-    /// Until the response's extensions are dropped, it is read on although the service takes no more of the request.
+    /// Until the response's body has been read or dropped, it is read on although the service takes no more of the request.
     ///
     /// A service may close a kept connection while a request is put on it. A request that may be made twice (RFC 9110, 9.2.2), and
     /// whose body is still at hand, is made once more then, on a new connection.
     ///
     /// # Errors
     /// If it cannot be reached or does not answer as HTTP requires.
-    pub async fn call(&self, request: OriginRequest) -> Result<Response<Incoming>, OriginError> {
+    pub async fn call(
+        &self,
+        request: OriginRequest,
+    ) -> Result<Response<ResponseBody>, OriginError> {
         let again = request.again();
         // What becomes of an upgraded connection is not for another request.
         let client = if request.is_upgrade() {
@@ -245,7 +247,7 @@ impl Origin {
         &self,
         client: &Client<Connector, StreamedBody>,
         request: OriginRequest,
-    ) -> Result<Response<Incoming>, FailedCall> {
+    ) -> Result<Response<ResponseBody>, FailedCall> {
         let is_upgrade = request.is_upgrade();
         match client.request(request.into_http()).await {
             Ok(mut response) => {
@@ -253,9 +255,16 @@ impl Origin {
                 if let Some(record) = extensions.remove::<Record>() {
                     record.mark_served();
                 }
-                if let Some(responses) = extensions.remove::<Responses>() {
-                    extensions.insert(responses.begin());
-                }
+                let responses = extensions.remove::<Responses>();
+                let has_changed = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+                let response = response.map(|body| match responses {
+                    Some(responses) if has_changed => {
+                        responses.upgraded();
+                        ResponseBody::unobserved(body)
+                    }
+                    Some(responses) => responses.body(body),
+                    None => ResponseBody::unobserved(body),
+                });
                 checked(response, is_upgrade).map_err(|error| FailedCall {
                     error,
                     was_stale: false,
@@ -330,9 +339,9 @@ fn record_of(error: &legacy::Error) -> Option<Record> {
 
 /// Holds a response's head to what HTTP says about status and framing, and makes it fit to be passed on.
 fn checked(
-    mut response: Response<Incoming>,
+    mut response: Response<ResponseBody>,
     is_upgrade: bool,
-) -> Result<Response<Incoming>, OriginError> {
+) -> Result<Response<ResponseBody>, OriginError> {
     let status = response.status();
     if is_upgrade && status == StatusCode::SWITCHING_PROTOCOLS {
         return Ok(response);

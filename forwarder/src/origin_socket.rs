@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::connect::{Connected, Connection},
     rt::TokioIo,
@@ -53,35 +55,112 @@ pub(crate) struct Responses(Arc<Mutex<State>>);
 struct State {
     /// The last response has been read, and nothing has come since.
     is_read: bool,
+    /// The connection carries no responses any more.
+    is_upgraded: bool,
+    /// How many responses have begun.
+    begun: u64,
     /// The task whose write waits.
     writer: Option<Waker>,
 }
 
 /// Held while a response is read.
-#[derive(Clone, Debug)]
-pub(crate) struct ReadingResponse {
-    _ended: Arc<OnDrop>,
+#[derive(Debug)]
+struct ReadingResponse {
+    responses: Responses,
+    number: u64,
 }
 
+/// The body of a response. Until it has been read to its end or is dropped, it is read on although the service takes no more of the
+/// request.
 #[derive(Debug)]
-struct OnDrop(Responses);
+pub struct ResponseBody<B = Incoming> {
+    body: B,
+    reading: Option<ReadingResponse>,
+}
 
 impl Responses {
+    /// A response has begun, and this is its body.
+    pub(crate) fn body<B: Body>(self, body: B) -> ResponseBody<B> {
+        let mut body = ResponseBody {
+            body,
+            reading: Some(self.begin()),
+        };
+        body.end_if_read();
+        body
+    }
+
+    /// The connection has changed its protocol: what comes is no response, so no write waits for one.
+    pub(crate) fn upgraded(&self) {
+        lock(&self.0).is_upgraded = true;
+    }
+
     /// A response is being read from now on, until what this returns is dropped.
-    pub(crate) fn begin(self) -> ReadingResponse {
+    fn begin(self) -> ReadingResponse {
+        let number = {
+            let mut state = lock(&self.0);
+            state.begun += 1;
+            state.begun
+        };
         ReadingResponse {
-            _ended: Arc::new(OnDrop(self)),
+            responses: self,
+            number,
         }
     }
 }
 
-impl Drop for OnDrop {
+impl Drop for ReadingResponse {
     fn drop(&mut self) {
-        let mut state = lock(&self.0.0);
-        state.is_read = true;
-        if let Some(writer) = state.writer.take() {
-            writer.wake();
+        let mut state = lock(&self.responses.0);
+        // The next one may have begun: this end is not its end.
+        if state.begun == self.number {
+            state.is_read = true;
+            if let Some(writer) = state.writer.take() {
+                writer.wake();
+            }
         }
+    }
+}
+
+impl<B: Body> ResponseBody<B> {
+    /// A body during which no write waits.
+    pub(crate) fn unobserved(body: B) -> Self {
+        Self {
+            body,
+            reading: None,
+        }
+    }
+
+    /// Once the last bytes have been taken, the socket may carry the next response: what still holds the body must not end that.
+    fn end_if_read(&mut self) {
+        if self.body.is_end_stream() {
+            self.reading = None;
+        }
+    }
+}
+
+impl<B: Body + Unpin> Body for ResponseBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if matches!(frame, Some(Ok(_))) {
+            self.end_if_read();
+        } else {
+            self.reading = None;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -122,6 +201,9 @@ impl OriginSocket {
             return Poll::Pending;
         };
         let mut state = lock(&self.responses.0);
+        if state.is_upgraded {
+            return Poll::Ready(Err(failure.kind.into()));
+        }
         // After a response there may be another request on the same connection, and its response in the socket.
         let could_read = std::mem::replace(&mut failure.could_read, true);
         if (state.is_read && could_read) || failure.limit.as_mut().poll(cx).is_ready() {
@@ -198,6 +280,8 @@ impl AsyncWrite for OriginSocket {
 mod tests {
     use std::future::poll_fn;
 
+    use bytes::Bytes;
+    use http_body_util::{BodyExt, Full};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::{TcpListener, TcpStream},
@@ -263,6 +347,40 @@ mod tests {
         let mut socket = answered(b"").await;
         drop(socket.responses.clone().begin());
         assert!(!fails(&mut socket).await);
+        assert!(fails(&mut socket).await);
+    }
+
+    #[tokio::test]
+    async fn a_response_outlasts_the_one_before() {
+        // Its bytes have been taken, and are on their way to the visitor.
+        let mut socket = answered(ANSWER).await;
+        let mut before = socket.responses.clone().body(Full::new(Bytes::from("ok")));
+        assert!(before.frame().await.is_some());
+        assert_eq!(read(&mut socket).await.0, ANSWER);
+        drop(before);
+        assert!(!fails(&mut socket).await);
+        assert!(!fails(&mut socket).await);
+
+        // Its last bytes wait until the visitor takes more.
+        let mut socket = answered(ANSWER).await;
+        let before = socket.responses.clone().body(Full::new(Bytes::from("ok")));
+        assert_eq!(read(&mut socket).await.0, ANSWER);
+        let body = Full::new(Bytes::from("413"));
+        let response = socket.responses.clone().body(body);
+        drop(before);
+        assert!(!fails(&mut socket).await);
+        assert!(!fails(&mut socket).await);
+        drop(response);
+        assert!(fails(&mut socket).await);
+    }
+
+    #[tokio::test]
+    async fn a_write_fails_at_once_on_an_upgraded_connection() {
+        let mut socket = answered(b"bytes of another protocol").await;
+        socket.responses.upgraded();
+        let mut bytes = [0; 5];
+        let read = within("bytes", socket.read_exact(&mut bytes)).await;
+        read.expect("bytes");
         assert!(fails(&mut socket).await);
     }
 

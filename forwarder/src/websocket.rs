@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use http::{Response, StatusCode};
-use hyper::{body::Incoming, upgrade::Upgraded};
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use tokio::{sync::mpsc, time::timeout};
 use tokio_tungstenite::{
@@ -30,6 +30,7 @@ use crate::{
     exchange::{self, Context},
     inspector::Recording,
     origin::{OriginBody, OriginError},
+    origin_socket::ResponseBody,
     outgoing::Outgoing,
 };
 
@@ -246,7 +247,7 @@ fn json_bytes(text: &str) -> usize {
     message::encode(&text).len() + 1
 }
 
-async fn upgraded(response: Response<Incoming>) -> Result<Socket, OriginError> {
+async fn upgraded(response: Response<ResponseBody>) -> Result<Socket, OriginError> {
     let upgraded = hyper::upgrade::on(response).await.map_err(|error| {
         info!(
             error = &error as &dyn std::error::Error,

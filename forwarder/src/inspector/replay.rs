@@ -290,8 +290,6 @@ async fn send(
     remove_hop_by_hop(response.headers_mut());
     addresses.to_public(status, response.headers_mut());
     recording.response_head(status, response.headers());
-    // The service may have closed the connection: until the end of this function it is read on.
-    let _reading = std::mem::take(response.extensions_mut());
     let mut body = recording.tap(response.into_body());
     while let Some(frame) = body.frame().await {
         if let Err(error) = frame {

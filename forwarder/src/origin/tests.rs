@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use hyper_util::rt::TokioIo;
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
@@ -20,7 +21,7 @@ async fn call(
     origin: &Origin,
     method: &str,
     body: &str,
-) -> Result<Response<Incoming>, OriginError> {
+) -> Result<Response<ResponseBody>, OriginError> {
     let message = request(method, "/x", &[], body);
     let body = OriginBody::Whole(message.body.0.clone());
     let request = origin.request(&message, body).expect("a request");
@@ -120,6 +121,32 @@ async fn a_response_that_begins_while_the_body_is_written_has_begun() {
     let outcome = status(&origin, "PUT", &"x".repeat(BODY_BYTES)).await;
     assert!(outcome.is_err(), "{outcome:?}");
     assert_eq!(service.connections(), 1);
+}
+
+#[tokio::test]
+async fn a_write_to_an_upgraded_connection_that_was_reset_fails() {
+    let service = Service::running(|mut stream| async move {
+        read_head(&mut stream).await;
+        let head = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
+        let _ = stream.write_all(head).await;
+        let _ = stream.read_u8().await;
+        let _ = stream.write_all(b"!").await;
+        let _ = stream.read_u8().await;
+        stream.set_zero_linger().expect("set");
+    })
+    .await;
+    let origin = Origin::new(&service.settings());
+    let mut message = request("GET", "/x", &[], "");
+    message.upgrade = Some("x".to_owned());
+    let request = origin.request(&message, OriginBody::Whole(Bytes::new()));
+    let call = origin.call(request.expect("a request"));
+    let response = within("a response", call).await.expect("a response");
+    let upgraded = hyper::upgrade::on(response).await.expect("a connection");
+    let mut upgraded = TokioIo::new(upgraded);
+    upgraded.write_all(b"?").await.expect("written");
+    assert_eq!(upgraded.read_u8().await.expect("a byte"), b'!');
+    let write = async { while upgraded.write_all(b"?").await.is_ok() {} };
+    within("a failure", write).await;
 }
 
 #[tokio::test]
