@@ -2,12 +2,14 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    fs, io,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use rustls::{ServerConfig, server::ClientHello};
+use serde_json::json;
 use tokio::{
     sync::{Notify, Semaphore, watch},
     time::Instant,
@@ -26,7 +28,7 @@ use crate::{
     tls::{
         Names, TlsError, config,
         issue::{AccountCell, Issuer, Validations},
-        store::Certificates,
+        store::{Certificates, write_secret},
     },
 };
 
@@ -34,9 +36,13 @@ use crate::{
 const VALIDATION: &[u8] = b"acme-tls/1";
 /// Most certificates that the tunnels of one owner get in an hour. Authorities count: Let's Encrypt issues 50 in a week for a domain.
 const MAX_FIRST_CERTIFICATES_OF_OWNER: usize = 5;
-/// Most that all owners together get in an hour.
+/// Most that all owners together get in an hour, and in a week.
 const MAX_FIRST_CERTIFICATES: usize = 20;
+const MAX_FIRST_CERTIFICATES_OF_WEEK: usize = 40;
 const HOUR: Duration = Duration::from_secs(3600);
+const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The file that says when the first certificates of the last week were asked for, in seconds since 1970.
+const ALLOWANCE_FILE: &str = "first_certificates.json";
 /// Most certificates that are being obtained at once.
 const ISSUED_AT_ONCE: usize = 4;
 /// How long the first pause after a failure is, and the longest; each is three times as long as the one before it. Let's Encrypt
@@ -184,6 +190,7 @@ impl Acme {
             .join("acme")
             .join(folder(&options.directory_url));
         let account_file = directory.join("account.json");
+        let allowance = Allowance::open(directory.join(ALLOWANCE_FILE));
         let certificates = Arc::new(Certificates::open(directory, naming.clone())?);
         if !certificates.contains(&naming.service) {
             warn!(
@@ -208,7 +215,7 @@ impl Acme {
                 account: AccountCell::default(),
             },
             attempts: Mutex::default(),
-            allowance: Mutex::default(),
+            allowance: Mutex::new(allowance),
             places: Semaphore::new(ISSUED_AT_ONCE),
             changed: Notify::new(),
             subsystem,
@@ -338,11 +345,11 @@ impl Acme {
     fn may_issue(&self, name: &str, owner: Owner) -> bool {
         let now = Instant::now();
         let mut allowance = lock(&self.allowance);
-        let is_allowed = allowance.take(owner, now);
+        let is_allowed = allowance.take(owner, now, tunnel_service::now());
         if !is_allowed && allowance.is_news(now) {
             warn!(
                 name,
-                "no certificate: its owner, or all owners, have had as many as they get in an hour"
+                "no certificate: its owner, or all owners, have had as many as they get in an hour or a week"
             );
         }
         is_allowed
@@ -432,28 +439,58 @@ impl Acme {
     }
 }
 
-/// How many first certificates were obtained in the last hour, and whose.
+/// How many first certificates were asked for in the last hour, and for whom, and how many in the last week.
 #[derive(Debug, Default)]
 struct Allowance {
     taken: VecDeque<(Instant, Owner)>,
+    /// When, in seconds since 1970.
+    week: Vec<u64>,
+    /// Where `week` outlives the server.
+    file: PathBuf,
     /// When the log was told last that it is used up.
     told_at: Option<Instant>,
 }
 
 impl Allowance {
-    /// Counts one more, if there may be one more.
-    fn take(&mut self, owner: Owner, now: Instant) -> bool {
+    /// Goes on counting where an earlier server has stopped.
+    fn open(file: PathBuf) -> Self {
+        let week = match fs::read(&file) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::from),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        };
+        let week = week.unwrap_or_else(|error| {
+            warn!(file = %file.display(), %error, "the certificates of the last week are not known: none is counted");
+            Vec::new()
+        });
+        Self {
+            week,
+            file,
+            ..Self::default()
+        }
+    }
+
+    /// Counts one more, if there may be one more. `date` is the time since 1970.
+    fn take(&mut self, owner: Owner, now: Instant, date: Duration) -> bool {
         let is_old = |(at, _): &(Instant, Owner)| now.duration_since(*at) >= HOUR;
         while self.taken.front().is_some_and(is_old) {
             self.taken.pop_front();
         }
         let of_owner = self.taken.iter().filter(|(_, other)| *other == owner);
+        let date = date.as_secs();
+        self.week
+            .retain(|taken| date.saturating_sub(*taken) < WEEK.as_secs());
         if self.taken.len() >= MAX_FIRST_CERTIFICATES
             || of_owner.count() >= MAX_FIRST_CERTIFICATES_OF_OWNER
+            || self.week.len() >= MAX_FIRST_CERTIFICATES_OF_WEEK
         {
             return false;
         }
         self.taken.push_back((now, owner));
+        self.week.push(date);
+        if let Err(error) = write_secret(&self.file, json!(self.week).to_string().as_bytes()) {
+            warn!(%error, "a restart will forget how many certificates there were this week");
+        }
         true
     }
 
@@ -563,14 +600,37 @@ mod tests {
     #[test]
     fn one_owner_cannot_use_up_the_certificates_of_all() {
         let owner = |name: &str| format!("token:{name}").parse().expect("an owner");
-        let (mut allowance, begin) = (Allowance::default(), Instant::now());
-        let mut taken = |name: &str, now| allowance.take(owner(name), now);
+        let data = tempfile::tempdir().expect("a directory");
+        let mut allowance = Allowance::open(data.path().join(ALLOWANCE_FILE));
+        let begin = Instant::now();
+        let mut taken = |name: &str, now| allowance.take(owner(name), now, now - begin);
         for _ in 0..MAX_FIRST_CERTIFICATES_OF_OWNER {
             assert!(taken("greedy", begin));
         }
         assert!(!taken("greedy", begin));
         assert!(taken("other", begin));
         assert!(taken("greedy", begin + HOUR));
+    }
+
+    #[test]
+    fn a_week_has_a_bound_that_a_restart_does_not_forget() {
+        let data = tempfile::tempdir().expect("a directory");
+        let file = data.path().join(ALLOWANCE_FILE);
+        let (begin, date) = (Instant::now(), WEEK * 1000);
+        let mut allowance = Allowance::open(file.clone());
+        let take = |allowance: &mut Allowance, number: usize, after: Duration| {
+            let owner = format!("token:{number}").parse().expect("an owner");
+            allowance.take(owner, begin + after, date + after)
+        };
+        for number in 0..MAX_FIRST_CERTIFICATES_OF_WEEK {
+            let hours = HOUR * u32::try_from(number).expect("few");
+            assert!(take(&mut allowance, number, hours), "{number}");
+        }
+        let mut again = Allowance::open(file.clone());
+        assert!(!take(&mut again, 100, WEEK - HOUR));
+        assert!(take(&mut again, 100, WEEK));
+        fs::write(&file, "broken").expect("written");
+        assert!(take(&mut Allowance::open(file), 100, WEEK - HOUR));
     }
 
     #[test]
