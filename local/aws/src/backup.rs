@@ -52,7 +52,7 @@ pub enum BackupError {
         reason: String,
     },
     /// The directory has data that would be lost.
-    #[error("{} contains data already: restore into another directory, or move its tunnel.db away", .0.display())]
+    #[error("{} contains data already: restore into another directory, or move tunnel.db and what begins with tunnel.db- out of it", .0.display())]
     Occupied(PathBuf),
 }
 
@@ -69,63 +69,72 @@ pub fn backup(directory: &Path, file: &Path) -> Result<(), BackupError> {
     if !dynamodb::has_data(directory) {
         return Err(BackupError::NoData(directory.to_owned()));
     }
-    if file.exists() {
-        return Err(BackupError::Exists(file.to_owned()));
-    }
-    // SQLite fills a file that is empty.
-    drop(dynamodb::private_file(file)?);
-    let copied = copy(directory, file);
-    if copied.is_err() {
-        let _ = std::fs::remove_file(file);
-    }
-    copied
+    let path = directory.join(DATABASE_FILE);
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let database =
+        Connection::open_with_flags(&path, flags).map_err(|source| BackupError::Copy {
+            path: path.clone(),
+            source,
+        })?;
+    copy(&database, &path, file)?;
+    Ok(())
 }
 
-fn copy(directory: &Path, file: &Path) -> Result<(), BackupError> {
-    let path = directory.join(DATABASE_FILE);
+/// Copies what a connection sees in the database at `path`, its write-ahead log included, into a file that must not exist yet.
+fn copy(database: &Connection, path: &Path, file: &Path) -> Result<File, BackupError> {
     let name = file
         .to_str()
         .ok_or_else(|| DataError::Path(file.to_owned()))?;
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    Connection::open_with_flags(&path, flags)
-        .and_then(|database| database.execute("VACUUM INTO ?1", [name]))
-        .map_err(|source| BackupError::Copy { path, source })?;
-    File::open(file)
-        .and_then(|copy| copy.sync_all())
-        .map_err(file_error(file))
+    let new = dynamodb::new_private_file(file).map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => BackupError::Exists(file.to_owned()),
+        _ => file_error(file)(source),
+    })?;
+    // SQLite fills a file that is empty.
+    let copied = database
+        .execute("VACUUM INTO ?1", [name])
+        .map_err(|source| BackupError::Copy {
+            path: path.to_owned(),
+            source,
+        })
+        .and_then(|_| new.sync_all().map_err(file_error(file)));
+    if copied.is_err() {
+        let _ = std::fs::remove_file(file);
+    }
+    copied.map(|()| new)
 }
 
-/// Makes a copy the data of `directory`, which is created if need be and must have none yet.
+/// Makes a copy the data of `directory`, which is created if need be and must have none yet. The data belongs to the directory's
+/// owner, as whom the server runs, if this process may give it away.
 ///
 /// # Errors
 /// If the directory has data or a server that is running, or the file is no copy of data that this version reads.
 pub fn restore(directory: &Path, file: &Path) -> Result<(), BackupError> {
-    check(file)?;
+    let checked = check(file)?;
     let _lock = DirectoryLock::acquire(directory)?;
     if dynamodb::has_data(directory) {
         return Err(BackupError::Occupied(directory.to_owned()));
     }
-    for companion in COMPANIONS {
-        match std::fs::remove_file(directory.join(companion)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(file_error(&directory.join(companion))(error));
-            }
-            _ => {}
-        }
-    }
     let restoring = directory.join(RESTORING_FILE);
-    let mut to = dynamodb::private_file(&restoring)?;
-    to.set_len(0).map_err(file_error(&restoring))?;
-    let mut from = File::open(file).map_err(file_error(file))?;
-    io::copy(&mut from, &mut to)
-        .and_then(|_| to.sync_all())
-        .map_err(file_error(&restoring))?;
+    for left in COMPANIONS.map(|name| directory.join(name)) {
+        remove(&left)?;
+    }
+    remove(&restoring)?;
+    let restored = copy(&checked, file, &restoring)?;
+    dynamodb::give_to_owner(&restored, directory);
     let database = directory.join(DATABASE_FILE);
     std::fs::rename(&restoring, &database).map_err(file_error(&database))
 }
 
-/// Checks that a file is a copy of data that this version reads.
-fn check(file: &Path) -> Result<(), BackupError> {
+/// Removes a file that an earlier server or restore may have left.
+fn remove(path: &Path) -> Result<(), BackupError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file_error(path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Opens a file that is a copy of data that this version reads.
+fn check(file: &Path) -> Result<Connection, BackupError> {
     let not_a_backup = |reason: String| BackupError::NotABackup {
         path: file.to_owned(),
         reason,
@@ -143,5 +152,93 @@ fn check(file: &Path) -> Result<(), BackupError> {
     let tables = text("SELECT name FROM sqlite_master WHERE name = 'TokensTable'");
     tables.map_err(|_| not_a_backup("it has no table of tokens".to_owned()))?;
     dynamodb::check_format(&database, file)?;
-    Ok(())
+    Ok(database)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Data in a directory of its own, and the connection that has written it.
+    fn data(directory: &Path) -> Connection {
+        std::fs::create_dir(directory).expect("a directory");
+        let database = Connection::open(directory.join(DATABASE_FILE)).expect("a database");
+        database
+            .execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE TokensTable (name TEXT)")
+            .expect("a table");
+        database
+            .execute("INSERT INTO TokensTable VALUES ('alice')", [])
+            .expect("a token");
+        database
+    }
+
+    fn names(directory: &Path) -> Vec<String> {
+        let database = Connection::open(directory.join(DATABASE_FILE)).expect("a database");
+        let mut names = database
+            .prepare("SELECT name FROM TokensTable")
+            .expect("the table");
+        let names = names.query_map([], |row| row.get(0)).expect("its rows");
+        names.collect::<Result<_, _>>().expect("names")
+    }
+
+    #[test]
+    fn what_is_only_in_the_write_ahead_log_is_restored_too() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+        let _open = data(&from);
+        assert!(from.join(COMPANIONS[0]).exists());
+        restore(&to, &from.join(DATABASE_FILE)).expect("restored");
+        assert_eq!(names(&to), ["alice"]);
+    }
+
+    #[test]
+    fn what_an_interrupted_restore_has_left_is_in_nobodys_way() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+        let _open = data(&from);
+        std::fs::create_dir(&to).expect("a directory");
+        std::fs::write(to.join(RESTORING_FILE), "half").expect("written");
+        restore(&to, &from.join(DATABASE_FILE)).expect("restored");
+        assert_eq!(names(&to), ["alice"]);
+        assert!(!to.join(RESTORING_FILE).exists());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_backup_follows_no_link() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let from = directory.path().join("from");
+        let _open = data(&from);
+        let (link, target) = (
+            directory.path().join("link"),
+            directory.path().join("target"),
+        );
+        std::os::unix::fs::symlink(&target, &link).expect("a link");
+        let refused = backup(&from, &link).expect_err("the name is taken");
+        assert!(matches!(refused, BackupError::Exists(_)), "{refused}");
+        assert!(!target.exists());
+        assert!(link.is_symlink(), "it stays");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_root_restores_belongs_to_the_owner_of_the_directory() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+
+        const OWNER: (u32, u32) = (61_184, 61_185);
+        let directory = tempfile::tempdir().expect("a directory");
+        let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+        let _open = data(&from);
+        std::fs::create_dir(&to).expect("a directory");
+        if chown(&to, Some(OWNER.0), Some(OWNER.1)).is_err() {
+            // Only root can give anything away.
+            return;
+        }
+        restore(&to, &from.join(DATABASE_FILE)).expect("restored");
+        for name in [DATABASE_FILE, "tunnel.lock"] {
+            let file = to.join(name).metadata().expect("the file");
+            assert_eq!((file.uid(), file.gid()), OWNER, "{name}");
+            assert_eq!(file.permissions().mode() & 0o777, 0o600, "{name}");
+        }
+    }
 }

@@ -158,10 +158,17 @@ impl DirectoryLock {
     pub fn acquire(directory: &Path) -> Result<Self, DataError> {
         create_private(directory)?;
         let path = directory.join(LOCK_FILE);
-        let mut file = private_file(&path)?;
         let fault = |source| DataError::File {
             path: path.clone(),
             source,
+        };
+        let mut file = match new_private_file(&path) {
+            Ok(new) => {
+                give_to_owner(&new, directory);
+                new
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => private_file(&path)?,
+            Err(error) => return Err(fault(error)),
         };
         match file.try_lock() {
             Ok(()) => {}
@@ -215,6 +222,33 @@ pub(crate) fn private_file(path: &Path) -> Result<File, DataError> {
     }
     Ok(file)
 }
+
+/// Creates a file that only its user can read. What has the name already, be it a link, is left alone.
+pub(crate) fn new_private_file(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
+/// Gives a new file in a directory to the directory's owner: root may have made it for a server that runs as another user. Who may
+/// not give files away keeps it.
+#[cfg(unix)]
+pub(crate) fn give_to_owner(file: &File, directory: &Path) {
+    use std::os::unix::fs::{MetadataExt, fchown};
+
+    let (Ok(file_now), Ok(directory)) = (file.metadata(), directory.metadata()) else {
+        return;
+    };
+    if file_now.uid() != directory.uid() {
+        let _ = fchown(file, Some(directory.uid()), Some(directory.gid()));
+    }
+}
+
+/// Elsewhere files are made for whoever makes them.
+#[cfg(not(unix))]
+pub(crate) fn give_to_owner(_file: &File, _directory: &Path) {}
 
 /// Makes the file in a data directory for a server's first token; only its user can read it.
 ///
