@@ -24,7 +24,7 @@ use tunnel_service::{
 };
 
 use crate::{
-    console::{escape, fail},
+    console::{escape, escape_json, fail},
     document::Document,
     operator::listing,
 };
@@ -258,7 +258,8 @@ impl Service {
         let tokens = self.tokens.list().await?;
         if is_json {
             let tokens: Vec<_> = tokens.iter().map(listing::token).collect();
-            writeln!(out, "{}", json!({ "tokens": tokens }))?;
+            let listed = json!({ "tokens": tokens }).to_string();
+            writeln!(out, "{}", escape_json(&listed))?;
             return Ok(());
         }
         for token in tokens {
@@ -277,7 +278,8 @@ impl Service {
                 .iter()
                 .map(|(id, tunnel)| listing::tunnel(id, tunnel, &tokens))
                 .collect();
-            writeln!(out, "{}", json!({ "tunnels": tunnels }))?;
+            let listed = json!({ "tunnels": tunnels }).to_string();
+            writeln!(out, "{}", escape_json(&listed))?;
             return Ok(());
         }
         for (id, tunnel) in tunnels {

@@ -219,13 +219,22 @@ struct Invocation {
 }
 
 impl Invocation {
-    /// Reads them. The command line is over the environment, and that over the file.
+    /// Finds the config file, if there is one, and reads them.
     fn read() -> Result<Self, InvocationError> {
         // Faults are shown below.
         let asked = command().ignore_errors(true).try_get_matches()?;
         let named = asked.get_one::<PathBuf>("config").cloned();
         let path = named.or_else(config_file::default_path);
-        let path = path.filter(|_| !asked.get_flag("samples"));
+        Self::with_file(path.filter(|_| !asked.get_flag("samples")))
+    }
+
+    /// Reads them again, from the same file: that one is missing now is no wish for the settings of another.
+    fn read_again(&self) -> Result<Self, InvocationError> {
+        Self::with_file(self.file.clone())
+    }
+
+    /// Reads them. The command line is over the environment, and that over the file.
+    fn with_file(path: Option<PathBuf>) -> Result<Self, InvocationError> {
         let file = match &path {
             Some(path) => Some(ConfigFile::read(path, &command())?),
             None => None,
@@ -425,7 +434,7 @@ async fn serve(
     // With neither a config file nor an access log, SIGHUP ends the process, as it does by default.
     while signals.next().await == Wish::Reload && (started.file.is_some() || has_access_log) {
         server.reopen_access_log();
-        match Invocation::read() {
+        match started.read_again() {
             Ok(invocation) => {
                 log_level.set(invocation.cli.log_level.clone());
                 server.set_limits(&invocation.cli.options());

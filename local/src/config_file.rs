@@ -182,6 +182,9 @@ fn check(command: &Command, flag: &Arg, text: &str) -> Result<(), String> {
             let Some(ContextValue::Strings(known)) = error.get(ContextKind::ValidValue) else {
                 return Err("is not valid".to_owned());
             };
+            if known.is_empty() {
+                return Err("must not be empty".to_owned());
+            }
             let meant = closest(text, known.iter().map(String::as_str))
                 .map(|meant| format!("; did you mean `{meant}`?"))
                 .unwrap_or_default();
@@ -235,6 +238,7 @@ mod tests {
             "1:10",
             "`listen`: invalid socket address",
         ),
+        ("data = ''\n", "1:8", "`data`: must not be empty"),
         ("max_connection_age = 30\n", "1:22", "time unit needed"),
         (
             "max_concurrent_requests = -1\n",

@@ -1,6 +1,7 @@
 //! The parts put together, started and stopped.
 
 use std::{
+    fs::File,
     future::Future,
     io::{self, Write},
     net::SocketAddr,
@@ -53,7 +54,7 @@ use crate::{
         visitors::VisitorFront,
     },
     functions::{Functions, Surroundings},
-    operator::{AccessLog, Observer, admin_api::AdminApi},
+    operator::{AccessLog, Observer, admin_api::AdminApi, admin_listener},
     options::{Options, OptionsError, Transport},
     subsystem::Subsystem,
     tls::{Names, Tls, TlsError},
@@ -65,6 +66,8 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(9_500);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long of that agents have, too, to close their side.
 const CLOSE_AGENTS_TIMEOUT: Duration = Duration::from_secs(9);
+/// When the tables and --admin have stopped at the latest. The rest is for the access log.
+const STOP_ENGINE_TIMEOUT: Duration = Duration::from_millis(9_200);
 /// The name of the first token.
 const FIRST_TOKEN: &str = "first";
 
@@ -280,11 +283,10 @@ impl Server {
             warn!("requests were still in flight");
         }
         self.agents.stop("agents", now + CLOSE_AGENTS_TIMEOUT).await;
-        let stopped_by = now + STOP_TIMEOUT;
-        self.engine.stop("engine", stopped_by).await;
+        self.engine.stop("engine", now + STOP_ENGINE_TIMEOUT).await;
         if let Some(log) = &self.front.observer.access_log {
             // A file system that does not answer is not waited for.
-            let _ = timeout_at(stopped_by, log.finish()).await;
+            let _ = timeout_at(now + STOP_TIMEOUT, log.finish()).await;
         }
     }
 }
@@ -383,7 +385,12 @@ impl Engine {
             replies: replies.clone(),
             stopping: visitors.stopping().clone(),
         };
-        serve(&self.subsystem, listener, api.router(address), "--admin");
+        let api = api.router(address);
+        self.subsystem.spawn(admin_listener::listen(
+            listener,
+            api,
+            self.subsystem.clone(),
+        ));
         Ok(Some(address))
     }
 }
@@ -620,15 +627,28 @@ async fn first_token(
         .as_deref()
         .map(dynamodb::first_token_file)
         .transpose()?;
-    let token = tokens.create(FIRST_TOKEN, None, now()).await?;
-    let Some((path, mut file)) = file else {
-        return Ok((Some(token), None));
+    let (token, path) = make_first_token(tokens, file).await?;
+    Ok((Some(token), path))
+}
+
+/// Makes a token that the file, if there is one, has before it is valid: a later start makes no other.
+async fn make_first_token(
+    tokens: &TokensTable,
+    file: Option<(PathBuf, File)>,
+) -> Result<(String, Option<PathBuf>), ServerError> {
+    let token = token::generate_token();
+    let path = match file {
+        Some((path, mut file)) => {
+            let written = writeln!(file, "{token}").and_then(|()| file.sync_all());
+            if let Err(source) = written {
+                return Err(DataError::File { path, source }.into());
+            }
+            Some(path)
+        }
+        None => None,
     };
-    writeln!(file, "{token}").map_err(|source| DataError::File {
-        path: path.clone(),
-        source,
-    })?;
-    Ok((Some(token), Some(path)))
+    tokens.record(&token, FIRST_TOKEN, None, now()).await?;
+    Ok((token, path))
 }
 
 #[cfg(test)]
@@ -654,6 +674,24 @@ mod tests {
             panic!("{close:?}")
         };
         assert_eq!(frame.code, CloseCode::Away);
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_first_token_that_cannot_be_kept_is_not_valid_and_does_not_hinder_the_next() {
+        let options = Options {
+            listen: LOOPBACK,
+            ..Options::default()
+        };
+        let server = Server::start(options).await.expect("a server");
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("first-token");
+        std::fs::write(&path, "").expect("a file");
+        let not_writable = File::open(&path).expect("the file");
+        let tokens = server.tokens();
+        let made = make_first_token(tokens, Some((path.clone(), not_writable))).await;
+        assert!(matches!(made, Err(ServerError::Data(_))), "{made:?}");
+        assert_eq!(tokens.list().await.expect("the table"), []);
         server.stop().await;
     }
 }

@@ -26,6 +26,11 @@ impl Heartbeat {
         Self(watchdog().map(|limit| tokio::time::interval(limit / 2)))
     }
 
+    /// Of a loop that stands for nothing.
+    pub(crate) fn silent() -> Self {
+        Self(None)
+    }
+
     /// Waits until the next one is due, and gives it.
     pub(crate) async fn beat(&mut self) {
         match &mut self.0 {

@@ -34,9 +34,9 @@ use crate::{
 /// Most open connections of visitors and agents together; more wait to be accepted.
 pub(crate) const MAX_OPEN_CONNECTIONS: usize = 4096;
 /// How long a visitor may take to send a request's head, and how long a connection without a request is kept.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests after it failed.
-const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+pub(crate) const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// How often a visitor that waits for its response is looked after.
 const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -91,7 +91,11 @@ pub(crate) async fn listen(
     visitors: Subsystem,
 ) {
     let is_encrypted = matches!(front.entrance, Entrance::Tls(_));
-    let mut heartbeat = Heartbeat::new();
+    // Signs of life of a second loop would hide that the main one has none.
+    let mut heartbeat = match front.entrance {
+        Entrance::Plain | Entrance::Tls(_) => Heartbeat::new(),
+        Entrance::Redirect => Heartbeat::silent(),
+    };
     loop {
         let next = tokio::select! {
             next = next_connection(&listener, &places, visitors.stopping()) => next,

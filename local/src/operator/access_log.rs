@@ -10,7 +10,7 @@ use std::{
     str::FromStr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
     },
     time::Duration,
@@ -28,6 +28,8 @@ use crate::{console::escape_json, front::forwarded::VisitorOrigin};
 
 /// Lines that wait to be written.
 const MAX_QUEUED_LINES: usize = 4096;
+/// What they may have together, in bytes.
+const MAX_QUEUED_BYTES: usize = 16 * 1024 * 1024;
 /// What is kept of each text that a visitor sends: the longest URLs that browsers and proxies commonly pass on.
 const MAX_FIELD_BYTES: usize = 2048;
 
@@ -104,7 +106,7 @@ impl RequestLine {
         let target = request.uri().path_and_query();
         Self {
             visitor: origin.address,
-            method: request.method().to_string(),
+            method: cut(request.method().as_str()),
             target: cut(target.map_or("", |target| target.as_str())),
             version: request.version(),
             host: origin.host.map(|host| cut(&host)).or_else(|| {
@@ -211,6 +213,7 @@ pub(crate) struct AccessLog {
     commands: SyncSender<Command>,
     is_to_be_reopened: Arc<AtomicBool>,
     lost: Arc<AtomicU64>,
+    queued_bytes: Arc<AtomicUsize>,
 }
 
 impl AccessLog {
@@ -222,11 +225,13 @@ impl AccessLog {
         let (commands, received) = sync_channel(MAX_QUEUED_LINES);
         let is_to_be_reopened = Arc::new(AtomicBool::new(false));
         let lost = Arc::new(AtomicU64::new(0));
+        let queued_bytes = Arc::new(AtomicUsize::new(0));
         let writer = Writer {
             output: output(&options.target)?,
             target: options.target.clone(),
             is_to_be_reopened: is_to_be_reopened.clone(),
             lost: lost.clone(),
+            queued_bytes: queued_bytes.clone(),
             is_failing: false,
         };
         std::thread::Builder::new()
@@ -237,6 +242,7 @@ impl AccessLog {
             commands,
             is_to_be_reopened,
             lost,
+            queued_bytes,
         })
     }
 
@@ -252,7 +258,12 @@ impl AccessLog {
             AccessLogFormat::Combined => entry.combined(now),
             AccessLogFormat::Json => entry.json(now),
         };
-        if self.commands.try_send(Command::Write(line)).is_err() {
+        let bytes = line.len();
+        let waiting = self.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if waiting + bytes > MAX_QUEUED_BYTES
+            || self.commands.try_send(Command::Write(line)).is_err()
+        {
+            self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -292,6 +303,7 @@ struct Writer {
     output: Box<dyn Write + Send>,
     is_to_be_reopened: Arc<AtomicBool>,
     lost: Arc<AtomicU64>,
+    queued_bytes: Arc<AtomicUsize>,
     is_failing: bool,
 }
 
@@ -316,6 +328,7 @@ impl Writer {
             }
             match command {
                 Command::Write(line) => {
+                    self.queued_bytes.fetch_sub(line.len(), Ordering::Relaxed);
                     let written = self.output.write_all(line.as_bytes());
                     if written.is_err() {
                         self.lost.fetch_add(1, Ordering::Relaxed);
@@ -401,15 +414,46 @@ mod tests {
 
     #[test]
     fn nobody_waits_for_a_log_that_is_not_written_and_lost_lines_are_counted() {
-        let (commands, _not_read) = sync_channel(2);
+        let (log, _not_read) = not_read(2);
+        write(&log, 5);
+        assert_eq!(log.lost_lines(), 3);
+    }
+
+    #[test]
+    fn lines_that_wait_have_few_bytes_together_however_long_they_are() {
+        let (log, waiting) = not_read(MAX_QUEUED_LINES);
+        let request = Request::builder()
+            .method(&*"M".repeat(100_000))
+            .uri(format!("/{}", "x".repeat(5000)))
+            .header("user-agent", "\"".repeat(5000))
+            .body(())
+            .expect("a request");
+        for _ in 0..MAX_QUEUED_LINES {
+            with_entry(&request, |entry| log.write(entry));
+        }
+        let lines: Vec<_> = waiting.try_iter().collect();
+        let bytes = lines.iter().map(|command| match command {
+            Command::Write(line) => line.len(),
+            Command::Wake | Command::Finish(_) => 0,
+        });
+        let bytes: usize = bytes.sum();
+        assert!(bytes <= MAX_QUEUED_BYTES, "{bytes}");
+        assert!(bytes / lines.len() < 10_000, "each is cut");
+        let lost = MAX_QUEUED_LINES - lines.len();
+        assert!(lost > 0 && log.lost_lines() == lost as u64, "{lost}");
+    }
+
+    /// A log whose lines nobody writes.
+    fn not_read(lines: usize) -> (AccessLog, Receiver<Command>) {
+        let (commands, received) = sync_channel(lines);
         let log = AccessLog {
             format: AccessLogFormat::Combined,
             commands,
             is_to_be_reopened: Arc::default(),
             lost: Arc::default(),
+            queued_bytes: Arc::default(),
         };
-        write(&log, 5);
-        assert_eq!(log.lost_lines(), 3);
+        (log, received)
     }
 
     #[cfg(target_os = "linux")]

@@ -26,7 +26,7 @@ use tunnel_service::{
 };
 
 use super::{AccessLog, Observer, exposition::CONTENT_TYPE, listing, metrics::Readings};
-use crate::front::host::HostPolicy;
+use crate::{console::escape_json, front::host::HostPolicy};
 
 /// A server whose tables do not answer within this time is not ready.
 const TABLES_TIMEOUT: Duration = Duration::from_secs(2);
@@ -149,7 +149,7 @@ async fn tunnels(State(api): State<AdminApi>) -> Result<Response, TablesFailed> 
 }
 
 fn object(status: StatusCode, object: &Value) -> Response {
-    let mut response = Response::new(Body::from(object.to_string() + "\n"));
+    let mut response = Response::new(Body::from(escape_json(&object.to_string()) + "\n"));
     *response.status_mut() = status;
     response.headers_mut().insert(
         header::CONTENT_TYPE,

@@ -3,6 +3,7 @@
 
 mod access_log;
 pub(crate) mod admin_api;
+pub(crate) mod admin_listener;
 mod exposition;
 pub(crate) mod listing;
 mod metrics;

@@ -1,6 +1,7 @@
 //! The executables from outside: their settings, signals and exit codes, and what is printed where.
 
 use std::{
+    os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
     process::{Output, Stdio},
 };
@@ -18,7 +19,10 @@ use tokio_tungstenite::{
     tungstenite::{self, client::IntoClientRequest},
 };
 
-use crate::harness::{get, within};
+use crate::{
+    harness::{get, within},
+    tls::Pair,
+};
 
 /// A `tunnel-local` that runs.
 pub(crate) struct TunnelLocal {
@@ -255,6 +259,64 @@ async fn sighup_takes_from_the_config_file_what_needs_no_restart() {
 }
 
 #[tokio::test]
+async fn sighup_changes_nothing_while_the_config_file_is_missing() {
+    let directory = directory();
+    let place = directory.path().join("tunnel-local");
+    std::fs::create_dir(&place).expect("a directory");
+    let file = place.join("config.toml");
+    std::fs::write(&file, "max_tunnel_ids_per_owner = 1\n").expect("written");
+    let mut server = TunnelLocal::start(&[], &[("XDG_CONFIG_HOME", text(directory.path()))]);
+    let (_, endpoint) = server.ready().await;
+    assert_eq!(handshake(&endpoint, "one").await, 101);
+
+    std::fs::remove_file(&file).expect("removed");
+    server.signal(Signal::HUP);
+    let said = server.says("reloaded: ").await;
+    let expected = format!("not reloaded: cannot read {}", file.display());
+    assert!(said.starts_with(&expected), "{said}");
+    assert_eq!(handshake(&endpoint, "two").await, 400);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn of_two_sockets_only_the_main_one_gives_signs_of_life() {
+    let directory = directory();
+    let path = directory.path().join("notify");
+    let manager = UnixDatagram::bind(&path).expect("a socket");
+    manager.set_nonblocking(true).expect("not blocking");
+    let pair = Pair::new();
+    let (certificate, key) = (pair.path("cert.pem"), pair.path("key.pem"));
+    let mut server = TunnelLocal::start(
+        &[
+            "--tls-cert",
+            text(&certificate),
+            "--tls-key",
+            text(&key),
+            "--listen-http",
+            "127.0.0.1:0",
+        ],
+        // The first sign comes at once, the next in 5 minutes.
+        &[
+            ("NOTIFY_SOCKET", text(&path)),
+            ("WATCHDOG_USEC", "600000000"),
+        ],
+    );
+    server.ready().await;
+    server.stop().await;
+    let mut told = String::new();
+    let mut message = [0; 1024];
+    while let Ok(length) = manager.recv(&mut message) {
+        told += &String::from_utf8_lossy(&message[..length]);
+        told.push('\n');
+    }
+    assert!(
+        told.contains("READY=1") && told.contains("STOPPING=1"),
+        "{told}"
+    );
+    assert_eq!(told.matches("WATCHDOG=1").count(), 1, "{told}");
+}
+
+#[tokio::test]
 async fn sighup_stops_a_server_that_has_nothing_to_read_again() {
     let mut server = TunnelLocal::start(&[], &[]);
     server.ready().await;
@@ -343,6 +405,20 @@ async fn a_backup_of_a_running_server_becomes_the_data_of_another() {
     let (_, endpoint) = server.ready().await;
     assert_eq!(handshake_with(&endpoint, "new", token.trim()).await, 101);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn names_do_not_turn_the_direction_of_a_line_of_json() {
+    let directory = directory();
+    let data = directory.path().join("data");
+    let mut server = TunnelLocal::start(&["--data", text(&data)], &[]);
+    server.ready().await;
+    server.stop().await;
+    admin_says(&data, &["create-token", "a\u{202e}b"]).await;
+    let listed = admin_says(&data, &["list-tokens", "--json"]).await;
+    assert!(listed.is_ascii(), "{listed}");
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    assert_eq!(listed["tokens"][0]["name"], "a\u{202e}b");
 }
 
 #[tokio::test]

@@ -54,7 +54,7 @@ impl Pair {
         self.certificate = cert.der().clone();
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 

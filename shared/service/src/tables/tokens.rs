@@ -57,16 +57,30 @@ impl TokensTable {
         now: Duration,
     ) -> Result<String, StoreError> {
         let token = token::generate_token();
+        self.record(&token, name, expires, now).await?;
+        Ok(token)
+    }
+
+    /// Makes a token valid that was generated before.
+    ///
+    /// # Errors
+    /// If DynamoDB does not answer.
+    pub async fn record(
+        &self,
+        token: &str,
+        name: &str,
+        expires: Option<Duration>,
+        now: Duration,
+    ) -> Result<(), StoreError> {
         let expires_at = expires.map(|expires| (now + expires).as_secs());
-        let kept = Token {
-            hash: TokenHash::of(&token),
+        self.put(&Token {
+            hash: TokenHash::of(token),
             name: name.to_owned(),
             created_at: now.as_secs(),
             expires_at,
             revoked: false,
-        };
-        self.put(&kept).await?;
-        Ok(token)
+        })
+        .await
     }
 
     /// Keeps what is known of a token.
