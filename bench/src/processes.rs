@@ -47,7 +47,15 @@ pub fn build() -> anyhow::Result<PathBuf> {
             cargo.env_remove(name);
         }
     }
-    cargo.args(["build", "--locked", "--quiet", "--workspace", "--bins"]);
+    // With the examples, the libraries have the features that they have in tests, and none is built twice.
+    cargo.args([
+        "build",
+        "--locked",
+        "--quiet",
+        "--workspace",
+        "--bins",
+        "--examples",
+    ]);
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
