@@ -1,7 +1,6 @@
 //! The executables from outside: their settings, signals and exit codes, and what is printed where.
 
 use std::{
-    os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
     process::{Output, Stdio},
 };
@@ -12,6 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
+    net::UnixDatagram,
     process::{Child, ChildStderr, Command},
 };
 use tokio_tungstenite::{
@@ -283,7 +283,6 @@ async fn of_two_sockets_only_the_main_one_gives_signs_of_life() {
     let directory = directory();
     let path = directory.path().join("notify");
     let manager = UnixDatagram::bind(&path).expect("a socket");
-    manager.set_nonblocking(true).expect("not blocking");
     let pair = Pair::new();
     let (certificate, key) = (pair.path("cert.pem"), pair.path("key.pem"));
     let mut server = TunnelLocal::start(
@@ -302,10 +301,15 @@ async fn of_two_sockets_only_the_main_one_gives_signs_of_life() {
         ],
     );
     server.ready().await;
-    server.stop().await;
     let mut told = String::new();
     let mut message = [0; 1024];
-    while let Ok(length) = manager.recv(&mut message) {
+    while !told.contains("WATCHDOG=1") {
+        let length = within("a sign of life", manager.recv(&mut message)).await;
+        told += &String::from_utf8_lossy(&message[..length.expect("a message")]);
+        told.push('\n');
+    }
+    server.stop().await;
+    while let Ok(length) = manager.try_recv(&mut message) {
         told += &String::from_utf8_lossy(&message[..length]);
         told.push('\n');
     }
