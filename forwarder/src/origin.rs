@@ -26,7 +26,7 @@ use crate::{
     connector::{Connector, Record},
     failure,
     header_rules::HeaderRules,
-    origin_socket::{ResponseBody, Responses},
+    origin_socket::{RequestBody, ResponseBody, Responses, observed},
     settings::{HostHeader, Settings},
     target::Target,
     tls,
@@ -44,9 +44,9 @@ pub(crate) type StreamedBody = UnsyncBoxBody<Bytes, io::Error>;
 /// The local service, with its pool of connections.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    pooled: Client<Connector, StreamedBody>,
+    pooled: Client<Connector, RequestBody<StreamedBody>>,
     /// For what must not meet another connection that is about to be closed.
-    fresh: Client<Connector, StreamedBody>,
+    fresh: Client<Connector, RequestBody<StreamedBody>>,
     target: Target,
     host_header: HostHeader,
     request_headers: HeaderRules,
@@ -245,7 +245,7 @@ impl Origin {
 
     async fn attempt(
         &self,
-        client: &Client<Connector, StreamedBody>,
+        client: &Client<Connector, RequestBody<StreamedBody>>,
         request: OriginRequest,
     ) -> Result<Response<ResponseBody>, FailedCall> {
         let is_upgrade = request.is_upgrade();
@@ -314,14 +314,14 @@ impl OriginRequest {
         self.head.headers.contains_key(header::UPGRADE)
     }
 
-    fn into_http(self) -> Request<StreamedBody> {
+    fn into_http(self) -> Request<RequestBody<StreamedBody>> {
         let body = match self.body {
             OriginBody::Whole(bytes) => Full::new(bytes)
                 .map_err(|never| match never {})
                 .boxed_unsync(),
             OriginBody::Streamed(body) => body,
         };
-        Request::from_parts(self.head, body)
+        observed(Request::from_parts(self.head, body))
     }
 }
 

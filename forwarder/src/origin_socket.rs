@@ -12,10 +12,11 @@ use std::{
     time::Duration,
 };
 
+use http::{Extensions, Request};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper_util::{
-    client::legacy::connect::{Connected, Connection},
+    client::legacy::connect::{CaptureConnection, Connected, Connection, capture_connection},
     rt::TokioIo,
 };
 use tokio::{
@@ -57,7 +58,7 @@ struct State {
     is_read: bool,
     /// The connection carries no responses any more.
     is_upgraded: bool,
-    /// How many responses have begun.
+    /// How many requests with a body and responses have begun.
     begun: u64,
     /// The task whose write waits.
     writer: Option<Waker>,
@@ -68,6 +69,15 @@ struct State {
 struct ReadingResponse {
     responses: Responses,
     number: u64,
+}
+
+/// The body of a request. Before the first of its bytes is written, and its head with it, the socket learns that whatever is read
+/// from then on belongs to another response than the last: that one's body may still be waiting to be taken.
+#[derive(Debug)]
+pub(crate) struct RequestBody<B> {
+    body: B,
+    /// The connection that it is written to, until it is.
+    connection: Option<CaptureConnection>,
 }
 
 /// The body of a response. Until it has been read to its end or is dropped, it is read on although the service takes no more of the
@@ -87,6 +97,13 @@ impl Responses {
         };
         body.end_if_read();
         body
+    }
+
+    /// A request with a body is about to be written.
+    fn expect_another(&self) {
+        let mut state = lock(&self.0);
+        state.begun += 1;
+        state.is_read = false;
     }
 
     /// The connection has changed its protocol: what comes is no response, so no write waits for one.
@@ -111,13 +128,64 @@ impl Responses {
 impl Drop for ReadingResponse {
     fn drop(&mut self) {
         let mut state = lock(&self.responses.0);
-        // The next one may have begun: this end is not its end.
+        // The next one may have begun, or be awaited: this end is not its end.
         if state.begun == self.number {
             state.is_read = true;
             if let Some(writer) = state.writer.take() {
                 writer.wake();
             }
         }
+    }
+}
+
+/// A request whose body tells the socket that it begins.
+pub(crate) fn observed<B: Body>(request: Request<B>) -> Request<RequestBody<B>> {
+    let has_body = !request.body().is_end_stream();
+    let mut request = request.map(|body| RequestBody {
+        body,
+        connection: None,
+    });
+    // Without one nothing is left to be written when an early answer comes.
+    if has_body {
+        let connection = capture_connection(&mut request);
+        request.body_mut().connection = Some(connection);
+    }
+    request
+}
+
+impl<B> RequestBody<B> {
+    fn begin(&mut self) {
+        let Some(connection) = self.connection.take() else {
+            return;
+        };
+        let mut extras = Extensions::new();
+        if let Some(connected) = &*connection.connection_metadata() {
+            connected.get_extras(&mut extras);
+        }
+        if let Some(responses) = extras.remove::<Responses>() {
+            responses.expect_another();
+        }
+    }
+}
+
+impl<B: Body + Unpin> Body for RequestBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        self.begin();
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -1,11 +1,15 @@
-use std::sync::Arc;
+use std::{pin::pin, sync::Arc};
 
+use futures_util::{StreamExt, stream};
+use http_body::Frame;
+use http_body_util::StreamBody;
 use hyper_util::rt::TokioIo;
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
 };
 use tokio_rustls::TlsAcceptor;
 
@@ -457,4 +461,78 @@ fn rules_change_the_header_of_requests() {
         Some(&HeaderValue::from_static("1"))
     );
     assert!(made.head.headers.get("cookie").is_none());
+}
+
+const EARLY_HEAD: &[u8] = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 40000\r\n\r\n";
+/// More than is read at once, and less than sockets hold.
+const EARLY_BODY_BYTES: usize = 40_000;
+
+/// A service answers the second request of a connection early and ends, while the first response's body has not been taken. Returns
+/// how many bytes of the second one's body come if `taken_after` bytes of its response are there when the first one's body is taken.
+async fn early_answer_after_an_untaken_body(taken_after: usize) -> usize {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let target = listener.local_addr().expect("an address").to_string();
+    let origin = Origin::new(&settings(&target));
+    let (before, mut stream) = tokio::join!(call(&origin, "GET", ""), async {
+        let (mut stream, _) = listener.accept().await.expect("a connection");
+        read_head(&mut stream).await;
+        stream.write_all(OK).await.expect("sent");
+        stream
+    });
+    let before = before.expect("a response").into_body();
+
+    let (feed, chunks) = mpsc::unbounded_channel();
+    let frames = stream::unfold(chunks, async |mut chunks| {
+        Some((chunks.recv().await?, chunks))
+    });
+    let body = StreamBody::new(frames.map(|bytes| Ok(Frame::data(bytes)))).boxed_unsync();
+    let message = request("POST", "/x", &[], "");
+    let upload = origin.request(&message, OriginBody::Streamed(body));
+    let mut calling = pin!(origin.call(upload.expect("a request")));
+    // The call goes on by itself once it is sent, but does not learn of its response.
+    tokio::select! {
+        _ = &mut calling => panic!("no response was sent"),
+        _ = within("the request", read_head(&mut stream)) => {}
+    }
+    let answer = [EARLY_HEAD, &[b'x'; EARLY_BODY_BYTES]].concat();
+    let (first, rest) = answer.split_at(taken_after);
+    stream.write_all(first).await.expect("sent");
+    // What was sent before has been read when the second chunk arrives.
+    for _ in 0..2 {
+        feed.send(Bytes::from_static(b"more")).expect("read");
+        let mut chunk = [0; 9];
+        let read = within("a chunk", stream.read_exact(&mut chunk)).await;
+        read.expect("a chunk");
+    }
+    assert_eq!(
+        within("ok", before.collect())
+            .await
+            .expect("a body")
+            .to_bytes(),
+        "ok"
+    );
+    stream.write_all(rest).await.expect("sent");
+    stream.set_zero_linger().expect("set");
+    drop(stream);
+    for _ in 0..1000 {
+        // Fails once the connection was given up.
+        let _ = feed.send(Bytes::from_static(b"more"));
+        tokio::task::yield_now().await;
+    }
+    let response = within("the answer", calling).await.expect("an answer");
+    let mut body = response.into_body();
+    let mut bytes = 0;
+    while let Some(Ok(frame)) = within("more", body.frame()).await {
+        bytes += frame.into_data().expect("data").len();
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn an_early_answer_is_read_whenever_the_body_before_it_is_taken() {
+    let head = EARLY_HEAD.len();
+    for taken_after in [0, 20, head - 1, head, head + 1, head + EARLY_BODY_BYTES] {
+        let bytes = early_answer_after_an_untaken_body(taken_after).await;
+        assert_eq!(bytes, EARLY_BODY_BYTES, "{taken_after} bytes were there");
+    }
 }
