@@ -281,6 +281,10 @@ impl Service {
         TunnelsTable::new(&self.sdk, dynamodb::TUNNELS.to_owned())
     }
 
+    fn tokens(&self) -> TokensTable {
+        TokensTable::new(&self.sdk, dynamodb::TOKENS.to_owned())
+    }
+
     fn connections(&self) -> ConnectionsTable {
         ConnectionsTable::new(&self.sdk, dynamodb::CONNECTIONS.to_owned())
     }
@@ -411,6 +415,20 @@ async fn a_ready_that_takes_the_tunnel_while_its_connection_is_ended_does_not_ke
     service.end(&connection).await;
     let recorded = service.connections().get(&connection, now()).await;
     assert_eq!(recorded.expect("an answer"), None);
+}
+
+#[tokio::test]
+async fn a_write_that_is_repeated_late_makes_no_revoked_token_valid_again() {
+    let service = Service::new().await;
+    let tokens = service.tokens();
+    let hash = TokenHash::of("ours");
+    let token = tokens.good(&hash, now()).await.expect("an answer");
+    let token = token.expect("a token that is valid");
+    assert_eq!(tokens.revoke("ours").await.expect("an answer"), 1);
+    // The first attempt of the write that made it, of which the second was answered.
+    tokens.put(&token).await.expect("an answer");
+    assert_eq!(tokens.good(&hash, now()).await.expect("an answer"), None);
+    assert_eq!(tokens.revoke("ours").await.expect("an answer"), 0);
 }
 
 #[tokio::test]

@@ -2,10 +2,10 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::{operation::put_item::PutItemError, types::AttributeValue};
 
 use crate::tables::dynamodb::{
-    Item, StoreError, Table, number, read_flag, read_number, read_text, text,
+    Change, Item, StoreError, Table, number, read_flag, read_number, read_text, text,
 };
 use crate::{
     auth::token::{self, TokenHash},
@@ -83,7 +83,8 @@ impl TokensTable {
         .await
     }
 
-    /// Keeps what is known of a token.
+    /// Keeps a token that is not known yet. What is known of it otherwise stays: this may be the late repetition of a write after
+    /// which the token was revoked.
     ///
     /// # Errors
     /// If DynamoDB does not answer.
@@ -101,8 +102,20 @@ impl TokensTable {
             .expires_at
             .into_iter()
             .fold(put, |put, at| put.item("expiresAt", number(at)));
-        put.send().await.map_err(table.failed("PutItem"))?;
-        Ok(())
+        let outcome = put
+            .condition_expression("attribute_not_exists(tokenHash)")
+            .send()
+            .await;
+        match outcome {
+            Err(error)
+                if !error
+                    .as_service_error()
+                    .is_some_and(PutItemError::is_conditional_check_failed_exception) =>
+            {
+                Err(table.failed("PutItem")(error))
+            }
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// All tokens, for the operator.
@@ -126,14 +139,27 @@ impl TokensTable {
             .into_iter()
             .filter(|token| token.name == name && !token.revoked)
         {
-            self.put(&Token {
-                revoked: true,
-                ..token
-            })
-            .await?;
-            revoked += 1;
+            revoked += usize::from(self.mark_revoked(&token.hash).await?);
         }
         Ok(revoked)
+    }
+
+    /// Returns whether the token is known.
+    async fn mark_revoked(&self, hash: &TokenHash) -> Result<bool, StoreError> {
+        let table = &self.0;
+        let change = Change::default().set("revoked", AttributeValue::Bool(true));
+        let outcome = table
+            .client
+            .update_item()
+            .table_name(&table.name)
+            .key("tokenHash", text(hash.to_string()))
+            .update_expression(change.expression())
+            .condition_expression("attribute_exists(tokenHash)")
+            .set_expression_attribute_names(Some(change.names()))
+            .set_expression_attribute_values(Some(change.values()))
+            .send()
+            .await;
+        Ok(table.conditional(outcome)?.is_some())
     }
 }
 
