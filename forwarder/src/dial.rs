@@ -12,7 +12,7 @@ use hyper_util::{
     rt::TokioIo,
 };
 use rustls::ClientConfig;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, lookup_host};
 use tower_service::Service;
 use tunnel_protocol::writer;
 
@@ -33,6 +33,8 @@ const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
 /// The bytes between this machine and the service's, under the endpoint's own TLS.
 pub(crate) type ServiceStream = TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>;
 
+type SocksError = <SocksV5<HttpsConnector<HttpConnector>> as Service<Uri>>::Error;
+
 /// Connects to the endpoint's machine, over whichever of its addresses answers first (RFC 8305), or to the proxy's and through it.
 pub(crate) async fn dial(
     endpoint: &Endpoint,
@@ -47,9 +49,17 @@ pub(crate) async fn dial(
             .await
             .map(MaybeHttpsStream::Http)
             .map_err(|error| unreachable(&endpoint.address(), &error))?,
-        Some(proxy) => through(proxy, tcp, destination, tls)
-            .await
-            .map_err(|error| unreachable_through(proxy, &endpoint.address(), error.as_ref()))?,
+        Some(proxy) => {
+            let destination = match proxy.kind() {
+                ProxyKind::Socks { local_dns: true } => looked_up(&endpoint.address())
+                    .await
+                    .map_err(|error| unreachable(&endpoint.address(), &error))?,
+                _ => destination,
+            };
+            through(proxy, tcp, destination, tls)
+                .await
+                .map_err(|error| unreachable_through(proxy, &endpoint.address(), error.as_ref()))?
+        }
     };
     writer::tune(match &stream {
         MaybeHttpsStream::Http(tcp) => tcp.inner(),
@@ -64,6 +74,13 @@ fn racing<R>(mut tcp: HttpConnector<R>) -> HttpConnector<R> {
     tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
     tcp.set_happy_eyeballs_timeout(Some(HAPPY_EYEBALLS_DELAY));
     tcp
+}
+
+/// An address of a name, for a proxy that does not look names up.
+async fn looked_up(address: &str) -> io::Result<Uri> {
+    let found = lookup_host(address).await?.next();
+    let found = found.ok_or_else(|| io::Error::other("No address associated with hostname"))?;
+    Uri::try_from(format!("http://{found}/")).map_err(io::Error::other)
 }
 
 async fn through(
@@ -82,12 +99,17 @@ async fn through(
             }
             Ok(tunnel.call(destination).await?)
         }
-        ProxyKind::Socks { local_dns } => {
-            let mut socks = SocksV5::new(address, connector).local_dns(local_dns);
+        ProxyKind::Socks { .. } => {
+            let mut socks = SocksV5::new(address, connector);
             if let Some((user, password)) = proxy.credentials() {
                 socks = socks.with_auth(user.to_owned(), password.reveal().to_owned());
             }
-            Ok(socks.call(destination).await?)
+            // These do not name their sources.
+            socks.call(destination).await.map_err(|error| match error {
+                SocksError::Inner(cause) => cause,
+                SocksError::Io(cause) => cause.into(),
+                error => error.into(),
+            })
         }
     }
 }
@@ -117,14 +139,29 @@ fn unreachable_through(
     if is_unknown_host(&cause) {
         return HandshakeError::Misdirected(format!("there is no proxy {proxy}: {cause}"));
     }
-    if cause.contains("authorization required") || cause.contains("credentials") {
+    // How a SOCKS proxy turns down the only way to authenticate that it was offered.
+    let takes_another_way = cause.contains("user/pass") || cause.contains("authentication");
+    if takes_another_way && proxy.has_credentials() {
+        return HandshakeError::Misdirected(format!(
+            "the proxy {proxy} takes no user name and password: leave them out"
+        ));
+    }
+    if takes_another_way
+        || cause.contains("authorization required")
+        || cause.contains("credentials")
+    {
         return HandshakeError::Misdirected(format!(
             "the proxy {proxy} requires a user name and password, or refuses them: pass --proxy with user:password@ before the host"
         ));
     }
     if cause.contains("unsuccessful") {
+        let password = if proxy.has_credentials() {
+            ", or the user name or password is wrong"
+        } else {
+            ""
+        };
         return HandshakeError::Unreachable(format!(
-            "the proxy {proxy} refused to connect to {address}: it does not allow that, or the user name or password is wrong"
+            "the proxy {proxy} refused to connect to {address}: it does not allow that, or cannot reach it{password}"
         ));
     }
     HandshakeError::Unreachable(format!(
@@ -188,9 +225,13 @@ mod tests {
     };
 
     use hyper_util::client::legacy::connect::dns::Name;
-    use tokio::net::{TcpListener, TcpSocket};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpSocket},
+    };
 
     use super::*;
+    use crate::settings::AcceptedCertificates;
 
     /// Knows these addresses, in this order, of every name.
     #[derive(Clone, Debug)]
@@ -241,5 +282,89 @@ mod tests {
             let stream = stream.expect("a connection").into_inner();
             assert_eq!(stream.peer_addr().expect("an address"), second);
         }
+    }
+
+    /// How a proxy is named, what it says (nobody listens there if nothing), whether the agent ends, and what it says then.
+    const REFUSALS: [(&str, &[u8], bool, &str); 9] = [
+        ("socks5h://", b"", false, "Connection refused"),
+        ("http://", b"", false, "Connection refused"),
+        ("socks5h://", &[5, 0xff], true, "requires a user name"),
+        (
+            "socks5h://al:hunter2@",
+            &[5, 0xff],
+            true,
+            "takes no user name",
+        ),
+        (
+            "socks5h://al:hunter2@",
+            &[5, 2, 1, 1],
+            true,
+            "or refuses them",
+        ),
+        (
+            "socks5h://",
+            &[5, 0, 5, 4, 0, 1, 0, 0, 0, 0, 0, 0],
+            false,
+            "host unreachable",
+        ),
+        (
+            "http://",
+            b"HTTP/1.1 503 Service Unavailable\r\n\r\n",
+            false,
+            "it does not allow that, or cannot reach it",
+        ),
+        (
+            "http://al:hunter2@",
+            b"HTTP/1.1 401 Unauthorized\r\n\r\n",
+            false,
+            "or the user name or password is wrong",
+        ),
+        (
+            "http://al:hunter2@",
+            b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n",
+            true,
+            "requires a user name and password, or refuses them",
+        ),
+    ];
+
+    #[tokio::test]
+    async fn the_reason_why_a_proxy_leads_nowhere_is_said() {
+        let endpoint: Endpoint = "wss://t.example.com".parse().expect("an endpoint");
+        let tls = tls::client_config(true, &AcceptedCertificates::System).into();
+        for (scheme, answer, ends, reason) in REFUSALS {
+            let socket = TcpSocket::new_v4().expect("a socket");
+            let any = "127.0.0.1:0".parse().expect("an address");
+            socket.bind(any).expect("a free port");
+            let address = socket.local_addr().expect("an address");
+            let proxy: Proxy = format!("{scheme}{address}").parse().expect("a proxy");
+            let dialled = dial(&endpoint, Some(&proxy), &tls);
+            let outcome = if answer.is_empty() {
+                dialled.await
+            } else {
+                let listener = socket.listen(1).expect("a listener");
+                let answered = async {
+                    let (mut stream, _) = listener.accept().await.expect("a connection");
+                    stream.write_all(answer).await.expect("written");
+                    let _ = stream.read_to_end(&mut Vec::new()).await;
+                };
+                tokio::join!(dialled, answered).0
+            };
+            let error = outcome.expect_err(reason);
+            let said = error.to_string();
+            assert!(said.contains(reason), "{said}");
+            assert!(said.contains(&proxy.to_string()), "{said}");
+            assert!(!said.contains("hunter2"), "{said}");
+            let does_end = matches!(error, HandshakeError::Misdirected(_));
+            assert_eq!(does_end, ends, "{said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_only_the_proxy_could_look_up_is_not_taken_for_the_proxys() {
+        let endpoint: Endpoint = "wss://nobody.invalid".parse().expect("an endpoint");
+        let tls = tls::client_config(true, &AcceptedCertificates::System).into();
+        let proxy: Proxy = "socks5://127.0.0.1:9".parse().expect("a proxy");
+        let error = dial(&endpoint, Some(&proxy), &tls).await.expect_err("none");
+        assert!(error.to_string().contains("nobody.invalid"), "{error}");
     }
 }

@@ -26,7 +26,7 @@ pub enum ProxyChoice {
     /// None, whatever the environment says.
     Direct,
     /// This one.
-    Through(Proxy),
+    Through(Box<Proxy>),
 }
 
 /// How a proxy is spoken to.
@@ -51,6 +51,8 @@ pub struct Proxy {
     address: Uri,
     basic_auth: Option<HeaderValue>,
     credentials: Option<(String, Secret)>,
+    /// What it was read from, if a user wrote it.
+    text: Option<Secret>,
 }
 
 impl Proxy {
@@ -84,6 +86,11 @@ impl Proxy {
     /// What `Proxy-Authorization` says, if it asks for credentials.
     pub fn basic_auth(&self) -> Option<&HeaderValue> {
         self.basic_auth.as_ref()
+    }
+
+    /// Whether it is given a user name and a password.
+    pub fn has_credentials(&self) -> bool {
+        self.basic_auth.is_some() || self.credentials.is_some()
     }
 
     /// User name and password, for SOCKS.
@@ -124,6 +131,7 @@ impl TryFrom<&Intercept> for Proxy {
             credentials: intercept
                 .raw_auth()
                 .map(|(user, password)| (user.to_owned(), password.to_owned().into())),
+            text: None,
         })
     }
 }
@@ -134,7 +142,21 @@ impl FromStr for Proxy {
     fn from_str(text: &str) -> Result<Self, ProxyError> {
         let anywhere = Uri::from_static("https://t.example.com/");
         let matcher = Matcher::builder().all(text).build();
-        Self::try_from(&matcher.intercept(&anywhere).ok_or(ProxyError)?)
+        let proxy = Self::try_from(&matcher.intercept(&anywhere).ok_or(ProxyError)?)?;
+        Ok(Self {
+            text: Some(text.to_owned().into()),
+            ..proxy
+        })
+    }
+}
+
+impl ProxyChoice {
+    /// As a user has written it, with the credentials.
+    pub fn reveal(&self) -> Option<&str> {
+        match self {
+            Self::Direct => Some("none"),
+            Self::Through(proxy) => proxy.text.as_ref().map(Secret::reveal),
+        }
     }
 }
 
@@ -144,7 +166,7 @@ impl FromStr for ProxyChoice {
     fn from_str(text: &str) -> Result<Self, ProxyError> {
         match text {
             "none" | "direct" => Ok(Self::Direct),
-            proxy => proxy.parse().map(Self::Through),
+            proxy => Ok(Self::Through(Box::new(proxy.parse()?))),
         }
     }
 }

@@ -654,7 +654,7 @@ impl Layer {
     fn proxy(&self, endpoint: &Endpoint) -> Result<Option<Proxy>, LayerError> {
         match &self.proxy {
             Some(ProxyChoice::Direct) => Ok(None),
-            Some(ProxyChoice::Through(proxy)) => Ok(Some(proxy.clone())),
+            Some(ProxyChoice::Through(proxy)) => Ok(Some((**proxy).clone())),
             None => Proxy::of_environment(endpoint).map_err(LayerError::EnvironmentProxy),
         }
     }
