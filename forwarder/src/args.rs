@@ -19,7 +19,7 @@ use crate::{
     endpoint::Endpoint,
     inspector::InspectOptions,
     log_format::LogFormat,
-    login::Login,
+    login::{Login, Logout},
     settings::{Layer, LayerError, ProcessLayer, Settings},
     status::StatusSubject,
     target::Target,
@@ -87,6 +87,8 @@ enum Command {
         #[arg(id = "login_endpoint", value_name = "ENDPOINT")]
         endpoint: Option<Endpoint>,
     },
+    /// Forget the stored endpoint and token, or with --service those of that name
+    Logout,
     /// Find, check or edit the config file
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -195,6 +197,8 @@ pub(crate) enum Action {
     Release(Box<Settings>, TunnelId),
     /// Store an endpoint and a token.
     Login(Box<Login>),
+    /// Forget them.
+    Logout(Logout),
     /// Print this.
     Print(String),
     /// Print this as it is.
@@ -239,7 +243,7 @@ pub(crate) enum UsageError {
     )]
     NoHome,
     /// No such service is stored.
-    #[error("there is no service {name} in the config files; they have: {known}")]
+    #[error("there is no service {name} in the config files; {known}")]
     UnknownService {
         /// The requested name.
         name: String,
@@ -442,8 +446,12 @@ impl Options {
             }
             Some(Command::Login { endpoint }) => {
                 let endpoint = endpoint.or(flags.endpoint.clone());
-                login(Layer { endpoint, ..flags }, default_file)
+                login(Layer { endpoint, ..flags }, file, default_file)
             }
+            Some(Command::Logout) => Ok(Action::Logout(Logout {
+                service: stored_service(&flags, file)?,
+                file: default_file.ok_or(UsageError::NoHome)?,
+            })),
             Some(Command::Status { tunnel }) => {
                 let settings = one(&flags, "status")?;
                 let id = settings.tunnel_id.clone().map(StatusSubject::Id);
@@ -484,16 +492,51 @@ fn settings_of_one(layer: &Layer, file: &ConfigFile, name: &str) -> Result<Setti
     Ok(with_file(layer, &Layer::default(), file)?.settings(name)?)
 }
 
-fn login(flags: Layer, default_file: Option<PathBuf>) -> Result<Action, UsageError> {
+/// Of the config files, only the way to the service counts: who the user is there is what a login is about.
+fn login(
+    flags: Layer,
+    file: &ConfigFile,
+    default_file: Option<PathBuf>,
+) -> Result<Action, UsageError> {
     if flags.endpoint.is_none() {
         return Err(UsageError::NoLoginEndpoint);
     }
+    let service = flags.service.as_ref();
+    let stored = service.and_then(|service| file.services.get(service));
+    let proxy = stored
+        .and_then(|service| service.proxy.clone())
+        .or_else(|| file.top.proxy.clone());
+    let layer = Layer {
+        proxy: flags.proxy.clone().or(proxy),
+        ..flags.clone()
+    };
     Ok(Action::Login(Box::new(Login {
-        service: flags.service.clone(),
-        endpoint_ca: flags.endpoint_ca.clone(),
-        settings: flags.settings("login")?,
+        service: flags.service,
+        endpoint_ca: flags.endpoint_ca,
+        proxy: flags.proxy,
+        settings: layer.settings("login")?,
         file: default_file.ok_or(UsageError::NoHome)?,
     })))
+}
+
+/// The service that is named, if one is; it must be there.
+fn stored_service(flags: &Layer, file: &ConfigFile) -> Result<Option<String>, UsageError> {
+    match &flags.service {
+        Some(name) if !file.services.contains_key(name) => Err(unknown_service(name, file)),
+        service => Ok(service.clone()),
+    }
+}
+
+fn unknown_service(name: &str, file: &ConfigFile) -> UsageError {
+    let known: Vec<&str> = file.services.keys().map(String::as_str).collect();
+    UsageError::UnknownService {
+        name: name.to_owned(),
+        known: if known.is_empty() {
+            format!("`ttf login ENDPOINT --service {name}` stores one")
+        } else {
+            format!("they have: {}", known.join(", "))
+        },
+    }
 }
 
 fn background(
@@ -544,14 +587,8 @@ pub(crate) fn write_manual(directory: &Path) -> std::io::Result<()> {
 fn with_file(flags: &Layer, tunnel: &Layer, file: &ConfigFile) -> Result<Layer, UsageError> {
     let service = flags.service.as_deref().or(tunnel.service.as_deref());
     let defaults = file.defaults(service).ok_or_else(|| {
-        let known: Vec<&str> = file.services.keys().map(String::as_str).collect();
-        UsageError::UnknownService {
-            name: service
-                .or(file.top.service.as_deref())
-                .unwrap_or_default()
-                .to_owned(),
-            known: known.join(", "),
-        }
+        let name = service.or(file.top.service.as_deref());
+        unknown_service(name.unwrap_or_default(), file)
     })?;
     let layer = flags.with_credentials_for_endpoint(&tunnel.or(&defaults));
     // An endpoint that is given without a token has the one that is stored for it.

@@ -284,6 +284,7 @@ async fn act(
             stdout.line(&release(&settings, &tunnel_id).await?);
         }
         Action::Login(login) => stdout.line(&login::login(*login).await?),
+        Action::Logout(logout) => stdout.line(&login::logout(&logout)?),
         Action::Print(text) => text.lines().for_each(|line| stdout.line(line)),
         Action::PrintDocument(document) => {
             // A reader who has seen enough, such as `head`, is no failure.

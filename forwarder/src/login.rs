@@ -1,4 +1,4 @@
-//! `ttf login`: an endpoint and a token are tried, and stored for every later start.
+//! `ttf login`: an endpoint and a token are tried, and stored for every later start. `ttf logout` forgets them.
 
 use std::{
     fs,
@@ -10,6 +10,7 @@ use toml_edit::{DocumentMut, Item, Table};
 
 use crate::{
     handshake::{self, HandshakeError},
+    proxy::ProxyChoice,
     settings::{Secret, Settings},
 };
 
@@ -20,13 +21,24 @@ pub(crate) struct Login {
     pub settings: Settings,
     /// The file with the certificates that the endpoint may have besides those that the system trusts.
     pub endpoint_ca: Option<PathBuf>,
+    /// The proxy that the login was given, if it was.
+    pub proxy: Option<ProxyChoice>,
     /// The name of the service; without one it is that of all tunnels that name none.
     pub service: Option<String>,
     /// The file that they are stored in.
     pub file: PathBuf,
 }
 
-/// Why nothing is stored.
+/// What is to be forgotten.
+#[derive(Debug)]
+pub(crate) struct Logout {
+    /// The name of the service, as in [`Login`].
+    pub service: Option<String>,
+    /// The file that has it.
+    pub file: PathBuf,
+}
+
+/// Why nothing is stored, or forgotten.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoginError {
     /// The service refuses the token, or cannot be reached.
@@ -64,6 +76,7 @@ pub(crate) async fn login(login: Login) -> Result<String, LoginError> {
     let Login {
         mut settings,
         endpoint_ca,
+        proxy,
         service,
         file,
     } = login;
@@ -78,20 +91,49 @@ pub(crate) async fn login(login: Login) -> Result<String, LoginError> {
     let path = file.clone();
     let stored = tokio::task::spawn_blocking({
         let settings = settings.clone();
-        move || store(&path, service.as_deref(), &settings, endpoint_ca.as_deref())
+        move || {
+            let proxy = proxy.as_ref().and_then(ProxyChoice::reveal);
+            let ca = endpoint_ca.as_deref();
+            store(&path, service.as_deref(), &settings, ca, proxy)
+        }
     });
     stored
         .await
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
-    let with = if settings.token.is_some() {
-        "and its token are"
+    let (stored, needs) = if settings.token.is_some() {
+        ("and its token are stored", "")
     } else {
-        "is (it needs no token)"
+        ("is stored", " (it needs no token)")
     };
     Ok(format!(
-        "{} {with} stored in {}; now: ttf http 3000",
+        "{} {stored} in {}{needs}; now: ttf http 3000",
         settings.endpoint,
         file.display()
+    ))
+}
+
+/// Forgets what a login has stored. Returns what to tell the user.
+///
+/// # Errors
+/// If the file cannot be read or written.
+pub(crate) fn logout(logout: &Logout) -> Result<String, LoginError> {
+    let path = &logout.file;
+    let name = path.display();
+    let before = read(path)?;
+    let service = logout.service.as_deref();
+    let (after, endpoint) = without_login(&before, service).ok_or_else(|| LoginError::Content {
+        path: name.to_string(),
+    })?;
+    if after == before {
+        return Ok(format!("{name} has no endpoint and no token"));
+    }
+    write(path, &after).map_err(|source| LoginError::Unwritable {
+        path: name.to_string(),
+        source,
+    })?;
+    let endpoint = endpoint.as_deref().unwrap_or("the service");
+    Ok(format!(
+        "{endpoint} and its token are no longer stored in {name}; the token is valid until the service's operator revokes it (`tunnel-admin revoke-token`)"
     ))
 }
 
@@ -121,26 +163,56 @@ fn store(
     service: Option<&str>,
     settings: &Settings,
     endpoint_ca: Option<&Path>,
+    proxy: Option<&str>,
 ) -> Result<(), LoginError> {
     let name = || path.display().to_string();
     let unwritable = |source| LoginError::Unwritable {
         path: name(),
         source,
     };
-    let before = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-        Err(error) => return Err(unwritable(error)),
-    };
+    let before = read(path)?;
     let content = || LoginError::Content { path: name() };
     // A later start may be in another directory.
     let endpoint_ca = endpoint_ca
         .map(std::path::absolute)
         .transpose()
         .map_err(unwritable)?;
-    let after =
-        with_login(&before, service, settings, endpoint_ca.as_deref()).ok_or_else(content)?;
+    let after = with_login(&before, service, settings, endpoint_ca.as_deref(), proxy)
+        .ok_or_else(content)?;
     write(path, &after).map_err(unwritable)
+}
+
+/// The file's text, which is empty if there is no file.
+fn read(path: &Path) -> Result<String, LoginError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(text),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        Err(source) => Err(LoginError::Unwritable {
+            path: path.display().to_string(),
+            source,
+        }),
+    }
+}
+
+/// The file's text without what belongs to a login, and the endpoint that it had. `None` as for [`with_login`].
+fn without_login(text: &str, service: Option<&str>) -> Option<(String, Option<String>)> {
+    let mut document: DocumentMut = text.parse().ok()?;
+    let endpoint = |table: &Table| Some(table.get("endpoint")?.as_str()?.to_owned());
+    let had = match service {
+        None => {
+            let table = document.as_table_mut();
+            let had = endpoint(table);
+            for key in ["endpoint", "token", "endpoint_ca"] {
+                table.remove(key);
+            }
+            had
+        }
+        Some(service) => {
+            let services = document.get_mut("services")?.as_table_mut()?;
+            services.remove(service)?.as_table().and_then(endpoint)
+        }
+    };
+    Some((document.to_string(), had))
 }
 
 /// The file's text with what belongs to the login, and all else as it was. `None` if it is not TOML, or has something else in its
@@ -150,6 +222,7 @@ fn with_login(
     service: Option<&str>,
     settings: &Settings,
     endpoint_ca: Option<&Path>,
+    proxy: Option<&str>,
 ) -> Option<String> {
     let mut document: DocumentMut = text.parse().ok()?;
     let table = match service {
@@ -176,6 +249,10 @@ fn with_login(
             // It belonged to an earlier login.
             None => table.remove(key),
         };
+    }
+    // This is a matter of the network, and not of the login: the one that is there stays.
+    if let Some(proxy) = proxy {
+        table.insert("proxy", toml_edit::value(proxy));
     }
     Some(document.to_string())
 }
@@ -227,14 +304,15 @@ mod tests {
             None,
             &settings("https://t.example.com", Some("one")),
             None,
+            None,
         );
         let first = first.expect("a file");
         assert_eq!(
             first,
             "# mine\ntarget = 3000 # the app\nendpoint = \"wss://t.example.com/_ws\"\ntoken = \"one\"\n\n[tunnels.web]\ntarget = 1\n"
         );
-        let again =
-            with_login(&first, None, &settings("127.0.0.1:8080", None), None).expect("a file");
+        let again = with_login(&first, None, &settings("127.0.0.1:8080", None), None, None)
+            .expect("a file");
         assert!(
             !again.contains("token") && again.contains("ws://127.0.0.1:8080/_ws"),
             "{again}"
@@ -244,12 +322,13 @@ mod tests {
             Some("work"),
             &settings("https://w.example.com", Some("two")),
             Some(Path::new("/etc/w.pem")),
+            Some("http://al:hunter2@proxy:3128"),
         );
         let named = named.expect("a file");
         assert!(named.starts_with(&first), "{named}");
         assert!(
             named.ends_with(
-                "[services.work]\nendpoint = \"wss://w.example.com/_ws\"\ntoken = \"two\"\nendpoint_ca = \"/etc/w.pem\"\n"
+                "[services.work]\nendpoint = \"wss://w.example.com/_ws\"\ntoken = \"two\"\nendpoint_ca = \"/etc/w.pem\"\nproxy = \"http://al:hunter2@proxy:3128\"\n"
             ),
             "{named}"
         );
@@ -258,16 +337,42 @@ mod tests {
             Some("work"),
             &settings("https://w.example.com", None),
             None,
+            None,
         );
-        assert!(again.expect("a file").ends_with("w.example.com/_ws\"\n"));
+        let again = again.expect("a file");
+        assert!(
+            again.ends_with("w.example.com/_ws\"\nproxy = \"http://al:hunter2@proxy:3128\"\n"),
+            "{again}"
+        );
         let settings = settings("127.0.0.1:8080", None);
         for spoilt in ["nonsense", "services = 3\n", "services.work = 3\n"] {
             assert_eq!(
-                with_login(spoilt, Some("work"), &settings, None),
+                with_login(spoilt, Some("work"), &settings, None, None),
                 None,
                 "{spoilt}"
             );
         }
+    }
+
+    #[test]
+    fn a_logout_forgets_what_belongs_to_its_service_and_nothing_else() {
+        let text = "target = 3000 # the app\nendpoint = 'wss://t.example.com'\ntoken = 'one'\n\n\
+                    [services.work]\nendpoint = 'wss://w.example.com'\ntoken = 'two'\n\n[tunnels.web]\ntarget = 1\n";
+        let (after, endpoint) = without_login(text, None).expect("a file");
+        assert_eq!(endpoint.as_deref(), Some("wss://t.example.com"));
+        assert_eq!(
+            after,
+            "target = 3000 # the app\n\n\
+             [services.work]\nendpoint = 'wss://w.example.com'\ntoken = 'two'\n\n[tunnels.web]\ntarget = 1\n"
+        );
+        let (after, endpoint) = without_login(&after, Some("work")).expect("a file");
+        assert_eq!(endpoint.as_deref(), Some("wss://w.example.com"));
+        assert_eq!(
+            after,
+            "target = 3000 # the app\n\n[tunnels.web]\ntarget = 1\n"
+        );
+        assert_eq!(without_login(&after, None), Some((after.clone(), None)));
+        assert_eq!(without_login("nonsense", None), None);
     }
 
     #[cfg(unix)]
@@ -278,8 +383,8 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("ttf/config.toml");
         let settings = settings("https://t.example.com", Some("one"));
-        store(&file, None, &settings, None).expect("stored");
-        store(&file, Some("work"), &settings, None).expect("stored");
+        store(&file, None, &settings, None, None).expect("stored");
+        store(&file, Some("work"), &settings, None, None).expect("stored");
         let mode = |path: &Path| fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
         assert_eq!(mode(&file), 0o600);
         assert_eq!(mode(file.parent().expect("a directory")), 0o700);

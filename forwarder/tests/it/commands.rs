@@ -32,6 +32,58 @@ async fn after_a_login_a_tunnel_needs_no_endpoint() {
 }
 
 #[tokio::test]
+async fn a_logout_forgets_what_a_login_has_stored() {
+    let home = tempfile::tempdir().expect("a directory");
+    let service = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
+    let endpoint = &service.endpoint;
+    for arguments in [
+        &["login", endpoint, "--token", "hunter2"][..],
+        &["login", endpoint, "--service", "work"],
+    ] {
+        let login = ttf(home.path(), arguments).await;
+        assert_eq!(login.code, Some(0), "{:?}", login.stderr);
+    }
+    let out = ttf(home.path(), &["logout"]).await;
+    assert_eq!(out.code, Some(0), "{:?}", out.stderr);
+    let said = out.stdout.join("\n");
+    assert!(
+        said.starts_with(endpoint) && said.contains("revoke") && !said.contains("hunter2"),
+        "{said}"
+    );
+    let file = home.path().join("ttf/config.toml");
+    let kept = fs::read_to_string(&file).expect("a file");
+    assert_eq!(
+        kept.trim_start(),
+        format!("[services.work]\nendpoint = \"{endpoint}\"\n")
+    );
+    let again = ttf(home.path(), &["logout"]).await;
+    assert_eq!(again.code, Some(0), "{:?}", again.stderr);
+    assert!(
+        again.stdout[0].contains("no endpoint"),
+        "{:?}",
+        again.stdout
+    );
+
+    let unknown = ttf(home.path(), &["logout", "--service", "home"]).await;
+    assert_eq!(unknown.code, Some(2));
+    assert!(
+        unknown.stderr[0].ends_with("they have: work"),
+        "{:?}",
+        unknown.stderr
+    );
+    let work = ttf(home.path(), &["logout", "--service", "work"]).await;
+    assert_eq!(work.code, Some(0), "{:?}", work.stderr);
+    assert_eq!(fs::read_to_string(&file).expect("a file").trim(), "");
+    let none = ttf(home.path(), &["http", "1", "--service", "work"]).await;
+    assert_eq!(none.code, Some(2));
+    assert!(
+        none.stderr[0].contains("ttf login ENDPOINT --service work"),
+        "{:?}",
+        none.stderr
+    );
+}
+
+#[tokio::test]
 async fn a_login_that_is_refused_stores_nothing() {
     let home = tempfile::tempdir().expect("a directory");
     for (status, code) in [("401 Unauthorized", 3), ("404 Not Found", 1)] {
