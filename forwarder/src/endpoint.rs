@@ -21,6 +21,11 @@ pub enum EndpointError {
     /// The host or port cannot be.
     #[error("an endpoint must be an address such as wss://tunnel.example.com/_ws: {0}")]
     Authority(#[from] AuthorityError),
+    /// Not where the service is, but what it asks for.
+    #[error(
+        "that looks like a token; the endpoint is the service's address: `ttf login ENDPOINT --token TOKEN`"
+    )]
+    Token,
     /// A token would travel unencrypted.
     #[error(
         "an unencrypted endpoint (ws:// or http://) is allowed only on this machine: use wss://"
@@ -100,6 +105,9 @@ impl FromStr for Endpoint {
 
     /// Takes a WebSocket address, and a service's public URL: with `https` for `wss`, or without a scheme.
     fn from_str(text: &str) -> Result<Self, EndpointError> {
+        if is_like_a_token(text) {
+            return Err(EndpointError::Token);
+        }
         let mut parts = with_scheme(text)?
             .parse::<Uri>()
             .map_err(|_| EndpointError::Address)?
@@ -131,6 +139,14 @@ impl FromStr for Endpoint {
             .map(Self)
             .map_err(|_| EndpointError::Address)
     }
+}
+
+/// Whether a text is a token of a service of its own, or a JWT. No host has such a name, and a resolver must not be asked for it.
+pub(crate) fn is_like_a_token(text: &str) -> bool {
+    let is_own = text.strip_prefix("ttf_").is_some_and(|rest| {
+        !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_alphanumeric())
+    });
+    is_own || (text.starts_with("eyJ") && text.len() > 20)
 }
 
 /// A host alone is `https://host`, and on this machine `http://host`.
@@ -183,6 +199,17 @@ mod tests {
         for text in ["ws://10.0.0.1/", "http://t.example.com", "ws://x/_ws"] {
             assert_eq!(parsed(text), Err(EndpointError::Unencrypted), "{text}");
         }
+    }
+
+    #[test]
+    fn a_token_is_not_looked_up_as_a_host() {
+        for text in [
+            "ttf_0123456789abcdef",
+            "eyJhbGciOiJIUzI1NiJ9.eyJhIjoxfQ.c2ln",
+        ] {
+            assert_eq!(parsed(text), Err(EndpointError::Token), "{text}");
+        }
+        assert_eq!(parsed("ttf_"), Ok("wss://ttf_/_ws".to_owned()));
     }
 
     #[test]

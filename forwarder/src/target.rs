@@ -112,7 +112,7 @@ impl Target {
     }
 }
 
-/// A text that can only be a path: `./dist`, `/srv/www`, `file:///srv/www`, or the name of a directory that is there.
+/// A text that can only be a path: `./dist`, `/srv/www`, `file:///srv/www`, `index.html`, or the name of a directory that is there.
 fn directory(text: &str) -> Option<&Path> {
     if let Some(path) = text.strip_prefix("file://") {
         return Some(Path::new(path));
@@ -125,7 +125,10 @@ fn directory(text: &str) -> Option<&Path> {
             .any(|start| text.starts_with(start));
     let is_name =
         !text.is_empty() && !text.bytes().all(|byte| byte.is_ascii_digit()) && !text.contains(':');
-    (is_path || (is_name && path.is_dir())).then_some(path)
+    let is_page = path
+        .extension()
+        .is_some_and(|extension| extension == "html" || extension == "htm");
+    (is_path || (is_name && (path.is_dir() || is_page))).then_some(path)
 }
 
 impl Default for Target {
@@ -240,6 +243,7 @@ mod tests {
             ("file:///does/not/exist", TargetError::Directory),
             ("./does-not-exist", TargetError::Directory),
             ("/etc/hosts", TargetError::Directory),
+            ("index.html", TargetError::Directory),
             ("0", AuthorityError::Port.into()),
             ("70000", AuthorityError::Port.into()),
             ("127.0.0.1:99999", AuthorityError::Port.into()),

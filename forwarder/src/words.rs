@@ -8,10 +8,10 @@ use clap::{
 };
 use tunnel_config::closest;
 
-use crate::args::Cli;
+use crate::{args::Cli, endpoint};
 
 /// Flags of other tunnels that have no counterpart of the same meaning here, and what there is instead.
-const FLAGS: [(&[&str], &str); 18] = [
+const FLAGS: [(&[&str], &str); 23] = [
     (
         &[
             "--oauth",
@@ -50,6 +50,7 @@ const FLAGS: [(&[&str], &str); 18] = [
             "--remote-addr",
             "--local-port",
             "--local-ip",
+            "--local-host",
             "--crt",
             "--key",
         ],
@@ -75,6 +76,10 @@ const FLAGS: [(&[&str], &str); 18] = [
             "--traffic-policy-url",
             "--policy-file",
             "--circuit-breaker",
+            "--ua-filter-allow",
+            "--ua-filter-deny",
+            "--user-agent-filter-allow",
+            "--user-agent-filter-deny",
         ],
         "is not supported; visitor rules are --basic-auth, --allow, --deny and --require-header",
     ),
@@ -140,8 +145,28 @@ const FLAGS: [(&[&str], &str); 18] = [
         "is not needed: requests in progress have 10 seconds after Ctrl-C or SIGTERM",
     ),
     (
-        &["--open", "-o", "--qr", "--print-requests"],
-        "is not needed: the URL is printed on stdout, and each request on stderr",
+        &["--print-requests"],
+        "is not needed: each request has a line on stderr",
+    ),
+    (
+        &["--open", "-o", "--qr", "--qrcode"],
+        "is not needed: on a terminal, the key o opens the URL in a browser and s shows it as a QR code",
+    ),
+    (
+        &["--json"],
+        "is not supported here: `--log-format json` makes the agent's lines JSON, and `ttf status` always prints JSON",
+    ),
+    (
+        &["--host", "--server", "--server-addr"],
+        "is --endpoint here, the address of the service",
+    ),
+    (
+        &["--custom-domain", "--custom-domains", "--sd"],
+        "is not supported: the service decides the domain of its tunnels, and --tunnel-id the first part",
+    ),
+    (
+        &["--none"],
+        "is not supported: an agent without tunnels has nothing to do",
     ),
     (
         &[
@@ -157,10 +182,19 @@ const FLAGS: [(&[&str], &str); 18] = [
 ];
 
 /// Commands of other tunnels, and what there is instead.
-const COMMANDS: [(&[&str], &str); 9] = [
+const COMMANDS: [(&[&str], &str); 15] = [
     (
         &[
-            "tcp", "tls", "udp", "stcp", "sudp", "xtcp", "ssh", "smb", "rdp",
+            "tcp",
+            "tls",
+            "udp",
+            "stcp",
+            "sudp",
+            "xtcp",
+            "ssh",
+            "smb",
+            "rdp",
+            "proxy-dns",
         ],
         "tunnels carry HTTP alone: `ttf http TARGET`",
     ),
@@ -172,18 +206,21 @@ const COMMANDS: [(&[&str], &str); 9] = [
             "signin",
             "enable",
             "register",
+            "init",
+            "setup",
+            "configure",
         ],
         "`ttf login ENDPOINT --token TOKEN` stores a token",
     ),
     (
         &[
             "tunnel", "local", "share", "expose", "serve", "funnel", "run", "open", "forward",
-            "up", "https", "tcpmux", "client",
+            "up", "https", "tcpmux", "client", "connect", "listen",
         ],
         "`ttf http TARGET` opens a tunnel, and `ttf start --all` those of the config file",
     ),
     (
-        &["update", "upgrade"],
+        &["update", "upgrade", "self-update"],
         "ttf never updates itself: install a newer version in its place",
     ),
     (
@@ -191,21 +228,47 @@ const COMMANDS: [(&[&str], &str); 9] = [
         "the public side is another program: tunnel-local, or the functions on AWS",
     ),
     (
-        &["list", "ls", "ps", "tunnels"],
+        &["list", "ls", "ps", "tunnels", "endpoints", "info"],
         "`ttf status ID` says how a tunnel is, and `tunnel-admin list-tunnels` lists those of a service",
     ),
     (
         &[
-            "stop", "down", "delete", "disable", "logout", "route", "create",
+            "stop", "down", "delete", "disable", "cleanup", "restart", "kill", "quit", "exit",
         ],
-        "a tunnel ends with its agent; `ttf release ID` gives up its name",
+        "a tunnel ends with its agent (Ctrl-C, or `ttf service stop`), and `ttf release ID` gives up its name",
+    ),
+    (
+        &["create", "route", "reserve"],
+        "the first use of a name claims it: `ttf http TARGET --tunnel-id NAME`",
+    ),
+    (
+        &["logs", "tail", "inspect", "requests"],
+        "each request has a line on stderr (--log FILE for a file), and the inspector is at http://127.0.0.1:4040 while a tunnel is open",
+    ),
+    (
+        &["install", "uninstall", "daemon"],
+        "`ttf service install` keeps tunnels open in the background",
+    ),
+    (
+        &[
+            "doctor", "diag", "check", "test", "ping", "netcheck", "whoami",
+        ],
+        "`ttf diagnose` tries the endpoint and the token that are stored, and the way to them",
+    ),
+    (
+        &["access"],
+        "visitors can be held to passwords (--basic-auth), networks (--allow, --deny) and secret headers (--require-header)",
+    ),
+    (
+        &["token"],
+        "`tunnel-admin create-token NAME` makes one on the service's side, and `ttf login ENDPOINT --token TOKEN` stores it",
     ),
     (
         &["api", "credits", "dashboard", "web"],
         "there is no account to manage: the service is yours",
     ),
     (
-        &["reload", "verify", "validate"],
+        &["reload", "verify", "validate", "ingress"],
         "`ttf config check` checks the config files; the agent reads them when it starts",
     ),
 ];
@@ -222,6 +285,7 @@ pub(crate) fn read(arguments: &[OsString]) -> Result<Cli, clap::Error> {
         return Cli::try_parse_from([program.clone(), "-V".into()]);
     }
     let arguments = &with_two_dashes(arguments);
+    let answer = |error| answer(error, arguments);
     let cli = Cli::try_parse_from(arguments).map_err(answer)?;
     let Some(words) = cli.unknown_command() else {
         return Ok(cli);
@@ -232,8 +296,7 @@ pub(crate) fn read(arguments: &[OsString]) -> Result<Cli, clap::Error> {
         arguments.insert(arguments.len() - words.len(), "http".into());
         return Cli::try_parse_from(arguments).map_err(answer);
     }
-    let word = word.to_string_lossy();
-    Err(Cli::command().error(ErrorKind::InvalidSubcommand, about_command(&word)))
+    Err(Cli::command().error(ErrorKind::InvalidSubcommand, about_command(words)))
 }
 
 /// `-subdomain=x` is `--subdomain=x`: programs written in Go, such as ngrok 2, take one dash for two.
@@ -275,11 +338,30 @@ fn is_like_a_target(word: &str) -> bool {
         || Path::new(word).is_dir()
 }
 
-fn about_command(word: &str) -> String {
-    if let Some((_, answer)) = COMMANDS.iter().find(|(words, _)| words.contains(&word)) {
+fn about_command(words: &[OsString]) -> String {
+    let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+    let word = words.first().map_or("", AsRef::as_ref);
+    let elsewhere = |word: &str| COMMANDS.iter().find(|(words, _)| words.contains(&word));
+    let command = Cli::command();
+    let is_ours = |word: &str| {
+        command
+            .get_subcommands()
+            .any(|ours| ours.get_name() == word)
+    };
+    // With cloudflared, most commands come after this one.
+    if word == "tunnel"
+        && let Some(next) = words[1..].iter().find(|word| !word.starts_with('-'))
+    {
+        if is_ours(next) {
+            return format!("there is no command 'tunnel': it is `ttf {next}` here");
+        }
+        if let Some((_, answer)) = elsewhere(next) {
+            return format!("there is no command 'tunnel {next}': {answer}");
+        }
+    }
+    if let Some((_, answer)) = elsewhere(word) {
         return format!("there is no command '{word}': {answer}");
     }
-    let command = Cli::command();
     let known = command.get_subcommands().map(clap::Command::get_name);
     match closest(word, known) {
         Some(meant) => format!("there is no command '{word}'; did you mean '{meant}'?"),
@@ -288,7 +370,7 @@ fn about_command(word: &str) -> String {
 }
 
 /// Says what there is instead of what a command line has, and takes back what clap suggests wrongly.
-fn answer(mut error: clap::Error) -> clap::Error {
+fn answer(mut error: clap::Error, arguments: &[OsString]) -> clap::Error {
     let text = |error: &clap::Error, kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.clone()),
         _ => None,
@@ -296,22 +378,58 @@ fn answer(mut error: clap::Error) -> clap::Error {
     if error.kind() == ErrorKind::UnknownArgument
         && let Some(flag) = text(&error, ContextKind::InvalidArg)
     {
-        if let Some((_, answer)) = FLAGS
-            .iter()
-            .find(|(flags, _)| flags.contains(&flag.as_str()))
-        {
-            let message = format!("'{flag}' {answer}");
+        // frp has underscores.
+        let name = flag.replace('_', "-");
+        let elsewhere = FLAGS.iter().find(|(flags, _)| flags.contains(&&*name));
+        let message = match elsewhere {
+            Some((_, answer)) => Some(format!("'{flag}' {answer}")),
+            None if flag.starts_with('-') => None,
+            None => about_word_too_many(arguments),
+        };
+        if let Some(message) = message {
             return Cli::command().error(ErrorKind::UnknownArgument, message);
         }
         // "to pass '--x' as a value, use '-- --x'": no value of ours begins with a dash.
         error.remove(ContextKind::Suggested);
     }
-    // An address with a password in it is a mistake that must not end up in a terminal's history or a log.
-    if text(&error, ContextKind::InvalidValue).is_some_and(|value| value.contains('@')) {
+    if error.kind() == ErrorKind::InvalidSubcommand
+        && let Some(word) = text(&error, ContextKind::InvalidSubcommand)
+    {
+        let message = if arguments.iter().any(|argument| argument == "service") {
+            format!(
+                "there is no `ttf service {word}`; there are install, which also starts it again with other files, uninstall, start, stop and status"
+            )
+        } else {
+            about_command(&[word.into()])
+        };
+        return Cli::command().error(ErrorKind::InvalidSubcommand, message);
+    }
+    // An address with a password in it, or a token in place of one, must not end up in a log.
+    let is_secret = |value: String| value.contains('@') || endpoint::is_like_a_token(&value);
+    if text(&error, ContextKind::InvalidValue).is_some_and(is_secret) {
         let hidden = ContextValue::String("(not shown)".to_owned());
         error.insert(ContextKind::InvalidValue, hidden);
     }
     error
+}
+
+/// What to say of a second word where a command takes one. It is not repeated, as it may be a token.
+fn about_word_too_many(arguments: &[OsString]) -> Option<String> {
+    let command = arguments
+        .iter()
+        .skip(1)
+        .find(|argument| !argument.to_string_lossy().starts_with('-'))?;
+    let answer = match command.to_str()? {
+        word if word == "http" || is_like_a_target(word) => {
+            "`ttf http` takes one target: several tunnels stand in the config file, for `ttf start`"
+        }
+        "login" => "`ttf login` takes one word, the endpoint: `ttf login ENDPOINT --token TOKEN`",
+        "service" => {
+            "`ttf service` takes no token: it uses the one that `ttf login ENDPOINT --token TOKEN` stores"
+        }
+        _ => return None,
+    };
+    Some(answer.to_owned())
 }
 
 #[cfg(test)]
@@ -381,6 +499,24 @@ mod tests {
             ("ttf tunnel --url http://localhost:3000", "ttf http TARGET"),
             ("ttf share", "ttf http TARGET"),
             ("ttf update", "never updates itself"),
+            ("ttf tunnel login", "`ttf login` here"),
+            ("ttf tunnel list", "tunnel-admin list-tunnels"),
+            ("ttf tunnel delete x", "ttf release ID"),
+            ("ttf tunnel create x", "--tunnel-id NAME"),
+            ("ttf tunnel --config x.yml run", "ttf http TARGET"),
+            ("ttf logs", "http://127.0.0.1:4040"),
+            ("ttf doctor", "ttf diagnose"),
+            ("ttf setup", "ttf login"),
+            ("ttf help tcp", "HTTP alone"),
+            ("ttf service restart", "stop and status"),
+            ("ttf service install abc", "ttf login ENDPOINT"),
+            ("ttf login token abc", "--token TOKEN"),
+            ("ttf http 3000 4000", "ttf start"),
+            ("ttf 3000 4000", "ttf start"),
+            ("ttf http --local_port 3000", "--target"),
+            ("ttf --host https://localtunnel.me 3000", "--endpoint"),
+            ("ttf start --none", "nothing to do"),
+            ("ttf status --json", "always prints JSON"),
             ("ttf strat --all", "did you mean 'start'?"),
             ("ttf xyzzy", "ttf http 3000"),
             ("ttf -v", env!("CARGO_PKG_VERSION")),
@@ -388,6 +524,11 @@ mod tests {
             let said = refusal(line);
             assert!(said.contains(words), "{line}: {said}");
         }
+        let said = refusal("ttf login ttf_0123456789abcdef");
+        assert!(
+            said.contains("looks like a token") && !said.contains("0123"),
+            "{said}"
+        );
         let said = refusal("ttf http 3000 --tunel-id x");
         assert!(said.contains("--tunnel-id"), "{said}");
         let said = refusal("ttf http 3000 --xyzzy");
