@@ -24,6 +24,7 @@ CARGO_FUZZ := 0.13.2
 #                           EVENT: connect disconnect ready ping http-response body-part agent-error http-v1 http-v2 url
 # make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with direct access
 # make acme                 runs tunnel-local --acme with Pebble, an authority for tests; needs pebble, curl and openssl
+# make proxies              runs ttf where only tinyproxy, squid or microsocks leads out; needs them, iproute2, openssl and root or sudo
 # make inspector            the part of `make web` that looks at the inspector's page
 # make web                  runs dev servers, WebSockets, logging in and the inspector behind the tunnel in headless Chromium
 # make fuzz                 runs each target of fuzz/fuzz_targets for FUZZ_SECONDS; make fuzz-decode runs one of them
@@ -45,7 +46,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than the longest message. For the others, libFuzzer's default of 4,096 bytes is enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-.PHONY: run test check build fmt clippy doc deny smoke archives bench dist tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers acme inspector web chaos fuzz $(FUZZ)
+.PHONY: run test check build fmt clippy doc deny smoke archives bench dist tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers acme proxies inspector web chaos fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -138,6 +139,9 @@ servers: build
 
 acme: build
 	.ci/acme $(BIN)
+
+proxies: build
+	.ci/proxies $(BIN)
 
 inspector: build
 	.ci/web/run $(BIN) inspector.test.js
