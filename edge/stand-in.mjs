@@ -80,7 +80,13 @@ server.on('upgrade', (viewerRequest, viewer, first) => {
     };
     viewer.on('error', () => originRequest.destroy());
     originRequest.on('upgrade', (response, origin, firstOfOrigin) => {
-        viewer.write(`${[...say(response), 'connection: Upgrade', 'upgrade: websocket'].join('\r\n')}\r\n\r\n`);
+        const lines = [...say(response), 'connection: Upgrade', 'upgrade: websocket'];
+        const offered = viewerRequest.headers['sec-websocket-protocol'];
+        // MiniStack leaves out the subprotocol that $connect was answered with.
+        if (offered && !response.headers['sec-websocket-protocol']) {
+            lines.push(`sec-websocket-protocol: ${offered.split(',')[0].trim()}`);
+        }
+        viewer.write(`${lines.join('\r\n')}\r\n\r\n`);
         viewer.write(firstOfOrigin);
         origin.write(first);
         origin.on('error', () => viewer.destroy());

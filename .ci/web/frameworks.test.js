@@ -1,53 +1,15 @@
-// Untouched projects behind the tunnel, in a browser: the page, an edit that shows without a reload, and a route that survives one.
+// Untouched projects behind the tunnel, in a browser.
 
-import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
+import { check } from "./hot_reload.js";
 import { KINDS, startProject } from "./projects.js";
-import { endAll, openBrowser, openPage, openTunnels, startServices } from "./servers.js";
+import { endAll, openBrowser, openTunnels, startServices } from "./servers.js";
 
 let services, browser;
 before(async () => {
   [services, browser] = await Promise.all([startServices(), openBrowser()]);
 });
 after(endAll);
-
-async function check(project, address) {
-  const { page, failures, settle, close } = await openPage(browser);
-  try {
-    return await visit(project, address, page, failures, settle);
-  } finally {
-    project.restore();
-    await close();
-  }
-}
-
-async function visit(project, address, page, failures, settle) {
-  const shows = (text) => page.getByText(text, { exact: false }).first().waitFor();
-  await page.goto(address);
-  await shows(project.text);
-  // Whatever the page still fetches is part of it, and so is the socket over which it hears of edits.
-  await settle();
-  await page.evaluate(() => {
-    window.isSamePage = true;
-  });
-  const edited = performance.now();
-  project.edit();
-  await shows(project.edited);
-  const took = Math.round(performance.now() - edited);
-  assert.equal(await page.evaluate(() => window.isSamePage), true, "the page was reloaded");
-  if (project.link) {
-    await page.getByText(project.link).click();
-    await shows("All about it");
-    await page.reload();
-    await shows("All about it");
-  } else {
-    await page.evaluate(() => history.pushState({}, "", "/some/where"));
-    await page.reload();
-    await shows(project.edited);
-  }
-  assert.deepEqual(failures, []);
-  return took;
-}
 
 for (const name of Object.keys(KINDS)) {
   describe(name, () => {
@@ -58,7 +20,7 @@ for (const name of Object.keys(KINDS)) {
     });
     for (const kind of ["path", "localhost", "subdomain"]) {
       test(`by ${kind}`, async (t) => {
-        const took = await check(project, addresses[kind]);
+        const took = await check(browser, project, addresses[kind]);
         t.diagnostic(`an edit showed after ${took} ms`);
       });
     }
