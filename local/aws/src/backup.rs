@@ -70,6 +70,8 @@ pub fn backup(directory: &Path, file: &Path) -> Result<(), BackupError> {
         return Err(BackupError::NoData(directory.to_owned()));
     }
     let path = directory.join(DATABASE_FILE);
+    // Refuses a link.
+    drop(dynamodb::private_file(&path)?);
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let database =
         Connection::open_with_flags(&path, flags).map_err(|source| BackupError::Copy {
@@ -218,6 +220,49 @@ mod tests {
         assert!(matches!(refused, BackupError::Exists(_)), "{refused}");
         assert!(!target.exists());
         assert!(link.is_symlink(), "it stays");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_in_a_data_directory_lead_nowhere() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (elsewhere, data_directory) = (
+            directory.path().join("elsewhere"),
+            directory.path().join("data"),
+        );
+        let _open = data(&elsewhere);
+        std::fs::create_dir(&data_directory).expect("a directory");
+        let foreign = directory.path().join("foreign");
+        std::fs::write(&foreign, "of somebody else").expect("written");
+        for (name, target) in [
+            (DATABASE_FILE, elsewhere.join(DATABASE_FILE)),
+            ("tunnel.lock", foreign.clone()),
+            ("first-token", foreign.clone()),
+        ] {
+            std::os::unix::fs::symlink(target, data_directory.join(name)).expect("a link");
+        }
+        let copy = directory.path().join("copy");
+        let refusals = [
+            backup(&data_directory, &copy)
+                .expect_err("a link")
+                .to_string(),
+            DirectoryLock::acquire(&data_directory)
+                .expect_err("a link")
+                .to_string(),
+            dynamodb::first_token_file(&data_directory)
+                .expect_err("a link")
+                .to_string(),
+            dynamodb::open(Some(&data_directory))
+                .err()
+                .expect("a link")
+                .to_string(),
+        ];
+        for refusal in refusals {
+            assert!(refusal.contains("it is a symbolic link"), "{refusal}");
+        }
+        assert!(!copy.exists());
+        let untouched = std::fs::read_to_string(&foreign).expect("the file");
+        assert_eq!(untouched, "of somebody else");
     }
 
     #[cfg(unix)]

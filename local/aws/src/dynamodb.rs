@@ -203,7 +203,8 @@ fn create_private(directory: &Path) -> Result<(), DataError> {
         })
 }
 
-/// Opens or creates a file that only its user can read, whatever the directory lets others do.
+/// Opens or creates a file that only its user can read, whatever the directory lets others do. A symbolic link is not followed: root
+/// may use the directory of a server that runs as another user, who must not choose what root changes.
 pub(crate) fn private_file(path: &Path) -> Result<File, DataError> {
     let fault = |source| DataError::File {
         path: path.to_owned(),
@@ -212,8 +213,17 @@ pub(crate) fn private_file(path: &Path) -> Result<File, DataError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false);
     #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let file = options.open(path).map_err(fault)?;
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        let no_follow = rustix::fs::OFlags::NOFOLLOW.bits();
+        options.mode(0o600).custom_flags(no_follow.cast_signed());
+    }
+    let file = options.open(path).map_err(|error| match error {
+        _ if path.is_symlink() => fault(io::Error::other(
+            "it is a symbolic link, which is not followed; the directory may be one",
+        )),
+        error => fault(error),
+    })?;
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
@@ -645,12 +655,15 @@ async fn expire_by(
     Ok(())
 }
 
-/// An error with all its causes.
-fn cause_of(error: &dyn std::error::Error) -> String {
+/// An error with all its causes, but for those that it repeats.
+pub fn cause_of(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        text = format!("{text}: {error}");
+        let cause = error.to_string();
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
         source = error.source();
     }
     text
