@@ -26,6 +26,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
+use tunnel_local_aws::dynamodb::cause_of;
 
 use crate::tls::{TlsError, provider, store::write_secret};
 
@@ -50,7 +51,7 @@ const NO_ACCOUNT: &str = "urn:ietf:params:acme:error:accountDoesNotExist";
 #[derive(Debug, thiserror::Error)]
 pub(super) enum IssueError {
     /// The authority does not answer, or refuses.
-    #[error("{0}")]
+    #[error("{}", cause_of(.0))]
     Authority(#[from] instant_acme::Error),
     /// The authority has looked at a name and found something else than it wanted.
     #[error("the authority could not validate {name}: {reason}")]
@@ -362,5 +363,31 @@ impl ResolvesServerCert for Validations {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.get(hello.server_name()?).cloned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_is_said_why_an_authority_cannot_be_reached() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        drop(listener);
+        let directory = tempfile::tempdir().expect("a directory");
+        let issuer = Issuer {
+            contact: "mailto:admin@example.com".to_owned(),
+            directory_url: format!("https://{address}/dir"),
+            authority: None,
+            dns_hook: None,
+            account_file: directory.path().join("account"),
+            validations: Arc::default(),
+            account: AccountCell::default(),
+        };
+        let names = ["t.example.com".to_owned()];
+        let issued = issuer.issue(&names, &CancellationToken::new()).await;
+        let error = issued.expect_err("nobody is there").to_string();
+        assert!(error.contains("Connection refused"), "{error}");
     }
 }
