@@ -68,13 +68,38 @@ pub(crate) struct Front {
 /// An open connection's place among [`MAX_OPEN_CONNECTIONS`]. It is free when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub(crate) struct ConnectionPermit {
-    _permit: Option<Arc<OwnedSemaphorePermit>>,
+    _place: Option<Arc<Place>>,
+}
+
+/// A place that is taken, and noted as such.
+#[derive(Debug)]
+struct Place {
+    observer: Arc<Observer>,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl ConnectionPermit {
+    /// Of a connection that was accepted.
+    fn new(permit: OwnedSemaphorePermit, observer: &Arc<Observer>) -> Self {
+        observer.metrics.connection_opened();
+        let place = Place {
+            observer: observer.clone(),
+            _permit: permit,
+        };
+        Self {
+            _place: Some(Arc::new(place)),
+        }
+    }
+
     /// Of a connection within this process, which is not counted.
     pub(crate) fn internal() -> Self {
-        Self { _permit: None }
+        Self { _place: None }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.observer.metrics.connection_closed();
     }
 }
 
@@ -98,7 +123,7 @@ pub(crate) async fn listen(
     };
     loop {
         let next = tokio::select! {
-            next = next_connection(&listener, &places, visitors.stopping()) => next,
+            next = next_connection(&listener, &places, &front.observer, visitors.stopping()) => next,
             () = heartbeat.beat() => continue,
         };
         let Some(accepted) = next else {
@@ -122,16 +147,14 @@ pub(crate) async fn listen(
 async fn next_connection(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
+    observer: &Arc<Observer>,
     stopping: &CancellationToken,
 ) -> Option<io::Result<(TcpStream, SocketAddr, ConnectionPermit)>> {
     let accept = async {
         let place = places.clone().acquire_owned().await;
         let place = place.expect("the semaphore is never closed");
         let (stream, peer) = listener.accept().await?;
-        let permit = ConnectionPermit {
-            _permit: Some(Arc::new(place)),
-        };
-        Ok((stream, peer, permit))
+        Ok((stream, peer, ConnectionPermit::new(place, observer)))
     };
     stopping.run_until_cancelled(accept).await
 }
@@ -401,14 +424,18 @@ mod tests {
 
     use super::*;
 
+    fn observer() -> Arc<Observer> {
+        Arc::new(Observer::new(Arc::default(), None, false))
+    }
+
     #[tokio::test]
     async fn while_all_places_are_taken_no_connection_is_accepted_and_stopping_is_seen() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let _waits = TcpStream::connect(address).await.expect("a connection");
         let places = Arc::new(Semaphore::new(0));
-        let stopping = CancellationToken::new();
-        let mut next = Box::pin(next_connection(&listener, &places, &stopping));
+        let (observer, stopping) = (observer(), CancellationToken::new());
+        let mut next = Box::pin(next_connection(&listener, &places, &observer, &stopping));
         assert!(next.as_mut().now_or_never().is_none(), "accepted");
         stopping.cancel();
         let next = tokio::time::timeout(Duration::from_secs(20), next).await;
@@ -424,13 +451,13 @@ mod tests {
             TcpStream::connect(address).await.expect("a connection"),
         ];
         let places = Arc::new(Semaphore::new(1));
-        let stopping = CancellationToken::new();
-        let first = next_connection(&listener, &places, &stopping).await;
+        let (observer, stopping) = (observer(), CancellationToken::new());
+        let first = next_connection(&listener, &places, &observer, &stopping).await;
         let (_stream, _peer, place) = first.expect("not stopped").expect("accepted");
         // An agent's connection holds it beyond the request that opened it.
         let agents = place.clone();
         drop(place);
-        let mut next = Box::pin(next_connection(&listener, &places, &stopping));
+        let mut next = Box::pin(next_connection(&listener, &places, &observer, &stopping));
         assert!(next.as_mut().now_or_never().is_none(), "accepted");
         drop(agents);
         let next = tokio::time::timeout(Duration::from_secs(20), next).await;

@@ -26,7 +26,10 @@ use tunnel_service::{
 };
 
 use super::{AccessLog, Observer, exposition::CONTENT_TYPE, listing, metrics::Readings};
-use crate::{console::escape_json, front::host::HostPolicy};
+use crate::{
+    console::escape_json,
+    front::{host::HostPolicy, listener::MAX_OPEN_CONNECTIONS},
+};
 
 /// A server whose tables do not answer within this time is not ready.
 const TABLES_TIMEOUT: Duration = Duration::from_secs(2);
@@ -93,6 +96,7 @@ async fn check_host(
 async fn metrics(State(api): State<AdminApi>) -> Response {
     let access_log = api.observer.access_log.as_ref();
     let readings = Readings {
+        max_connections: MAX_OPEN_CONNECTIONS,
         agents: api.observer.agent_count(),
         held_body_bytes: api.replies.held_body_bytes(),
         max_body_bytes: MAX_HELD_BODY_BYTES,

@@ -155,6 +155,7 @@ pub(crate) struct Metrics {
     response_bytes: AtomicU64,
     upgraded: AtomicU64,
     upgraded_open: AtomicU64,
+    open_connections: AtomicU64,
     agent_connections: AtomicU64,
     agent_reconnections: AtomicU64,
     agent_ends: Counts<{ ENDS.len() }>,
@@ -175,6 +176,7 @@ struct TunnelCounts {
 /// What is read when the page is asked for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Readings {
+    pub(crate) max_connections: usize,
     pub(crate) agents: usize,
     pub(crate) held_body_bytes: usize,
     pub(crate) max_body_bytes: usize,
@@ -204,6 +206,7 @@ impl Metrics {
             response_bytes: AtomicU64::default(),
             upgraded: AtomicU64::default(),
             upgraded_open: AtomicU64::default(),
+            open_connections: AtomicU64::default(),
             agent_connections: AtomicU64::default(),
             agent_reconnections: AtomicU64::default(),
             agent_ends: Counts::new(&ENDS),
@@ -265,6 +268,16 @@ impl Metrics {
         self.upgraded_open.fetch_sub(1, Relaxed);
     }
 
+    /// A connection was accepted, a visitor's or an agent's.
+    pub(crate) fn connection_opened(&self) {
+        self.open_connections.fetch_add(1, Relaxed);
+    }
+
+    /// A connection has ended.
+    pub(crate) fn connection_closed(&self) {
+        self.open_connections.fetch_sub(1, Relaxed);
+    }
+
     /// An agent has connected, for a tunnel that is new or has had one before.
     pub(crate) fn agent_connected(&self, is_new: bool) {
         self.agent_connections.fetch_add(1, Relaxed);
@@ -298,6 +311,7 @@ impl Metrics {
         self.write_process(&mut page);
         self.write_requests(&mut page);
         self.write_traffic(&mut page);
+        self.write_connections(&mut page, readings);
         self.write_agents(&mut page, readings);
         self.write_tables(&mut page, readings);
         let name = "tunnel_access_log_lost_lines_total";
@@ -376,6 +390,21 @@ impl Metrics {
         ] {
             page.single(name, kind, help, value.load(Relaxed));
         }
+    }
+
+    fn write_connections(&self, page: &mut Page, readings: Readings) {
+        page.single(
+            "tunnel_open_connections",
+            Kind::Gauge,
+            "Connections of visitors and agents that are open.",
+            self.open_connections.load(Relaxed),
+        );
+        page.single(
+            "tunnel_open_connections_max",
+            Kind::Gauge,
+            "Most that may be open; more wait to be accepted.",
+            readings.max_connections,
+        );
     }
 
     fn write_agents(&self, page: &mut Page, readings: Readings) {
@@ -531,6 +560,7 @@ mod tests {
     #[test]
     fn the_documentation_has_every_metric_and_rules_and_dashboard_only_those() {
         let page = Metrics::new(true).page(Readings {
+            max_connections: 0,
             agents: 0,
             held_body_bytes: 0,
             max_body_bytes: 0,

@@ -82,6 +82,25 @@ fn expect(samples: &HashMap<String, f64>, expected: &[(&str, f64)]) {
 }
 
 #[tokio::test]
+async fn open_connections_are_counted_beside_their_limit() {
+    let stack = watched(Options::default()).await;
+    let open = "tunnel_open_connections";
+    let samples = metrics_when(&stack, open, 0.0).await;
+    expect(&samples, &[("tunnel_open_connections_max", 4096.0)]);
+    let mut visitors = Vec::new();
+    for _ in 0..3 {
+        let visitor = TcpStream::connect(stack.address).await;
+        visitors.push(visitor.expect("a connection"));
+    }
+    metrics_when(&stack, open, 3.0).await;
+    let origin = Origin::answering(|_| None).await;
+    let _agent = agent(&stack, &origin).await;
+    metrics_when(&stack, open, 4.0).await;
+    drop(visitors);
+    metrics_when(&stack, open, 1.0).await;
+}
+
+#[tokio::test]
 async fn the_counts_agree_with_the_load_that_was_sent() {
     let stack = watched(Options {
         metrics_per_tunnel: true,
