@@ -448,7 +448,13 @@ async fn inspect_tunnels(
             );
         }
     }
-    serving.spawn(server.run());
+    let noted = tunnel_ids::default_file()
+        .zip(server.loopback_port())
+        .and_then(|(file, port)| tunnel_ids::note_inspector(&file, port));
+    serving.spawn(async move {
+        let _noted = noted;
+        server.run().await
+    });
     Ok((inspector, serving))
 }
 

@@ -1,4 +1,4 @@
-//! `ttf health`: whether the tunnels of the agent that runs on this machine are open, as its inspector says.
+//! `ttf health`: whether the tunnels of the agents that run on this machine are open, as their inspectors say.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use crate::{
     endpoint::Endpoint, handshake::HandshakeError, inspector::InspectAddress, settings::Settings,
-    web_request,
+    tunnel_ids, web_request,
 };
 
 /// How long the agent may take.
@@ -19,11 +19,14 @@ const ONLINE: &str = "online";
 /// Why an agent is not known to be well.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HealthError {
-    /// Nobody can be asked.
+    /// There is nobody to ask.
     #[error(
-        "there is no inspector at a known address to ask: set inspect to a port, for the agent and here"
+        "no agent of this user runs here with an inspector; one of another user, or in another directory, is asked at the address of its inspector, as with --inspect 127.0.0.1:4040"
     )]
-    NoAddress,
+    NoAgent,
+    /// The setting is no address.
+    #[error("{0} is no address of an inspector")]
+    Address(String),
     /// There is no agent, or it does not answer.
     #[error("no agent answers at {address}: {reason}")]
     Silent {
@@ -40,15 +43,33 @@ pub(crate) enum HealthError {
     Offline(String),
 }
 
-/// Asks the agent whose inspector is at this address.
+/// Asks the agent whose inspector is at this address; without one, all agents of this user. What else has the default port, such as
+/// another user's agent, is not asked.
 ///
 /// # Errors
-/// If it does not say that all its tunnels are open.
+/// If one does not say that all its tunnels are open, or there is none.
 pub(crate) async fn check(inspector: &InspectAddress) -> Result<&'static str, HealthError> {
-    let address = inspector.in_use().ok_or(HealthError::NoAddress)?;
-    let endpoint: Endpoint = format!("http://{address}")
-        .parse()
-        .map_err(|_| HealthError::NoAddress)?;
+    let addresses: Vec<String> = match inspector.in_use() {
+        Some(address) => vec![address],
+        None => tunnel_ids::default_file()
+            .iter()
+            .flat_map(|file| tunnel_ids::noted_inspectors(file))
+            .map(|port| format!("127.0.0.1:{port}"))
+            .collect(),
+    };
+    let mut state = Err(HealthError::NoAgent);
+    for address in addresses {
+        state = Ok(ask(address).await?);
+    }
+    state
+}
+
+/// Asks the agent whose inspector is at this address.
+async fn ask(address: String) -> Result<&'static str, HealthError> {
+    let endpoint: Endpoint = match format!("http://{address}").parse() {
+        Ok(endpoint) => endpoint,
+        Err(_) => return Err(HealthError::Address(address)),
+    };
     let settings = Settings::new(endpoint.clone());
     let answer = timeout(
         ANSWER_TIMEOUT,

@@ -1,7 +1,7 @@
 //! Tunnel ids that the service picked, remembered from one run to the next, so that a tunnel keeps its address.
 //!
 //! One file has them all, by endpoint and target. An agent that uses an entry holds a lock beside the file: a second agent with the same
-//! endpoint and target gets an id of its own and remembers nothing. Nothing here is worth a tunnel: what goes wrong is logged.
+//! endpoint and target gets an id of its own and remembers nothing. Other locks say at which ports inspectors are. Nothing here is worth a tunnel: what goes wrong is logged.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -26,6 +26,8 @@ const MAX_LOCK_ATTEMPTS: u32 = 20;
 const LOCK_RETRY_DELAY: Duration = Duration::from_millis(50);
 /// The lock that a writer of the file holds. No entry's lock has this name.
 const WRITE_LOCK: &str = "writing";
+/// The lock that an agent holds while its inspector is at a port, which follows.
+const INSPECTOR_LOCK: &str = "inspector-";
 
 /// What is remembered for one endpoint and target.
 #[derive(Debug)]
@@ -173,7 +175,7 @@ async fn change(file: &Path, edit: impl FnOnce(&mut Vec<Entry>) + Send + 'static
 }
 
 fn rewrite(file: &Path, edit: impl FnOnce(&mut Vec<Entry>)) -> Result<(), TunnelIdStoreError> {
-    let _lock = lock_for_writing(file)?;
+    let _lock = wait_for_lock(file, WRITE_LOCK)?;
     let mut entries = match read(file) {
         Ok(entries) => entries,
         Err(TunnelIdStoreError::Io(error)) => return Err(error.into()),
@@ -206,9 +208,9 @@ fn read(file: &Path) -> Result<Entries, TunnelIdStoreError> {
     Ok(toml::from_slice(&bytes)?)
 }
 
-fn lock_for_writing(file: &Path) -> Result<File, TunnelIdStoreError> {
+fn wait_for_lock(file: &Path, name: &str) -> Result<File, TunnelIdStoreError> {
     for _ in 0..MAX_LOCK_ATTEMPTS {
-        match lock(file, WRITE_LOCK) {
+        match lock(file, name) {
             Ok(lock) => return Ok(lock),
             Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_RETRY_DELAY),
             Err(TryLockError::Error(error)) => return Err(error.into()),
@@ -217,9 +219,39 @@ fn lock_for_writing(file: &Path) -> Result<File, TunnelIdStoreError> {
     Err(TunnelIdStoreError::Busy)
 }
 
+/// Notes beside `file`, until the result is dropped or the process ends, that this user's agent has an inspector at a port of 127.0.0.1.
+pub(crate) fn note_inspector(file: &Path, port: u16) -> Option<File> {
+    let noted = wait_for_lock(file, &format!("{INSPECTOR_LOCK}{port}"));
+    noted
+        .inspect_err(|error| {
+            info!(
+                error = error as &dyn std::error::Error,
+                "`ttf health` will not find the inspector"
+            );
+        })
+        .ok()
+}
+
+/// The ports that are noted beside `file`, in order.
+pub(crate) fn noted_inspectors(file: &Path) -> Vec<u16> {
+    let Ok(entries) = fs::read_dir(locks(file)) else {
+        return Vec::new();
+    };
+    let mut ports: Vec<u16> = entries
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name();
+            let port = name.to_str()?.strip_prefix(INSPECTOR_LOCK)?.parse().ok()?;
+            let is_held = matches!(lock(file, name.to_str()?), Err(TryLockError::WouldBlock));
+            is_held.then_some(port)
+        })
+        .collect();
+    ports.sort_unstable();
+    ports
+}
+
 /// Takes one of the locks beside a file. It is held until the result is dropped, or the process ends however it does.
 fn lock(file: &Path, name: &str) -> Result<File, TryLockError> {
-    let locks = file.with_extension("locks");
+    let locks = locks(file);
     let mut create = fs::DirBuilder::new();
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut create, 0o700);
@@ -235,6 +267,11 @@ fn lock(file: &Path, name: &str) -> Result<File, TryLockError> {
         .map_err(TryLockError::Error)?;
     lock.try_lock()?;
     Ok(lock)
+}
+
+/// The directory of the locks beside a file.
+fn locks(file: &Path) -> PathBuf {
+    file.with_extension("locks")
 }
 
 /// A name that any file system takes. Two that differ only in what is replaced, or beyond what is taken, share a lock: the second

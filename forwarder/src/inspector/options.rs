@@ -34,12 +34,10 @@ pub enum InspectAddress {
 }
 
 impl InspectAddress {
-    /// Where an inspector with this setting is found; `None` if it is off or at any free port. One that has had to take another than the
-    /// default port is not found.
+    /// Where an inspector with this setting is; `None` if it is off or at a port that was free.
     pub(crate) fn in_use(&self) -> Option<String> {
         match self {
-            Self::Default => Some(format!("127.0.0.1:{DEFAULT_PORT}")),
-            Self::Off | Self::At { port: 0, .. } => None,
+            Self::Default | Self::Off | Self::At { port: 0, .. } => None,
             Self::At { host, port } if host.contains(':') => Some(format!("[{host}]:{port}")),
             Self::At { host, port } => Some(format!("{host}:{port}")),
         }

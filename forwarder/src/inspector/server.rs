@@ -1,6 +1,12 @@
 //! The inspector's socket.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -110,6 +116,11 @@ impl Server {
     /// Where the page is.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// The port of 127.0.0.1 that it is at, if that is where it is.
+    pub(crate) fn loopback_port(&self) -> Option<u16> {
+        (self.address.ip() == Ipv4Addr::LOCALHOST).then_some(self.address.port())
     }
 
     /// Serves until it is dropped.

@@ -249,6 +249,45 @@ async fn a_diagnosis_names_each_step_and_fails_if_one_does() {
 }
 
 #[tokio::test]
+async fn health_is_asked_of_this_users_agents_and_of_no_other() {
+    let (mine, other) = (
+        tempfile::tempdir().expect("a directory"),
+        tempfile::tempdir().expect("a directory"),
+    );
+    let path = |home: &tempfile::TempDir| home.path().to_str().expect("a path").to_owned();
+    let open = |home: &str, service: &Service, port: &'static str| {
+        let arguments = ["http", port, "-e", &service.endpoint, "--remember=false"];
+        Ttf::start_in(home, &[&arguments[..], &["--inspect=true"]].concat())
+    };
+    let good = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
+    let mut others = open(&path(&other), &good, "1");
+    others.until_line("online: ").await;
+    let none = ttf(mine.path(), &["health"]).await;
+    assert_eq!(none.code, Some(1));
+    let said = none.stderr.join("\n");
+    assert!(
+        said.starts_with("error: no agent of this user runs here"),
+        "{said}"
+    );
+
+    let bad = Service::refusing("503 Service Unavailable").await;
+    let mut first = open(&path(&mine), &good, "1");
+    first.until_line("online: ").await;
+    let mut second = open(&path(&mine), &bad, "2");
+    second.until_line("inspector: http://").await;
+    let reconnecting = ttf(mine.path(), &["health"]).await;
+    assert_eq!(reconnecting.code, Some(1));
+    assert_eq!(reconnecting.stderr, ["error: the agent is reconnecting"]);
+    second.signal(Signal::TERM);
+    second.ended().await;
+    let online = ttf(mine.path(), &["health"]).await;
+    assert_eq!(
+        (online.code, online.stdout),
+        (Some(0), vec!["online".to_owned()])
+    );
+}
+
+#[tokio::test]
 async fn health_is_what_the_running_agent_says_of_its_tunnels() {
     let home = Path::new("/nonexistent");
     let service = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
