@@ -14,7 +14,7 @@ export const PYTHON = process.env.PYTHON ?? join(import.meta.dirname, "../../.to
 /** Longer than anything takes here; only a test that is about to fail waits for it. */
 export const PATIENCE_MS = 60_000;
 /** The domain that the browser is told to find on this machine. */
-const DOMAIN = "tunnel.test";
+export const DOMAIN = "tunnel.test";
 
 const endings = [];
 
@@ -106,8 +106,8 @@ export async function openBrowser() {
 }
 
 /** A page in a profile of its own, a list of everything that fails in it, and what waits until it has fetched what it needs. */
-export async function openPage(browser) {
-  const context = await browser.newContext();
+export async function openPage(browser, options = {}) {
+  const context = await browser.newContext(options);
   context.setDefaultTimeout(PATIENCE_MS);
   const page = await context.newPage();
   const failures = [];
