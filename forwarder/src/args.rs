@@ -20,6 +20,7 @@ use crate::{
     inspector::InspectOptions,
     log_format::LogFormat,
     login::{Login, Logout},
+    manual,
     settings::{Layer, LayerError, ProcessLayer, Settings},
     status::StatusSubject,
     target::Target,
@@ -213,8 +214,10 @@ pub(crate) enum Action {
     Health,
     /// Try every step.
     Diagnose {
-        /// Of this tunnel.
+        /// To this tunnel's service.
         settings: Box<Settings>,
+        /// And to these local services.
+        targets: Vec<Target>,
         /// For a program.
         json: bool,
     },
@@ -340,14 +343,15 @@ impl Cli {
                 (Action::PrintDocument(completions(shell)), options.process)
             }
             Some(Command::Man { directory: None }) => {
-                let page = manual().map_err(UsageError::Manual)?;
+                let page = manual_page().map_err(UsageError::Manual)?;
                 (Action::PrintDocument(page), options.process)
             }
             Some(Command::Man {
                 directory: Some(directory),
             }) => (Action::WriteManual(directory), options.process),
             Some(Command::Config(command)) => {
-                (command.action(&files, default_file)?, options.process)
+                let action = command.action(&options.layer, &files, default_file)?;
+                (action, options.process)
             }
             command => {
                 let file = ConfigFile::read_all(&files)?;
@@ -380,6 +384,7 @@ impl Cli {
 impl ConfigCommand {
     fn action(
         self,
+        flags: &Layer,
         files: &[PathBuf],
         default_file: Option<PathBuf>,
     ) -> Result<Action, UsageError> {
@@ -390,7 +395,11 @@ impl ConfigCommand {
             }
             Self::Check => {
                 let file = ConfigFile::read_all(files)?;
-                Ok(Action::Print(config_command::check(files, &file)?))
+                if let Some(level) = file.process.log_level.as_deref() {
+                    log_filter(level)?;
+                }
+                let tunnels = checked_tunnels(flags, &file)?;
+                Ok(Action::Print(config_command::check(files, &file, &tunnels)))
             }
             Self::Edit {
                 editor,
@@ -459,8 +468,12 @@ impl Options {
                 Ok(Action::Status(Box::new(settings), subject))
             }
             Some(Command::Diagnose { target, json }) => {
-                let settings = Box::new(one(&flags.with_target(target), "diagnose")?);
-                Ok(Action::Diagnose { settings, json })
+                let flags = flags.with_target(target);
+                Ok(Action::Diagnose {
+                    settings: Box::new(one(&flags, "diagnose")?),
+                    targets: diagnosed_targets(&flags, file),
+                    json,
+                })
             }
             Some(Command::Service { command, options }) => {
                 background(command, options, self.config, default_file, file)
@@ -519,6 +532,17 @@ fn login(
     })))
 }
 
+/// The local service that is named, or else those of the tunnels in the file.
+fn diagnosed_targets(flags: &Layer, file: &ConfigFile) -> Vec<Target> {
+    let named = flags.target();
+    if named.is_some() || file.tunnels.is_empty() {
+        return vec![named.or(file.top.target()).unwrap_or_default()];
+    }
+    let target = |tunnel: &Layer| tunnel.target().or(file.top.target());
+    let targets = file.tunnels.values().map(target);
+    targets.map(Option::unwrap_or_default).collect()
+}
+
 /// The service that is named, if one is; it must be there.
 fn stored_service(flags: &Layer, file: &ConfigFile) -> Result<Option<String>, UsageError> {
     match &flags.service {
@@ -546,7 +570,8 @@ fn background(
     default_file: Option<PathBuf>,
     file: &ConfigFile,
 ) -> Result<Action, UsageError> {
-    if command == BackgroundCommand::Install && every_tunnel(file)?.is_empty() {
+    // What it runs has neither these flags nor this environment.
+    if command == BackgroundCommand::Install && every_tunnel(&Layer::default(), file)?.is_empty() {
         return Err(UsageError::Background(BackgroundError::NoTunnels));
     }
     Ok(Action::Background(Background {
@@ -568,9 +593,9 @@ fn completions(shell: Shell) -> Vec<u8> {
 }
 
 /// The manual page ttf(1).
-fn manual() -> std::io::Result<Vec<u8>> {
+fn manual_page() -> std::io::Result<Vec<u8>> {
     let mut page = Vec::new();
-    clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+    manual::page(Cli::command(), &mut page)?;
     Ok(page)
 }
 
@@ -579,8 +604,7 @@ fn manual() -> std::io::Result<Vec<u8>> {
 /// # Errors
 /// If that is impossible.
 pub(crate) fn write_manual(directory: &Path) -> std::io::Result<()> {
-    std::fs::create_dir_all(directory)?;
-    clap_mangen::generate_to(Cli::command(), directory)
+    manual::pages(Cli::command(), directory)
 }
 
 /// What the flags leave open, from a tunnel's table and what it takes from the rest of the file.
@@ -651,11 +675,29 @@ fn start(
 }
 
 /// Every tunnel of a file, checked.
-pub(crate) fn every_tunnel(file: &ConfigFile) -> Result<Vec<Settings>, UsageError> {
+fn every_tunnel(flags: &Layer, file: &ConfigFile) -> Result<Vec<Settings>, UsageError> {
     if file.tunnels.is_empty() {
         return Ok(Vec::new());
     }
-    start(&Layer::default(), true, Vec::new(), file)
+    let flags = Layer {
+        tunnel_id: None,
+        target: None,
+        url: None,
+        ..flags.clone()
+    };
+    start(&flags, true, Vec::new(), file)
+}
+
+/// The tunnels that the files have for `ttf start`, or the one for `ttf http`. A file may leave its endpoint to others.
+fn checked_tunnels(flags: &Layer, file: &ConfigFile) -> Result<Vec<Settings>, UsageError> {
+    if !file.tunnels.is_empty() {
+        return every_tunnel(flags, file);
+    }
+    match settings_of_one(flags, file, "http") {
+        Ok(settings) => Ok(vec![settings]),
+        Err(UsageError::Settings(LayerError::NoEndpoint)) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
 }
 
 fn first_duplicate(names: &[String]) -> Option<&String> {

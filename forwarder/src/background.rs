@@ -68,14 +68,17 @@ pub(crate) enum BackgroundError {
     )]
     NoManager(io::Error),
     /// It has refused.
-    #[error("the service manager refused: {0}")]
+    #[error("the service manager refused: {}", one_line(.0))]
     Refused(io::Error),
+    /// There is none of this name.
+    #[error("the service {0} is not installed: `ttf service install`")]
+    NotInstalled(String),
     /// What is to be run is not known.
     #[error("cannot find this executable or its files: {0}")]
     Executable(io::Error),
     /// A service without tunnels would end at once.
     #[error(
-        "the config files have no [tunnels.NAME], which the service would open: `ttf config edit`"
+        "the config files have no [tunnels.NAME], which the service would open: write one with `ttf config edit`, such as [tunnels.web] with target = 3000 below it"
     )]
     NoTunnels,
 }
@@ -95,6 +98,18 @@ impl Background {
         };
         manager.set_level(level).map_err(BackgroundError::Refused)?;
         let label: ServiceLabel = name.parse().map_err(BackgroundError::Refused)?;
+        let is_missing = || {
+            let label = label.clone();
+            let status = manager.status(ServiceStatusCtx { label });
+            matches!(status, Ok(ServiceStatus::NotInstalled))
+        };
+        let needs_one = matches!(
+            self.command,
+            BackgroundCommand::Start | BackgroundCommand::Stop | BackgroundCommand::Uninstall
+        );
+        if needs_one && is_missing() {
+            return Err(BackgroundError::NotInstalled(name.clone()));
+        }
         let done = match self.command {
             BackgroundCommand::Install => return self.install(manager.as_ref(), label),
             BackgroundCommand::Uninstall => {
@@ -178,6 +193,19 @@ impl Background {
             .map(std::path::absolute)
             .collect()
     }
+}
+
+/// What a service manager's program has written, which may be several lines.
+fn one_line(error: &io::Error) -> String {
+    let text = error.to_string();
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    let said = lines.join("; ");
+    if said.contains("Failed to connect to bus") {
+        return format!(
+            "{said}; this shell is not in a session of systemd: log in as the user (`machinectl shell USER@`), or use --system"
+        );
+    }
+    said
 }
 
 fn said(name: &str, status: &ServiceStatus) -> String {
@@ -273,6 +301,17 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_service_manager_says_is_one_line() {
+        let refused = |text: &str| BackgroundError::Refused(io::Error::other(text)).to_string();
+        assert_eq!(
+            refused("Failed to start x.service: Unit not found.\n"),
+            "the service manager refused: Failed to start x.service: Unit not found."
+        );
+        let no_session = refused("Failed to connect to bus: No medium found\n");
+        assert!(no_session.contains("--system"), "{no_session}");
+    }
 
     #[test]
     fn a_users_unit_runs_every_tunnel_of_the_files() {

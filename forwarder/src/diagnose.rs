@@ -15,7 +15,7 @@ use crate::{
     dial,
     handshake::{self, Probe},
     settings::Settings,
-    target::TargetTransport,
+    target::{Target, TargetTransport},
     tls,
 };
 
@@ -122,8 +122,8 @@ impl Diagnosis {
     }
 }
 
-/// Tries every step of a tunnel with these settings.
-pub(crate) async fn diagnose(settings: &Settings) -> Diagnosis {
+/// Tries every step of a tunnel with these settings, and these local services.
+pub(crate) async fn diagnose(settings: &Settings, targets: &[Target]) -> Diagnosis {
     let mut diagnosis = Diagnosis(Vec::new());
     let version = env!("CARGO_PKG_VERSION");
     let system = format!(
@@ -158,7 +158,9 @@ pub(crate) async fn diagnose(settings: &Settings) -> Diagnosis {
             diagnosis.add("ping", Verdict::Skipped, "there is no handshake");
         }
     }
-    diagnosis.step("target", target(settings)).await;
+    for target in targets {
+        diagnosis.step("target", reach(target)).await;
+    }
     diagnosis
 }
 
@@ -241,8 +243,7 @@ fn ping(diagnosis: &mut Diagnosis, probe: &Probe) {
     }
 }
 
-async fn target(settings: &Settings) -> Result<((), String), String> {
-    let target = &settings.target;
+async fn reach(target: &Target) -> Result<((), String), String> {
     let refused = |error: std::io::Error| format!("nothing answers at {target}: {error}");
     match &target.transport {
         TargetTransport::Tcp | TargetTransport::Loopback => {

@@ -304,8 +304,12 @@ async fn act(
             let state = health::check(&inspect.address).await;
             stdout.line(state.map_err(|error| failed(&error))?);
         }
-        Action::Diagnose { settings, json } => {
-            let diagnosis = diagnose::diagnose(&settings).await;
+        Action::Diagnose {
+            settings,
+            targets,
+            json,
+        } => {
+            let diagnosis = diagnose::diagnose(&settings, &targets).await;
             if json {
                 stdout.line(&diagnosis.to_json().to_string());
             } else {

@@ -33,6 +33,7 @@ mod liveness;
 mod lock;
 mod log_format;
 mod login;
+mod manual;
 mod named_address;
 mod open_socket;
 mod origin;

@@ -140,6 +140,24 @@ async fn files_are_merged_and_named() {
     assert!(said.contains("tunnel web: http://127.0.0.1:1"), "{said}");
     let path = ttf(home.path(), &["config", "path"]).await;
     assert_eq!(path.stdout, [users]);
+
+    // A check finds what a start would, with the flags of the start.
+    let alone = |name: &str, text: &str| {
+        let file = home.path().join(name);
+        fs::write(&file, text).expect("written");
+        file.display().to_string()
+    };
+    let levels = alone("levels.toml", "log_level = 'loud'\n");
+    let header = alone("header.toml", "header = ['x']\n");
+    for (file, key) in [(&levels, "log_level"), (&header, "header")] {
+        let checked = ttf(home.path(), &["config", "check", "-c", file]).await;
+        assert_eq!(checked.code, Some(2), "{:?}", checked.stdout);
+        assert!(checked.stderr[0].contains(key), "{:?}", checked.stderr);
+    }
+    fs::remove_file(home.path().join("ttf/config.toml")).expect("removed");
+    let flags = ["config", "check", "-c", &projects, "-e", "127.0.0.1:9"];
+    let checked = ttf(home.path(), &flags).await;
+    assert_eq!(checked.code, Some(0), "{:?}", checked.stderr);
 }
 
 #[tokio::test]
@@ -194,7 +212,7 @@ async fn documents_are_printed_whole() {
         (&["completions", "bash"], "complete -F _ttf"),
         (&["completions", "zsh"], "#compdef ttf"),
         (&["completions", "fish"], "complete -c ttf"),
-        (&["man"], ".TH ttf 1"),
+        (&["man"], ".SH \"EXIT STATUS\""),
     ] {
         let ended = ttf(home, arguments).await;
         assert_eq!(ended.code, Some(0), "{arguments:?}");
@@ -285,6 +303,38 @@ async fn health_is_asked_of_this_users_agents_and_of_no_other() {
         (online.code, online.stdout),
         (Some(0), vec!["online".to_owned()])
     );
+}
+
+#[tokio::test]
+async fn a_diagnosis_without_a_target_tries_those_of_the_file() {
+    let service = Service::online("http://t.example.com/my-app", Agent::until_closed).await;
+    let origin = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let open = origin.local_addr().expect("an address").port();
+    // A port that is taken, and at which nobody listens.
+    let socket = TcpSocket::new_v4().expect("a socket");
+    let any = "127.0.0.1:0".parse().expect("an address");
+    socket.bind(any).expect("a port");
+    let closed = socket.local_addr().expect("an address").port();
+    let home = tempfile::tempdir().expect("a directory");
+    let file = home.path().join("tunnels.toml");
+    fs::write(
+        &file,
+        format!("[tunnels.a]\ntarget = {closed}\n[tunnels.b]\ntarget = {open}\n"),
+    )
+    .expect("written");
+    let file = file.to_str().expect("a path");
+    let both = ttf(
+        home.path(),
+        &["diagnose", "-e", &service.endpoint, "-c", file],
+    )
+    .await;
+    let targets: Vec<&str> = both
+        .stdout
+        .iter()
+        .filter(|line| line.contains(" target "))
+        .map(|line| &line[..6])
+        .collect();
+    assert_eq!(targets, ["[FAIL]", "[ OK ]"], "{:?}", both.stdout);
 }
 
 #[tokio::test]
