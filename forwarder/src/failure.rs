@@ -2,6 +2,7 @@
 
 use std::{error::Error, io};
 
+use http::uri::Scheme;
 use hyper_util::client::legacy;
 
 use crate::{
@@ -35,7 +36,16 @@ pub(crate) fn explain(error: &legacy::Error, head: &[u8], target: &Target) -> Or
             };
             OriginError::unavailable("its response is not HTTP", reason)
         }
-        _ => OriginError::unavailable("it closed the connection without a response", None),
+        _ => {
+            // Node's and Python's TLS servers answer plain HTTP with nothing at all.
+            let may_speak_tls = head.is_empty()
+                && target.scheme == Scheme::HTTP
+                && !matches!(target.transport, TargetTransport::Directory(_));
+            let hint = may_speak_tls.then(|| {
+                "it closed the connection without a response; if it speaks TLS, write https:// before the target".to_owned()
+            });
+            OriginError::unavailable("it closed the connection without a response", hint)
+        }
     }
 }
 

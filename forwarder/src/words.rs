@@ -397,7 +397,7 @@ fn answer(mut error: clap::Error, arguments: &[OsString]) -> clap::Error {
     {
         let message = if arguments.iter().any(|argument| argument == "service") {
             format!(
-                "there is no `ttf service {word}`; there are install, which also starts it again with other files, uninstall, start, stop and status"
+                "there is no `ttf service {word}`; there are install (which starts it again with changed files), uninstall, start, stop and status"
             )
         } else {
             about_command(&[word.into()])

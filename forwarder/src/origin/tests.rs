@@ -279,7 +279,7 @@ async fn a_response_that_http_does_not_allow_is_refused_with_its_reason() {
         (b"HTTP/1.1 200 OK\r\ncontent-length: +5\r\n\r\nhello", "its response is not HTTP"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello", "its response is not HTTP"),
         (b"\x15\x03\x01\x00\x02\x02\x46", "it speaks TLS; write https:// before the target"),
-        (b"", "it closed the connection without a response"),
+        (b"", "it closed the connection without a response; if it speaks TLS, write https:// before the target"),
     ] {
         let service = saying(response).await;
         let reason_given = status(&Origin::new(&service.settings()), "GET", "").await;
