@@ -3,16 +3,18 @@
 use std::{
     path::{Path, PathBuf},
     process::{Output, Stdio},
+    time::Duration,
 };
 
 use http::StatusCode;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncBufReadExt, BufReader, Lines},
-    net::UnixDatagram,
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
+    net::{TcpStream, UnixDatagram},
     process::{Child, ChildStderr, Command},
+    time::timeout,
 };
 use tokio_tungstenite::{
     connect_async,
@@ -318,6 +320,58 @@ async fn of_two_sockets_only_the_main_one_gives_signs_of_life() {
         "{told}"
     );
     assert_eq!(told.matches("WATCHDOG=1").count(), 1, "{told}");
+}
+
+/// A visitor on a connection of its own, which is closed after the answer.
+async fn visitor(address: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.expect("a connection");
+    let request = "GET /_health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    let sent = stream.write_all(request.as_bytes()).await;
+    sent.expect("sent");
+    stream
+}
+
+async fn is_served(visitor: &mut TcpStream) -> bool {
+    let mut answer = String::new();
+    let read = within("an answer", visitor.read_to_string(&mut answer)).await;
+    read.is_ok() && answer.starts_with("HTTP/1.1 200 ")
+}
+
+async fn waits(visitor: &mut TcpStream) -> bool {
+    let answer = visitor.read_u8();
+    timeout(Duration::from_millis(300), answer).await.is_err()
+}
+
+#[tokio::test]
+async fn at_most_4096_connections_are_open_at_once_agents_among_them() {
+    let most = getrlimit(Resource::Nofile).maximum;
+    let limit = Rlimit {
+        current: most,
+        maximum: most,
+    };
+    setrlimit(Resource::Nofile, limit).expect("as many files as may be open");
+    let mut server = TunnelLocal::start(&[], &[]);
+    let (visitors, agents) = server.ready().await;
+    let address = visitors.trim_start_matches("http://");
+    let (agent, _) = connect_async(format!("{agents}?tunnel_id=an-agent"))
+        .await
+        .expect("a connection");
+    let mut idle = Vec::new();
+    while idle.len() < 4095 {
+        let connecting = within("a connection", TcpStream::connect(address));
+        idle.push(connecting.await.expect("a connection"));
+    }
+
+    let mut waiting = visitor(address).await;
+    assert!(waits(&mut waiting).await);
+    idle.pop();
+    assert!(is_served(&mut waiting).await, "one has left");
+
+    idle.push(TcpStream::connect(address).await.expect("a connection"));
+    let mut waiting = visitor(address).await;
+    assert!(waits(&mut waiting).await);
+    drop(agent);
+    assert!(is_served(&mut waiting).await, "the agent has left");
 }
 
 #[tokio::test]
