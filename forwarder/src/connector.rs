@@ -13,7 +13,7 @@ use std::{
 };
 
 use http::Uri;
-use hyper::rt::{Read, ReadBuf, ReadBufCursor, Write};
+use hyper::rt::{Read, Write};
 use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::{
     client::legacy::connect::{
@@ -22,7 +22,10 @@ use hyper_util::{
     },
     rt::TokioIo,
 };
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::timeout,
+};
 use tower_service::Service;
 
 use crate::{
@@ -55,7 +58,7 @@ impl Connector {
 }
 
 impl Service<Uri> for Connector {
-    type Response = Recorded<MaybeHttpsStream<TokioIo<OriginSocket>>>;
+    type Response = TokioIo<Recorded<MaybeHttpsStream<TokioIo<OriginSocket>>>>;
     type Error = BoxError;
     type Future = BoxFuture<Self::Response>;
 
@@ -69,7 +72,7 @@ impl Service<Uri> for Connector {
             let stream = timeout(CONNECT_TIMEOUT, connecting)
                 .await
                 .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-            Ok(Recorded::new(stream))
+            Ok(Recorded::wrap(stream))
         })
     }
 }
@@ -222,62 +225,59 @@ impl Recording {
     }
 
     fn read(&mut self, bytes: &[u8]) {
+        if self.is_complete {
+            return;
+        }
         let room = MAX_RECORDED_BYTES - self.head.len();
         self.head.extend_from_slice(&bytes[..bytes.len().min(room)]);
         self.is_complete = self.head.len() == MAX_RECORDED_BYTES || ends_head(&self.head);
     }
 }
 
+/// Whether there is an empty line, where lines may end without CR.
 fn ends_head(bytes: &[u8]) -> bool {
-    bytes.windows(4).any(|four| four == b"\r\n\r\n") || bytes.windows(2).any(|two| two == b"\n\n")
+    let mut lines = bytes.split(|byte| *byte == b'\n');
+    // The last one has no end yet.
+    lines.next_back();
+    lines.skip(1).any(|line| matches!(line, b"" | b"\r"))
 }
 
 /// A connection with its record. Only the beginning of a response is copied.
 pub(crate) struct Recorded<T> {
-    stream: T,
+    stream: TokioIo<T>,
     record: Record,
-    buffer: Vec<u8>,
 }
 
 impl<T> Recorded<T> {
-    fn new(stream: T) -> Self {
-        Self {
-            stream,
+    fn wrap(stream: T) -> TokioIo<Self> {
+        TokioIo::new(Self {
+            stream: TokioIo::new(stream),
             record: Record::default(),
-            buffer: Vec::new(),
-        }
+        })
     }
 }
 
 impl<T: Connection> Connection for Recorded<T> {
     fn connected(&self) -> Connected {
-        self.stream.connected().extra(self.record.clone())
+        let stream = self.stream.inner();
+        stream.connected().extra(self.record.clone())
     }
 }
 
-impl<T: Read + Unpin> Read for Recorded<T> {
+impl<T: Read + Unpin> AsyncRead for Recorded<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        mut cursor: ReadBufCursor<'_>,
+        buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        if this.record.lock().is_complete {
-            // Most connections are idle most of the time.
-            this.buffer = Vec::new();
-            return Pin::new(&mut this.stream).poll_read(cx, cursor);
-        }
-        let room = cursor.remaining().min(MAX_RECORDED_BYTES);
-        this.buffer.resize(room, 0);
-        let mut buffer = ReadBuf::new(&mut this.buffer);
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer.unfilled()))?;
-        this.record.lock().read(buffer.filled());
-        cursor.put_slice(buffer.filled());
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        self.record.lock().read(&buffer.filled()[before..]);
         Poll::Ready(Ok(()))
     }
 }
 
-impl<T: Write + Unpin> Write for Recorded<T> {
+impl<T: Write + Unpin> AsyncWrite for Recorded<T> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -1,6 +1,6 @@
 //! One request: to the local service, and its response back in as few messages as keep it moving.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Response, StatusCode, header};
@@ -14,7 +14,6 @@ use tunnel_protocol::{
 };
 
 use crate::{
-    event::Event,
     inspector::{RecordedStream, Recording},
     open_socket::SocketObserver,
     origin::{Origin, OriginBody, OriginError},
@@ -26,7 +25,7 @@ use crate::{
 };
 
 /// What an exchange needs to know.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Context {
     /// The local service.
     pub origin: Origin,
@@ -76,19 +75,24 @@ impl Context {
     }
 }
 
+/// How an exchange ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// The local service's status, or why there is no whole response.
+    pub outcome: Result<StatusCode, String>,
+    /// How many bytes of the response's body were sent.
+    pub bytes: u64,
+}
+
 /// Carries out one exchange, and returns how it went. `window` allows the parts of the response.
 pub(crate) async fn run(
-    context: Context,
+    context: Arc<Context>,
     message: HttpRequest,
     body: UploadBody,
     window: SendWindow,
     recording: Recording,
-) -> Event {
-    let started = Instant::now();
-    let method = message.method.parse().unwrap_or_default();
-    let uri = message.uri.clone();
+) -> Ended {
     let is_upgrade = message.upgrade.is_some();
-    let visitor = visitor(&message);
     let outgoing = Outgoing::about(&message, &context.outgoing, context.format);
     let mut reply = ResponseSender {
         outgoing: outgoing.clone(),
@@ -106,26 +110,15 @@ pub(crate) async fn run(
             Err(text)
         }
     };
-    let took = started.elapsed();
     recording.finish(&outcome);
     if outcome.is_ok() && !progress.ended().await && context.has_windows && !is_upgrade {
         // Otherwise the service would wait to be allowed more.
         outgoing.window(0).await;
     }
-    Event::Request {
-        method,
-        uri,
+    Ended {
         outcome,
         bytes: reply.bytes,
-        took,
-        visitor,
     }
-}
-
-/// The visitor's address: the service's front alone sets this field.
-pub(crate) fn visitor(message: &HttpRequest) -> Option<String> {
-    let address = message.headers.get("x-forwarded-for")?;
-    address.to_str().ok().map(str::to_owned)
 }
 
 async fn attempt(
@@ -154,10 +147,9 @@ async fn attempt(
             (OriginBody::Whole(first.bytes), None)
         }
     };
-    let request = context.origin.request(&message, body)?;
     let is_head = message.method == "HEAD";
     let mut response = tokio::select! {
-        response = context.origin.call(request) => response?,
+        response = context.origin.call(&message, &addresses, body) => response?,
         () = progress.silent_for(timeout) => return Err(OriginError::new(
             AgentErrorCode::Timeout,
             "the local service took too long",

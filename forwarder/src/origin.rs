@@ -55,7 +55,7 @@ pub struct Origin {
 
 /// A request to the local service.
 #[derive(Debug)]
-pub struct OriginRequest {
+struct OriginRequest {
     head: Parts,
     body: OriginBody,
 }
@@ -150,13 +150,21 @@ impl Origin {
         Addresses::of(request, &self.target, &self.host_header)
     }
 
-    /// Makes a request of a message with its body. Only path and query of its address are the visitor's to choose.
+    /// Looks whether a message can be made a request.
     ///
     /// # Errors
-    /// If the message is not a valid HTTP request.
-    pub fn request(
+    /// If it is not a valid HTTP request.
+    pub(crate) fn check(&self, message: &HttpRequest) -> Result<(), OriginError> {
+        let addresses = self.addresses(message);
+        let body = OriginBody::Whole(Bytes::new());
+        self.request(message, &addresses, body).map(drop)
+    }
+
+    /// Makes a request of a message with its body. Only path and query of its address are the visitor's to choose.
+    fn request(
         &self,
         message: &HttpRequest,
+        addresses: &Addresses,
         body: OriginBody,
     ) -> Result<OriginRequest, OriginError> {
         let invalid = |message| OriginError::new(AgentErrorCode::InvalidRequest, message);
@@ -178,19 +186,25 @@ impl Origin {
             .build()
             .map_err(|_| invalid("its path is not valid"))?;
         let (mut head, ()) = Request::new(()).into_parts();
-        head.headers = self.fields(message, &body, &method);
+        head.headers = self.fields(message, addresses, &body, &method);
         head.method = method;
         head.uri = uri;
         Ok(OriginRequest { head, body })
     }
 
-    fn fields(&self, message: &HttpRequest, body: &OriginBody, method: &Method) -> HeaderMap {
+    fn fields(
+        &self,
+        message: &HttpRequest,
+        addresses: &Addresses,
+        body: &OriginBody,
+        method: &Method,
+    ) -> HeaderMap {
         let mut fields = message.headers.clone();
         remove_hop_by_hop(&mut fields);
         if let Some(protocols) = message.upgrade.as_deref().and_then(headers::text_to_value) {
             upgrade::set(&mut fields, protocols);
         }
-        self.addresses(message).to_own(&mut fields);
+        addresses.to_own(&mut fields);
         self.request_headers.apply(&mut fields);
         fields.append(header::VIA, VIA);
         let said = remove_length(&mut fields);
@@ -209,7 +223,8 @@ impl Origin {
         fields
     }
 
-    /// Calls the local service and returns its response as soon as the head is there.
+    /// Calls the local service with a message's head, whose `addresses` are those of [`Origin::addresses`], and a body, and returns
+    /// the response as soon as its head is there.
     ///
     /// Until the response's body has been read or dropped, it is read on although the service takes no more of the request.
     ///
@@ -217,12 +232,15 @@ impl Origin {
     /// whose body is still at hand, is made once more then, on a new connection.
     ///
     /// # Errors
-    /// If it cannot be reached or does not answer as HTTP requires.
+    /// If the message is not a valid HTTP request, or the service cannot be reached or does not answer as HTTP requires.
     pub async fn call(
         &self,
-        request: OriginRequest,
+        message: &HttpRequest,
+        addresses: &Addresses,
+        body: OriginBody,
     ) -> Result<Response<ResponseBody>, OriginError> {
-        let again = request.again();
+        let request = self.request(message, addresses, body)?;
+        let body_again = request.body_again();
         // What becomes of an upgraded connection is not for another request.
         let client = if request.is_upgrade() {
             &self.fresh
@@ -233,9 +251,10 @@ impl Origin {
             Ok(response) => return Ok(response),
             Err(failed) => failed,
         };
-        match again {
-            Some(request) if failed.was_stale => {
+        match body_again {
+            Some(body) if failed.was_stale => {
                 debug!("a kept connection was closed; the request is sent again");
+                let request = self.request(message, addresses, OriginBody::Whole(body))?;
                 let response = self.attempt(&self.fresh, request).await;
                 response.map_err(|failed| failed.error)
             }
@@ -290,8 +309,8 @@ impl Origin {
 }
 
 impl OriginRequest {
-    /// The same request, if it may be made twice.
-    fn again(&self) -> Option<Self> {
+    /// Its body, if it may be made twice.
+    fn body_again(&self) -> Option<Bytes> {
         let is_idempotent = matches!(
             self.head.method,
             Method::GET
@@ -302,10 +321,7 @@ impl OriginRequest {
                 | Method::DELETE
         );
         match &self.body {
-            OriginBody::Whole(bytes) if is_idempotent => Some(Self {
-                head: self.head.clone(),
-                body: OriginBody::Whole(bytes.clone()),
-            }),
+            OriginBody::Whole(bytes) if is_idempotent => Some(bytes.clone()),
             _ => None,
         }
     }

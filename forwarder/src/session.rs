@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info_span, warn};
 use tunnel_protocol::{
     body::{Part, budget::BodyBudget, window::WindowUpdates},
+    headers::FORWARDED_FOR,
     id::{ConnectionId, RequestId},
     message,
     message::{
@@ -28,7 +29,7 @@ pub use crate::liveness::{PING_MESSAGE_INTERVAL, SOLE_PING_MESSAGE_INTERVAL};
 use crate::{
     Observer,
     event::Event,
-    exchange::{self, Context},
+    exchange::{self, Context, Ended},
     handshake::{Opened, Socket},
     inspector::{Recorder, Recording},
     liveness::{LIVENESS_TICK, Liveness},
@@ -114,20 +115,31 @@ impl RequestLine {
         Self {
             method: request.method.parse().unwrap_or_default(),
             uri: request.uri.clone(),
-            visitor: exchange::visitor(request),
+            // The service's front alone sets this field.
+            visitor: request
+                .headers
+                .get(FORWARDED_FOR)
+                .and_then(|address| address.to_str().ok().map(str::to_owned)),
             started: Instant::now(),
         }
     }
 
-    fn failed(self, message: &str) -> Event {
+    fn ended(self, ended: Ended) -> Event {
         Event::Request {
             method: self.method,
             uri: self.uri,
-            outcome: Err(message.to_owned()),
-            bytes: 0,
+            outcome: ended.outcome,
+            bytes: ended.bytes,
             took: self.started.elapsed(),
             visitor: self.visitor,
         }
+    }
+
+    fn failed(self, message: &str) -> Event {
+        self.ended(Ended {
+            outcome: Err(message.to_owned()),
+            bytes: 0,
+        })
     }
 }
 
@@ -159,13 +171,13 @@ enum Phase {
 /// A connection that serves a tunnel.
 pub struct Session {
     tunnel: TunnelContext,
-    context: Context,
+    context: Arc<Context>,
     connection: ConnectionId,
     stream: SplitStream<Socket>,
     writer: JoinSet<Result<(), tungstenite::Error>>,
     early: Vec<String>,
     requests: HashMap<RequestId, InFlight>,
-    running: JoinSet<(RequestId, Event)>,
+    running: JoinSet<(RequestId, Ended)>,
     refusals: JoinSet<()>,
     liveness: Liveness,
     tick: Interval,
@@ -202,13 +214,13 @@ impl Session {
         let mut tick = interval_at(Instant::now() + LIVENESS_TICK, LIVENESS_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
-            context: Context::new(
+            context: Arc::new(Context::new(
                 &tunnel.settings,
                 &tunnel.origin,
                 &established.features,
                 sender,
                 SocketObserver::new(tunnel.observer.clone(), tunnel.settings.clone()),
-            ),
+            )),
             tunnel,
             connection: established.connection_id,
             stream,
@@ -780,9 +792,9 @@ impl Session {
         });
     }
 
-    fn finish(&mut self, done: Result<(RequestId, Event), tokio::task::JoinError>) {
+    fn finish(&mut self, done: Result<(RequestId, Ended), tokio::task::JoinError>) {
         self.busy = Some(Instant::now());
-        let (id, event) = match done {
+        let (id, ended) = match done {
             Ok(done) => done,
             Err(ended) => {
                 // Aborted, and removed when it was; or ended by a bug, and not removed yet.
@@ -791,8 +803,10 @@ impl Session {
                 return;
             }
         };
-        self.requests.remove(&id);
-        self.observe(event);
+        // Otherwise it was dropped at the same moment, and that was told.
+        if let Some(request) = self.requests.remove(&id) {
+            self.observe(request.line.ended(ended));
+        }
     }
 }
 

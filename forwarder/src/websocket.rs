@@ -2,7 +2,10 @@
 //! the local service like a request; then texts go both ways. What the local service says goes in batches, of which one is on its
 //! way at a time: that keeps it in order.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
@@ -26,8 +29,7 @@ use tunnel_protocol::{
 };
 
 use crate::{
-    event::Event,
-    exchange::{self, Context},
+    exchange::{Context, Ended},
     inspector::Recording,
     origin::{OriginBody, OriginError},
     origin_socket::ResponseBody,
@@ -60,16 +62,13 @@ pub(crate) enum FromVisitor {
 
 /// Carries a visitor's WebSocket to its end, and returns how the handshake went.
 pub(crate) async fn run(
-    context: Context,
+    context: Arc<Context>,
     request: HttpRequest,
     visitor: ConnectionId,
     incoming: mpsc::Receiver<FromVisitor>,
     recording: Recording,
-) -> Event {
+) -> Ended {
     let started = Instant::now();
-    let method = request.method.parse().unwrap_or_default();
-    let uri = request.uri.clone();
-    let address = exchange::visitor(&request);
     let outgoing = Outgoing::about(&request, &context.outgoing, Format::Text);
     let mut carrier = Carrier {
         outgoing: outgoing.clone(),
@@ -95,13 +94,9 @@ pub(crate) async fn run(
         }
     };
     recording.finish(&outcome);
-    Event::Request {
-        method,
-        uri,
+    Ended {
         outcome,
         bytes: carrier.bytes,
-        took: started.elapsed(),
-        visitor: address,
     }
 }
 
@@ -132,14 +127,11 @@ impl Carrier {
     ) -> Result<(StatusCode, Option<Socket>), OriginError> {
         let addresses = context.origin.addresses(request);
         let limit = context.time_limit(request.deadline_ms);
-        let request = context
-            .origin
-            .request(request, OriginBody::Whole(Bytes::new()))?;
-        let mut response = timeout(limit, context.origin.call(request))
-            .await
-            .map_err(|_| {
-                OriginError::new(AgentErrorCode::Timeout, "the local service took too long")
-            })??;
+        let body = OriginBody::Whole(Bytes::new());
+        let call = context.origin.call(request, &addresses, body);
+        let mut response = timeout(limit, call).await.map_err(|_| {
+            OriginError::new(AgentErrorCode::Timeout, "the local service took too long")
+        })??;
         let status = response.status();
         remove_hop_by_hop(response.headers_mut());
         addresses.to_public(status, response.headers_mut());

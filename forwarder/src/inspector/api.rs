@@ -270,11 +270,13 @@ impl Api {
     fn reveal(&self, id: &str, wanted: &RevealRequest) -> Result<Reply, ApiError> {
         let values = self.slot(id)?.read(|exchange| {
             let headers = match (&*wanted.part, &exchange.response) {
-                ("request", _) => Some(&exchange.request.headers),
-                ("response", Some(response)) => Some(&response.headers),
+                ("request", _) => Some(exchange.request.headers.unpack()),
+                ("response", Some(response)) => Some(response.headers.unpack()),
                 _ => None,
             };
-            let values = headers.map(|headers| headers.get_all(wanted.header.as_str()).iter());
+            let values = headers
+                .as_ref()
+                .map(|headers| headers.get_all(wanted.header.as_str()).iter());
             values
                 .into_iter()
                 .flatten()
@@ -368,7 +370,7 @@ fn body(exchange: &RecordedExchange, part: &str) -> Result<ExchangeBody, ApiErro
         }
     };
     Ok(ExchangeBody {
-        headers: headers.clone(),
+        headers: headers.unpack(),
         body: body.clone(),
     })
 }

@@ -36,6 +36,7 @@ pub(crate) fn entry(exchange: &RecordedExchange, masking: &Masking, origin: &str
         .flatten()
         .map(|(name, value)| json!({ "name": name, "value": value }))
         .collect();
+    let request_headers = request.headers.unpack();
     let timings = &exchange.timings;
     let wait = timings.head.or(timings.end).unwrap_or_default();
     let end = timings.end.unwrap_or(wait);
@@ -47,7 +48,7 @@ pub(crate) fn entry(exchange: &RecordedExchange, masking: &Masking, origin: &str
             "url": format!("{}{}", origin.trim_end_matches('/'), request.uri),
             "httpVersion": "HTTP/1.1",
             "cookies": [],
-            "headers": fields(&request.headers, masking),
+            "headers": fields(&request_headers, masking),
             "queryString": query,
             "headersSize": -1,
             "bodySize": request.body.bytes,
@@ -64,10 +65,10 @@ pub(crate) fn entry(exchange: &RecordedExchange, masking: &Masking, origin: &str
         "_state": exchange.state.name(),
     });
     if !request.body.kept.is_empty() {
-        entry["request"]["postData"] = post_data(&request.headers, &request.body);
+        entry["request"]["postData"] = post_data(&request_headers, &request.body);
     }
-    if let Some(visitor) = &exchange.visitor {
-        entry["_visitor"] = visitor.as_str().into();
+    if let Some(visitor) = exchange.visitor() {
+        entry["_visitor"] = visitor.into();
     }
     if let Some(reason) = exchange.state.reason() {
         entry["_error"] = reason.into();
@@ -93,14 +94,15 @@ fn response(response: Option<&RecordedResponse>, masking: &Masking) -> Value {
             "bodySize": -1,
         });
     };
-    let location = response.headers.get(header::LOCATION).map(value_to_text);
+    let headers = response.headers.unpack();
+    let location = headers.get(header::LOCATION).map(value_to_text);
     json!({
         "status": response.status.as_u16(),
         "statusText": response.status.canonical_reason().unwrap_or_default(),
         "httpVersion": "HTTP/1.1",
         "cookies": [],
-        "headers": fields(&response.headers, masking),
-        "content": content(&response.headers, &response.body),
+        "headers": fields(&headers, masking),
+        "content": content(&headers, &response.body),
         "redirectURL": location.unwrap_or_default(),
         "headersSize": -1,
         "bodySize": response.body.bytes,

@@ -21,8 +21,9 @@ use tunnel_protocol::headers::text_to_value;
 
 use super::{
     masking::Masking,
+    packed_fields::PackedFields,
     recorded::{
-        ExchangeId, RecordedBody, RecordedExchange, RecordedRequest, RecordedResponse,
+        self, ExchangeId, RecordedBody, RecordedExchange, RecordedRequest, RecordedResponse,
         ReplaySource, State, Timings,
     },
     store::{Slot, StoreLimits},
@@ -227,7 +228,6 @@ type Fields = Vec<(String, String)>;
 #[derive(Debug, Deserialize, Serialize)]
 struct Head {
     tunnel: String,
-    visitor: Option<String>,
     started_ms: u64,
     method: String,
     uri: String,
@@ -267,16 +267,15 @@ impl Head {
         let timings = &exchange.timings;
         Self {
             tunnel: exchange.tunnel.to_string(),
-            visitor: exchange.visitor.clone(),
             started_ms: millis(started.unwrap_or_default()),
-            method: exchange.request.method.clone(),
-            uri: exchange.request.uri.clone(),
-            request_headers: fields(&exchange.request.headers, masking),
+            method: exchange.request.method.to_string(),
+            uri: exchange.request.uri.to_string(),
+            request_headers: fields(&exchange.request.headers.unpack(), masking),
             request_bytes: exchange.request.body.bytes,
             upgrade: exchange.request.upgrade.clone(),
             status: response.map(|response| response.status.as_u16()),
             response_headers: response
-                .map(|response| fields(&response.headers, masking))
+                .map(|response| fields(&response.headers.unpack(), masking))
                 .unwrap_or_default(),
             response_bytes: response.map_or(0, |response| response.body.bytes),
             transit_us: timings.transit.map(micros),
@@ -312,7 +311,7 @@ impl Head {
             None => None,
             Some(status) => Some(RecordedResponse {
                 status: StatusCode::from_u16(status).ok()?,
-                headers: headers(&self.response_headers)?,
+                headers: PackedFields::of(&headers(&self.response_headers)?),
                 body: RecordedBody {
                     kept: response_body.unwrap_or_default(),
                     bytes: self.response_bytes,
@@ -323,12 +322,11 @@ impl Head {
         Some(RecordedExchange {
             id,
             tunnel: self.tunnel.into(),
-            visitor: self.visitor,
             started: SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(self.started_ms))?,
             request: RecordedRequest {
-                method: self.method,
-                uri: self.uri,
-                headers: headers(&self.request_headers)?,
+                method: recorded::method(&self.method),
+                uri: self.uri.into(),
+                headers: PackedFields::of(&headers(&self.request_headers)?),
                 body: RecordedBody {
                     kept: request_body,
                     bytes: self.request_bytes,

@@ -11,6 +11,7 @@ use tunnel_protocol::headers::value_to_text;
 use super::{
     masking::Masking,
     metrics::Rates,
+    packed_fields::PackedFields,
     recorded::{RecordedBody, RecordedExchange},
     shared::{InspectedTunnel, Shared},
     websocket::{MessageKind, RecordedMessage},
@@ -23,14 +24,15 @@ pub(crate) const REQUESTS: &str = "/api/requests/http";
 pub(crate) fn exchange(exchange: &RecordedExchange, masking: &Masking) -> Value {
     let mut value = summary(exchange);
     let request = &exchange.request;
+    let request_headers = request.headers.unpack();
     value["request"] = json!({
         "method": request.method,
         "proto": "HTTP/1.1",
-        "headers": headers(&request.headers, masking),
+        "headers": headers(&request_headers, masking),
         "uri": request.uri,
         "raw": raw(
             &format!("{} {} HTTP/1.1", request.method, request.uri),
-            &request.headers,
+            &request_headers,
             &request.body,
             masking,
         ),
@@ -40,21 +42,24 @@ pub(crate) fn exchange(exchange: &RecordedExchange, masking: &Masking) -> Value 
     });
     value["response"] = match &exchange.response {
         None => Value::Null,
-        Some(response) => json!({
-            "status": status_line(response.status),
-            "status_code": response.status.as_u16(),
-            "proto": "HTTP/1.1",
-            "headers": headers(&response.headers, masking),
-            "raw": raw(
-                &format!("HTTP/1.1 {}", status_line(response.status)),
-                &response.headers,
-                &response.body,
-                masking,
-            ),
-            "size": response.body.bytes,
-            "kept": response.body.kept.len(),
-            "truncated": response.body.is_cut() && exchange.conversation.is_none(),
-        }),
+        Some(response) => {
+            let response_headers = response.headers.unpack();
+            json!({
+                "status": status_line(response.status),
+                "status_code": response.status.as_u16(),
+                "proto": "HTTP/1.1",
+                "headers": headers(&response_headers, masking),
+                "raw": raw(
+                    &format!("HTTP/1.1 {}", status_line(response.status)),
+                    &response_headers,
+                    &response.body,
+                    masking,
+                ),
+                "size": response.body.bytes,
+                "kept": response.body.kept.len(),
+                "truncated": response.body.is_cut() && exchange.conversation.is_none(),
+            })
+        }
     };
     let timings = &exchange.timings;
     value["timings"] = json!({
@@ -77,13 +82,13 @@ pub(crate) fn summary(exchange: &RecordedExchange) -> Value {
     let request = &exchange.request;
     let response = exchange.response.as_ref();
     let content_type = response
-        .and_then(|response| response.headers.get(header::CONTENT_TYPE))
-        .map(value_to_text);
+        .and_then(|response| response.headers.last(&header::CONTENT_TYPE))
+        .map(|value| value_to_text(&value));
     json!({
         "uri": format!("{REQUESTS}/{}", exchange.id),
         "id": exchange.id,
         "tunnel_name": &*exchange.tunnel,
-        "remote_addr": exchange.visitor.as_deref().unwrap_or_default(),
+        "remote_addr": exchange.visitor().unwrap_or_default(),
         "start": format_rfc3339_millis(exchange.started).to_string(),
         "duration": exchange.timings.end.map_or(0, nanos),
         "state": exchange.state.name(),
@@ -197,9 +202,10 @@ pub(crate) fn field_name(name: &str) -> String {
 /// The fields of an exchange whose values are masked.
 fn masked(exchange: &RecordedExchange, masking: &Masking) -> Vec<String> {
     let responses = exchange.response.iter().map(|response| &response.headers);
-    let mut names: Vec<_> = responses
-        .chain([&exchange.request.headers])
-        .flat_map(HeaderMap::keys)
+    let headers = responses.chain([&exchange.request.headers]);
+    let mut names: Vec<_> = headers
+        .map(PackedFields::unpack)
+        .flat_map(|headers| headers.keys().cloned().collect::<Vec<_>>())
         .filter(|name| masking.hides(name))
         .map(|name| field_name(name.as_str()))
         .collect();

@@ -16,6 +16,7 @@ mod live;
 mod masking;
 mod metrics;
 mod options;
+mod packed_fields;
 mod recorded;
 mod recorder;
 mod replay;

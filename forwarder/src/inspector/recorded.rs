@@ -1,6 +1,7 @@
 //! One exchange as the inspector keeps it: what was sent and received, as far as it is kept, and when.
 
 use std::{
+    borrow::Cow,
     fmt,
     num::ParseIntError,
     str::FromStr,
@@ -8,15 +9,19 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
 use serde::{Serialize, Serializer};
 
-use super::websocket::Conversation;
+use tunnel_protocol::headers::{FORWARDED_FOR, value_to_text};
+
+use super::{packed_fields::PackedFields, websocket::Conversation};
 
 /// What an exchange costs beside its bodies and headers, roughly.
 const RECORD_BYTES: usize = 1024;
-/// What a header field costs beside its text, roughly.
-const FIELD_BYTES: usize = 64;
+/// Methods of which no copy is kept.
+const METHODS: [&str; 9] = [
+    "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH",
+];
 
 /// Identifies a recorded exchange. Later exchanges have greater numbers, also over restarts, and scripts in a browser can count so far.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -122,10 +127,10 @@ impl RecordedBody {
 /// The request of an exchange, as the visitor sent it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RecordedRequest {
-    pub method: String,
+    pub method: Cow<'static, str>,
     /// Path and query.
-    pub uri: String,
-    pub headers: HeaderMap,
+    pub uri: Box<str>,
+    pub headers: PackedFields,
     pub body: RecordedBody,
     /// The protocols that the visitor asked to change to.
     pub upgrade: Option<String>,
@@ -135,7 +140,7 @@ pub(crate) struct RecordedRequest {
 #[derive(Clone, Debug)]
 pub(crate) struct RecordedResponse {
     pub status: StatusCode,
-    pub headers: HeaderMap,
+    pub headers: PackedFields,
     pub body: RecordedBody,
 }
 
@@ -169,8 +174,6 @@ pub(crate) struct RecordedExchange {
     pub id: ExchangeId,
     /// The name of the tunnel.
     pub tunnel: Arc<str>,
-    /// The visitor's address, as the service saw it.
-    pub visitor: Option<String>,
     /// When the request arrived at the agent.
     pub started: SystemTime,
     pub request: RecordedRequest,
@@ -187,14 +190,21 @@ pub(crate) struct RecordedExchange {
 impl RecordedExchange {
     /// What it costs in memory without its bodies, roughly.
     pub(crate) fn base_bytes(&self) -> usize {
-        RECORD_BYTES + self.request.uri.len() + header_bytes(&self.request.headers)
+        RECORD_BYTES + self.request.uri.len() + self.request.headers.bytes()
+    }
+
+    /// The visitor's address: the last one in the list, which the service itself has added.
+    pub(crate) fn visitor(&self) -> Option<String> {
+        let text = value_to_text(&self.request.headers.last(&FORWARDED_FOR)?);
+        let last = text.rsplit(',').next()?.trim();
+        (!last.is_empty()).then(|| last.to_owned())
     }
 }
 
-/// What header fields cost in memory, roughly.
-pub(crate) fn header_bytes(headers: &HeaderMap) -> usize {
-    headers
-        .iter()
-        .map(|(name, value)| name.as_str().len() + value.len() + FIELD_BYTES)
-        .sum()
+/// The name of a method as it is kept.
+pub(crate) fn method(name: &str) -> Cow<'static, str> {
+    match METHODS.into_iter().find(|known| *known == name) {
+        Some(known) => known.into(),
+        None => name.to_owned().into(),
+    }
 }

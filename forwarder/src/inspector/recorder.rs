@@ -12,16 +12,14 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
-use tunnel_protocol::{
-    headers::{FORWARDED_FOR, value_to_text},
-    message::HttpRequest,
-};
+use tunnel_protocol::message::HttpRequest;
 
 use super::{
     metrics::TunnelMetrics,
+    packed_fields::PackedFields,
     recorded::{
-        ExchangeId, RecordedBody, RecordedExchange, RecordedRequest, RecordedResponse,
-        ReplaySource, State, Timings, header_bytes,
+        self, ExchangeId, RecordedBody, RecordedExchange, RecordedRequest, RecordedResponse,
+        ReplaySource, State, Timings,
     },
     shared::Shared,
     store::{ExchangeStore, Slot},
@@ -78,12 +76,11 @@ impl Recorder {
         let slot = recorder.shared.store.insert(RecordedExchange {
             id: ExchangeId(0),
             tunnel: recorder.tunnel.clone(),
-            visitor: visitor(message),
             started: now,
             request: RecordedRequest {
-                method: message.method.clone(),
-                uri: message.uri.clone(),
-                headers: message.headers.clone(),
+                method: recorded::method(&message.method),
+                uri: message.uri.as_str().into(),
+                headers: PackedFields::of(&message.headers),
                 body: RecordedBody::default(),
                 upgrade: message.upgrade.clone(),
             },
@@ -103,14 +100,6 @@ impl Recorder {
             started: Instant::now(),
         })))
     }
-}
-
-/// The visitor's address: the last one in the list, which the service itself has added.
-fn visitor(message: &HttpRequest) -> Option<String> {
-    let value = message.headers.get_all(FORWARDED_FOR).iter().next_back()?;
-    let text = value_to_text(value);
-    let last = text.rsplit(',').next()?.trim();
-    (!last.is_empty()).then(|| last.to_owned())
 }
 
 fn transit(sent_ms: u64, now: SystemTime) -> Option<Duration> {
@@ -211,17 +200,19 @@ impl Recording {
     pub(crate) fn response_head(&self, status: StatusCode, headers: &HeaderMap) {
         let Some(open) = &self.0 else { return };
         let took = open.started.elapsed();
+        let packed = PackedFields::of(headers);
+        let bytes = packed.bytes();
         open.update(|exchange| {
             exchange.timings.head = Some(took);
             exchange.response = Some(RecordedResponse {
                 status,
-                headers: headers.clone(),
+                headers: packed,
                 body: RecordedBody::default(),
             });
             if status == StatusCode::SWITCHING_PROTOCOLS {
                 exchange.conversation = Conversation::begin(headers).map(Box::new);
             }
-            header_bytes(headers)
+            bytes
         });
         open.changed();
     }
@@ -434,6 +425,9 @@ mod tests {
 
     #[test]
     fn the_visitor_is_the_one_that_the_service_saw() {
-        assert_eq!(visitor(&message()).as_deref(), Some("198.51.100.1"));
+        let (recorder, shared) = recorder(1 << 20);
+        let _recording = recorder.begin(&message());
+        let visitor = shared.store.newest_first()[0].read(RecordedExchange::visitor);
+        assert_eq!(visitor.as_deref(), Some("198.51.100.1"));
     }
 }

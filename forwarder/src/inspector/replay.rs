@@ -205,18 +205,18 @@ fn message(
         None => source.request.body.kept.clone().into(),
     };
     let mut headers = match &wanted.headers {
-        Some(fields) => edited(fields, &source.request.headers, tunnel)?,
-        None => source.request.headers.clone(),
+        Some(fields) => edited(fields, &source.request.headers.unpack(), tunnel)?,
+        None => source.request.headers.unpack(),
     };
     if source.is_masked {
         remove_masks(&mut headers);
     }
-    let method = wanted.method.as_ref().unwrap_or(&source.request.method);
-    let uri = wanted.uri.as_ref().unwrap_or(&source.request.uri);
+    let method = wanted.method.as_deref().unwrap_or(&source.request.method);
+    let uri = wanted.uri.as_deref().unwrap_or(&source.request.uri);
     let message = HttpRequest {
         request_id: RequestId::generate(),
-        method: method.clone(),
-        uri: uri.clone(),
+        method: method.to_owned(),
+        uri: uri.to_owned(),
         headers,
         upgrade: None,
         websocket: None,
@@ -227,10 +227,7 @@ fn message(
         deadline_ms: 0,
         reply_to: None,
     };
-    let checked = tunnel
-        .origin
-        .request(&message, OriginBody::Whole(Bytes::new()));
-    checked.map_err(|_| {
+    tunnel.origin.check(&message).map_err(|_| {
         invalid("method must be a method, and uri a path with a query, such as /hook?a=1")
     })?;
     Ok(message)
@@ -278,11 +275,9 @@ async fn send(
     let body = message.take_chunk().bytes;
     recording.request_bytes(&body);
     let addresses = origin.addresses(&message);
-    let request = origin
-        .request(&message, OriginBody::Whole(body))
-        .map_err(for_user)?;
     recording.request_sent();
-    let mut response = match timeout(request_timeout, origin.call(request)).await {
+    let call = origin.call(&message, &addresses, OriginBody::Whole(body));
+    let mut response = match timeout(request_timeout, call).await {
         Ok(response) => response.map_err(for_user)?,
         Err(_) => return Err("the local service took too long".to_owned()),
     };

@@ -166,7 +166,7 @@ impl ExchangeStore {
     fn add(&self, ring: &mut Ring, exchange: RecordedExchange) -> (Arc<Slot>, Vec<Arc<Slot>>) {
         let mut bytes = exchange.base_bytes() + exchange.request.body.kept.len();
         if let Some(response) = &exchange.response {
-            bytes += super::recorded::header_bytes(&response.headers) + response.body.kept.len();
+            bytes += response.headers.bytes() + response.body.kept.len();
         }
         if let Some(conversation) = &exchange.conversation {
             bytes += conversation.kept_bytes();

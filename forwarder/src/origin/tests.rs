@@ -26,10 +26,16 @@ async fn call(
     method: &str,
     body: &str,
 ) -> Result<Response<ResponseBody>, OriginError> {
-    let message = request(method, "/x", &[], body);
-    let body = OriginBody::Whole(message.body.0.clone());
-    let request = origin.request(&message, body).expect("a request");
-    within("a response", origin.call(request)).await
+    send(origin, request(method, "/x", &[], body)).await
+}
+
+async fn send(
+    origin: &Origin,
+    mut message: HttpRequest,
+) -> Result<Response<ResponseBody>, OriginError> {
+    let body = OriginBody::Whole(std::mem::take(&mut message.body.0));
+    let addresses = origin.addresses(&message);
+    within("a response", origin.call(&message, &addresses, body)).await
 }
 
 /// The status of the response, whose body is read, or why the call failed.
@@ -142,9 +148,7 @@ async fn a_write_to_an_upgraded_connection_that_was_reset_fails() {
     let origin = Origin::new(&service.settings());
     let mut message = request("GET", "/x", &[], "");
     message.upgrade = Some("x".to_owned());
-    let request = origin.request(&message, OriginBody::Whole(Bytes::new()));
-    let call = origin.call(request.expect("a request"));
-    let response = within("a response", call).await.expect("a response");
+    let response = send(&origin, message).await.expect("a response");
     let upgraded = hyper::upgrade::on(response).await.expect("a connection");
     let mut upgraded = TokioIo::new(upgraded);
     upgraded.write_all(b"?").await.expect("written");
@@ -226,10 +230,7 @@ async fn this_hop_is_added_to_via() {
     .await;
     let origin = Origin::new(&service.settings());
     let message = request("GET", "/", &[("via", "1.0 front")], "");
-    let request = origin
-        .request(&message, OriginBody::Whole(Bytes::new()))
-        .expect("a request");
-    assert!(within("a response", origin.call(request)).await.is_ok());
+    assert!(send(&origin, message).await.is_ok());
 }
 
 #[tokio::test]
@@ -453,8 +454,10 @@ fn rules_change_the_header_of_requests() {
         ..settings("3000")
     };
     let message = request("GET", "/", &[("cookie", "a=1")], "");
-    let made = Origin::new(&settings)
-        .request(&message, OriginBody::Whole(Bytes::new()))
+    let origin = Origin::new(&settings);
+    let addresses = origin.addresses(&message);
+    let made = origin
+        .request(&message, &addresses, OriginBody::Whole(Bytes::new()))
         .expect("a request");
     assert_eq!(
         made.head.headers.get("x-a"),
@@ -487,8 +490,8 @@ async fn early_answer_after_an_untaken_body(taken_after: usize) -> usize {
     });
     let body = StreamBody::new(frames.map(|bytes| Ok(Frame::data(bytes)))).boxed_unsync();
     let message = request("POST", "/x", &[], "");
-    let upload = origin.request(&message, OriginBody::Streamed(body));
-    let mut calling = pin!(origin.call(upload.expect("a request")));
+    let addresses = origin.addresses(&message);
+    let mut calling = pin!(origin.call(&message, &addresses, OriginBody::Streamed(body)));
     // The call goes on by itself once it is sent, but does not learn of its response.
     tokio::select! {
         _ = &mut calling => panic!("no response was sent"),
