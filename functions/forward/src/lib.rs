@@ -462,7 +462,7 @@ impl Forward {
             match Box::pin(exchange::run(&self.0, request, &path, &mut log)).await {
                 Ok(replying) => Ok(replying.into_response(log)),
                 Err(refusal) => {
-                    refusal.log_cause();
+                    log.failure_span().in_scope(|| refusal.log_cause());
                     log.refused(&refusal);
                     Err(refusal)
                 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use serde_json::json;
-use tracing::{Span, error_span, field, info};
+use tracing::{Span, error_span, field, info, info_span};
 use tunnel_protocol::id::{ConnectionId, RequestId, TunnelId};
 use tunnel_service::now;
 
@@ -40,14 +40,14 @@ pub(crate) struct RequestLog {
     parts: u32,
     /// From the start to the reply's first part, in milliseconds.
     reply_ms: Option<u64>,
-    /// Carries the ids for whatever is logged about the request.
+    /// Carries the ids for whatever is logged about the request. Where a request's own line is not logged, there is none, because
+    /// it costs more than all else that is noted of a request.
     span: Span,
 }
 
 impl RequestLog {
     pub(crate) fn new(function: Option<String>, tunnel: TunnelId) -> Self {
-        // At the level of errors, so that none is logged without it.
-        let span = error_span!(
+        let span = info_span!(
             "request",
             %tunnel,
             connection = field::Empty,
@@ -73,6 +73,19 @@ impl RequestLog {
     /// The span in which the request is carried out.
     pub(crate) fn span(&self) -> Span {
         self.span.clone()
+    }
+
+    /// The span in which a failure is logged, so that none is logged without the ids.
+    pub(crate) fn failure_span(&self) -> Span {
+        if !self.span.is_disabled() {
+            return self.span.clone();
+        }
+        error_span!(
+            "request",
+            tunnel = %self.tunnel,
+            connection = self.connection.as_ref().map(field::display),
+            request = self.request.as_ref().map(field::display),
+        )
     }
 
     /// The request was sent over `connection`.
