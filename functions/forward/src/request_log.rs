@@ -187,7 +187,50 @@ impl Drop for RequestLog {
 
 #[cfg(test)]
 mod tests {
+    use std::{io, sync::Mutex};
+
+    use tracing::{Level, error, subscriber::with_default};
+
     use super::*;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("not poisoned").write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_failure_is_logged_with_the_ids_also_where_requests_are_not() {
+        for level in [Level::ERROR, Level::INFO] {
+            let lines = Lines::default();
+            let writer = lines.clone();
+            let subscriber = tracing_subscriber::fmt()
+                .with_max_level(level)
+                .with_ansi(false)
+                .with_writer(move || writer.clone());
+            with_default(subscriber.finish(), || {
+                let mut log = RequestLog::new(None, "my-app".parse().expect("an id"));
+                let connection = "L0SM9cOFvHcCIhw=".parse().expect("an id");
+                let request = "01ARZ3NDEKTSV4RRFFQ69G5FAV".parse().expect("an id");
+                log.sent(&connection, &request);
+                log.failure_span().in_scope(|| error!("it broke"));
+            });
+            let text = String::from_utf8(lines.0.lock().expect("not poisoned").clone());
+            let text = text.expect("text");
+            let line = text.lines().find(|line| line.contains("it broke"));
+            let line = line.expect("a line");
+            for id in ["my-app", "L0SM9cOFvHcCIhw=", "01ARZ3NDEKTSV4RRFFQ69G5FAV"] {
+                assert_eq!(line.matches(id).count(), 1, "{line}");
+            }
+        }
+    }
 
     #[test]
     fn every_metric_named_has_a_value_and_dimensions_that_exist() {
