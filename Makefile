@@ -22,6 +22,7 @@ CARGO_FUZZ := 0.13.2
 #
 # make invoke EVENT=ready   runs a function in a container with sam local invoke; needs a running `tunnel-local --samples`.
 #                           EVENT: connect disconnect ready ping http-response body-part agent-error http-v1 http-v2 url
+# make sam-local            runs all of them, after sam build, and looks at the answers
 # make servers              runs nginx, Flask, Vite, git and others behind the tunnel and compares with direct access
 # make acme                 runs tunnel-local --acme with Pebble, an authority for tests; needs pebble, curl and openssl
 # make proxies              runs ttf where only tinyproxy, squid or microsocks leads out; needs them, iproute2, openssl and root or sudo
@@ -46,7 +47,7 @@ FUZZ := $(patsubst fuzz/fuzz_targets/%.rs,fuzz-%,$(wildcard fuzz/fuzz_targets/*.
 # Longer than the longest message. For the others, libFuzzer's default of 4,096 bytes is enough.
 FUZZ_FLAGS_decode := -max_len=140000
 
-.PHONY: run test check build fmt clippy doc deny smoke archives bench dist tools token tokens revoke-token tunnels release-tunnel invoke e2e-deploy live servers acme proxies inspector web chaos fuzz $(FUZZ)
+.PHONY: run test check build fmt clippy doc deny smoke archives bench dist tools token tokens revoke-token tunnels release-tunnel invoke sam-local e2e-deploy live servers acme proxies inspector web chaos fuzz $(FUZZ)
 
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs and open a new shell" >&2; exit 1; }
@@ -124,6 +125,9 @@ invoke:
 	@command -v sam >/dev/null || { echo "sam is missing: pip install aws-sam-cli cargo-lambda" >&2; exit 1; }
 	@test -d .aws-sam/build || { echo "the functions are not built: sam build" >&2; exit 1; }
 	sam local invoke $(FUNCTION) -e events/$(EVENT).json $(INVOKE_FLAGS)
+
+sam-local: build
+	.ci/sam-local $(BIN) $(SAM_LOCAL_FLAGS)
 
 e2e-deploy: tools
 	.ci/e2e-deploy
