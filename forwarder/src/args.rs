@@ -571,15 +571,28 @@ fn background(
     file: &ConfigFile,
 ) -> Result<Action, UsageError> {
     // What it runs has neither these flags nor this environment.
-    if command == BackgroundCommand::Install && every_tunnel(&Layer::default(), file)?.is_empty() {
+    let tunnels = match command {
+        BackgroundCommand::Install => every_tunnel(&Layer::default(), file)?,
+        _ => Vec::new(),
+    };
+    if command == BackgroundCommand::Install && tunnels.is_empty() {
         return Err(UsageError::Background(BackgroundError::NoTunnels));
     }
     Ok(Action::Background(Background {
         command,
         options,
         files,
+        loses_proxy: loses_proxy(&tunnels, file),
         default_file: default_file.filter(|file| file.exists()),
     }))
+}
+
+/// Whether a proxy leads to the service that only the environment names.
+fn loses_proxy(tunnels: &[Settings], file: &ConfigFile) -> bool {
+    let mut layers = std::iter::once(&file.top)
+        .chain(file.services.values())
+        .chain(file.tunnels.values());
+    tunnels.iter().any(|tunnel| tunnel.proxy.is_some()) && layers.all(|layer| layer.proxy.is_none())
 }
 
 fn version() -> String {
@@ -1013,6 +1026,19 @@ mod tests {
             Ok(2),
             "another service's ids are others"
         );
+    }
+
+    #[test]
+    fn a_service_is_told_that_it_will_not_see_the_proxy_of_the_environment() {
+        for (top, loses) in [("", true), ("proxy = 'http://other:3128'\n", false)] {
+            let text = format!("endpoint = 'wss://x.example.com'\n{top}[tunnels.web]\n");
+            let file = file(&text);
+            let path = file.path().to_str().expect("a path");
+            let proxy = ["start", "--all", "--proxy", "http://proxy:3128", "-c", path];
+            let tunnels = parse(&proxy).expect("settings");
+            let read = ConfigFile::read(file.path()).expect("a file");
+            assert_eq!(loses_proxy(&tunnels, &read), loses, "{text}");
+        }
     }
 
     #[test]

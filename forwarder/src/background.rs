@@ -55,6 +55,8 @@ pub(crate) struct Background {
     pub options: BackgroundOptions,
     /// The config files of the command line.
     pub files: Vec<PathBuf>,
+    /// Only the environment of this process names the proxy that leads to the service.
+    pub loses_proxy: bool,
     /// The one in its default place, if there is one. A user's service finds it there, but that of the machine is no user.
     pub default_file: Option<PathBuf>,
 }
@@ -175,14 +177,21 @@ impl Background {
         manager
             .start(ServiceStartCtx { label })
             .map_err(BackgroundError::Refused)?;
-        let name = &self.options.service_name;
-        Ok(if is_systemd && !self.options.system {
-            format!(
-                "the service {name} is installed and started; it ends when you log out, unless you run `loginctl enable-linger` once"
-            )
-        } else {
-            format!("the service {name} is installed and started")
-        })
+        let mut said = format!(
+            "the service {} is installed and started",
+            self.options.service_name
+        );
+        if is_systemd && !self.options.system {
+            said.push_str(
+                "; it ends when you log out, unless you run `loginctl enable-linger` once",
+            );
+        }
+        if self.loses_proxy {
+            said.push_str(
+                "; it does not see HTTPS_PROXY or ALL_PROXY of this shell: write proxy = \"URL\" into the config file and install it again",
+            );
+        }
+        Ok(said)
     }
 
     /// The config files that the service has to be told about.

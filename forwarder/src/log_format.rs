@@ -2,6 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use jiff::{Timestamp, Zoned};
 use serde_json::{Map, Value, json};
 use tracing_subscriber::fmt::{format::Writer, time::FormatTime};
@@ -24,6 +25,18 @@ pub enum LogFormat {
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("a log format is plain, text (with times) or json")]
 pub struct LogFormatError;
+
+impl LogFormat {
+    /// Reads it from a command line, and tells shells what there is.
+    pub(crate) fn parser() -> impl TypedValueParser<Value = Self> {
+        let words = [
+            PossibleValue::new("plain").aliases(["term", "default"]),
+            PossibleValue::new("text").alias("logfmt"),
+            PossibleValue::new("json"),
+        ];
+        PossibleValuesParser::new(words).try_map(|word| word.parse::<Self>())
+    }
+}
 
 impl FromStr for LogFormat {
     type Err = LogFormatError;

@@ -397,6 +397,7 @@ pub struct ProcessLayer {
         global = true,
         env = "TTF_LOG_FORMAT",
         alias = "output",
+        value_parser = LogFormat::parser(),
         value_name = "FORMAT"
     )]
     #[serde(deserialize_with = "parsed")]
