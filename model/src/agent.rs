@@ -14,14 +14,26 @@ pub enum AgentEnd {
         /// `replaced` overtook `connection_established`.
         is_replaced: bool,
     },
-    /// It serves.
+    /// It serves, as far as the agent knows.
     Serving,
-    /// It was told `replaced`, and asks whether that is so.
-    Doubting,
     /// The agent's own next connection serves.
     Retired,
     /// It is over.
     Left,
+}
+
+/// The id of a `ping`. The first of a connection is 1.
+pub type PingId = u8;
+
+/// The pings of a connection.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub struct Pings {
+    /// The id of the last.
+    pub last: PingId,
+    /// The highest id that was answered with `pong`.
+    pub answered: PingId,
+    /// The id of the last that asked whether `replaced` is true.
+    pub question: PingId,
 }
 
 /// A message to an agent.
@@ -29,10 +41,10 @@ pub enum AgentEnd {
 pub enum Message {
     /// `connection_established`.
     Established,
-    /// `replaced`.
-    Replaced,
-    /// `pong`.
-    Pong,
+    /// `replaced`, with the id of the `ping` that it answers.
+    Replaced(Option<PingId>),
+    /// `pong`, with the id of its `ping`.
+    Pong(PingId),
     /// `http_request`, with its id.
     Request(RequestId),
 }
@@ -40,7 +52,7 @@ pub enum Message {
 impl AgentEnd {
     /// Whether the agent tells its user that the tunnel is served here.
     pub fn believes(self) -> bool {
-        matches!(self, Self::Serving | Self::Doubting)
+        self == Self::Serving
     }
 }
 
@@ -63,28 +75,71 @@ impl Ownership {
                     self.doubt(state, to);
                 }
             }
-            (Message::Replaced, AgentEnd::Handshake { .. }) if self.rules.early_messages_count => {
+            (Message::Replaced(_), AgentEnd::Handshake { .. })
+                if self.rules.early_messages_count =>
+            {
                 state.ends_mut(to).agent = AgentEnd::Handshake { is_replaced: true };
             }
-            (Message::Replaced, AgentEnd::Serving) => self.doubt(state, to),
-            (Message::Replaced, AgentEnd::Doubting) => self.end(state, to),
-            (Message::Pong, AgentEnd::Doubting) => state.ends_mut(to).agent = AgentEnd::Serving,
+            (Message::Replaced(ping), AgentEnd::Serving) => self.replaced(state, to, ping),
+            (Message::Pong(id), AgentEnd::Serving) => {
+                let pings = &mut state.ends_mut(to).pings;
+                pings.answered = pings.answered.max(id);
+                if !self.rules.pings_have_ids {
+                    pings.question = 0;
+                }
+            }
             _ => {}
         }
     }
 
+    fn replaced(&self, state: &mut State, to: Connection, ping: Option<PingId>) {
+        let pings = state.ends(to).pings;
+        let is_confirmed = if self.rules.pings_have_ids {
+            ping.map(|id| id > pings.answered && id >= pings.question)
+        } else {
+            (pings.question > 0).then_some(true)
+        };
+        match is_confirmed {
+            Some(true) => self.end(state, to),
+            Some(false) => {}
+            None => self.doubt(state, to),
+        }
+    }
+
+    /// Asks whether `replaced` is true.
     fn doubt(&self, state: &mut State, connection: Connection) {
         if self.rules.replaced_is_confirmed {
-            state.ends_mut(connection).agent = AgentEnd::Doubting;
-            state.add_task(Task::ping(connection));
+            self.ping(state, connection);
+            let pings = &mut state.ends_mut(connection).pings;
+            pings.question = if self.rules.pings_have_ids {
+                pings.last
+            } else {
+                1
+            };
         } else {
             self.end(state, connection);
         }
     }
 
-    /// The agent ends for good.
+    pub(crate) fn ping(&self, state: &mut State, connection: Connection) {
+        let pings = &mut state.ends_mut(connection).pings;
+        pings.last += u8::from(self.rules.pings_have_ids);
+        let id = pings.last;
+        state.add_task(Task::ping(connection, id));
+    }
+
+    /// The agent ends for good, unless it is opening its next connection, which may have taken over.
     fn end(&self, state: &mut State, connection: Connection) {
         let agent = self.agent(connection);
+        let is_opening = |other: Connection| {
+            let end = state.ends(other).agent;
+            matches!(end, AgentEnd::Connecting | AgentEnd::Handshake { .. })
+        };
+        if State::all().any(|other| self.agent(other) == agent && is_opening(other)) {
+            state.ends_mut(connection).agent = AgentEnd::Left;
+            state.messages.retain(|(to, _)| *to != connection);
+            return;
+        }
         state.ended[agent] = true;
         let another_served = state.history.has_served[1 - agent];
         if !another_served && !state.history.was_released {
@@ -105,7 +160,7 @@ impl Ownership {
             return;
         }
         let reply = match state.ends(on).agent {
-            AgentEnd::Serving | AgentEnd::Doubting => Reply::Response,
+            AgentEnd::Serving => Reply::Response,
             AgentEnd::Handshake { .. } if self.rules.early_messages_count => Reply::Response,
             AgentEnd::Retired => Reply::Replaced,
             _ => return,

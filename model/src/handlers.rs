@@ -1,7 +1,8 @@
 //! The handlers, one call of a table or of @connections at a time.
 
 use crate::{
-    AgentEnd, Answer, Connection, Message, Ownership, Reply, State, Write, tables::Answered,
+    AgentEnd, Answer, Connection, Message, Ownership, PingId, Reply, State, Tunnel, Write,
+    tables::Answered,
 };
 
 /// An event on its way, a handler at its next step, or a write that is applied late.
@@ -29,8 +30,15 @@ pub enum Task {
     Ping {
         /// The connection.
         connection: Connection,
-        /// What comes next.
-        step: PingStep,
+        /// Its id, which the answer repeats.
+        id: PingId,
+        /// Which connection served before its last attempt to take the tunnel.
+        before: Before,
+    },
+    /// The rest of a `ready` whose connection turned out to be gone: the connection before serves again, if it should.
+    Resume {
+        /// The connection before.
+        connection: Connection,
     },
     /// `$disconnect`.
     Disconnect {
@@ -55,28 +63,18 @@ pub enum Task {
 /// A step of `ready`.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum ReadyStep {
-    /// Not begun.
-    Start,
-    /// Post `connection_established`.
-    Establish,
-    /// Take the tunnel.
-    Take,
-    /// Read why it could not be taken.
-    Explain,
-    /// Record what it said.
+    /// Record what it said, and take the tunnel, if it should.
+    Settle(Before),
+    /// Post `connection_established`. Then tell the connection that served before.
+    Establish(Before),
+    /// Mark the tunnel offline: the connection is gone. The one that served before was not told.
+    Withdraw(Before),
+    /// With `recorded_first` switched off: record what it said.
     Record,
 }
 
-/// A step of `ping`.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum PingStep {
-    /// Read the record and the tunnel, and whether the connection that serves is open.
-    Read,
-    /// Take the tunnel.
-    Take,
-    /// Mark offline what a connection that is gone serves.
-    Offline(Connection),
-}
+/// The connection that served when a tunnel was taken, perhaps by an attempt whose answer was lost, if it is to be told.
+pub type Before = Option<Connection>;
 
 /// A step of `$disconnect`.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -108,10 +106,11 @@ pub enum ForwardStep {
 }
 
 impl Task {
-    pub(crate) fn ping(connection: Connection) -> Self {
+    pub(crate) fn ping(connection: Connection, id: PingId) -> Self {
         Self::Ping {
             connection,
-            step: PingStep::Read,
+            id,
+            before: None,
         }
     }
 
@@ -125,8 +124,8 @@ impl Task {
     /// Whether it is an event that has not reached its handler.
     pub(crate) fn is_event(self) -> bool {
         match self {
-            Self::Ready { step, .. } => step == ReadyStep::Start,
-            Self::Ping { step, .. } => step == PingStep::Read,
+            Self::Ready { step, .. } => step == ReadyStep::Settle(None),
+            Self::Ping { before, .. } => before.is_none(),
             Self::Disconnect { step, .. } => step == DisconnectStep::Start,
             _ => false,
         }
@@ -139,13 +138,24 @@ impl Task {
                 connection,
                 previous,
                 ..
-            }
-            | Self::Ready {
+            } => connection == it || previous == Some(it),
+            Self::Ready {
                 connection,
                 previous,
-                ..
-            } => connection == it || previous == Some(it),
-            Self::Ping { connection, step } => connection == it || step == PingStep::Offline(it),
+                step,
+            } => {
+                let is_named = match step {
+                    ReadyStep::Settle(before)
+                    | ReadyStep::Establish(before)
+                    | ReadyStep::Withdraw(before) => before == Some(it),
+                    ReadyStep::Record => false,
+                };
+                connection == it || previous == Some(it) || is_named
+            }
+            Self::Ping {
+                connection, before, ..
+            } => connection == it || before == Some(it),
+            Self::Resume { connection } => connection == it,
             Self::Disconnect { connection, .. } => connection == it,
             Self::Release => false,
             Self::Forward { step, .. } => match step {
@@ -160,15 +170,18 @@ impl Task {
                 | Write::Put(connection)
                 | Write::Offline(connection)
                 | Write::Delete(connection) => connection == it,
-                Write::Record(connection, previous) | Write::Take(connection, previous) => {
-                    connection == it || previous == Some(it)
-                }
+                Write::Record(connection, previous) => connection == it || previous == Some(it),
+                Write::Take {
+                    connection,
+                    from,
+                    previous,
+                } => connection == it || from == Some(it) || previous == Some(it),
                 Write::Release(_) => false,
             },
         }
     }
 
-    /// The write that is its next step.
+    /// The write that is its next step, but for that which takes a tunnel.
     pub(crate) fn write(self) -> Option<Write> {
         match self {
             Self::Connect {
@@ -186,13 +199,8 @@ impl Task {
                 step,
             } => match step {
                 ReadyStep::Record => Some(Write::Record(connection, previous)),
-                ReadyStep::Take => Some(Write::Take(connection, previous)),
+                ReadyStep::Withdraw(_) => Some(Write::Offline(connection)),
                 _ => None,
-            },
-            Self::Ping { connection, step } => match step {
-                PingStep::Read => None,
-                PingStep::Take => Some(Write::Take(connection, None)),
-                PingStep::Offline(gone) => Some(Write::Offline(gone)),
             },
             Self::Disconnect { connection, step } => match step {
                 DisconnectStep::Start => None,
@@ -204,7 +212,44 @@ impl Task {
                 ..
             } => Some(Write::Offline(gone)),
             Self::Release => Some(Write::Release(crate::Owner::Alice)),
-            Self::Forward { .. } | Self::Late(_) => None,
+            Self::Ping { .. } | Self::Resume { .. } | Self::Forward { .. } | Self::Late(_) => None,
+        }
+    }
+
+    /// The connection for which its next step takes the tunnel, if it should, and what it named as the one before.
+    pub(crate) fn settles(self, state: &State) -> Option<(Connection, Option<Connection>)> {
+        match self {
+            Self::Ready {
+                connection,
+                previous,
+                step: ReadyStep::Settle(_),
+            } => Some((connection, previous)),
+            Self::Ping { connection, .. } | Self::Resume { connection } => {
+                let record = state.ends(connection).record?;
+                record.is_ready.then_some((connection, record.previous))
+            }
+            _ => None,
+        }
+    }
+
+    /// The same task after an attempt to take the tunnel whose answer was lost.
+    pub(crate) fn after_attempt(self, before: Before) -> Self {
+        match self {
+            Self::Ready {
+                connection,
+                previous,
+                ..
+            } => Self::Ready {
+                connection,
+                previous,
+                step: ReadyStep::Settle(before),
+            },
+            Self::Ping { connection, id, .. } => Self::Ping {
+                connection,
+                id,
+                before,
+            },
+            other => other,
         }
     }
 
@@ -213,7 +258,7 @@ impl Task {
         match self {
             Self::Ready {
                 connection,
-                step: ReadyStep::Establish,
+                step: ReadyStep::Establish(_),
                 ..
             } => Some((connection, Message::Established)),
             Self::Forward {
@@ -225,18 +270,20 @@ impl Task {
     }
 }
 
-/// What a ping finds.
-enum Checked {
-    /// The connection serves, or may go on.
-    Good,
-    /// Another one serves.
-    Replaced,
-    /// Nobody serves, or an older connection.
-    Offline,
-    /// A connection that is gone serves.
-    Gone(Connection),
-    /// There is no record of the connection.
-    Unknown,
+/// How a connection stands to its tunnel.
+enum Standing {
+    /// It should serve, and takes the tunnel with this write.
+    Takes(Write),
+    /// It serves, in place of a connection that is to be told.
+    Serves(Option<Connection>),
+    /// A newer one serves, which named it as the one before.
+    Left,
+    /// A newer one serves.
+    Outranked,
+    /// The tunnel is its owner's no longer.
+    Released,
+    /// It has ended.
+    Ended,
 }
 
 impl Ownership {
@@ -253,16 +300,21 @@ impl Ownership {
                 connection,
                 previous,
                 step,
-            } => self
-                .step_ready(state, connection, previous, step)
-                .map(|step| Task::Ready {
-                    connection,
-                    previous,
-                    step,
-                }),
-            Task::Ping { connection, step } => self
-                .step_ping(state, connection, step)
-                .map(|step| Task::Ping { connection, step }),
+            } => self.step_ready(state, connection, previous, step),
+            Task::Ping {
+                connection,
+                id,
+                before,
+            } => {
+                self.step_ping(state, connection, id, before);
+                None
+            }
+            Task::Resume { .. } => {
+                if let Some((connection, previous)) = task.settles(state) {
+                    self.settle(state, connection, previous, None);
+                }
+                None
+            }
             Task::Disconnect { connection, step } => self
                 .step_disconnect(state, connection, step)
                 .map(|step| Task::Disconnect { connection, step }),
@@ -270,7 +322,7 @@ impl Ownership {
                 if let Answered::Applied(Some(before)) =
                     self.write(state, Write::Release(crate::Owner::Alice))
                 {
-                    post(state, before, Message::Replaced);
+                    post(state, before, Message::Replaced(None));
                 }
                 None
             }
@@ -320,7 +372,7 @@ impl Ownership {
         Some(Task::Ready {
             connection,
             previous,
-            step: ReadyStep::Start,
+            step: ReadyStep::Settle(None),
         })
     }
 
@@ -330,44 +382,46 @@ impl Ownership {
         connection: Connection,
         previous: Option<Connection>,
         step: ReadyStep,
-    ) -> Option<ReadyStep> {
+    ) -> Option<Task> {
         let rules = self.rules;
+        let next = |step| {
+            Some(Task::Ready {
+                connection,
+                previous,
+                step,
+            })
+        };
+        let recorded = || (!rules.recorded_first).then_some(ReadyStep::Record);
         match step {
-            ReadyStep::Start => {
-                state.ends(connection).record?;
-                if !rules.established_first {
-                    return Some(ReadyStep::Take);
-                }
-                if rules.recorded_first {
-                    self.write(state, Write::Record(connection, previous));
-                }
-                Some(ReadyStep::Establish)
-            }
-            ReadyStep::Establish => {
-                let is_taken = post(state, connection, Message::Established);
-                if !rules.established_first {
-                    return Some(ReadyStep::Record);
-                }
-                is_taken.then_some(ReadyStep::Take)
-            }
-            ReadyStep::Take => match self.write(state, Write::Take(connection, previous)) {
-                Answered::Applied(before) => {
-                    if let Some(before) = before.filter(|_| previous != before) {
-                        post(state, before, Message::Replaced);
+            ReadyStep::Settle(before) => {
+                match self.record_and_settle(state, connection, previous, before) {
+                    Standing::Serves(before) => next(ReadyStep::Establish(before)),
+                    Standing::Left | Standing::Outranked | Standing::Takes(_) => {
+                        post(state, connection, Message::Established);
+                        post(state, connection, Message::Replaced(None));
+                        None
                     }
-                    match (rules.established_first, rules.recorded_first) {
-                        (true, true) => None,
-                        (true, false) => Some(ReadyStep::Record),
-                        (false, _) => Some(ReadyStep::Establish),
+                    Standing::Released | Standing::Ended => {
+                        close(state, connection);
+                        None
                     }
                 }
-                Answered::Refused if rules.refusals_are_explained => Some(ReadyStep::Explain),
-                Answered::Refused => {
-                    close(state, connection);
-                    None
+            }
+            ReadyStep::Establish(before) => {
+                if !post(state, connection, Message::Established) {
+                    return next(ReadyStep::Withdraw(before));
                 }
-            },
-            ReadyStep::Explain => self.explain_refusal(state, connection, previous),
+                if let Some(before) = before {
+                    post(state, before, Message::Replaced(None));
+                }
+                recorded().and_then(next)
+            }
+            ReadyStep::Withdraw(before) => {
+                self.write(state, Write::Offline(connection));
+                let before = before.or(previous)?;
+                state.ends(before).record.filter(|it| it.is_ready)?;
+                Some(Task::Resume { connection: before })
+            }
             ReadyStep::Record => {
                 self.write(state, Write::Record(connection, previous));
                 None
@@ -375,106 +429,142 @@ impl Ownership {
         }
     }
 
-    fn explain_refusal(
+    /// Records what `ready` said before anything else. Nobody but the connection itself reads that, so it is one step with the next.
+    fn record_and_settle(
         &self,
         state: &mut State,
         connection: Connection,
         previous: Option<Connection>,
-    ) -> Option<ReadyStep> {
-        state.ends(connection).record?;
-        let owner = self.owner(connection);
-        let Some(tunnel) = state.tunnel.filter(|tunnel| tunnel.owner == owner) else {
-            close(state, connection);
-            return None;
-        };
-        match tunnel.serving {
-            Some(serving) if serving == connection => None,
-            Some(_) if self.outranks(state, &tunnel, connection, previous) => {
-                if tunnel.previous != Some(connection) {
-                    post(state, connection, Message::Replaced);
-                }
-                None
-            }
-            // It can be taken by now.
-            _ => Some(ReadyStep::Take),
+        before: Before,
+    ) -> Standing {
+        if self.rules.recorded_first {
+            self.write(state, Write::Record(connection, previous));
         }
+        self.settle(state, connection, previous, before)
     }
 
-    fn step_ping(
+    /// Lets a connection that has sent `ready` serve the tunnel if it should.
+    ///
+    /// What it reads and what it writes are one step: the write has the condition that nothing it depends on has changed, and if it
+    /// has, the handler looks again.
+    fn settle(
         &self,
         state: &mut State,
         connection: Connection,
-        step: PingStep,
-    ) -> Option<PingStep> {
-        match step {
-            PingStep::Read => {
-                let checked = self.check(state, connection);
-                if let Checked::Good = checked {
-                    post(state, connection, Message::Pong);
-                }
-                if let Checked::Replaced = checked {
-                    post(state, connection, Message::Replaced);
-                }
-                match checked {
-                    Checked::Good | Checked::Replaced => None,
-                    Checked::Unknown => {
-                        close(state, connection);
-                        None
-                    }
-                    Checked::Offline => Some(PingStep::Take),
-                    Checked::Gone(serving) => Some(PingStep::Offline(serving)),
+        previous: Option<Connection>,
+        before: Before,
+    ) -> Standing {
+        match self.standing(state, connection, previous, before) {
+            Standing::Takes(take) => {
+                let before = to_tell(state, take);
+                match self.write(state, take) {
+                    Answered::Applied(_) => Standing::Serves(before),
+                    Answered::Refused => Standing::Ended,
                 }
             }
-            PingStep::Take => {
-                let Some(record) = state.ends(connection).record else {
-                    close(state, connection);
-                    return None;
-                };
-                match self.write(state, Write::Take(connection, record.previous)) {
-                    Answered::Applied(before) => {
-                        if let Some(before) = before.filter(|_| record.previous != before) {
-                            post(state, before, Message::Replaced);
-                        }
-                        post(state, connection, Message::Pong);
-                        None
-                    }
-                    Answered::Refused => Some(PingStep::Read),
-                }
-            }
-            PingStep::Offline(gone) => {
-                self.write(state, Write::Offline(gone));
-                Some(PingStep::Read)
-            }
+            standing => standing,
         }
     }
 
-    fn check(&self, state: &State, connection: Connection) -> Checked {
-        let Some(record) = state.ends(connection).record else {
-            return Checked::Unknown;
-        };
-        let owned = state
-            .tunnel
-            .filter(|tunnel| tunnel.owner == self.owner(connection));
-        let Some(tunnel) = owned else {
-            return if record.is_ready {
-                Checked::Replaced
-            } else {
-                Checked::Good
-            };
-        };
-        let newer = match tunnel.serving {
-            Some(serving) if serving == connection => return Checked::Good,
-            Some(serving) if self.outranks(state, &tunnel, connection, record.previous) => serving,
-            _ if self.rules.check_heals && record.is_ready => return Checked::Offline,
-            _ => return Checked::Good,
-        };
-        if self.rules.check_probes && !state.ends(newer).is_open {
-            Checked::Gone(newer)
-        } else if tunnel.previous == Some(connection) || !self.rules.check_replaces {
-            Checked::Good
-        } else {
-            Checked::Replaced
+    fn standing(
+        &self,
+        state: &State,
+        connection: Connection,
+        previous: Option<Connection>,
+        before: Before,
+    ) -> Standing {
+        if state.ends(connection).record.is_none() && self.rules.fence {
+            return Standing::Ended;
         }
+        let owner = self.owner(connection);
+        let Some(tunnel) = state.tunnel.filter(|tunnel| tunnel.owner == owner) else {
+            return Standing::Released;
+        };
+        if tunnel.serving == Some(connection) && tunnel.previous == previous {
+            return Standing::Serves(before);
+        }
+        let newer = self
+            .newer(state, &tunnel, connection, previous)
+            .filter(|newer| !self.rules.check_probes || state.ends(*newer).is_open);
+        if newer.is_none() {
+            Standing::Takes(Write::Take {
+                connection,
+                from: tunnel.serving,
+                previous,
+            })
+        } else if tunnel.previous == Some(connection) {
+            Standing::Left
+        } else {
+            Standing::Outranked
+        }
+    }
+
+    /// The connection that serves, if it is newer than another, which named `previous`.
+    fn newer(
+        &self,
+        state: &State,
+        tunnel: &Tunnel,
+        connection: Connection,
+        previous: Option<Connection>,
+    ) -> Option<Connection> {
+        tunnel.serving.filter(|serving| {
+            *serving != connection
+                && self.rules.fence
+                && self.outranks(state, tunnel, connection, previous)
+        })
+    }
+
+    /// The write by which the next step of a task takes the tunnel, if it does.
+    pub(crate) fn takes(&self, state: &State, task: Task) -> Option<Write> {
+        let (connection, previous) = task.settles(state)?;
+        if matches!(task, Task::Ping { .. }) && !self.rules.check_heals {
+            return None;
+        }
+        match self.standing(state, connection, previous, None) {
+            Standing::Takes(take) => Some(take),
+            _ => None,
+        }
+    }
+
+    /// The write by which a task would take the tunnel if @connections denied that a newer connection is open.
+    pub(crate) fn takes_if_denied(&self, state: &State, task: Task) -> Option<Write> {
+        let (connection, previous) = task.settles(state)?;
+        let owner = self.owner(connection);
+        let tunnel = state.tunnel.filter(|tunnel| tunnel.owner == owner)?;
+        let newer = self.newer(state, &tunnel, connection, previous)?;
+        (self.rules.check_probes && state.ends(newer).is_open).then_some(Write::Take {
+            connection,
+            from: Some(newer),
+            previous,
+        })
+    }
+
+    fn step_ping(&self, state: &mut State, connection: Connection, id: PingId, before: Before) {
+        let Some(record) = state.ends(connection).record else {
+            return close(state, connection);
+        };
+        let previous = record.previous;
+        let standing = if !record.is_ready {
+            // One that has not opened its tunnel has none to lose.
+            Standing::Left
+        } else if self.rules.check_heals {
+            self.settle(state, connection, previous, before)
+        } else {
+            self.standing(state, connection, previous, before)
+        };
+        let answer = match standing {
+            Standing::Serves(before) => {
+                if let Some(before) = before {
+                    post(state, before, Message::Replaced(None));
+                }
+                Message::Pong(id)
+            }
+            Standing::Left | Standing::Takes(_) => Message::Pong(id),
+            Standing::Outranked if !self.rules.check_replaces => Message::Pong(id),
+            Standing::Outranked | Standing::Released => Message::Replaced(Some(id)),
+            Standing::Ended => return,
+        };
+        post(state, connection, answer);
     }
 
     fn step_disconnect(
@@ -566,6 +656,20 @@ impl Ownership {
             step: ForwardStep::Offline(from),
         })
     }
+}
+
+/// The connection that is to be told that the tunnel is taken from it.
+pub(crate) fn to_tell(state: &State, take: Write) -> Before {
+    let Write::Take {
+        connection,
+        previous,
+        ..
+    } = take
+    else {
+        return None;
+    };
+    let serving = state.tunnel.and_then(|tunnel| tunnel.serving);
+    serving.filter(|serving| *serving != connection && previous != Some(*serving))
 }
 
 /// Posts a message, and says whether the connection took it.

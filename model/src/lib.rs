@@ -28,8 +28,8 @@ mod network;
 mod tables;
 
 pub use crate::{
-    agent::{AgentEnd, Message},
-    handlers::{DisconnectStep, ForwardStep, PingStep, ReadyStep, Task},
+    agent::{AgentEnd, Message, PingId, Pings},
+    handlers::{Before, DisconnectStep, ForwardStep, ReadyStep, Task},
     network::{Action, Phase, SameTime},
     tables::{Record, Tunnel, Write},
 };
@@ -65,8 +65,6 @@ pub struct Rules {
     pub recorded_once: bool,
     /// What `ready` said is recorded before anything else, so that a later check can put the tunnel online.
     pub recorded_first: bool,
-    /// The agent hears `connection_established` before the tunnel can be found, and a connection that is gone takes nothing.
-    pub established_first: bool,
     /// A ping puts a tunnel back online that nobody, or an older connection, serves.
     pub check_heals: bool,
     /// A ping of a connection that does not serve is answered with `replaced`.
@@ -83,14 +81,14 @@ pub struct Rules {
     pub previous_is_older: bool,
     /// A claim of an expired name forgets the former owner's connection.
     pub claim_clears: bool,
-    /// A refusal is explained by reading the table: the caller's own earlier attempt may have been applied.
-    pub refusals_are_explained: bool,
     /// A 410 after an attempt of unknown outcome counts as carried out.
     pub unknown_is_carried_out: bool,
     /// The agent acts on messages that arrive before `connection_established`.
     pub early_messages_count: bool,
     /// The agent asks once more before it believes `replaced`.
     pub replaced_is_confirmed: bool,
+    /// The answer to a ping repeats its id, so that no other `replaced` is taken for the answer.
+    pub pings_have_ids: bool,
 }
 
 impl Default for Rules {
@@ -99,7 +97,6 @@ impl Default for Rules {
             fence: true,
             recorded_once: true,
             recorded_first: true,
-            established_first: true,
             check_heals: true,
             check_replaces: true,
             check_probes: true,
@@ -108,10 +105,10 @@ impl Default for Rules {
             ties_are_broken: true,
             previous_is_older: true,
             claim_clears: true,
-            refusals_are_explained: true,
             unknown_is_carried_out: true,
             early_messages_count: true,
             replaced_is_confirmed: true,
+            pings_have_ids: true,
         }
     }
 }
@@ -133,6 +130,10 @@ pub struct Scenario {
     pub answers_fail: bool,
     /// @connections may lose its answer to the request, or deny a connection that is open.
     pub requests_fail: bool,
+    /// @connections may deny a connection that is open when it is asked whether it is.
+    pub probes_fail: bool,
+    /// No agent gives a handshake up. The late `ready` of one that did may end the agent that has replaced its own.
+    pub handshakes_end: bool,
     /// Connections may be opened in the same millisecond.
     pub ties: bool,
     /// The first connection may ping once before it is calm.
@@ -193,6 +194,8 @@ pub struct Ends {
     pub may_ping_early: bool,
     /// It has pinged since it is calm.
     pub has_pinged: bool,
+    /// The pings of its agent.
+    pub pings: Pings,
 }
 
 /// Everything.
@@ -225,10 +228,12 @@ pub struct History {
     pub has_served: [bool; AGENTS],
     /// The name was released.
     pub was_released: bool,
-    /// A connection without a record took the tunnel, or took it from a newer one that was open.
+    /// A connection without a record took the tunnel, or took it from a newer one that was open and that nobody denied.
     pub wrong_takeover: bool,
     /// An agent ended though no other agent had ever served and the name was still its owner's.
     pub wrong_end: bool,
+    /// @connections denied a connection that was open when it was asked.
+    pub was_denied: bool,
     /// A `$disconnect` was lost, or died.
     pub disconnect_lost: bool,
 }
@@ -252,6 +257,7 @@ impl Ownership {
             agent: AgentEnd::Unused,
             may_ping_early: false,
             has_pinged: false,
+            pings: Pings::default(),
         };
         let mut connections = [ends; CONNECTIONS];
         connections[0].may_ping_early = self.scenario.early_ping;

@@ -1,8 +1,9 @@
 //! What happens next: steps, deliveries, users, and faults.
 
 use crate::{
-    AgentEnd, Connection, Ends, ForwardStep, LOOKUPS, Message, Owner, Ownership, State, Task,
-    Write, handlers::post,
+    AgentEnd, Answer, Connection, Ends, ForwardStep, LOOKUPS, Message, Owner, Ownership, PingId,
+    Pings, Request, State, Task, Write,
+    handlers::{post, to_tell},
 };
 
 /// How it goes on.
@@ -50,6 +51,15 @@ pub enum Action {
     /// Fault: a message arrives twice.
     Repeat(Connection, Message),
 }
+
+/// A request that cannot go wrong any more, however it went.
+const REQUEST_IS_OVER: Request = Request {
+    is_sent: true,
+    executions: 0,
+    seen: [None; LOOKUPS as usize],
+    reply: None,
+    answer: Some(Answer::Response),
+};
 
 /// Whether a connection is opened in the same millisecond as the last one.
 pub type SameTime = bool;
@@ -122,13 +132,18 @@ impl Ownership {
                 actions.push(Action::Double(task));
             }
         }
+        if scenario.probes_fail && self.takes_if_denied(state, task).is_some() {
+            actions.push(Action::Deny(task));
+        }
         let posts_to_open = task.post().is_some_and(|(to, _)| state.ends(to).is_open);
         if is_forward {
             if scenario.requests_fail && posts_to_open {
                 actions.push(Action::Unanswered(task));
                 actions.push(Action::Deny(task));
             }
-        } else if scenario.answers_fail && (task.write().is_some() || posts_to_open) {
+        } else if scenario.answers_fail
+            && (task.write().is_some() || self.takes(state, task).is_some() || posts_to_open)
+        {
             actions.push(Action::Unanswered(task));
         }
     }
@@ -137,12 +152,12 @@ impl Ownership {
         for connection in State::all() {
             let ends = state.ends(connection);
             // A handshake that is given up before `$connect` has answered is one whose `ready` is late.
-            if state.phase == Phase::Storm
-                && !matches!(
-                    ends.agent,
-                    AgentEnd::Unused | AgentEnd::Connecting | AgentEnd::Left
-                )
-            {
+            let may_leave = match ends.agent {
+                AgentEnd::Unused | AgentEnd::Connecting | AgentEnd::Left => false,
+                AgentEnd::Handshake { .. } => !self.scenario.handshakes_end,
+                AgentEnd::Serving | AgentEnd::Retired => true,
+            };
+            if state.phase == Phase::Storm && may_leave {
                 actions.push(Action::Leave(connection));
             }
             if ends.is_open && ends.agent == AgentEnd::Left {
@@ -241,7 +256,7 @@ impl Ownership {
                     Phase::Storm => ends.may_ping_early = false,
                     _ => ends.has_pinged = true,
                 }
-                state.add_task(Task::ping(connection));
+                self.ping(&mut state, connection);
             }
             Action::Send => {
                 state.request.is_sent = true;
@@ -271,8 +286,48 @@ impl Ownership {
             }
             fault => self.fail(&mut state, fault),
         }
+        self.forget_pings(&mut state);
         forget(&mut state);
         state
+    }
+
+    /// Makes states equal that differ in nothing but the pings that nobody waits for any more.
+    fn forget_pings(&self, state: &mut State) {
+        if !self.rules.pings_have_ids {
+            return;
+        }
+        for connection in State::all() {
+            let ends = *state.ends(connection);
+            if !state.messages.iter().any(|(to, _)| *to == connection) {
+                renumber_pings(state, connection);
+                continue;
+            }
+            let tasks = state.tasks.clone();
+            let messages = state.messages.clone();
+            // Answers to other pings than this one that are on their way or may come, and for which it is not too late.
+            let has_earlier = |id: PingId| {
+                let is_earlier = |other: PingId| other <= id && other > ends.pings.answered;
+                tasks.iter().any(|task| ping_of_task(task, connection).is_some_and(is_earlier))
+                    || messages.iter().any(|(to, message)| {
+                        *to == connection
+                            && matches!(message, Message::Replaced(Some(other)) if is_earlier(*other))
+                    })
+            };
+            state.messages.retain(|(to, message)| {
+                *to != connection
+                    || match message {
+                        Message::Request(_) => true,
+                        Message::Established => matches!(ends.agent, AgentEnd::Handshake { .. }),
+                        _ if ends.agent == AgentEnd::Retired => false,
+                        Message::Replaced(None) => true,
+                        Message::Pong(id) => *id > ends.pings.answered && has_earlier(*id),
+                        Message::Replaced(Some(id)) => {
+                            *id > ends.pings.answered && *id >= ends.pings.question
+                        }
+                    }
+            });
+            renumber_pings(state, connection);
+        }
     }
 
     fn connect(&self, state: &mut State, connection: Connection, same_time: bool) {
@@ -293,31 +348,7 @@ impl Ownership {
     fn fail(&self, state: &mut State, fault: Action) {
         state.faults_left -= 1;
         match fault {
-            Action::Unanswered(task) => {
-                match task.write() {
-                    // Both writes of `$connect` are one step then.
-                    Some(Write::Claim(connection)) if !self.scenario.name_changes_hands => {
-                        state.add_task(Task::Late(Write::Put(connection)));
-                    }
-                    Some(write) => state.add_task(Task::Late(write)),
-                    None => {}
-                }
-                if let Some((to, message)) = task.post() {
-                    post(state, to, message);
-                }
-                if let Task::Forward {
-                    lookups_left,
-                    step: ForwardStep::Post { to, .. },
-                } = task
-                {
-                    state.remove_task(task);
-                    let step = ForwardStep::Post {
-                        to,
-                        is_unknown: true,
-                    };
-                    state.add_task(Task::Forward { lookups_left, step });
-                }
-            }
+            Action::Unanswered(task) => self.leave_unanswered(state, task),
             Action::Die(task) => {
                 state.remove_task(task);
                 match task {
@@ -330,6 +361,13 @@ impl Ownership {
             }
             Action::Double(task) => state.add_task(task),
             Action::Deny(task) => {
+                if let Some(take) = self.takes_if_denied(state, task) {
+                    // Its next step finds the tunnel taken.
+                    state.remove_task(task);
+                    state.add_task(task.after_attempt(to_tell(state, take)));
+                    state.history.was_denied = true;
+                    self.write(state, take);
+                }
                 if let Task::Forward {
                     lookups_left,
                     step: ForwardStep::Post { to, is_unknown },
@@ -346,6 +384,39 @@ impl Ownership {
             _ => unreachable!("no fault"),
         }
     }
+
+    /// The next step of a task is carried out, but its caller does not learn of it and tries again.
+    fn leave_unanswered(&self, state: &mut State, task: Task) {
+        if let Some(take) = self.takes(state, task) {
+            let before = to_tell(state, take);
+            state.remove_task(task);
+            state.add_task(task.after_attempt(before));
+            state.add_task(Task::Late(take));
+        }
+        match task.write() {
+            // Both writes of `$connect` are one step then.
+            Some(Write::Claim(connection)) if !self.scenario.name_changes_hands => {
+                state.add_task(Task::Late(Write::Put(connection)));
+            }
+            Some(write) => state.add_task(Task::Late(write)),
+            None => {}
+        }
+        if let Some((to, message)) = task.post() {
+            post(state, to, message);
+        }
+        if let Task::Forward {
+            lookups_left,
+            step: ForwardStep::Post { to, .. },
+        } = task
+        {
+            state.remove_task(task);
+            let step = ForwardStep::Post {
+                to,
+                is_unknown: true,
+            };
+            state.add_task(Task::Forward { lookups_left, step });
+        }
+    }
 }
 
 /// Whether something is bound to happen to a connection: its handshake ends, or its loss is noticed.
@@ -355,6 +426,66 @@ fn is_unfinished(ends: &Ends) -> bool {
             ends.agent,
             AgentEnd::Connecting | AgentEnd::Handshake { .. }
         )
+}
+
+/// The id of a connection's ping that a task handles.
+fn ping_of_task(task: &Task, connection: Connection) -> Option<PingId> {
+    match task {
+        Task::Ping {
+            connection: of, id, ..
+        } if *of == connection => Some(*id),
+        _ => None,
+    }
+}
+
+/// Numbers the pings of a connection that are on their way, or whose answers are.
+fn renumber_pings(state: &mut State, connection: Connection) {
+    let of_message = |(to, message): &(Connection, Message)| match message {
+        Message::Pong(id) | Message::Replaced(Some(id)) if *to == connection => Some(*id),
+        _ => None,
+    };
+    let tasks = state
+        .tasks
+        .iter()
+        .filter_map(|task| ping_of_task(task, connection));
+    let messages = state.messages.iter().filter_map(of_message);
+    let mut ids: Vec<PingId> = tasks.chain(messages).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    // How many of them are below an id.
+    let below = |id: PingId| {
+        ids.iter()
+            .map(|other| PingId::from(*other < id))
+            .sum::<u8>()
+    };
+    let pings = state.ends(connection).pings;
+    let renumbered = Pings {
+        last: below(PingId::MAX),
+        answered: below(pings.answered + 1),
+        question: below(pings.question) + 1,
+    };
+    if renumbered == pings && ids.iter().all(|id| below(*id) + 1 == *id) {
+        return;
+    }
+    for task in &mut state.tasks {
+        if let Task::Ping {
+            connection: of, id, ..
+        } = task
+            && *of == connection
+        {
+            *id = below(*id) + 1;
+        }
+    }
+    for (to, message) in &mut state.messages {
+        if let Message::Pong(id) | Message::Replaced(Some(id)) = message
+            && *to == connection
+        {
+            *id = below(*id) + 1;
+        }
+    }
+    state.tasks.sort_unstable();
+    state.messages.sort_unstable();
+    state.ends_mut(connection).pings = renumbered;
 }
 
 /// Makes states equal that differ in nothing that matters any more: when connections were opened that are over, and the numbers
@@ -370,11 +501,27 @@ fn forget(state: &mut State) {
             ends.has_pinged = false;
         }
     }
+    forget_request(state);
     let times = state.connections.map(|ends| ends.connected_at);
     for ends in &mut state.connections {
         let at = ends.connected_at;
         let unused: u8 = (1..at).map(|time| u8::from(!times.contains(&time))).sum();
         ends.connected_at = at - unused;
+    }
+}
+
+/// How a request went that cannot go wrong any more.
+fn forget_request(state: &mut State) {
+    let request = &state.request;
+    let is_right = match request.answer {
+        None => false,
+        Some(Answer::Offline) => request.executions == 0,
+        Some(_) => request.executions <= 1,
+    };
+    let is_request = |(_, message): &(Connection, Message)| matches!(message, Message::Request(_));
+    let is_forward = |task: &Task| matches!(task, Task::Forward { .. });
+    if is_right && !state.messages.iter().any(is_request) && !state.tasks.iter().any(is_forward) {
+        state.request = REQUEST_IS_OVER;
     }
 }
 

@@ -6,12 +6,15 @@ use crate::{Answer, Connection, ForwardStep, Ownership, Phase, State, Task};
 pub type Holds = fn(&Ownership, &State) -> bool;
 
 /// All properties, by name.
-pub const ALL: [(&str, Holds); 10] = [
+pub const ALL: [(&str, Holds); 11] = [
     (ENDED_OR_OLDER_NEVER_TAKES_OVER, |_, state| {
         !state.history.wrong_takeover
     }),
     (AGENTS_END_ONLY_WHEN_REPLACED, |_, state| {
         !state.history.wrong_end
+    }),
+    (SOMEBODY_IS_LEFT, |model, state| {
+        !model.scenario.handshakes_end || state.history.was_released || state.ended.contains(&false)
     }),
     (NEWEST_SERVES, newest_serves),
     (ENDED_IS_OFFLINE, ended_is_offline),
@@ -37,6 +40,8 @@ pub const ENDED_OR_OLDER_NEVER_TAKES_OVER: &str =
 /// O1, of the agents.
 pub const AGENTS_END_ONLY_WHEN_REPLACED: &str =
     "O1 an agent ends only if another agent has served or the name was released";
+/// O1, of all agents.
+pub const SOMEBODY_IS_LEFT: &str = "O1 the agents do not all end unless one gives a handshake up";
 /// O2.
 pub const NEWEST_SERVES: &str = "O2 the newest live connection that said ready serves";
 /// O2, the other way round.

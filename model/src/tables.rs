@@ -33,8 +33,15 @@ pub enum Write {
     Put(Connection),
     /// Of what `ready` said.
     Record(Connection, Option<Connection>),
-    /// Of the tunnel, for a connection that named another as the one before.
-    Take(Connection, Option<Connection>),
+    /// Of the tunnel, for a connection.
+    Take {
+        /// The connection.
+        connection: Connection,
+        /// If this one serves until then, or none does.
+        from: Option<Connection>,
+        /// What the connection named as the one before.
+        previous: Option<Connection>,
+    },
     /// Of the tunnel, if this connection serves it.
     Offline(Connection),
     /// Of a record.
@@ -46,7 +53,7 @@ pub enum Write {
 /// What a write answers.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Answered {
-    /// It was applied. Of a delete, of a take and of a release: what was there before.
+    /// It was applied. Of a delete and of a release: what was there before.
     Applied(Option<Connection>),
     /// Its condition did not hold.
     Refused,
@@ -78,7 +85,11 @@ impl Ownership {
                 });
                 Answered::Applied(None)
             }
-            Write::Take(connection, previous) => self.take(state, connection, previous),
+            Write::Take {
+                connection,
+                from,
+                previous,
+            } => self.take(state, connection, from, previous),
             Write::Offline(connection) => match &mut state.tunnel {
                 Some(tunnel) if tunnel.serving == Some(connection) => {
                     tunnel.serving = None;
@@ -129,6 +140,7 @@ impl Ownership {
         &self,
         state: &mut State,
         connection: Connection,
+        from: Option<Connection>,
         previous: Option<Connection>,
     ) -> Answered {
         let owner = self.owner(connection);
@@ -136,15 +148,14 @@ impl Ownership {
             return Answered::Refused;
         };
         let has_record = state.ends(connection).record.is_some();
-        let newer = tunnel
-            .serving
-            .filter(|_| self.outranks(state, &tunnel, connection, previous));
-        if self.rules.fence && (!has_record || newer.is_some()) {
+        if self.rules.fence && (!has_record || tunnel.serving != from) {
             return Answered::Refused;
         }
-        if !has_record || newer.is_some_and(|newer| state.ends(newer).is_open) {
-            state.history.wrong_takeover = true;
-        }
+        let newer = tunnel.serving.filter(|serving| {
+            *serving != connection && self.outranks(state, &tunnel, connection, previous)
+        });
+        let is_wrong = !has_record || newer.is_some_and(|newer| state.ends(newer).is_open);
+        state.history.wrong_takeover |= is_wrong && !state.history.was_denied;
         state.history.has_served[self.agent(connection)] = true;
         state.tunnel = Some(Tunnel {
             owner,
@@ -152,6 +163,6 @@ impl Ownership {
             previous,
             is_expired: false,
         });
-        Answered::Applied(tunnel.serving.filter(|before| *before != connection))
+        Answered::Applied(None)
     }
 }
