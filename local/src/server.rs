@@ -598,7 +598,8 @@ fn front(
             quotas: options.quotas,
             limit: AgentLimit::new(options.quotas.agents_of_one),
             clock: ConnectionClock::default(),
-            disconnecting: agents::DisconnectPermits::default(),
+            connecting: agents::TablePermits::default(),
+            disconnecting: agents::TablePermits::default(),
             observer: observer.clone(),
             tasks: subsystems.agents.tracker().clone(),
             stopping: subsystems.agents.stopping().clone(),
@@ -674,6 +675,27 @@ mod tests {
             panic!("{close:?}")
         };
         assert_eq!(frame.code, CloseCode::Away);
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn handshakes_take_turns_at_the_tables() {
+        let options = Options {
+            listen: LOOPBACK,
+            ..Options::default()
+        };
+        let server = Server::start(options).await.expect("a server");
+        let mut turns = Vec::new();
+        for _ in 0..agents::MAX_AT_THE_TABLES {
+            turns.push(server.front.agents.connecting.acquire().await);
+        }
+        let mut connecting = Box::pin(tokio_tungstenite::connect_async(&server.endpoint));
+        let answered = tokio::time::timeout(Duration::from_millis(500), &mut connecting).await;
+        assert!(answered.is_err(), "it has not waited for its turn");
+        turns.pop();
+        let answered = tokio::time::timeout(Duration::from_secs(20), connecting).await;
+        answered.expect("in time").expect("a connection");
+        drop(turns);
         server.stop().await;
     }
 

@@ -12,7 +12,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use rand::RngExt;
 use tokio::{
-    sync::Semaphore,
+    sync::{Semaphore, SemaphorePermit},
     time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tokio_tungstenite::{
@@ -66,9 +66,10 @@ const MAX_SILENCE: Duration = Duration::from_secs(30);
 const UPGRADED_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Shortest pause between two checks of all connections.
 const MIN_RECHECK_INTERVAL: Duration = Duration::from_millis(1);
-/// How many ended connections are noted in the tables at once. The tables serve one call at a time, and a call that waits for too
-/// many others fails: when all agents leave together, their tunnels would stay online.
-const MAX_DISCONNECTS_AT_ONCE: usize = 32;
+/// For how many ended connections, and for how many handshakes, the tables are asked at once. They serve one call at a time, and a call
+/// that waits for too many others fails: when all agents leave together, their tunnels would stay online, and when thousands come
+/// together, as after an upgrade, none would be let in.
+pub(crate) const MAX_AT_THE_TABLES: usize = 32;
 /// How long the last messages of a connection may take to be written.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -112,8 +113,10 @@ pub(crate) struct AgentFront {
     pub(crate) limit: AgentLimit,
     /// Which connections are newer than others.
     pub(crate) clock: ConnectionClock,
+    /// Places for handshakes that are being decided.
+    pub(crate) connecting: TablePermits,
     /// Places for ended connections that are being noted.
-    pub(crate) disconnecting: DisconnectPermits,
+    pub(crate) disconnecting: TablePermits,
     /// Takes note of agents.
     pub(crate) observer: Arc<Observer>,
     /// Holds a task for each connection and each message being handled.
@@ -202,6 +205,8 @@ impl AgentFront {
             purpose: Purpose::of_query(first),
         };
         let failed = |error: ConnectError| Refused::failed(&error);
+        // Whoever leaves while it waits for its turn costs the tables nothing.
+        let _turn = self.connecting.acquire().await;
         let Some(caller) = self.connect.identify(&handshake).await.map_err(failed)? else {
             return Err(Refused::by(&HandshakeRefusal::NotAuthorized));
         };
@@ -406,7 +411,7 @@ impl AgentFront {
     }
 
     async fn disconnected(&self, source: &EventSource, code: u16, reason: &str) {
-        let _permit = self.disconnecting.0.acquire().await;
+        let _permit = self.disconnecting.acquire().await;
         if let Err(error) = self
             .disconnect
             .handle(source.disconnect(code, reason))
@@ -474,13 +479,21 @@ impl Refused {
     }
 }
 
-/// See [`MAX_DISCONNECTS_AT_ONCE`].
+/// See [`MAX_AT_THE_TABLES`].
 #[derive(Debug)]
-pub(crate) struct DisconnectPermits(Semaphore);
+pub(crate) struct TablePermits(Semaphore);
 
-impl Default for DisconnectPermits {
+impl TablePermits {
+    /// Waits for a place, which is free again when the result is dropped.
+    pub(crate) async fn acquire(&self) -> Option<SemaphorePermit<'_>> {
+        // The semaphore is never closed.
+        self.0.acquire().await.ok()
+    }
+}
+
+impl Default for TablePermits {
     fn default() -> Self {
-        Self(Semaphore::new(MAX_DISCONNECTS_AT_ONCE))
+        Self(Semaphore::new(MAX_AT_THE_TABLES))
     }
 }
 
