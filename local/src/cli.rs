@@ -1,6 +1,12 @@
 //! The command line of `tunnel-local`.
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    ffi::OsString,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{
     ArgMatches, Command, CommandFactory, FromArgMatches, Parser, Subcommand,
@@ -9,7 +15,7 @@ use clap::{
     parser::ValueSource,
 };
 use tokio::runtime::Runtime;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tunnel_config::ConfigFileError;
 use tunnel_connect::MAX_TUNNEL_IDS_PER_OWNER;
 use tunnel_forward::rate_limit::MAX_CONCURRENT_REQUESTS;
@@ -48,6 +54,7 @@ struct Cli {
         global = true,
         env = "TUNNEL_LISTEN",
         default_value = "127.0.0.1:8080",
+        value_parser = address,
         value_name = "ADDRESS"
     )]
     listen: SocketAddr,
@@ -78,7 +85,7 @@ struct Cli {
     #[arg(long, env = "TUNNEL_ACME_DNS_HOOK", value_name = "COMMAND")]
     acme_dns_hook: Option<PathBuf>,
     /// With HTTPS: redirect visitors who use http:// at this address
-    #[arg(long, env = "TUNNEL_LISTEN_HTTP", value_name = "ADDRESS")]
+    #[arg(long, env = "TUNNEL_LISTEN_HTTP", value_parser = address, value_name = "ADDRESS")]
     listen_http: Option<SocketAddr>,
     /// Store names and tokens in this directory; without it they are lost when the server stops
     #[arg(long, env = "TUNNEL_DATA", value_name = "DIR")]
@@ -139,7 +146,7 @@ struct Cli {
     )]
     trust_proxy: Vec<Cidr>,
     /// Where you ask for metrics, health, and who is connected: /metrics, /healthz, /readyz, /agents and /tunnels at this address [default: nowhere]
-    #[arg(long, env = "TUNNEL_ADMIN", value_name = "ADDRESS")]
+    #[arg(long, env = "TUNNEL_ADMIN", value_parser = address, value_name = "ADDRESS")]
     admin: Option<SocketAddr>,
     /// Serve --admin at an address that other machines can connect to; nobody is asked for a password
     #[arg(long, env = "TUNNEL_ADMIN_REMOTE")]
@@ -163,6 +170,7 @@ struct Cli {
     #[arg(
         long,
         env = "TUNNEL_LOG_LEVEL",
+        value_parser = log_level,
         default_value = "warn",
         value_name = "LEVEL"
     )]
@@ -352,6 +360,35 @@ fn connection_age(text: &str) -> Result<Duration, String> {
     (age >= MIN_CONNECTION_AGE)
         .then_some(age)
         .ok_or_else(|| "must be at least 1s".to_owned())
+}
+
+/// An address to listen at. A port alone is one of this machine alone: that others can connect is said, and not left out.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let port = text
+        .strip_prefix("localhost:")
+        .or_else(|| text.strip_prefix(':'))
+        .unwrap_or(text);
+    match (text.parse(), port.parse::<u16>()) {
+        (Ok(address), _) => Ok(address),
+        (Err(_), Ok(port)) => Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+        _ => Err(
+            "must be an IP address and a port, such as 0.0.0.0:8080 for every address of this machine, or a port alone for 127.0.0.1"
+                .to_owned(),
+        ),
+    }
+}
+
+/// Reads a list of levels. `Targets` itself takes any word for a target's name, so that a typo would log all of nothing.
+fn log_level(text: &str) -> Result<Targets, String> {
+    let is_known = |directive: &str| {
+        directive.contains('=') || directive.trim().parse::<LevelFilter>().is_ok()
+    };
+    if let Some(wrong) = text.split(',').find(|directive| !is_known(directive)) {
+        return Err(format!(
+            "`{wrong}` is not a level (error, warn, info, debug, trace, off) and not TARGET=LEVEL, such as local=debug"
+        ));
+    }
+    text.parse().map_err(|error| format!("{error}"))
 }
 
 /// The executable's whole life. Not async, so that the compiler makes code of its futures here and not once more there.
@@ -574,8 +611,29 @@ mod tests {
             ["--auth", "none"],
             ["--routing", "host"],
             ["--log-level", "x=y=z"],
+            ["--log-level", "loud"],
+            ["--log-level", "warn,debgu"],
+            ["--listen", "0.0.0.0"],
+            ["--listen", "example.com:80"],
+            ["--listen", "99999"],
         ] {
             assert!(Cli::try_parse_from(["tunnel-local", wrong[0], wrong[1]]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_port_alone_is_of_this_machine_alone() {
+        for text in ["9000", ":9000", "localhost:9000", "127.0.0.1:9000"] {
+            let listen =
+                Cli::try_parse_from(["tunnel-local", "--listen", text]).map(|cli| cli.listen);
+            let expected = SocketAddr::from((Ipv4Addr::LOCALHOST, 9000));
+            assert_eq!(listen.ok(), Some(expected), "{text}");
+        }
+        for level in ["warn", "WARN", "off", "warn,local=debug"] {
+            assert!(
+                Cli::try_parse_from(["tunnel-local", "--log-level", level]).is_ok(),
+                "{level}"
+            );
         }
     }
 }

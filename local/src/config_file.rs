@@ -236,7 +236,7 @@ mod tests {
         (
             "listen = 'here'\n",
             "1:10",
-            "`listen`: invalid socket address",
+            "`listen`: must be an IP address and a port",
         ),
         ("data = ''\n", "1:8", "`data`: must not be empty"),
         ("max_connection_age = 30\n", "1:22", "time unit needed"),
