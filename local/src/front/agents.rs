@@ -412,11 +412,9 @@ impl AgentFront {
 
     async fn disconnected(&self, source: &EventSource, code: u16, reason: &str) {
         let _permit = self.disconnecting.acquire().await;
-        if let Err(error) = self
-            .disconnect
-            .handle(source.disconnect(code, reason))
-            .await
-        {
+        // Boxed: it is longer than all else that an open connection keeps for itself.
+        let handling = Box::pin(self.disconnect.handle(source.disconnect(code, reason)));
+        if let Err(error) = handling.await {
             error!(
                 error = &error as &dyn std::error::Error,
                 "$disconnect failed"

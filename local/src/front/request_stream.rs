@@ -60,9 +60,12 @@ impl RequestStream {
         }
     }
 
-    /// From here on bytes are handed on as they come.
+    /// From here on bytes are handed on as they come, and no room is kept for heads.
     pub(crate) fn upgrade(&mut self) {
         self.position = Position::Upgraded;
+        if self.input.is_empty() {
+            self.input = BytesMut::new();
+        }
     }
 
     /// Whether all of the last request was handed on, so that what follows is not its body.
