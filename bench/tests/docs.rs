@@ -12,7 +12,8 @@ use std::{
 /// Directories without sources of this repository.
 const SKIPPED: [&str; 5] = ["target", ".git", ".tools", ".aws-sam", "node_modules"];
 /// Paths that the documentation names and that are not in this repository.
-const ELSEWHERE: [&str; 5] = [
+const ELSEWHERE: [&str; 6] = [
+    "deployment.toml",
     "ttf/config.toml",
     "ttf/tunnels.toml",
     "tunnel-local/config.toml",
