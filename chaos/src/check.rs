@@ -43,8 +43,9 @@ impl Findings {
         for finding in self.0.iter().take(SHOWN) {
             println!("- {finding}");
         }
-        if self.0.len() > SHOWN {
-            println!("- and {} more", self.0.len() - SHOWN);
+        let all = world.logs.join("findings.log");
+        if self.0.len() > SHOWN && std::fs::write(&all, self.0.join("\n")).is_ok() {
+            println!("- and {} more: {}", self.0.len() - SHOWN, all.display());
         }
         for name in ["tunnel-local", "ttf", "local-service"] {
             println!(

@@ -156,12 +156,18 @@ impl Fault {
             Self::StallTables | Self::FillDisk => {
                 &["agent_lost", "tunnel_offline", "internal_error"]
             }
-            // Messages for the agent wait, until there are too many.
+            // Messages for the agent wait, until there are too many. An upload that has begun is not said to be refused then, because
+            // the local service may have acted on it. And an agent that was stopped finds that its local service took too long.
             Self::StopAgent
             | Self::HoldBytes
             | Self::SwallowBytes
             | Self::DropPackets
-            | Self::ForgetConnections => &["agent_lost", "tunnel_offline", "agent_busy"],
+            | Self::ForgetConnections => &[
+                "agent_lost",
+                "tunnel_offline",
+                "agent_busy",
+                "local_timeout",
+            ],
             Self::KillLocalService => &["local_unreachable"],
             Self::StopLocalService => &[
                 "local_unreachable",
