@@ -143,9 +143,9 @@ impl FromStr for Endpoint {
 
 /// Whether a text is a token of a service of its own, or a JWT. No host has such a name, and a resolver must not be asked for it.
 pub(crate) fn is_like_a_token(text: &str) -> bool {
-    let is_own = text.strip_prefix("ttf_").is_some_and(|rest| {
-        !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_alphanumeric())
-    });
+    let is_own = text
+        .strip_prefix("ttf_")
+        .is_some_and(|rest| rest.len() >= 16 && rest.bytes().all(|byte| byte.is_ascii_hexdigit()));
     is_own || (text.starts_with("eyJ") && text.len() > 20)
 }
 

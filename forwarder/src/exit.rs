@@ -11,7 +11,10 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tokio::{runtime::Runtime, task::JoinSet};
+use tokio::{
+    runtime::Runtime,
+    task::{JoinSet, spawn_blocking},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use tracing_subscriber::{
@@ -452,9 +455,12 @@ async fn inspect_tunnels(
             );
         }
     }
-    let noted = tunnel_ids::default_file()
-        .zip(server.loopback_port())
-        .and_then(|(file, port)| tunnel_ids::note_inspector(&file, port));
+    let place = tunnel_ids::default_file().zip(server.loopback_port());
+    // It may wait for a lock.
+    let noting = spawn_blocking(move || {
+        place.and_then(|(file, port)| tunnel_ids::note_inspector(&file, port))
+    });
+    let noted = noting.await.ok().flatten();
     serving.spawn(async move {
         let _noted = noted;
         server.run().await

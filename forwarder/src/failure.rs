@@ -40,7 +40,10 @@ pub(crate) fn explain(error: &legacy::Error, head: &[u8], target: &Target) -> Or
             // Node's and Python's TLS servers answer plain HTTP with nothing at all.
             let may_speak_tls = head.is_empty()
                 && target.scheme == Scheme::HTTP
-                && !matches!(target.transport, TargetTransport::Directory(_));
+                && matches!(
+                    target.transport,
+                    TargetTransport::Tcp | TargetTransport::Loopback
+                );
             let hint = may_speak_tls.then(|| {
                 "it closed the connection without a response; if it speaks TLS, write https:// before the target".to_owned()
             });

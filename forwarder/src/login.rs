@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use toml_edit::{DocumentMut, Item, Table};
+use toml_edit::{DocumentMut, Item, Table, TableLike};
 
 use crate::{
     handshake::{self, HandshakeError},
@@ -121,20 +121,25 @@ pub(crate) fn logout(logout: &Logout) -> Result<String, LoginError> {
     let name = path.display();
     let before = read(path)?;
     let service = logout.service.as_deref();
-    let (after, endpoint) = without_login(&before, service).ok_or_else(|| LoginError::Content {
+    let (after, login) = without_login(&before, service).ok_or_else(|| LoginError::Content {
         path: name.to_string(),
     })?;
     if after == before {
-        return Ok(format!("{name} has no endpoint and no token"));
+        let of = service.map_or(String::new(), |service| format!(" for a service {service}"));
+        return Ok(format!("{name} has no endpoint and no token{of}"));
     }
     write(path, &after).map_err(|source| LoginError::Unwritable {
         path: name.to_string(),
         source,
     })?;
-    let endpoint = endpoint.as_deref().unwrap_or("the service");
-    Ok(format!(
-        "{endpoint} and its token are no longer stored in {name}; the token is valid until the service's operator revokes it (`tunnel-admin revoke-token`)"
-    ))
+    let endpoint = login.endpoint.as_deref().unwrap_or("the service");
+    Ok(if login.has_token {
+        format!(
+            "{endpoint} and its token are no longer stored in {name}; the token is valid until the service's operator revokes it (`tunnel-admin revoke-token`)"
+        )
+    } else {
+        format!("{endpoint} is no longer stored in {name}")
+    })
 }
 
 /// Asks for the token on a terminal, or takes the first line of another stdin.
@@ -194,25 +199,45 @@ fn read(path: &Path) -> Result<String, LoginError> {
     }
 }
 
-/// The file's text without what belongs to a login, and the endpoint that it had. `None` as for [`with_login`].
-fn without_login(text: &str, service: Option<&str>) -> Option<(String, Option<String>)> {
+/// What a file had of a login.
+#[derive(Debug, Default, Eq, PartialEq)]
+struct StoredLogin {
+    endpoint: Option<String>,
+    has_token: bool,
+}
+
+impl StoredLogin {
+    fn of(table: &dyn TableLike) -> Self {
+        let endpoint = table.get("endpoint").and_then(Item::as_str);
+        Self {
+            endpoint: endpoint.map(str::to_owned),
+            has_token: table.get("token").is_some(),
+        }
+    }
+}
+
+/// The file's text without what belongs to a login, and what that was. `None` if it is not TOML.
+fn without_login(text: &str, service: Option<&str>) -> Option<(String, StoredLogin)> {
     let mut document: DocumentMut = text.parse().ok()?;
-    let endpoint = |table: &Table| Some(table.get("endpoint")?.as_str()?.to_owned());
-    let had = match service {
+    let login = match service {
         None => {
             let table = document.as_table_mut();
-            let had = endpoint(table);
+            let login = StoredLogin::of(table);
             for key in ["endpoint", "token", "endpoint_ca"] {
                 table.remove(key);
             }
-            had
+            login
         }
         Some(service) => {
-            let services = document.get_mut("services")?.as_table_mut()?;
-            services.remove(service)?.as_table().and_then(endpoint)
+            let services = document
+                .get_mut("services")
+                .and_then(Item::as_table_like_mut);
+            let removed = services.and_then(|services| services.remove(service));
+            let table = removed.as_ref().and_then(Item::as_table_like);
+            table.map(StoredLogin::of).unwrap_or_default()
         }
     };
-    Some((document.to_string(), had))
+    Some((document.to_string(), login))
 }
 
 /// The file's text with what belongs to the login, and all else as it was. `None` if it is not TOML, or has something else in its
@@ -358,20 +383,30 @@ mod tests {
     fn a_logout_forgets_what_belongs_to_its_service_and_nothing_else() {
         let text = "target = 3000 # the app\nendpoint = 'wss://t.example.com'\ntoken = 'one'\n\n\
                     [services.work]\nendpoint = 'wss://w.example.com'\ntoken = 'two'\n\n[tunnels.web]\ntarget = 1\n";
-        let (after, endpoint) = without_login(text, None).expect("a file");
-        assert_eq!(endpoint.as_deref(), Some("wss://t.example.com"));
+        let stored = |endpoint: &str, has_token| StoredLogin {
+            endpoint: Some(endpoint.to_owned()),
+            has_token,
+        };
+        let (after, login) = without_login(text, None).expect("a file");
+        assert_eq!(login, stored("wss://t.example.com", true));
         assert_eq!(
             after,
             "target = 3000 # the app\n\n\
              [services.work]\nendpoint = 'wss://w.example.com'\ntoken = 'two'\n\n[tunnels.web]\ntarget = 1\n"
         );
-        let (after, endpoint) = without_login(&after, Some("work")).expect("a file");
-        assert_eq!(endpoint.as_deref(), Some("wss://w.example.com"));
+        let (after, login) = without_login(&after, Some("work")).expect("a file");
+        assert_eq!(login, stored("wss://w.example.com", true));
         assert_eq!(
             after,
             "target = 3000 # the app\n\n[tunnels.web]\ntarget = 1\n"
         );
-        assert_eq!(without_login(&after, None), Some((after.clone(), None)));
+        for service in [None, Some("work")] {
+            let nothing = (after.clone(), StoredLogin::default());
+            assert_eq!(without_login(&after, service), Some(nothing));
+        }
+        let inline = "services.work = { endpoint = 'wss://w.example.com' }\n";
+        let (_, login) = without_login(inline, Some("work")).expect("a file");
+        assert_eq!(login, stored("wss://w.example.com", false));
         assert_eq!(without_login("nonsense", None), None);
     }
 

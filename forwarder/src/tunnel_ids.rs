@@ -1,7 +1,8 @@
 //! Tunnel ids that the service picked, remembered from one run to the next, so that a tunnel keeps its address.
 //!
-//! One file has them all, by endpoint and target. An agent that uses an entry holds a lock beside the file: a second agent with the same
-//! endpoint and target gets an id of its own and remembers nothing. Other locks say at which ports inspectors are. Nothing here is worth a tunnel: what goes wrong is logged.
+//! One file has them all, by endpoint and target. An agent that uses an entry holds a lock beside the file: a second agent with the
+//! same endpoint and target gets an id of its own and remembers nothing. Other locks say at which ports inspectors are. Nothing here is
+//! worth a tunnel: what goes wrong is logged.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -241,7 +242,9 @@ pub(crate) fn noted_inspectors(file: &Path) -> Vec<u16> {
         .filter_map(|entry| {
             let name = entry.ok()?.file_name();
             let port = name.to_str()?.strip_prefix(INSPECTOR_LOCK)?.parse().ok()?;
-            let is_held = matches!(lock(file, name.to_str()?), Err(TryLockError::WouldBlock));
+            // Shared, so that another look is not taken for an agent.
+            let lock = File::open(locks(file).join(&name)).ok()?;
+            let is_held = matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock));
             is_held.then_some(port)
         })
         .collect();

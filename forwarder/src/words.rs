@@ -305,14 +305,16 @@ fn with_two_dashes(arguments: &[OsString]) -> Vec<OsString> {
     command.build();
     let commands = std::iter::once(&command).chain(command.get_subcommands());
     let flags: Vec<&clap::Arg> = commands.flat_map(clap::Command::get_arguments).collect();
-    let is_flag = |name: &str| {
-        let is_ours = flags.iter().any(|flag| {
+    let ours = |name: &str| {
+        flags.iter().find(|flag| {
             flag.get_long() == Some(name)
                 || flag
                     .get_all_aliases()
                     .is_some_and(|aliases| aliases.contains(&name))
-        });
-        is_ours
+        })
+    };
+    let is_flag = |name: &str| {
+        ours(name).is_some()
             || FLAGS.iter().any(|(flags, _)| {
                 flags
                     .iter()
@@ -324,9 +326,23 @@ fn with_two_dashes(arguments: &[OsString]) -> Vec<OsString> {
         let name = word.split('=').next()?;
         is_flag(name).then(|| OsString::from(format!("--{word}")))
     };
+    // The rule of `--header -name` is no flag, whatever it is called.
+    let takes_next = |argument: &OsString| {
+        let name = argument.to_str().and_then(|word| word.strip_prefix("--"));
+        name.and_then(ours)
+            .is_some_and(|flag| flag.get_action().takes_values() && !flag.is_require_equals_set())
+    };
+    let mut is_value = false;
     arguments
         .iter()
-        .map(|argument| with_two(argument).unwrap_or_else(|| argument.clone()))
+        .map(|argument| {
+            let read = match with_two(argument) {
+                Some(flag) if !is_value => flag,
+                _ => argument.clone(),
+            };
+            is_value = !is_value && takes_next(&read);
+            read
+        })
         .collect()
 }
 
@@ -395,6 +411,11 @@ fn answer(mut error: clap::Error, arguments: &[OsString]) -> clap::Error {
     if error.kind() == ErrorKind::InvalidSubcommand
         && let Some(word) = text(&error, ContextKind::InvalidSubcommand)
     {
+        let word = if endpoint::is_like_a_token(&word) {
+            "(not shown)".to_owned()
+        } else {
+            word
+        };
         let message = if arguments.iter().any(|argument| argument == "service") {
             format!(
                 "there is no `ttf service {word}`; there are install (which starts it again with changed files), uninstall, start, stop and status"
@@ -463,6 +484,17 @@ mod tests {
             assert!(is_read(line), "{line}");
         }
         assert!(refusal("ttf 70000").contains("1 to 65535"));
+    }
+
+    #[test]
+    fn the_rule_of_a_header_is_no_flag() {
+        for name in ["server", "host", "json", "q"] {
+            let line = format!("ttf http 3000 --response-header -{name} -subdomain=my-app");
+            let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            let read = with_two_dashes(&arguments);
+            assert_eq!(read[4].to_string_lossy(), format!("-{name}"));
+            assert_eq!(read[5], "--subdomain=my-app");
+        }
     }
 
     #[test]
