@@ -385,7 +385,7 @@ fn log_level(text: &str) -> Result<Targets, String> {
     };
     if let Some(wrong) = text.split(',').find(|directive| !is_known(directive)) {
         return Err(format!(
-            "`{wrong}` is not a level (error, warn, info, debug, trace, off) and not TARGET=LEVEL, such as local=debug"
+            "`{wrong}` is not a level (error, warn, info, debug, trace, off) and not TARGET=LEVEL, such as local=debug or, for all of a target, local=trace"
         ));
     }
     text.parse().map_err(|error| format!("{error}"))

@@ -283,6 +283,11 @@ impl Connect {
         Ok(identity.map(Caller::Agent))
     }
 
+    /// Whether [`Connect::identify`] asks the tables.
+    pub fn identifies_by_tables(&self) -> bool {
+        self.authenticator.asks_tables()
+    }
+
     /// The second half of [`Connect::serve`]: whether `caller` may have the tunnel id that it requests. If so, the connection is recorded.
     ///
     /// # Errors

@@ -134,7 +134,7 @@ impl Lookup {
             .ok_or(ForwardError::NoSuchTunnel)?;
         let online = found.online.ok_or(ForwardError::Offline)?;
         if !self.is_valid(&found.identity).await? {
-            warn!(closed = %online.connection_id, "closed: its token is revoked or expired");
+            warn!(tunnel = %id, closed = %online.connection_id, "closed: its token is revoked or expired");
             self.tunnels
                 .mark_offline(id, &online.connection_id, now())
                 .await?;

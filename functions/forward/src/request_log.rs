@@ -75,7 +75,7 @@ impl RequestLog {
         self.span.clone()
     }
 
-    /// The span in which a failure is logged, so that none is logged without the ids.
+    /// The span in which the request's failure is logged: it has the ids whatever is logged of requests.
     pub(crate) fn failure_span(&self) -> Span {
         if !self.span.is_disabled() {
             return self.span.clone();

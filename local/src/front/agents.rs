@@ -205,11 +205,7 @@ impl AgentFront {
             purpose: Purpose::of_query(first),
         };
         let failed = |error: ConnectError| Refused::failed(&error);
-        // Whoever leaves while it waits for its turn costs the tables nothing.
-        let _turn = self.connecting.acquire().await;
-        let Some(caller) = self.connect.identify(&handshake).await.map_err(failed)? else {
-            return Err(Refused::by(&HandshakeRefusal::NotAuthorized));
-        };
+        let (caller, table_permit) = self.identify(&handshake).await?;
         let owner = match &caller {
             Caller::Agent(identity) => Some(identity.owner.clone()),
             Caller::TicketHolder(_) => None,
@@ -244,10 +240,32 @@ impl AgentFront {
                 asked_for
             }
         };
+        drop(table_permit);
         Ok(Admitted {
             permit,
             agent: tunnel.zip(owner),
         })
+    }
+
+    /// Who is calling, and a permit to ask the tables what more there is to ask. Whoever leaves while it waits for one costs the tables
+    /// nothing.
+    async fn identify(
+        &self,
+        handshake: &Handshake,
+    ) -> Result<(Caller, Option<SemaphorePermit<'_>>), Refused> {
+        let mut permit = None;
+        // The keys of an issuer may be long in coming, and nobody else waits for them.
+        if self.connect.identifies_by_tables() {
+            permit = self.connecting.acquire().await;
+        }
+        let caller = self.connect.identify(handshake).await;
+        let Some(caller) = caller.map_err(|error| Refused::failed(&error))? else {
+            return Err(Refused::by(&HandshakeRefusal::NotAuthorized));
+        };
+        if permit.is_none() {
+            permit = self.connecting.acquire().await;
+        }
+        Ok((caller, permit))
     }
 
     /// Serves a connection to its end, and returns why it has ended.

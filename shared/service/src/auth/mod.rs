@@ -171,6 +171,11 @@ impl Authenticator {
         }
     }
 
+    /// Whether [`Authenticator::identify`] asks the tables.
+    pub fn asks_tables(&self) -> bool {
+        self.credentials.mode() == AuthMode::Token
+    }
+
     /// The part of it that knows who may stay.
     pub fn revalidator(&self) -> Revalidator {
         Revalidator {

@@ -351,7 +351,7 @@ fn opened(item: &Item) -> Option<Opened> {
     Some(Opened {
         features: features_of_text(read_text(item, "features")?),
         public_url: read_text(item, "publicUrl")?.to_owned(),
-        policy: item.get("access").map(|policy| Arc::new(policy_of(policy))),
+        policy: policy_of(item),
         previous: read_text(item, "previous").and_then(|id| id.parse().ok()),
     })
 }

@@ -462,7 +462,7 @@ fn online_of(item: &Item) -> Option<Online> {
         features: read_text(item, "features")
             .map(features_of_text)
             .unwrap_or_default(),
-        policy: item.get("access").map(|policy| Arc::new(policy_of(policy))),
+        policy: policy_of(item),
     })
 }
 
@@ -480,16 +480,20 @@ pub(super) fn policy_to_text(policy: &VisitorPolicy) -> AttributeValue {
     )
 }
 
-/// The visitor policy of an item, which another version may have written: one that cannot be read admits no one.
-pub(super) fn policy_of(policy: &AttributeValue) -> VisitorPolicy {
+/// The visitor policy of an item, if it has one. Another version may have written it: one that cannot be read admits no one.
+pub(super) fn policy_of(item: &Item) -> Option<Arc<VisitorPolicy>> {
+    let policy = item.get("access")?;
     let read = policy
         .as_s()
         .ok()
         .and_then(|text| serde_json::from_str(text).ok());
-    read.unwrap_or_else(|| {
-        error!("the visitor policy of a tunnel cannot be read; no visitor is admitted until its agent connects again");
+    Some(Arc::new(read.unwrap_or_else(|| {
+        error!(
+            tunnel = read_text(item, "tunnelId"),
+            "the visitor policy of a tunnel cannot be read; no visitor is admitted until its agent connects again"
+        );
         VisitorPolicy::nobody()
-    })
+    })))
 }
 
 #[cfg(test)]
