@@ -5,10 +5,10 @@
 use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
-use serde::{Serialize, de::DeserializeOwned};
+use serde::Serialize;
 use tunnel_protocol::{
     limits::MAX_MESSAGE_BYTES,
-    message::{Body, FromAgent, ToAgent, decode, encode},
+    message::{Body, FromAgent, FromJson, ToAgent, decode, encode},
 };
 
 fuzz_target!(|text: &str| {
@@ -24,7 +24,7 @@ fuzz_target!(|text: &str| {
     });
 });
 
-fn check<M: Debug + DeserializeOwned + PartialEq + Serialize>(
+fn check<M: Debug + for<'de> FromJson<'de> + PartialEq + Serialize>(
     text: &str,
     body: fn(&M) -> Option<&Body>,
 ) {
