@@ -145,17 +145,26 @@ impl Fault {
             | Self::CloseToService
             | Self::RefuseConnections
             | Self::KillService
-            | Self::EndService
-            | Self::StopService => &["agent_lost", "tunnel_offline"],
+            | Self::EndService => &["agent_lost", "tunnel_offline"],
+            // What waited for the service comes to its time limit, or all at once.
+            Self::StopService => &[
+                "agent_lost",
+                "tunnel_offline",
+                "agent_busy",
+                "local_timeout",
+            ],
             // Requests go on to the agent that takes over, but for those that do not fit into one message.
             Self::SecondAgent => &["tunnel_offline"],
             // An agent that is asked to end takes no more requests while it finishes those that it has. What is sent to it when it
             // has closed the connection crosses its close frame and is lost.
             Self::EndAgent => &["agent_lost", "tunnel_offline", "agent_busy"],
-            // The agent cannot move in time, and lookups fail.
-            Self::StallTables | Self::FillDisk => {
-                &["agent_lost", "tunnel_offline", "internal_error"]
-            }
+            // The agent cannot move in time, lookups fail, and visitors who waited for one come all at once.
+            Self::StallTables | Self::FillDisk => &[
+                "agent_lost",
+                "tunnel_offline",
+                "internal_error",
+                "agent_busy",
+            ],
             // Messages for the agent wait, until there are too many. An upload that has begun is not said to be refused then, because
             // the local service may have acted on it. And an agent that was stopped finds that its local service took too long.
             Self::StopAgent
