@@ -575,12 +575,15 @@ async fn the_records_of_a_connection_without_a_limit_do_not_expire() {
     let opened = recorded.opened.clone().expect("ready");
     let long_ago = now() - Duration::from_secs(90 * 60);
     let records = stack.connections();
+    records.remove(&id).await.expect("a table");
     records
         .put(&id, &Connection::Agent(recorded), long_ago)
         .await
         .expect("a table");
     records.record_opened(&id, &opened).await.expect("a table");
     let later = now() + Duration::from_secs(2 * 60 * 60);
+    let old = records.get(&id, later).await.expect("a table");
+    assert!(old.is_none(), "the record is not an old one");
     agent.expect_quiet("its ping is answered").await;
     let kept = records.get(&id, later).await.expect("a table");
     assert!(kept.is_some(), "the record expires");
