@@ -2,9 +2,11 @@
 
 use std::{fs, path::Path};
 
+use futures_util::StreamExt;
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpSocket};
+use tokio_tungstenite::accept_async;
 
 use crate::harness::{Agent, Ended, Service, Ttf};
 
@@ -81,6 +83,41 @@ async fn a_logout_forgets_what_a_login_has_stored() {
         "{:?}",
         none.stderr
     );
+}
+
+#[tokio::test]
+async fn a_released_tunnel_id_is_not_remembered() {
+    let home = tempfile::tempdir().expect("a directory");
+    let service = Service::running(|stream| async move {
+        let mut agent = Agent(accept_async(stream).await.expect("a handshake"));
+        let Some(Ok(first)) = agent.0.next().await else {
+            return;
+        };
+        let is_release = first.to_string().contains("release");
+        let answer = if is_release {
+            json!({ "type": "released", "tunnel_id": "my-app", "existed": true })
+        } else {
+            json!({
+                "type": "connection_established", "connection_id": "c1", "tunnel_id": "my-app",
+                "public_url": "http://t.example.com/my-app", "features": [],
+            })
+        };
+        agent.send(answer).await;
+        agent.until_closed().await;
+    })
+    .await;
+    let path = home.path().to_str().expect("a path");
+    let mut tunnel = Ttf::start_in(path, &["http", "1", "-e", &service.endpoint]);
+    tunnel.until_line("online: ").await;
+    tunnel.signal(Signal::TERM);
+    assert_eq!(tunnel.ended().await.code, Some(0));
+    let remembered = || fs::read_to_string(home.path().join("ttf/tunnels.toml")).expect("a file");
+    assert!(remembered().contains("my-app"), "{}", remembered());
+
+    let released = ttf(home.path(), &["release", "my-app", "-e", &service.endpoint]).await;
+    assert_eq!(released.code, Some(0), "{:?}", released.stderr);
+    // Otherwise the next start would claim it again.
+    assert!(!remembered().contains("my-app"), "{}", remembered());
 }
 
 #[tokio::test]

@@ -5,7 +5,9 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::mpsc,
 };
+use tokio_tungstenite::accept_async;
 
 use crate::harness::{Agent, Service, Ttf, within};
 
@@ -92,4 +94,35 @@ async fn a_service_that_answers_early_and_closes_ends_the_request() {
         .expect("written");
     drop(stream);
     ttf.until_line("POST /upload 413 0 B").await;
+}
+
+#[tokio::test]
+async fn an_upload_that_a_local_service_ends_early_is_not_waited_for() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let service = Service::running(move |stream| {
+        let tell = tell.clone();
+        async move {
+            let mut agent = Agent(accept_async(stream).await.expect("a handshake"));
+            agent.until("ready").await;
+            let established = json!({
+                "type": "connection_established", "connection_id": "c1", "tunnel_id": "my-app",
+                "public_url": "http://t.example.com/my-app", "features": ["body_parts", "window"],
+            });
+            agent.send(established).await;
+            agent.send(upload(&json!({}))).await;
+            if let Some(window) = agent.next("window").await {
+                tell.send(window).expect("it is waited for");
+            }
+            agent.until_closed().await;
+        }
+    })
+    .await;
+    let (_ttf, mut stream) = connection(&listener, &service).await;
+    let refusal = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 0\r\n\r\n";
+    stream.write_all(refusal).await.expect("written");
+    drop(stream);
+    let window = within("a window", told.recv()).await.expect("a window");
+    // No more of it: otherwise the service, and with it the visitor, would wait until it may send the rest.
+    assert_eq!(window["parts"], 0, "{window}");
 }

@@ -696,6 +696,30 @@ async fn on_a_public_server_a_foreign_host_reaches_no_local_service() {
 }
 
 #[tokio::test]
+async fn the_path_of_a_tunnel_with_a_subdomain_leads_there_with_the_method_and_the_query() {
+    let stack = stack_with(Options {
+        public_url: Some("http://t.example.com:8080".parse().expect("a URL")),
+        auth: tunnel_service::auth::AuthMode::Token,
+        routing: tunnel_service::routing::Routing::Subdomain,
+        ..Options::default()
+    })
+    .await;
+    let mut stream = TcpStream::connect(stack.address)
+        .await
+        .expect("a connection");
+    let request = b"POST /my-app/form?a=1 HTTP/1.1\r\nhost: t.example.com:8080\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    stream.write_all(request).await.expect("sent");
+    let mut answer = String::new();
+    within("the answer", stream.read_to_string(&mut answer))
+        .await
+        .expect("an answer");
+    // With 301 or 302, a browser would send a GET without the body.
+    assert!(answer.starts_with("HTTP/1.1 308 "), "{answer}");
+    let location = "location: http://my-app.t.example.com:8080/form?a=1\r\n";
+    assert!(answer.contains(location), "{answer}");
+}
+
+#[tokio::test]
 async fn a_connection_that_the_service_closes_ends_though_its_agent_does_not_read() {
     let stack = stack().await;
     let mut agent = ScriptedAgent::connect(&stack, "?tunnel_id=my-app").await;

@@ -256,12 +256,14 @@ async fn a_request_whose_agent_died_is_repeated_only_if_that_is_safe() {
             .uri(format!("{}/my-app/", stack.public_url));
         let visit = visit(request.body("".into()).expect("a request"));
         let story = async {
-            old.hear().await;
+            let first = old.hear().await["request_id"].clone();
             // Another connection of the owner serves the tunnel by the time the first one breaks.
             let mut new = ScriptedAgent::online(&stack, "my-app", &[]).await;
             drop(old);
             if is_repeated {
                 let request = new.hear().await;
+                // An agent carries out no request twice, also where both connections are its own.
+                assert_ne!(request["request_id"], first);
                 new.say(&response(&request, "bmV3")).await;
             }
             new

@@ -359,6 +359,19 @@ async fn of_two_connections_of_one_millisecond_one_serves_in_whichever_order_the
 }
 
 #[tokio::test]
+async fn the_next_connection_of_an_agent_takes_over_whatever_the_clocks_say() {
+    let service = Service::new().await;
+    service.opened.store(60, Ordering::Relaxed);
+    let ahead = service.open("ahead").await;
+    service.ready(&ahead).await;
+    service.opened.store(0, Ordering::Relaxed);
+    let next = service.open("next").await;
+    let ready = json!({ "type": "ready", "features": ["notices"], "previous": ahead.as_str() });
+    service.say(&next, &ready).await.expect("handled");
+    assert_eq!(service.serving().await, Some(next));
+}
+
+#[tokio::test]
 async fn a_connection_that_breaks_before_it_is_notified_leaves_the_tunnel_to_the_one_before() {
     for features in [json!(["notices"]), json!([])] {
         let service = Service::new().await;

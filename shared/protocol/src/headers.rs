@@ -174,6 +174,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::MAX_HEADER_FIELDS;
 
     fn map(fields: &[(&str, &str)]) -> HeaderMap {
         fields
@@ -251,6 +252,16 @@ mod tests {
         ]);
         remove_forwarding(&mut headers);
         assert_eq!(headers, map(&[("via", "1.1 p")]));
+    }
+
+    #[test]
+    fn as_many_fields_are_read_as_the_limit_says_and_no_more() {
+        for (count, is_read) in [(MAX_HEADER_FIELDS, true), (MAX_HEADER_FIELDS + 1, false)] {
+            let (name, values) = ("x-many", vec!["1"; count - 1]);
+            let fields = serde_json::json!({ name: values, "x-one": ["1"] }).to_string();
+            let read = json::deserialize(&mut serde_json::Deserializer::from_str(&fields));
+            assert_eq!(read.is_ok(), is_read, "{count}: {read:?}");
+        }
     }
 
     #[test]
