@@ -3,10 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use aws_sdk_dynamodb::{
-    operation::put_item::PutItemError,
-    types::{AttributeValue, ConditionCheck, ReturnValue, TransactWriteItem},
-};
+use aws_sdk_dynamodb::types::{AttributeValue, ConditionCheck, ReturnValue, TransactWriteItem};
 
 use crate::tables::dynamodb::{
     Change, Item, StoreError, Table, is_live, number, read_flag, read_number, read_text, text,
@@ -116,20 +113,10 @@ impl ConnectionsTable {
             }
             Connection::Reply => put.item("kind", text("reply")),
         };
-        let outcome = put
-            .condition_expression("attribute_not_exists(connectionId)")
-            .send()
-            .await;
-        match outcome {
-            Err(error)
-                if !error
-                    .as_service_error()
-                    .is_some_and(PutItemError::is_conditional_check_failed_exception) =>
-            {
-                Err(table.failed("PutItem")(error))
-            }
-            Ok(_) | Err(_) => Ok(()),
-        }
+        table
+            .conditional_put(put.condition_expression("attribute_not_exists(connectionId)"))
+            .await
+            .map(drop)
     }
 
     /// Records what an agent said in `ready`, or what has changed since. Returns whether the connection is still open.

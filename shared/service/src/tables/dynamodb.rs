@@ -11,7 +11,7 @@ use aws_sdk_dynamodb::{
     error::{ProvideErrorMetadata, SdkError},
     operation::{
         delete_item::DeleteItemError,
-        put_item::PutItemError,
+        put_item::{PutItemError, builders::PutItemFluentBuilder},
         transact_write_items::TransactWriteItemsError,
         update_item::{UpdateItemError, UpdateItemOutput},
     },
@@ -160,6 +160,24 @@ impl Table {
                 Ok(None)
             }
             Err(error) => Err(self.failed("UpdateItem")(error)),
+        }
+    }
+
+    /// Puts an item if its condition holds, and returns whether it did.
+    pub(crate) async fn conditional_put(
+        &self,
+        put: PutItemFluentBuilder,
+    ) -> Result<bool, StoreError> {
+        match put.send().await {
+            Ok(_) => Ok(true),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(PutItemError::is_conditional_check_failed_exception) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(self.failed("PutItem")(error)),
         }
     }
 }

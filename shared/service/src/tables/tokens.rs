@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use aws_sdk_dynamodb::{operation::put_item::PutItemError, types::AttributeValue};
+use aws_sdk_dynamodb::types::AttributeValue;
 
 use crate::tables::dynamodb::{
     Change, Item, StoreError, Table, number, read_flag, read_number, read_text, text,
@@ -102,20 +102,10 @@ impl TokensTable {
             .expires_at
             .into_iter()
             .fold(put, |put, at| put.item("expiresAt", number(at)));
-        let outcome = put
-            .condition_expression("attribute_not_exists(tokenHash)")
-            .send()
-            .await;
-        match outcome {
-            Err(error)
-                if !error
-                    .as_service_error()
-                    .is_some_and(PutItemError::is_conditional_check_failed_exception) =>
-            {
-                Err(table.failed("PutItem")(error))
-            }
-            Ok(_) | Err(_) => Ok(()),
-        }
+        table
+            .conditional_put(put.condition_expression("attribute_not_exists(tokenHash)"))
+            .await
+            .map(drop)
     }
 
     /// All tokens, for the operator.
