@@ -43,9 +43,12 @@ impl Findings {
         for finding in self.0.iter().take(SHOWN) {
             println!("- {finding}");
         }
-        let all = world.logs.join("findings.log");
-        if self.0.len() > SHOWN && std::fs::write(&all, self.0.join("\n")).is_ok() {
+        if self.0.len() > SHOWN {
+            let all = world.logs.join("findings.log");
             println!("- and {} more: {}", self.0.len() - SHOWN, all.display());
+            if let Err(error) = std::fs::write(&all, self.0.join("\n")) {
+                println!("  which cannot be written: {error}");
+            }
         }
         for name in ["tunnel-local", "ttf", "local-service"] {
             println!(
