@@ -125,18 +125,15 @@ impl Liveness {
     }
 
     fn was_asked(&mut self, progress: Progress) -> bool {
-        if let Some(receipt) = &mut self.ping_message.receipt {
-            if receipt.is_taken() {
-                self.ping_message.receipt = None;
-                self.ping_message.is_unanswered = true;
-            } else {
-                // The socket is blocked, which asks no less: what it holds has to be acknowledged.
-                return true;
-            }
+        let receipt = &mut self.ping_message.receipt;
+        if receipt.as_mut().is_some_and(Receipt::is_taken) {
+            *receipt = None;
+            self.ping_message.is_unanswered = true;
         }
         let by_ping_frame =
             self.answers_ping_frames && progress.ping_frames != self.seen.ping_frames;
-        by_ping_frame || self.ping_message.is_unanswered
+        // Nothing can be asked through a blocked socket, and need not be: what it holds has to be acknowledged.
+        progress.is_blocked || by_ping_frame || self.ping_message.is_unanswered
     }
 }
 
@@ -149,6 +146,7 @@ mod tests {
     const NOTHING: Progress = Progress {
         unblocked_writes: 0,
         ping_frames: 0,
+        is_blocked: false,
     };
 
     fn ping_frames(ping_frames: u64) -> Progress {
@@ -217,9 +215,24 @@ mod tests {
             let progress = Progress {
                 unblocked_writes,
                 ping_frames: unblocked_writes,
+                is_blocked: true,
             };
             assert!(!is_dead_after(&mut liveness, 3, progress).await);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_takes_no_bytes_is_dead_within_20_s_though_no_ping_frame_finds_room()
+    {
+        let blocked = Progress {
+            is_blocked: true,
+            ..ping_frames(1)
+        };
+        let mut liveness = Liveness::new();
+        answer(&mut liveness);
+        liveness.heard(ping_frames(1));
+        assert!(!is_dead_after(&mut liveness, 3, blocked).await);
+        assert!(is_dead_after(&mut liveness, 1, blocked).await);
     }
 
     #[tokio::test(start_paused = true)]

@@ -19,7 +19,7 @@ use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::{Semaphore, mpsc},
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
 use tokio_util::sync::CancellationToken;
@@ -131,6 +131,19 @@ impl Connection {
         let sent = self.socket.send(Message::text(unreadable)).await;
         sent.expect("sent");
         assert_eq!(self.refusal().await, AgentErrorCode::InvalidRequest);
+    }
+
+    /// Waits until the agent can send nothing more, because nobody reads.
+    async fn until_full(&mut self) {
+        let (mut unread, mut all) = (0, vec![0; 1024 * 1024]);
+        loop {
+            sleep(Duration::from_millis(200)).await;
+            let now = self.socket.get_ref().peek(&mut all).await.expect("open");
+            if now == unread {
+                return;
+            }
+            unread = now;
+        }
     }
 
     /// The agent's next message; `None` once it has said goodbye and was answered.
@@ -627,4 +640,32 @@ async fn a_request_is_finished_when_the_socket_has_taken_it_and_stopping_loses_n
     assert_eq!(received, BYTES);
     assert!(agent.has_finished_a_request());
     assert_eq!(agent.end().await, Ok(()));
+}
+
+#[tokio::test]
+async fn a_connection_that_takes_nothing_more_is_given_up_and_its_requests_make_room() {
+    let mut service = Service::start();
+    let origin = Origin::start(20_000_000).await;
+    let mut agent = Agent::with(Settings {
+        max_concurrent: 1,
+        ..settings(&service, &origin)
+    });
+    let mut old = service.accept().await;
+    old.establish(&[Feature::BodyParts], None).await;
+    // It answers ping frames, so that no other is asked of it.
+    let pong = Message::Pong(Vec::new().into());
+    old.socket.send(pong).await.expect("sent");
+    old.request("a").await;
+    assert_eq!(old.response().await.as_str(), "a");
+    // From here on its network swallows what is sent.
+    old.until_full().await;
+    tokio::time::pause();
+    agent
+        .until(|event| matches!(event, Event::Reconnecting { reason, .. } if reason.contains("nothing was heard")))
+        .await;
+    tokio::time::resume();
+    let mut new = service.accept().await;
+    new.establish(&[Feature::BodyParts], None).await;
+    new.request("b").await;
+    assert_eq!(new.response().await.as_str(), "b");
 }

@@ -16,7 +16,7 @@ use std::{
     mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, TryLockError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -104,12 +104,15 @@ pub struct Progress {
     pub unblocked_writes: u64,
     /// Ping frames that were taken by the socket.
     pub ping_frames: u64,
+    /// The socket has no room for what is to be written.
+    pub is_blocked: bool,
 }
 
 #[derive(Debug)]
 struct ProgressCounters {
     unblocked_writes: AtomicU64,
     ping_frames: AtomicU64,
+    is_blocked: AtomicBool,
     /// When the socket took the last of them, in microseconds after `opened`.
     last_ping_frame: AtomicU64,
     opened: Instant,
@@ -122,6 +125,7 @@ impl ProgressCounters {
         Self {
             unblocked_writes: AtomicU64::new(0),
             ping_frames: AtomicU64::new(0),
+            is_blocked: AtomicBool::new(false),
             last_ping_frame: AtomicU64::new(0),
             opened: Instant::now(),
             last_written: AtomicU64::new(0),
@@ -332,6 +336,7 @@ impl MessageSender {
         Progress {
             unblocked_writes: progress.unblocked_writes.load(Ordering::Relaxed),
             ping_frames: progress.ping_frames.load(Ordering::Acquire),
+            is_blocked: progress.is_blocked.load(Ordering::Relaxed),
         }
     }
 
@@ -496,6 +501,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {
                     self.blocked_since.get_or_insert_with(Instant::now);
+                    lanes.progress.is_blocked.store(true, Ordering::Relaxed);
                     return Poll::Pending;
                 }
             }
@@ -560,10 +566,12 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
         };
         ready!(sink.poll_flush_unpin(context))?;
         lanes.progress.write_now();
-        let blocked_since = self.blocked_since.take();
-        if blocked_since.is_some_and(|since| since.elapsed() >= BLOCKED_AFTER) {
-            let unblocked_writes = &lanes.progress.unblocked_writes;
-            unblocked_writes.fetch_add(1, Ordering::Relaxed);
+        if let Some(since) = self.blocked_since.take() {
+            let progress = &lanes.progress;
+            progress.is_blocked.store(false, Ordering::Relaxed);
+            if since.elapsed() >= BLOCKED_AFTER {
+                progress.unblocked_writes.fetch_add(1, Ordering::Relaxed);
+            }
         }
         self.unflushed.bytes = 0;
         // A frame that was refused is the last of a message whose receipt waits here already.
@@ -1016,11 +1024,14 @@ mod tests {
             assert_eq!(sender.last_ping_frame(), Instant::now());
         }
         assert_eq!(sender.progress().unblocked_writes, 0);
+        assert!(!sender.progress().is_blocked);
         sender.body(long("a")).await.expect("open");
         tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(sender.progress().is_blocked);
         next_text(&mut client).await;
         settle().await;
         assert_eq!(sender.progress().unblocked_writes, 1);
+        assert!(!sender.progress().is_blocked);
     }
 
     #[tokio::test]
