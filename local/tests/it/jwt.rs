@@ -516,8 +516,48 @@ async fn while_keys_cannot_be_fetched_no_token_is_reported_as_invalid() {
                 Err(AuthError::Keys(_))
             ));
         }
-        assert_eq!(publisher.asked(), before + 1, "within a minute");
+        assert_eq!(publisher.asked(), before + 1, "within half a second");
     }
+}
+
+/// Lets time pass, without waiting for it.
+async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
+
+#[tokio::test]
+async fn keys_that_could_not_be_fetched_are_asked_for_again_after_a_second_and_then_less_often() {
+    let (pair, jwk) = p256();
+    let publisher = Publisher::of(json!([jwk])).await;
+    let answer = publisher.answer.lock().expect("not poisoned").clone();
+    let down = (StatusCode::INTERNAL_SERVER_ERROR, json!(null));
+    *publisher.answer.lock().expect("not poisoned") = down.clone();
+    let access = publisher.access();
+    let header = json!({ "alg": "ES256", "kid": "ec" });
+    let good = by_ec(&pair, &header, &claims(&json!({})));
+    let ask = async || access.identify(&with(&good), now()).await;
+    // A pause is at least half as long as it may be.
+    for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
+        let before = publisher.asked();
+        assert!(matches!(ask().await, Err(AuthError::Keys(_))));
+        assert_eq!(publisher.asked(), before + 1, "before {pause} s");
+        pass(Duration::from_millis(pause * 490)).await;
+        assert!(matches!(ask().await, Err(AuthError::Keys(_))));
+        assert_eq!(publisher.asked(), before + 1, "in half of {pause} s");
+        pass(Duration::from_millis(pause * 510)).await;
+    }
+    *publisher.answer.lock().expect("not poisoned") = answer;
+    assert!(ask().await.is_ok());
+    // What is known serves while the issuer is down again, and the pauses are short ones again.
+    *publisher.answer.lock().expect("not poisoned") = down;
+    pass(Duration::from_secs(60 * 60)).await;
+    let before = publisher.asked();
+    assert!(ask().await.is_ok());
+    pass(Duration::from_secs(1)).await;
+    assert!(ask().await.is_ok());
+    assert_eq!(publisher.asked(), before + 2);
 }
 
 #[tokio::test]

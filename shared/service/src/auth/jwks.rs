@@ -26,12 +26,15 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use tunnel_protocol::url::is_loopback;
+use tunnel_protocol::{backoff::Backoff, url::is_loopback};
 
 /// How long fetched keys are trusted without asking again, so that a key that its issuer withdraws is believed no longer.
 const JWKS_TTL: Duration = Duration::from_secs(60 * 60);
 /// The shortest time between two fetches of the keys, however many unknown key ids arrive.
 const JWKS_MIN_REFRESH: Duration = Duration::from_secs(60);
+/// The first pause after a fetch that failed is at most this long, the next ones each up to twice as long, and none is longer than
+/// [`JWKS_MIN_REFRESH`].
+const JWKS_MIN_RETRY: Duration = Duration::from_secs(1);
 /// How long an answer may take.
 const JWKS_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest answer, in bytes.
@@ -81,8 +84,43 @@ pub(crate) struct Jwks {
     url: Uri,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
     fetched: Mutex<Option<Arc<Fetched>>>,
-    /// When the keys were last requested, and why that failed. Held while they are fetched, so that one task fetches for all.
-    asked: AsyncMutex<Option<(Instant, Option<JwksError>)>>,
+    /// Held while the keys are fetched, so that one task fetches for all.
+    asked: AsyncMutex<Asked>,
+}
+
+/// How requesting the keys has gone.
+#[derive(Debug)]
+struct Asked {
+    /// When they may be requested again.
+    next: Instant,
+    /// Why the last request failed, if it did.
+    error: Option<JwksError>,
+    pauses: Backoff,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        Self {
+            next: Instant::now(),
+            error: None,
+            pauses: Backoff::new(JWKS_MIN_RETRY, JWKS_MIN_REFRESH),
+        }
+    }
+}
+
+impl Asked {
+    /// Notes how a request ended just now.
+    fn done(&mut self, outcome: Result<(), JwksError>) {
+        self.error = outcome.err();
+        let pause = match self.error {
+            Some(_) => self.pauses.next_pause(),
+            None => {
+                self.pauses.reset();
+                JWKS_MIN_REFRESH
+            }
+        };
+        self.next = Instant::now() + pause;
+    }
 }
 
 impl fmt::Debug for Jwks {
@@ -132,25 +170,23 @@ impl Jwks {
             return Ok(Some(key));
         }
         let mut asked = self.asked.lock().await;
-        let is_fresh = asked
-            .as_ref()
-            .is_none_or(|(at, _)| at.elapsed() >= JWKS_MIN_REFRESH);
-        if is_fresh {
+        let is_due = Instant::now() >= asked.next;
+        if is_due {
             let outcome = self.fetch().await;
             if let Err(error) = &outcome {
                 warn!(url = %self.url, error = error as &dyn std::error::Error, "no keys");
             }
-            *asked = Some((Instant::now(), outcome.err()));
+            asked.done(outcome);
         }
-        match (known(&self.fetched()), &*asked) {
+        match (known(&self.fetched()), &asked.error) {
             // Keys of before, while the issuer does not answer, rather than no agents at all.
             (Some(key), _) => Ok(Some(key)),
-            (None, Some((_, Some(error)))) => Err(error.clone()),
+            (None, Some(error)) => Err(error.clone()),
             // Its issuer may have published it since the keys were fetched, and they are not fetched again so soon.
-            (None, _) if !is_fresh && kid.is_some_and(|kid| !self.has(kid)) => Err(JwksError(
+            (None, None) if !is_due && kid.is_some_and(|kid| !self.has(kid)) => Err(JwksError(
                 "they were fetched a moment ago, without the one named".into(),
             )),
-            (None, _) => Ok(None),
+            (None, None) => Ok(None),
         }
     }
 
