@@ -257,8 +257,10 @@ async fn serve_http1(
         // Heads grow where characters of the target are escaped.
         .max_buf_size(2 * MAX_HEAD_BYTES)
         .max_headers(MAX_HEADER_FIELDS);
-    let stream = TokioIo::new(VisitorStream::new(socket.clone(), transport));
-    let mut connection = std::pin::pin!(http.serve_connection(stream, service).with_upgrades());
+    let stream = VisitorStream::new(socket.clone(), transport);
+    let transport = stream.transport();
+    let connection = http.serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection.with_upgrades());
     let mut check = departure_checks();
     let mut is_stopping = false;
     let peer = socket.peer;
@@ -269,7 +271,7 @@ async fn serve_http1(
                 is_stopping = true;
                 connection.as_mut().graceful_shutdown();
             }
-            _ = check.tick() => if let Some(reason) = socket.cut_reason() {
+            _ = check.tick() => if let Some(reason) = socket.cut_reason(Some(&transport)) {
                 debug!(%peer, %reason, "connection cut");
                 socket.reset();
                 return;
@@ -321,7 +323,7 @@ async fn serve_http2(
             }
             _ = check.tick() => {
                 let is_stuck = streams.check(socket.is_blocked());
-                if is_stuck || socket.cut_reason().is_some() {
+                if is_stuck || socket.cut_reason(None).is_some() {
                     debug!(%peer, "the visitor takes nothing: connection cut");
                     socket.reset();
                     return;

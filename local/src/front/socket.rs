@@ -2,7 +2,7 @@
 //! nothing any more.
 
 use std::{
-    io,
+    io, mem,
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -33,7 +33,7 @@ pub(crate) const MAX_STALL: Duration = Duration::from_secs(60);
 const PROBE_BEFORE_RESPONSE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 /// The same between two chunks: a zero before the size of the next one (RFC 9112, 7.1).
 const PROBE_BETWEEN_CHUNKS: &[u8] = b"0";
-/// When a visitor is probed after the first doubt, and again. Not often: some clients accept no more than five such answers, or
+/// When a visitor is asked after the first doubt, and again. Not often: some clients accept no more than five such answers, or
 /// sixteen digits of a size.
 const PROBE_DELAYS: [Duration; 4] = [
     Duration::from_millis(200),
@@ -44,6 +44,8 @@ const PROBE_DELAYS: [Duration; 4] = [
 /// When the system probes a silent visitor, how often, and after how many unanswered probes it gives up.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 3;
+/// How often it is looked whether an upgraded connection is still open that nobody may be reading.
+const CLOSED_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// How long what was sent has to reach a visitor before its connection is reset.
 pub(crate) const RESET_DELAY: Duration = Duration::from_secs(1);
 /// How long a visitor may send nothing behind the last answer before its connection is closed. What it sends is read and dropped:
@@ -58,7 +60,7 @@ pub(crate) struct VisitorSocket {
     stream: TcpStream,
     /// Where it comes from.
     pub(crate) peer: SocketAddr,
-    /// Its bytes are TLS: nothing may be written between them.
+    /// Its bytes are TLS.
     is_encrypted: bool,
     exchange: Mutex<Exchange>,
 }
@@ -78,6 +80,9 @@ struct Exchange {
     doubted_since: Option<Instant>,
     /// How often the visitor was asked.
     probes: usize,
+    /// How often hyper was given bytes, and how often when it was last looked.
+    reads: u64,
+    reads_seen: u64,
     /// hyper has bytes that the socket has not taken yet.
     is_unflushed: bool,
     /// Since when the socket has taken nothing.
@@ -96,6 +101,26 @@ impl Exchange {
         self.probe = probe;
         self.probes = 0;
         self.doubted_since = None;
+    }
+
+    /// Whether nothing was read since this was asked last, or what is to be read is not of this request.
+    fn is_stuck(&mut self) -> bool {
+        let seen = mem::replace(&mut self.reads_seen, self.reads);
+        self.is_read || seen == self.reads
+    }
+
+    /// What to ask a visitor with that may have left, if it is time. One whose body is not read is asked later: local services may
+    /// take a moment. Where it cannot be asked, the next bytes of its response show whether it still listens, or the system's own
+    /// probes, once the visitor's system has forgotten the connection.
+    fn due_probe(&mut self, now: Instant, is_body: bool) -> Option<&'static [u8]> {
+        let doubted = now.duration_since(*self.doubted_since.get_or_insert(now));
+        let delay = PROBE_DELAYS.get(self.probes + usize::from(is_body))?;
+        let probe = self.probe.filter(|_| !self.is_unflushed)?;
+        if doubted < *delay {
+            return None;
+        }
+        self.probes += 1;
+        Some(probe)
     }
 }
 
@@ -182,49 +207,47 @@ impl VisitorSocket {
         self.exchange().stalled_since.is_some()
     }
 
-    /// Why the connection is to be cut, as far as is known now.
-    pub(crate) fn cut_reason(&self) -> Option<CutReason> {
+    /// Why the connection is to be cut, as far as is known now. A visitor that may have left is asked over `transport`, which is
+    /// the one that hyper has; over HTTP/2 none is, as hyper reads whatever comes.
+    pub(crate) fn cut_reason(&self, transport: Option<&SharedTransport>) -> Option<CutReason> {
         let now = Instant::now();
-        let mut exchange = self.exchange();
-        if exchange
-            .stalled_since
-            .is_some_and(|since| now.duration_since(since) >= MAX_STALL)
-        {
-            return Some(CutReason::Stalled);
-        }
-        exchange.version?;
-        match peer_state(&self.stream) {
-            PeerState::Closed => Some(CutReason::Left),
-            // TLS has its own way to end one side only, which leaves the socket as it is. And it cannot be probed: nothing fits
-            // between its records.
-            PeerState::HalfClosed if self.is_encrypted => Some(CutReason::Left),
-            PeerState::Open if self.is_encrypted => None,
-            // Some end their side behind their request, at any time, and wait for the answer; others have left.
-            PeerState::HalfClosed => self.probe(&mut exchange, now),
-            // What is sent ahead may fill the socket, and hide the end behind it.
-            PeerState::Open if exchange.is_read && has_unread(&self.stream) => {
-                self.probe(&mut exchange, now)
+        let probe = {
+            let mut exchange = self.exchange();
+            if exchange
+                .stalled_since
+                .is_some_and(|since| now.duration_since(since) >= MAX_STALL)
+            {
+                return Some(CutReason::Stalled);
             }
-            PeerState::Open => None,
-        }
+            exchange.version?;
+            match peer_state(&self.stream) {
+                PeerState::Closed => return Some(CutReason::Left),
+                // TLS has its own way to end one side only, which leaves the socket as it is.
+                PeerState::HalfClosed if self.is_encrypted => return Some(CutReason::Left),
+                // Some end their side behind their request, at any time, and wait for the answer; others have left.
+                PeerState::HalfClosed => exchange.due_probe(now, false)?,
+                // What was sent may fill the socket, and hide the end behind it.
+                PeerState::Open if exchange.is_stuck() && has_unread(&self.stream) => {
+                    let is_body = !exchange.is_read;
+                    exchange.due_probe(now, is_body)?
+                }
+                PeerState::Open => {
+                    exchange.doubted_since = None;
+                    return None;
+                }
+            }
+        };
+        let is_there = transport?.send(probe);
+        // Nobody waits for the socket to take it.
+        self.exchange().stalled_since = None;
+        (!is_there).then_some(CutReason::Left)
     }
 
-    /// Asks a visitor that may have left whether it still listens. Where it cannot be asked, the next bytes of its response show
-    /// it, or the system's own probes, once the visitor's system has forgotten the connection.
-    fn probe(&self, exchange: &mut Exchange, now: Instant) -> Option<CutReason> {
-        let since = *exchange.doubted_since.get_or_insert(now);
-        let is_due = PROBE_DELAYS
-            .get(exchange.probes)
-            .is_some_and(|delay| now.duration_since(since) >= *delay);
-        let probe = exchange.probe.filter(|_| !exchange.is_unflushed)?;
-        if !is_due {
-            return None;
-        }
-        exchange.probes += 1;
-        match self.stream.try_write(probe) {
-            Ok(length) if length == probe.len() => None,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            _ => Some(CutReason::Left),
+    /// Completes once the connection has been reset, or given up by the system. Who has no room for what comes does not read, and sees
+    /// neither.
+    pub(crate) async fn closed(&self) {
+        while !matches!(peer_state(&self.stream), PeerState::Closed) {
+            tokio::time::sleep(CLOSED_CHECK_INTERVAL).await;
         }
     }
 
@@ -492,11 +515,38 @@ impl AsyncWrite for Transport {
     }
 }
 
+/// A transport that hyper has, for asking its visitor something between what hyper sends.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedTransport(Arc<Mutex<Transport>>);
+
+impl SharedTransport {
+    /// Held between awaits only.
+    fn lock(&self) -> MutexGuard<'_, Transport> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends a few bytes if there is room for them, while hyper has nothing to send. Returns whether the connection is still there,
+    /// as far as that shows.
+    fn send(&self, bytes: &[u8]) -> bool {
+        let mut context = Context::from_waker(Waker::noop());
+        let mut transport = self.lock();
+        let written = Pin::new(&mut *transport).poll_write(&mut context, bytes);
+        let flushed = Pin::new(&mut *transport).poll_flush(&mut context);
+        match written {
+            Poll::Pending => true,
+            Poll::Ready(Ok(length)) if length == bytes.len() => {
+                !matches!(flushed, Poll::Ready(Err(_)))
+            }
+            Poll::Ready(_) => false,
+        }
+    }
+}
+
 /// The socket as hyper has it: it reads checked requests.
 #[derive(Debug)]
 pub(crate) struct VisitorStream {
     socket: Arc<VisitorSocket>,
-    transport: Transport,
+    transport: SharedTransport,
     requests: RequestStream,
 }
 
@@ -505,15 +555,20 @@ impl VisitorStream {
     pub(crate) fn new(socket: Arc<VisitorSocket>, transport: Transport) -> Self {
         Self {
             socket,
-            transport,
+            transport: SharedTransport(Arc::new(Mutex::new(transport))),
             requests: RequestStream::new(),
         }
+    }
+
+    /// What it reads from and writes to.
+    pub(crate) fn transport(&self) -> SharedTransport {
+        self.transport.clone()
     }
 
     fn poll_read_head(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let input = self.requests.input();
         input.reserve(HEAD_READ_BYTES);
-        poll_read_buf(Pin::new(&mut self.transport), context, input)
+        poll_read_buf(Pin::new(&mut *self.transport.lock()), context, input)
     }
 
     fn poll_read_body(
@@ -523,7 +578,8 @@ impl VisitorStream {
         most: usize,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        let transport = Pin::new(&mut self.transport);
+        let mut transport = self.transport.lock();
+        let transport = Pin::new(&mut *transport);
         if most < buffer.remaining() {
             let mut part = ReadBuf::new(buffer.initialize_unfilled_to(most));
             ready!(transport.poll_read(context, &mut part))?;
@@ -559,7 +615,10 @@ impl AsyncRead for VisitorStream {
                 },
             }
         };
-        stream.socket.exchange().is_read = stream.requests.is_between_requests();
+        let mut exchange = stream.socket.exchange();
+        exchange.is_read = stream.requests.is_between_requests();
+        exchange.reads = exchange.reads.wrapping_add(1);
+        drop(exchange);
         Poll::Ready(outcome)
     }
 }
@@ -572,7 +631,7 @@ impl AsyncWrite for VisitorStream {
     ) -> Poll<io::Result<usize>> {
         let stream = self.get_mut();
         stream.socket.exchange().is_unflushed = true;
-        Pin::new(&mut stream.transport).poll_write(context, bytes)
+        Pin::new(&mut *stream.transport.lock()).poll_write(context, bytes)
     }
 
     fn poll_write_vectored(
@@ -582,17 +641,17 @@ impl AsyncWrite for VisitorStream {
     ) -> Poll<io::Result<usize>> {
         let stream = self.get_mut();
         stream.socket.exchange().is_unflushed = true;
-        Pin::new(&mut stream.transport).poll_write_vectored(context, bytes)
+        Pin::new(&mut *stream.transport.lock()).poll_write_vectored(context, bytes)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.transport.is_write_vectored()
+        self.transport.lock().is_write_vectored()
     }
 
     /// hyper calls this once it has handed on all that it had.
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let stream = self.get_mut();
-        ready!(Pin::new(&mut stream.transport).poll_flush(context))?;
+        ready!(Pin::new(&mut *stream.transport.lock()).poll_flush(context))?;
         let mut exchange = stream.socket.exchange();
         exchange.is_unflushed = false;
         if let Some(waker) = exchange.waits_for_flush.take() {
@@ -602,7 +661,7 @@ impl AsyncWrite for VisitorStream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().transport).poll_shutdown(context)
+        Pin::new(&mut *self.get_mut().transport.lock()).poll_shutdown(context)
     }
 }
 
@@ -635,11 +694,11 @@ mod tests {
             })
             .await;
         }
-        assert_eq!(socket.cut_reason(), None);
+        assert_eq!(socket.cut_reason(None), None);
         tokio::time::pause();
         tokio::time::advance(MAX_STALL - Duration::from_secs(1)).await;
-        assert_eq!(socket.cut_reason(), None);
+        assert_eq!(socket.cut_reason(None), None);
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(socket.cut_reason(), Some(CutReason::Stalled));
+        assert_eq!(socket.cut_reason(None), Some(CutReason::Stalled));
     }
 }

@@ -92,7 +92,7 @@ impl VisitorFront {
             && response.status() == StatusCode::SWITCHING_PROTOCOLS
         {
             socket.upgrade();
-            return self.carry(upgrade, response, permit);
+            return self.carry(upgrade, response, socket.clone(), permit);
         }
         if is_read.load(Ordering::Relaxed) {
             response
@@ -107,12 +107,16 @@ impl VisitorFront {
         &self,
         upgrade: Upgrade,
         response: Response<ResponseBody>,
+        socket: Arc<VisitorSocket>,
         permit: ConnectionPermit,
     ) -> Response<ResponseBody> {
         let (head, body) = response.into_parts();
         let stopping = self.subsystem.stopping().clone();
         self.subsystem.spawn(async move {
-            stopping.run_until_cancelled(upgrade.carry(body)).await;
+            tokio::select! {
+                _ = stopping.run_until_cancelled(upgrade.carry(body)) => {}
+                () = socket.closed() => {}
+            }
             drop(permit);
         });
         Response::from_parts(head, response::whole(Bytes::new()))

@@ -1,17 +1,17 @@
 //! The socket between visitors and the service: who leaves, who stays, and what breaks is seen.
 
-use std::{io::ErrorKind, time::Duration};
+use std::{collections::HashSet, io::ErrorKind, time::Duration};
 
 use local::{Options, Server};
 use serde_json::json;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::JoinSet,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
-use crate::harness::{Origin, ScriptedAgent, agent, raw, stack, stack_with, within};
+use crate::harness::{Origin, ScriptedAgent, agent, raw, response, stack, stack_with, within};
 
 const ASK: &str = "GET /my-app/x HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
@@ -53,8 +53,7 @@ async fn a_visitor_that_leaves_is_noticed_whatever_it_sent_before() {
             let mut stream = visitor(&stack, ASK.as_bytes()).await;
             let id = request_id(&mut agent).await;
             // More than the system buffers is not taken.
-            let _ =
-                tokio::time::timeout(Duration::from_millis(200), stream.write_all(&behind)).await;
+            let _ = timeout(Duration::from_millis(200), stream.write_all(&behind)).await;
             if by_reset {
                 stream.set_zero_linger().expect("set");
             }
@@ -67,6 +66,79 @@ async fn a_visitor_that_leaves_is_noticed_whatever_it_sent_before() {
             );
         }
     }
+}
+
+/// Sends as much of an upload as is taken.
+async fn upload(stream: &mut (impl AsyncWrite + Unpin), framing: &str) {
+    let head = format!("POST /my-app/x HTTP/1.1\r\nhost: localhost\r\n{framing}");
+    stream.write_all(head.as_bytes()).await.expect("sent");
+    let chunk = vec![b'A'; 100_000];
+    for _ in 0..500 {
+        let sent = timeout(Duration::from_millis(500), stream.write_all(&chunk));
+        let Ok(sent) = sent.await else {
+            return;
+        };
+        sent.expect("open");
+    }
+    panic!("all of it was taken");
+}
+
+/// A body of 50 MB, by its length and as one chunk.
+const UPLOADS: [&str; 2] = [
+    "content-length: 50000000\r\n\r\n",
+    "transfer-encoding: chunked\r\n\r\n2faf080\r\n",
+];
+
+/// Visitors send uploads over connections that `connect` opens, nobody reads any, and all but the first visitor leave. That one gets
+/// its answer.
+pub(crate) async fn leave_uploads<S: AsyncRead + AsyncWrite + Send + Unpin>(
+    agent: &mut ScriptedAgent,
+    connect: impl AsyncFn() -> S,
+    set_reset: impl Fn(&S),
+) {
+    let mut staying = connect().await;
+    upload(&mut staying, UPLOADS[0]).await;
+    let answered = agent.hear_type("http_request").await;
+    let mut leaving = HashSet::new();
+    let mut streams = Vec::new();
+    for framing in UPLOADS {
+        for by_reset in [false, true] {
+            let mut stream = connect().await;
+            upload(&mut stream, framing).await;
+            if by_reset {
+                set_reset(&stream);
+            }
+            streams.push(stream);
+            let request = agent.hear_type("http_request").await;
+            leaving.insert(request["request_id"].to_string());
+        }
+    }
+    drop(streams);
+    while !leaving.is_empty() {
+        let cancel = agent.hear_type("cancel").await;
+        assert!(
+            leaving.remove(&cancel["request_id"].to_string()),
+            "{cancel}"
+        );
+    }
+    // It is asked whether it is there, in a way that means nothing.
+    read_past(&mut staying, "HTTP/1.1 100 Continue\r\n\r\n").await;
+    agent.say(&response(&answered, "aGVsbG8=")).await;
+    let answer = read_past(&mut staying, "hello").await;
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_visitor_that_leaves_an_upload_that_nobody_reads_is_noticed() {
+    let stack = stack().await;
+    let mut agent = online(&stack).await;
+    let connect = async || {
+        TcpStream::connect(stack.address)
+            .await
+            .expect("a connection")
+    };
+    let set_reset = |stream: &TcpStream| stream.set_zero_linger().expect("set");
+    leave_uploads(&mut agent, connect, set_reset).await;
 }
 
 #[tokio::test]
@@ -377,10 +449,14 @@ async fn a_visitor_that_sends_everything_before_it_reads_gets_an_early_answer() 
     assert!(answer.ends_with("\r\n\r\nlarge"), "{answer}");
 }
 
-/// Reads an answer until this text has come.
-async fn read_past(stream: &mut TcpStream, text: &str) {
+/// Reads an answer until this text has come, and returns what has.
+async fn read_past(stream: &mut (impl AsyncRead + Unpin), text: &str) -> String {
     let mut answer = Vec::new();
-    while !String::from_utf8_lossy(&answer).contains(text) {
+    loop {
+        let so_far = String::from_utf8_lossy(&answer);
+        if so_far.contains(text) {
+            return so_far.into_owned();
+        }
         let read = within("an answer", stream.read_buf(&mut answer)).await;
         assert_ne!(read.expect("read"), 0, "no {text} in {answer:?}");
     }
@@ -391,7 +467,7 @@ async fn closed_after(stream: &mut TcpStream) -> (u64, Vec<u8>) {
     tokio::time::pause();
     let began = Instant::now();
     let mut last_words = Vec::new();
-    let end = tokio::time::timeout(
+    let end = timeout(
         Duration::from_secs(120),
         stream.read_to_end(&mut last_words),
     );

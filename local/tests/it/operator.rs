@@ -1,6 +1,6 @@
 //! What the operator sees: metrics that agree with what was sent, health, who is connected, and the access log.
 
-use std::{collections::HashMap, net::SocketAddr, path::Path};
+use std::{collections::HashMap, net::SocketAddr, path::Path, time::Duration};
 
 use bytes::Bytes;
 use forwarder::settings::Settings;
@@ -12,6 +12,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::{JoinSet, yield_now},
+    time::timeout,
 };
 use tokio_tungstenite::{connect_async, tungstenite::Message};
 
@@ -20,7 +21,7 @@ use crate::{
         Agent, Origin, ScriptedAgent, agent, get, post, reply, response, settings, stack_with,
         try_get, visit, within,
     },
-    websocket::EchoServer,
+    websocket::{EchoServer, accept_own, ask_own, own_protocol},
 };
 
 async fn watched(options: Options) -> Server {
@@ -379,6 +380,27 @@ async fn upgraded_connections_are_counted_while_they_are_open() {
             ("tunnel_requests_total{outcome=\"ok\",status=\"1xx\"}", 1.0),
         ],
     );
+}
+
+#[tokio::test]
+async fn an_upgraded_connection_that_is_reset_ends_though_nobody_reads_what_came_before() {
+    let stack = Server::start(Options {
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        admin: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+        ..Options::default()
+    });
+    let stack = stack.await.expect("a stack");
+    let (address, listener) = own_protocol().await;
+    let agent = Agent::online(settings(&stack, address)).await;
+    let (mut visitor, _service) = tokio::join!(ask_own(&stack, &agent), accept_own(&listener));
+    metrics_when(&stack, "tunnel_upgraded_connections", 1.0).await;
+    let much = vec![b'A'; 50_000_000];
+    let sent = timeout(Duration::from_millis(500), visitor.write_all(&much)).await;
+    assert!(sent.is_err(), "all of it was taken");
+    visitor.set_zero_linger().expect("set");
+    drop(visitor);
+    metrics_when(&stack, "tunnel_upgraded_connections", 0.0).await;
+    metrics_when(&stack, "tunnel_requests_in_progress", 0.0).await;
 }
 
 #[tokio::test]

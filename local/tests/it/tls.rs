@@ -1,6 +1,6 @@
 //! HTTPS: certificates from files, with agents and visitors on one port.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use forwarder::settings::{AcceptedCertificates, Settings};
 use futures_util::{SinkExt, StreamExt};
@@ -17,11 +17,13 @@ use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    time::{sleep, timeout},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::{
+    front::leave_uploads,
     harness::{self, Agent, Origin, ScriptedAgent, settings, stack_with, within},
     responses::base64,
     websocket::EchoServer,
@@ -212,15 +214,25 @@ async fn a_visitor_over_tls_that_leaves_is_noticed_and_one_that_only_ends_its_si
     let mut agent = scripted(&pair, &server).await;
     let request = "GET /my-app/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 
-    let mut leaving = pair
-        .connect(server.address, &[])
-        .await
-        .expect("a handshake");
-    leaving.write_all(request.as_bytes()).await.expect("sent");
-    let first = agent.hear_type("http_request").await;
-    drop(leaving);
-    let cancel = agent.hear_type("cancel").await;
-    assert_eq!(cancel["request_id"], first["request_id"]);
+    let many: Vec<u8> = vec![b'A'; 400_000];
+    for behind in [&b""[..], b"X", request.as_bytes(), &many] {
+        for by_reset in [false, true] {
+            let mut leaving = pair
+                .connect(server.address, &[])
+                .await
+                .expect("a handshake");
+            leaving.write_all(request.as_bytes()).await.expect("sent");
+            let first = agent.hear_type("http_request").await;
+            // More than the system buffers is not taken.
+            let _ = timeout(Duration::from_millis(200), leaving.write_all(behind)).await;
+            if by_reset {
+                leaving.get_ref().0.set_zero_linger().expect("set");
+            }
+            drop(leaving);
+            let cancel = agent.hear_type("cancel").await;
+            assert_eq!(cancel["request_id"], first["request_id"]);
+        }
+    }
 
     // The end of a socket is not that of one side of TLS, and nothing may be written between its records.
     let mut closing = pair
@@ -242,6 +254,8 @@ async fn a_visitor_over_tls_that_leaves_is_noticed_and_one_that_only_ends_its_si
     connection.send_close_notify();
     staying.flush().await.expect("sent");
     let second = agent.hear_type("http_request").await;
+    // Long enough for the front to ask whether it is still there.
+    sleep(Duration::from_millis(900)).await;
     agent
         .say(&harness::response(&second, &base64(b"all of it")))
         .await;
@@ -250,6 +264,21 @@ async fn a_visitor_over_tls_that_leaves_is_noticed_and_one_that_only_ends_its_si
         .await
         .expect("read");
     assert!(answer.ends_with("all of it"), "{answer}");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_visitor_over_tls_that_leaves_an_upload_that_nobody_reads_is_noticed() {
+    let pair = Pair::new();
+    let server = stack_with(pair.options()).await;
+    let mut agent = scripted(&pair, &server).await;
+    let connect = async || {
+        let connected = pair.connect(server.address, &[]).await;
+        connected.expect("a handshake")
+    };
+    let set_reset =
+        |stream: &TlsStream<TcpStream>| stream.get_ref().0.set_zero_linger().expect("set");
+    leave_uploads(&mut agent, connect, set_reset).await;
     server.stop().await;
 }
 

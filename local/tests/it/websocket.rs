@@ -242,12 +242,12 @@ async fn a_local_service_that_refuses_is_heard() {
 }
 
 /// A local service that changes to a protocol of its own and is then served by hand.
-async fn own_protocol() -> (SocketAddr, TcpListener) {
+pub(crate) async fn own_protocol() -> (SocketAddr, TcpListener) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     (listener.local_addr().expect("an address"), listener)
 }
 
-async fn accept_own(listener: &TcpListener) -> TcpStream {
+pub(crate) async fn accept_own(listener: &TcpListener) -> TcpStream {
     let (mut stream, _) = within("a connection", listener.accept())
         .await
         .expect("open");
@@ -264,7 +264,7 @@ async fn accept_own(listener: &TcpListener) -> TcpStream {
     stream
 }
 
-async fn ask_own(stack: &Server, agent: &Agent) -> TcpStream {
+pub(crate) async fn ask_own(stack: &Server, agent: &Agent) -> TcpStream {
     let mut visitor = TcpStream::connect(stack.address).await.expect("open");
     let path = agent.url.splitn(4, '/').nth(3).expect("a path");
     let head = format!(
