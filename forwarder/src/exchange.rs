@@ -255,15 +255,16 @@ impl ResponseSender {
         let upgraded = hyper::upgrade::on(response)
             .await
             .map_err(|error| broken(&error))?;
-        let sent = upgrade::carry(
+        // Boxed, so that other exchanges do not carry its room about.
+        let carried = Box::pin(upgrade::carry(
             upgraded,
             upload,
             progress,
             self.window.as_mut(),
             &self.outgoing,
             &self.recording,
-        )
-        .await;
+        ));
+        let sent = carried.await;
         self.bytes = sent.map_err(|error| broken(&error))?;
         Ok(())
     }

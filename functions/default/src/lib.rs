@@ -266,15 +266,24 @@ impl DefaultRoute {
         sender: &ConnectionId,
         message: FromAgent,
     ) -> Result<RouteResponse, DefaultRouteError> {
-        let message = match Reply::from_message(message) {
+        match Reply::from_message(message) {
             Ok(reply) => {
                 self.relay.deliver(sender, reply).await?;
-                return Ok(RouteResponse::ok());
+                Ok(RouteResponse::ok())
             }
-            Err(message) => *message,
-        };
+            // Boxed, as replies are frequent and need none of the room that the calls of AWS take.
+            Err(message) => Box::pin(self.take_other(sender, *message)).await,
+        }
+    }
+
+    /// Handles a message that is no reply.
+    async fn take_other(
+        &self,
+        sender: &ConnectionId,
+        message: FromAgent,
+    ) -> Result<RouteResponse, DefaultRouteError> {
         match message {
-            FromAgent::Ready(ready) => return Box::pin(self.open(sender, ready)).await,
+            FromAgent::Ready(ready) => return self.open(sender, ready).await,
             FromAgent::Ping { id } => {
                 // The dashboard counts live agents by the connections of such lines.
                 info!("ping");
@@ -285,7 +294,7 @@ impl DefaultRoute {
             FromAgent::Release => return self.release(sender).await,
             FromAgent::WebsocketBatch(batch) => {
                 if let Some(websockets) = &self.websockets {
-                    Box::pin(websockets.take_from_agent(sender, batch)).await?;
+                    websockets.take_from_agent(sender, batch).await?;
                 }
             }
             FromAgent::WebsocketClose {
@@ -293,7 +302,7 @@ impl DefaultRoute {
                 websocket,
             } => {
                 if let Some(websockets) = &self.websockets {
-                    Box::pin(websockets.close(sender, &request_id, &websocket)).await?;
+                    websockets.close(sender, &request_id, &websocket).await?;
                 }
             }
             FromAgent::Error(error) => {

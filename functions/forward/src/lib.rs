@@ -437,7 +437,7 @@ impl Forward {
             Route::Own(path) if path == "/_health" => Ok(health()),
             Route::Own(path) if path.starts_with(STATUS) && is_read => {
                 let name = &path[STATUS.len()..];
-                let answer = self.0.status.answer(name, &request.headers).await;
+                let answer = Box::pin(self.0.status.answer(name, &request.headers)).await;
                 answer.inspect_err(ForwardError::log_cause)
             }
             Route::Own(_) | Route::None => Err(ForwardError::NoSuchTunnel),

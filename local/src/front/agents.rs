@@ -12,7 +12,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use rand::RngExt;
 use tokio::{
-    sync::{Semaphore, SemaphorePermit},
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
     time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tokio_tungstenite::{
@@ -58,7 +58,7 @@ use crate::{
 /// Where agents connect.
 pub(crate) const PATH: &str = "/_ws";
 /// How often an agent is asked whether it is still there.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_INTERVAL: Duration = Duration::from_secs(12);
 /// An agent from which nothing was received for this long, although it was pinged, is gone.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 /// How often a connection whose life is over is looked at for upgraded connections that it still carries. Agents close such
@@ -141,12 +141,12 @@ impl AgentFront {
             }
         };
         let origin = self.observer.proxies.origin(peer.ip(), request.headers());
-        let source = EventSource {
+        let source = Arc::new(EventSource {
             connection_id: connection_id(),
             connected_at: self.clock.open_ms(now()),
             source_ip: peer.ip().to_string(),
             stage: STAGE,
-        };
+        });
         let span = connection_span(&source.connection_id);
         let upgrade = hyper::upgrade::on(&mut request);
         let admitted = self.admit(request.headers(), request.uri(), &source);
@@ -269,7 +269,11 @@ impl AgentFront {
     }
 
     /// Serves a connection to its end, and returns why it has ended.
-    async fn serve(self: &Arc<Self>, upgraded: Upgraded, source: EventSource) -> ConnectionEnd {
+    async fn serve(
+        self: &Arc<Self>,
+        upgraded: Upgraded,
+        source: Arc<EventSource>,
+    ) -> ConnectionEnd {
         let config = frames::server_config(self.quotas.frame, self.quotas.message);
         let socket =
             WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config))
@@ -305,7 +309,7 @@ impl AgentFront {
     async fn read(
         self: &Arc<Self>,
         stream: &mut SplitStream<Socket>,
-        source: &EventSource,
+        source: &Arc<EventSource>,
         connection: &SocketConnection,
     ) -> ConnectionEnd {
         let mut liveness = Liveness::new(&self.quotas);
@@ -329,16 +333,13 @@ impl AgentFront {
                 {
                     connection.use_now();
                     let permit = tokio::select! {
-                        permit = handled_at_once.clone().acquire_owned() => permit,
+                        // The semaphore is never closed.
+                        permit = handled_at_once.clone().acquire_owned() => permit.ok(),
                         end = self.closing(connection) => return end,
                     };
-                    let handled = self
-                        .clone()
-                        .handle(source.clone(), message, connection.clone());
-                    let mut handling = Box::pin(async move {
-                        handled.await;
-                        drop(permit);
-                    });
+                    let front = self.clone();
+                    let mut handling =
+                        Box::pin(front.handle(source.clone(), message, connection.clone(), permit));
                     // Most messages need nothing outside this process and are done at once. Only the others get a task.
                     if poll_fn(|context| Poll::Ready(handling.as_mut().poll(context)))
                         .await
@@ -403,9 +404,10 @@ impl AgentFront {
 
     async fn handle(
         self: Arc<Self>,
-        source: EventSource,
+        source: Arc<EventSource>,
         message: Message,
         connection: SocketConnection,
+        _permit: Option<OwnedSemaphorePermit>,
     ) {
         let sender = &source.connection_id;
         let outcome = match (self.transport, message) {
@@ -418,7 +420,9 @@ impl AgentFront {
             }
             (Transport::Emulated, message) => {
                 let text = message.into_text().unwrap_or_default();
-                self.default.handle(source.message(text.to_string())).await
+                // Boxed, as nothing else needs so much room.
+                let event = source.message(text.to_string());
+                Box::pin(self.default.handle(event)).await
             }
         };
         if let Err(error) = outcome {

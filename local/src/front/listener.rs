@@ -359,7 +359,9 @@ impl Front {
         let begun = socket.begin_request(request.version());
         if begun.is_ok() && !is_redirect && request.uri().path() == agents::PATH {
             let peer = socket.peer;
-            let mut response = self.agents.clone().accept(request, peer, permit).await;
+            // Boxed: it is longer than all that other requests need.
+            let accepted = Box::pin(self.agents.clone().accept(request, peer, permit));
+            let mut response = accepted.await;
             if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 socket.upgrade();
             } else {
@@ -390,7 +392,7 @@ impl Front {
         let checked = http2::check(&mut request);
         if checked.is_ok() && request.uri().path() == agents::PATH {
             let agents = self.agents.clone();
-            let response = agents.accept(request, socket.peer, permit).await;
+            let response = Box::pin(agents.accept(request, socket.peer, permit)).await;
             return stream.answer(response, None);
         }
         let visit = self.observer.visit(&request, socket.peer);

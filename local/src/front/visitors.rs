@@ -76,7 +76,7 @@ impl VisitorFront {
         if let Some(sockets) = &self.sockets
             && visit.upgrade.as_ref().is_some_and(is_websocket)
         {
-            let response = sockets.accept(upgraded, visit).await;
+            let response = Box::pin(sockets.accept(upgraded, visit)).await;
             if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 socket.upgrade();
             }

@@ -8,6 +8,9 @@
 //! Whoever queues a message writes as much of what is queued as the socket takes at once, so that no other task has to be woken for
 //! it. While one task writes, the others only queue; the one that writes takes what they queued along, several short messages in
 //! one write. When the socket takes no more, the writer's own task waits and goes on from there.
+//!
+//! While short messages follow one another closely, as with many requests at once, they are left to the writer's task, which lets
+//! all tasks that are ready have their turn first: what they queue goes out in one write, and the other end reads it in one.
 
 use std::{
     collections::VecDeque,
@@ -15,7 +18,7 @@ use std::{
     future::poll_fn,
     mem,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
@@ -48,9 +51,16 @@ const MAX_QUEUED_BODY_MESSAGES: usize = 1;
 /// A write that was taken after at least this long shows that the peer reads. A shorter wait may only be for the lock that the
 /// reading half holds.
 const BLOCKED_AFTER: Duration = Duration::from_millis(2);
+/// Writes that follow one another sooner than this are so frequent that it pays to wait for the next one. It is several times what a
+/// short write takes, and much less than anyone notices.
+const FREQUENT_WRITES: Duration = Duration::from_micros(50);
 /// Most bytes that the system's send buffer holds beyond those in transit, where the system lets us limit it. What is there can
 /// no longer be overtaken.
 const MAX_UNSENT_BYTES: u32 = 64 * 1024;
+
+/// Ping frames are sent at multiples of this, counted from one time for the whole process: thousands of idle connections then wake
+/// it a few times a second together, and not each by itself.
+const PING_FRAME_GRID: Duration = Duration::from_millis(250);
 
 /// Keeps the system from queueing much more than what is in transit, so that a control message need not wait behind it, and turns
 /// off Nagle's algorithm. Without either a connection only has more latency, so failing is not an error.
@@ -116,7 +126,7 @@ struct ProgressCounters {
     /// When the socket took the last of them, in microseconds after `opened`.
     last_ping_frame: AtomicU64,
     opened: Instant,
-    /// When the socket last took a frame, in milliseconds after `opened`.
+    /// When the socket last took a frame, in microseconds after `opened`.
     last_written: AtomicU64,
 }
 
@@ -132,10 +142,12 @@ impl ProgressCounters {
         }
     }
 
-    fn write_now(&self) {
-        let elapsed = self.opened.elapsed().as_millis();
-        let milliseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
-        self.last_written.store(milliseconds, Ordering::Relaxed);
+    /// Notes a write, and returns how long ago the last one was.
+    fn write_now(&self) -> Duration {
+        let elapsed = self.opened.elapsed().as_micros();
+        let microseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        let last = self.last_written.swap(microseconds, Ordering::Relaxed);
+        Duration::from_micros(microseconds.saturating_sub(last))
     }
 
     fn pinged(&self, ping_frames: u64) {
@@ -145,6 +157,13 @@ impl ProgressCounters {
         // After the time, so that whoever sees this ping frame counted sees its time.
         self.ping_frames.fetch_add(ping_frames, Ordering::Release);
     }
+}
+
+/// Where a message waits.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Lane {
+    Control,
+    Bodies,
 }
 
 /// The messages that wait.
@@ -270,7 +289,7 @@ impl MessageSender {
     pub async fn control(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
         let room = self.0.lanes.control_room.acquire().await;
         room.map_err(|_| SendError::Closed)?.forget();
-        self.queue(message.into(), |queues| &mut queues.control)
+        self.queue(message.into(), Lane::Control)
     }
 
     /// Queues a control message if there is room.
@@ -283,7 +302,7 @@ impl MessageSender {
             Err(tokio::sync::TryAcquireError::NoPermits) => return Err(SendError::Full),
             Err(tokio::sync::TryAcquireError::Closed) => return Err(SendError::Closed),
         }
-        self.queue(message.into(), |queues| &mut queues.control)
+        self.queue(message.into(), Lane::Control)
     }
 
     /// Queues a message with a body behind those who wait already.
@@ -293,24 +312,24 @@ impl MessageSender {
     pub async fn body(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
         let room = self.0.lanes.body_room.acquire().await;
         room.map_err(|_| SendError::Closed)?.forget();
-        self.queue(message.into(), |queues| &mut queues.bodies)
+        self.queue(message.into(), Lane::Bodies)
     }
 
-    /// Queues a message for which there is room, and writes what the socket takes.
-    fn queue(
-        &self,
-        message: Encoded,
-        lane: impl FnOnce(&mut Queues) -> &mut VecDeque<Queued>,
-    ) -> Result<Receipt, SendError> {
+    /// Queues a message for which there is room, and writes what the socket takes, or leaves that to the writer's task.
+    fn queue(&self, message: Encoded, lane: Lane) -> Result<Receipt, SendError> {
         let (taken, receipt) = oneshot::channel();
         {
             let mut queues = self.0.lanes.queues();
             if queues.close.is_some() {
                 return Err(SendError::Closed);
             }
-            lane(&mut queues).push_back(Queued { message, taken });
+            let queued = Queued { message, taken };
+            match lane {
+                Lane::Control => queues.control.push_back(queued),
+                Lane::Bodies => queues.bodies.push_back(queued),
+            }
         }
-        self.0.socket.write_queued();
+        self.0.socket.write_queued(lane);
         Ok(Receipt(receipt))
     }
 
@@ -347,19 +366,19 @@ impl MessageSender {
         progress.opened + Duration::from_micros(microseconds)
     }
 
-    /// When the socket last took a frame, to the millisecond; when the writer was made, if it has taken none yet.
+    /// When the socket last took a frame, to the microsecond; when the writer was made, if it has taken none yet.
     pub fn last_written(&self) -> Instant {
         let progress = &self.0.lanes.progress;
-        let milliseconds = progress.last_written.load(Ordering::Relaxed);
-        progress.opened + Duration::from_millis(milliseconds)
+        let microseconds = progress.last_written.load(Ordering::Relaxed);
+        progress.opened + Duration::from_micros(microseconds)
     }
 }
 
 /// The socket, as a sender knows it.
 trait WriteQueued: Send + Sync {
     /// Writes what is queued as far as the socket takes it at once, and leaves the rest to the writer's task. Where another task is
-    /// writing, it is left to that.
-    fn write_queued(&self);
+    /// writing, it is left to that. What was queued in the control lane may be left to the next turn of the writer's task.
+    fn write_queued(&self, lane: Lane);
 
     /// Has the writer's task look what is to be done.
     fn wake_writer(&self);
@@ -386,7 +405,7 @@ impl<W> Shared<W> {
 }
 
 impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin> WriteQueued for Shared<W> {
-    fn write_queued(&self) {
+    fn write_queued(&self, lane: Lane) {
         loop {
             let mut writing = match self.writing.try_lock() {
                 Ok(writing) => writing,
@@ -394,6 +413,10 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin> WriteQueued fo
                 // Whoever writes looks again below.
                 Err(TryLockError::WouldBlock) => return,
             };
+            if lane == Lane::Control && writing.are_writes_frequent {
+                writing.ask_for_turn();
+                return;
+            }
             if !writing.write_at_once(&self.lanes) {
                 return;
             }
@@ -426,16 +449,31 @@ struct Writing<W> {
     unflushed: Unflushed,
     /// A frame was refused: the sink has to be flushed first.
     must_flush: bool,
+    /// The last write took several messages along, or came soon after the one before it.
+    are_writes_frequent: bool,
+    turn: Turn,
     /// Since when the socket has taken nothing of what the sink holds.
     blocked_since: Option<Instant>,
     /// Why the connection is broken, for the writer's task to report.
     broken: Option<tungstenite::Error>,
 }
 
+/// The turn of the writer's task at what was left to it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Turn {
+    /// Nothing is left to it.
+    NotAsked,
+    /// It has been woken.
+    Asked,
+    /// It lets the tasks that are ready go first.
+    Last,
+}
+
 /// What the sink holds.
 #[derive(Debug, Default)]
 struct Unflushed {
     bytes: usize,
+    messages: usize,
     ping_frames: u64,
     /// Of messages whose last byte is in the sink.
     taken: Vec<oneshot::Sender<()>>,
@@ -451,6 +489,8 @@ impl<W> Writing<W> {
             is_ping_due: false,
             unflushed: Unflushed::default(),
             must_flush: false,
+            are_writes_frequent: false,
+            turn: Turn::NotAsked,
             blocked_since: None,
             broken: None,
         }
@@ -458,6 +498,21 @@ impl<W> Writing<W> {
 }
 
 impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
+    /// Leaves what is queued to the writer's task.
+    fn ask_for_turn(&mut self) {
+        if self.turn == Turn::NotAsked {
+            self.turn = Turn::Asked;
+            self.waker.wake_by_ref();
+        }
+    }
+
+    /// Whether the writer's task is to let others go first.
+    fn waits_for_others(&mut self) -> bool {
+        let waits = self.turn == Turn::Asked;
+        self.turn = if waits { Turn::Last } else { Turn::NotAsked };
+        waits
+    }
+
     /// Writes for a sender. Returns whether the socket has taken all that was queued.
     fn write_at_once(&mut self, lanes: &Lanes) -> bool {
         if self.blocked_since.is_some() {
@@ -532,6 +587,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
             self.unflushed.bytes += frame.len().max(1);
             self.unflushed.ping_frames += u64::from(is_ping);
             if self.frames.is_empty() {
+                self.unflushed.messages += usize::from(!is_ping);
                 self.unflushed.taken.extend(self.taken.take());
             }
             sink.start_send_unpin(frame)?;
@@ -565,7 +621,9 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
             return Poll::Ready(Ok(()));
         };
         ready!(sink.poll_flush_unpin(context))?;
-        lanes.progress.write_now();
+        let since_last = lanes.progress.write_now();
+        let messages = mem::take(&mut self.unflushed.messages);
+        self.are_writes_frequent = messages > 1 || since_last < FREQUENT_WRITES;
         if let Some(since) = self.blocked_since.take() {
             let progress = &lanes.progress;
             progress.is_blocked.store(false, Ordering::Relaxed);
@@ -610,11 +668,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin + 'static> Mess
     /// A writer that also sends a ping frame every `ping_interval`, and the way to queue messages for it.
     pub fn new(sink: W, ping_interval: Option<Duration>) -> (MessageSender, Self) {
         let (ending, ended) = watch::channel(());
-        let ping_frames = ping_interval.map(|period| {
-            let mut due = interval_at(Instant::now() + period, period);
-            due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            due
-        });
+        let ping_frames = ping_interval.map(ping_ticks);
         let lanes = Arc::new(Lanes::new());
         let shared = Arc::new(Shared {
             lanes: lanes.clone(),
@@ -662,6 +716,11 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin + 'static> Mess
                 }
             }
             writing.waker.clone_from(context.waker());
+            if writing.waits_for_others() {
+                // Whoever wakes itself is last in line.
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             ready!(writing.poll_write(lanes, context))?;
             if let Some(close) = lanes.closes_now() {
                 return Poll::Ready(Ok(close));
@@ -673,6 +732,18 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin + 'static> Mess
             }
         }
     }
+}
+
+/// Ticks every `period`, the first up to [`PING_FRAME_GRID`] early.
+fn ping_ticks(period: Duration) -> Interval {
+    static GRID_ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let now = Instant::now();
+    let since_origin = now.saturating_duration_since(*GRID_ORIGIN).as_nanos();
+    let since_line = Duration::from_nanos_u128(since_origin % PING_FRAME_GRID.as_nanos());
+    let first = now + period.saturating_sub(since_line);
+    let mut ticks = interval_at(first, period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    ticks
 }
 
 impl<W> Drop for MessageWriter<W> {
@@ -688,11 +759,13 @@ impl<W> Drop for MessageWriter<W> {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::Pin;
+
     use futures_util::{StreamExt, stream::SplitStream};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
         task::JoinSet,
-        time::timeout,
+        time::{advance, timeout},
     };
     use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
 
@@ -752,6 +825,74 @@ mod tests {
         for _ in 0..100 {
             tokio::task::yield_now().await;
         }
+    }
+
+    /// A socket that takes everything, and notes how many messages each write has.
+    #[derive(Default)]
+    struct Noting {
+        messages: usize,
+        writes: Arc<Mutex<Vec<usize>>>,
+    }
+
+    impl Sink<Message> for Noting {
+        type Error = tungstenite::Error;
+
+        fn poll_ready(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Result<(), tungstenite::Error>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn start_send(mut self: Pin<&mut Self>, _: Message) -> Result<(), tungstenite::Error> {
+            self.messages += 1;
+            Ok(())
+        }
+
+        fn poll_flush(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Result<(), tungstenite::Error>> {
+            let messages = mem::take(&mut self.messages);
+            self.writes.lock().expect("no panic").push(messages);
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_close(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Result<(), tungstenite::Error>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn messages_that_follow_closely_leave_in_one_write_and_lone_ones_at_once() {
+        let socket = Noting::default();
+        let writes = socket.writes.clone();
+        let (sender, writer) = MessageWriter::new(socket, None);
+        let mut task = JoinSet::new();
+        task.spawn(async move { writer.run().await.map(drop) });
+        settle().await;
+        let send = || sender.try_control("short".to_owned()).expect("room");
+        for _ in 0..2 {
+            advance(FREQUENT_WRITES).await;
+            assert!(send().is_taken(), "nothing else is to be expected");
+        }
+        assert!(send().is_taken(), "it is the first that follows closely");
+        let mut followers: Vec<_> = (0..10).map(|_| send()).collect();
+        assert!(!followers.iter_mut().any(Receipt::is_taken));
+        settle().await;
+        assert!(followers.iter_mut().all(Receipt::is_taken));
+        assert_eq!(*writes.lock().expect("no panic"), [1, 1, 1, 10]);
+        // The first of those that are rare again is still waited with.
+        advance(FREQUENT_WRITES).await;
+        let mut waits = send();
+        assert!(!waits.is_taken());
+        settle().await;
+        assert!(waits.is_taken());
+        advance(FREQUENT_WRITES).await;
+        assert!(send().is_taken());
     }
 
     #[tokio::test]

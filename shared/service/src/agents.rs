@@ -235,7 +235,7 @@ impl AgentConnections {
                 connections.send(to, message, patience).await
             }
             (Reached::Management(client), Encoded::Text(text)) => {
-                post_to_connection(client, to, &text, patience).await
+                Box::pin(post_to_connection(client, to, &text, patience)).await
             }
             (Reached::Management(_), Encoded::Binary(_)) => Err(PostError::Failed {
                 code: "binary".to_owned(),
