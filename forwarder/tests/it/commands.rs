@@ -121,6 +121,19 @@ async fn a_released_tunnel_id_is_not_remembered() {
 }
 
 #[tokio::test]
+async fn the_status_of_an_id_whose_address_does_not_follow_from_the_endpoint_is_a_usage_error() {
+    let home = tempfile::tempdir().expect("a directory");
+    let endpoint = "wss://abc.execute-api.us-east-1.amazonaws.com/prod";
+    let status = ttf(home.path(), &["status", "my-app", "-e", endpoint]).await;
+    assert_eq!(status.code, Some(2), "{:?}", status.stderr);
+    assert!(
+        status.stderr[0].contains("pass the tunnel's public URL"),
+        "{:?}",
+        status.stderr
+    );
+}
+
+#[tokio::test]
 async fn a_login_that_is_refused_stores_nothing() {
     let home = tempfile::tempdir().expect("a directory");
     for (status, code) in [("401 Unauthorized", 3), ("404 Not Found", 1)] {

@@ -19,7 +19,7 @@ use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::{Semaphore, mpsc},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
 use tokio_util::sync::CancellationToken;
@@ -345,6 +345,13 @@ fn pong(id: u32) -> ToAgent {
     ToAgent::Pong { id: Some(id) }
 }
 
+/// Lets time pass for all timers, and for nothing else.
+async fn advance(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
+
 fn taken_over() -> Result<(), TunnelError> {
     Err(TunnelError::Replaced("another agent".to_owned()))
 }
@@ -431,9 +438,7 @@ async fn a_ping_answered_late_or_with_a_takeover_leaves_no_doubt_behind() {
         let mut connection = service.accept().await;
         connection.establish(&CONFIRMS_WITH_IDS, None).await;
         agent.until(is_online).await;
-        tokio::time::pause();
-        tokio::time::advance(SOLE_PING_MESSAGE_INTERVAL).await;
-        tokio::time::resume();
+        advance(SOLE_PING_MESSAGE_INTERVAL).await;
         assert_eq!(connection.hear().await, ping(1));
         connection.say(&replaced()).await;
         assert_eq!(connection.hear().await, ping(2));
@@ -548,6 +553,40 @@ async fn a_takeover_does_not_restart_the_end_of_a_stopping_agent() {
     assert_eq!(agent.end().await, Ok(()));
     let more = std::iter::from_fn(|| agent.events.try_recv().ok());
     assert_eq!(more.filter(is_draining).count(), 0);
+}
+
+#[tokio::test]
+async fn a_second_reason_to_leave_gives_a_connection_no_more_time() {
+    // The connection may take 10 s from the first reason on; 10 s from the second one would be 19.
+    const BEFORE: Duration = Duration::from_secs(9);
+    const AFTER: Duration = Duration::from_secs(2);
+    for is_stopped in [true, false] {
+        let mut service = Service::start();
+        let origin = Origin::that_answers(0, 2).await;
+        let mut agent = Agent::start(&service, &origin);
+        let mut connection = service.accept().await;
+        connection.establish(&[Feature::Notices], None).await;
+        connection.request("pending").await;
+        connection.until_read().await;
+        let first = Instant::now();
+        connection.say(&replaced()).await;
+        connection.request("elsewhere").await;
+        assert_eq!(connection.refusal().await, AgentErrorCode::Replaced);
+        advance(BEFORE).await;
+        if is_stopped {
+            agent.stop.cancel();
+            agent.until(is_draining).await;
+        } else {
+            connection.say(&replaced()).await;
+            connection.until_read().await;
+        }
+        advance(AFTER).await;
+        while connection.next().await.is_some() {}
+        let took = first.elapsed();
+        assert!(took < Duration::from_secs(19), "{took:?}");
+        let expected = if is_stopped { Ok(()) } else { taken_over() };
+        assert_eq!(agent.end().await, expected);
+    }
 }
 
 /// The service has let the next connection take over from the agent that this one was replaced by, and has told that agent so: if

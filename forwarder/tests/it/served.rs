@@ -3,7 +3,10 @@
 use std::{fs, os::unix::fs::symlink, path::Path};
 
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    sync::mpsc,
+};
 
 use crate::harness::{Agent, Service, Ttf, within};
 
@@ -12,7 +15,11 @@ async fn get(agent: &mut Agent, id: usize, path: &str) -> Value {
     agent
         .send(json!({
             "type": "http_request", "request_id": format!("r{id}"), "method": "GET", "uri": path,
-            "headers": { "accept": ["text/html"], "x-forwarded-for": ["203.0.113.9"] },
+            "headers": {
+                "accept": ["text/html"], "origin": ["https://t.example.com"],
+                "x-forwarded-for": ["203.0.113.9"], "x-forwarded-host": ["t.example.com"],
+                "x-forwarded-proto": ["https"],
+            },
         }))
         .await;
     agent.next("http_response").await.expect("a response")
@@ -129,6 +136,47 @@ async fn rules_change_the_header_of_responses() {
     let (found, _) = responses(&[&["http", root], &rules[..]].concat(), &["/"]).await;
     assert_eq!(found[0]["headers"]["access-control-allow-origin"][0], "*");
     assert!(found[0]["headers"].get("last-modified").is_none());
+}
+
+#[tokio::test]
+async fn rules_have_the_last_word_about_fields_with_addresses() {
+    let service = Service::running(|stream| async move {
+        let mut stream = BufReader::new(stream);
+        let mut origin = String::new();
+        let mut line = String::new();
+        while stream.read_line(&mut line).await.expect("a line") > 2 {
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("origin: ") {
+                origin = value.trim().to_owned();
+            }
+            line.clear();
+        }
+        let response = format!(
+            "HTTP/1.1 302 Found\r\nlocation: /next\r\nx-seen-origin: {origin}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+        );
+        let _ = stream.write_all(response.as_bytes()).await;
+    })
+    .await;
+    let (address, _) = service.endpoint["ws://".len()..]
+        .split_once('/')
+        .expect("a path");
+    let own = format!("http://{address}");
+
+    let (found, _) = responses(&["http", address], &["/"]).await;
+    let fields = &found[0]["headers"];
+    assert_eq!(fields["x-seen-origin"][0], own.as_str());
+
+    // Each is an address that would otherwise be translated.
+    let location = format!("Location: {own}/inside");
+    let rules = [
+        "--header",
+        "Origin: https://t.example.com",
+        "--response-header",
+        &location,
+    ];
+    let (found, _) = responses(&[&["http", address], &rules[..]].concat(), &["/"]).await;
+    let fields = &found[0]["headers"];
+    assert_eq!(fields["x-seen-origin"][0], "https://t.example.com");
+    assert_eq!(fields["location"][0], format!("{own}/inside"));
 }
 
 #[tokio::test]

@@ -435,6 +435,32 @@ mod tests {
     }
 
     #[test]
+    fn the_scheme_is_the_one_that_the_front_says_the_visitor_used() {
+        for event in [V1, V2, FUNCTION_URL_EVENT] {
+            for (said, scheme) in [
+                (json!("http"), "http"),
+                (json!("https"), "https"),
+                (json!("gopher"), "https"),
+                (json!(null), "https"),
+            ] {
+                let request = read(event, |event| {
+                    for fields in ["headers", "multiValueHeaders"] {
+                        let fields = event.get_mut(fields).and_then(|it| it.as_object_mut());
+                        if let Some(fields) = fields {
+                            fields
+                                .retain(|name, _| !name.eq_ignore_ascii_case("x-forwarded-proto"));
+                        }
+                    }
+                    if !said.is_null() {
+                        event["headers"]["x-forwarded-proto"] = said.clone();
+                    }
+                });
+                assert_eq!(request.scheme, scheme, "{said}");
+            }
+        }
+    }
+
+    #[test]
     fn each_field_of_payload_1_0_is_there_once_with_all_its_values() {
         let request = read(V1, |event| {
             event["headers"]["x-twice"] = json!("2");

@@ -363,6 +363,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_visitor_whose_answer_is_too_long_is_told_where_it_is_to_be_had() {
+        let url: PublicUrl = "https://stream.example.com".parse().expect("an address");
+        // As it is, and with what JSON adds to it.
+        for body in [vec![b'x'; 6_291_557], vec![1; 1_049_000]] {
+            for (streaming_url, expected) in [
+                (
+                    Some(&url),
+                    "Use the same path under https://stream.example.com.",
+                ),
+                (None, "Use the deployment's streaming URL."),
+            ] {
+                let response = response(&[], body.clone());
+                let refused = buffer(response, Payload::V2, false, streaming_url).await;
+                let response = refused.expect_err("too long").into_response(false);
+                let body = response.into_body().collect().await.expect("a body");
+                let body = String::from_utf8_lossy(&body.to_bytes()).into_owned();
+                assert!(body.contains(expected), "{body}");
+            }
+        }
+    }
+
+    #[tokio::test]
     async fn a_streamed_answer_has_its_fields_in_the_prelude_and_its_chunks_behind_it() {
         let mut response = response(&LINES, Vec::new());
         let frames = [b"he".as_slice(), b"", b"llo"]

@@ -93,6 +93,17 @@ async fn an_agent_cannot_make_the_service_send_to_another_agent() {
 }
 
 #[tokio::test]
+async fn what_is_no_reply_is_dealt_with_also_when_it_names_a_reply_connection() {
+    let stack = as_in_aws().await;
+    let (mut agent, url) = connected(&stack, "my-app").await;
+    let reply_to = reply_connection(&mut agent, &url).await;
+    agent
+        .say(&json!({ "type": "ping", "reply_to": reply_to }))
+        .await;
+    assert_eq!(agent.hear().await, json!({ "type": "pong" }));
+}
+
+#[tokio::test]
 async fn a_reply_connection_that_is_killed_costs_no_request() {
     let stack = as_in_aws().await;
     let (mut agent, url) = connected(&stack, "my-app").await;

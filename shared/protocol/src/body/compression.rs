@@ -122,6 +122,24 @@ mod tests {
         );
     }
 
+    #[test]
+    fn what_the_receiver_would_refuse_is_not_compressed() {
+        for (length, is_compressed) in [
+            (MIN_COMPRESSED_BYTES - 1, false),
+            (MIN_COMPRESSED_BYTES, true),
+            (MAX_DECOMPRESSED_BYTES, true),
+            (MAX_DECOMPRESSED_BYTES + 1, false),
+        ] {
+            let Some(compressed) = compress(&vec![0; length]) else {
+                assert!(!is_compressed, "{length}");
+                continue;
+            };
+            assert!(is_compressed, "{length}");
+            let bytes = decompress(compressed, Some(Encoding::Zstd)).expect("allowed");
+            assert_eq!(bytes.len(), length);
+        }
+    }
+
     /// A decoder whose output would never end. It fails where there is no reason to read on.
     struct Endless {
         read_bytes: usize,
