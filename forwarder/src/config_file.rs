@@ -418,6 +418,34 @@ mod tests {
     }
 
     #[test]
+    fn a_fault_shows_no_token_and_no_password_wherever_they_were_put() {
+        const OWN: &str = "ttf_0123456789abcdef0123456789abcdef";
+        const JWT: &str = "eyJhbGciOiJIUzI1NiJ9.eyJhIjoxfQ.c2ln";
+        for secret in [OWN, JWT] {
+            for text in [
+                format!("endpoint = '{secret}'\n"),
+                format!("endpoint = \"{secret}\" # mine\n"),
+                format!("endpoint = 3 # not {secret}\n"),
+                format!("target = ['x', '{secret}']\n"),
+                format!("target_ca = [\"{secret}\"]\n"),
+                format!("max_concurrent = '{secret}'\n"),
+                format!("compression = '{secret}'\n"),
+                format!("allow = '{secret}'\n"),
+                format!("{secret} = 1\n"),
+                format!("endpoint = {secret}\n"),
+                format!("[tunnels.{secret}\n"),
+                format!("[{secret}]\n"),
+            ] {
+                let said = fault(&text);
+                assert!(!said.contains(&secret[4..]), "{text}: {said}");
+            }
+        }
+        let said = fault("endpoint = 'wss://alice:swordfish@x'\n");
+        assert!(!said.contains("swordfish"), "{said}");
+        assert!(said.contains("  1 | endpoint = ..."), "{said}");
+    }
+
+    #[test]
     fn a_file_over_another_changes_what_it_sets() {
         let under = ConfigFile::parse(
             "endpoint = 'wss://x.example.com'\ntoken = 't'\ntarget = 1\n[tunnels.web]\ntarget = 2\nallow = ['::1']\n",

@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
+use tunnel_config::is_like_a_token;
 use tunnel_protocol::{id::TunnelId, url::is_loopback};
 
 use crate::authority::{self, AuthorityError};
@@ -139,14 +140,6 @@ impl FromStr for Endpoint {
             .map(Self)
             .map_err(|_| EndpointError::Address)
     }
-}
-
-/// Whether a text is a token of a service of its own, or a JWT. No host has such a name, and a resolver must not be asked for it.
-pub(crate) fn is_like_a_token(text: &str) -> bool {
-    let is_own = text
-        .strip_prefix("ttf_")
-        .is_some_and(|rest| rest.len() >= 16 && rest.bytes().all(|byte| byte.is_ascii_hexdigit()));
-    is_own || (text.starts_with("eyJ") && text.len() > 20)
 }
 
 /// A host alone is `https://host`, and on this machine `http://host`.

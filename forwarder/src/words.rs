@@ -6,9 +6,9 @@ use clap::{
     CommandFactory, Parser,
     error::{ContextKind, ContextValue, ErrorKind},
 };
-use tunnel_config::closest;
+use tunnel_config::{closest, is_like_a_token, may_be_secret};
 
-use crate::{args::Cli, endpoint};
+use crate::args::Cli;
 
 /// Flags of other tunnels that have no counterpart of the same meaning here, and what there is instead.
 const FLAGS: [(&[&str], &str); 23] = [
@@ -411,7 +411,7 @@ fn answer(mut error: clap::Error, arguments: &[OsString]) -> clap::Error {
     if error.kind() == ErrorKind::InvalidSubcommand
         && let Some(word) = text(&error, ContextKind::InvalidSubcommand)
     {
-        let word = if endpoint::is_like_a_token(&word) {
+        let word = if is_like_a_token(&word) {
             "(not shown)".to_owned()
         } else {
             word
@@ -426,8 +426,7 @@ fn answer(mut error: clap::Error, arguments: &[OsString]) -> clap::Error {
         return Cli::command().error(ErrorKind::InvalidSubcommand, message);
     }
     // An address with a password in it, or a token in place of one, must not end up in a log.
-    let is_secret = |value: String| value.contains('@') || endpoint::is_like_a_token(&value);
-    if text(&error, ContextKind::InvalidValue).is_some_and(is_secret) {
+    if text(&error, ContextKind::InvalidValue).is_some_and(|value| may_be_secret(&value)) {
         let hidden = ContextValue::String("(not shown)".to_owned());
         error.insert(ContextKind::InvalidValue, hidden);
     }

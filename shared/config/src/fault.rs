@@ -2,6 +2,11 @@
 
 use std::{borrow::Cow, fmt, ops::Range};
 
+use crate::secret::secrets;
+
+/// What stands in a message in place of a secret.
+const NOT_SHOWN: &str = "(not shown)";
+
 /// A fault in a file's text: `LINE:COLUMN: MESSAGE`, and the line itself where it cannot hold a secret.
 #[derive(Debug)]
 pub struct Fault {
@@ -47,7 +52,8 @@ impl FaultAt {
         Self::new(error.span().unwrap_or_default(), error.message())
     }
 
-    /// The same with its line, of which `shows` allows the values of some keys to be shown.
+    /// The same with its line, of which `shows` allows the values of some keys to be shown. What may be a secret in the wrong place
+    /// is shown neither there nor in the message.
     pub fn in_text(self, text: &str, shows: impl Fn(&str) -> bool) -> Fault {
         let start = text.floor_char_boundary(self.span.start);
         let before = &text[..start];
@@ -55,10 +61,15 @@ impl FaultAt {
         let line = text[line_start..].lines().next().unwrap_or_default();
         let excerpt = public_part(line, shows);
         let marked = text.get(self.span.clone()).unwrap_or_default();
+        let message = secrets(line)
+            .chain(secrets(marked))
+            .fold(self.message, |message, secret| {
+                message.replace(secret, NOT_SHOWN)
+            });
         Fault {
             line: before.matches('\n').count() + 1,
             column: text[line_start..start].chars().count() + 1,
-            message: self.message,
+            message,
             width: marked
                 .lines()
                 .next()
@@ -74,17 +85,22 @@ impl FaultAt {
 /// The part of a line that holds no secret: all of it, the key alone, or nothing.
 fn public_part(line: &str, shows: impl Fn(&str) -> bool) -> Option<Cow<'_, str>> {
     let trimmed = line.trim();
-    if trimmed.starts_with('[') && trimmed.ends_with(']') && !trimmed.contains(['"', '\'']) {
+    let has_secret = |text| secrets(text).next().is_some();
+    if !has_secret(line)
+        && trimmed.starts_with('[')
+        && trimmed.ends_with(']')
+        && !trimmed.contains(['"', '\''])
+    {
         return Some(line.into());
     }
-    let (key, _) = line.split_once('=')?;
+    let (key, value) = line.split_once('=')?;
     let is_key = key
         .trim()
         .chars()
         .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
-    match (shows(key.trim()), is_key) {
-        (true, _) => Some(line.into()),
-        (false, true) => Some(format!("{key}= ...").into()),
-        (false, false) => None,
+    if shows(key.trim()) && !has_secret(value) {
+        Some(line.into())
+    } else {
+        (is_key && !has_secret(key)).then(|| format!("{key}= ...").into())
     }
 }

@@ -6,12 +6,14 @@
 
 mod fault;
 mod keys;
+mod secret;
 mod suggestion;
 
 use std::path::Path;
 
 pub use fault::{Fault, FaultAt};
 pub use keys::{Key, Keys, insert};
+pub use secret::{is_like_a_token, may_be_secret};
 pub use suggestion::closest;
 
 /// A config file that cannot be used.
