@@ -1,17 +1,26 @@
 //! The command line: flags with the environment, over the config files, over defaults.
 
+mod error;
+mod log_filter;
+#[cfg(test)]
+mod tests;
+mod tunnels;
+
 use std::{
-    collections::HashMap,
     ffi::OsString,
     path::{Path, PathBuf},
 };
 
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tunnel_config::ConfigFileError;
+use tracing_subscriber::filter::Targets;
 use tunnel_protocol::id::TunnelId;
 
+pub(crate) use self::error::UsageError;
+use self::{
+    log_filter::log_filter,
+    tunnels::{checked_tunnels, every_tunnel, settings_of_one, start, unknown_service, with_file},
+};
 use crate::{
     background::{Background, BackgroundCommand, BackgroundError, BackgroundOptions},
     config_command,
@@ -22,7 +31,7 @@ use crate::{
     login::{Login, Logout},
     manual,
     proxy::ProxyChoice,
-    settings::{Layer, LayerError, ProcessLayer, Settings},
+    settings::{Layer, ProcessLayer, Settings},
     status::StatusSubject,
     target::Target,
     words,
@@ -39,16 +48,6 @@ Exit codes: 0 stopped on request, 1 failed, 2 wrong usage or config, 3 token ref
 
 /// The log level if none is set.
 const DEFAULT_LOG_LEVEL: &str = "warn";
-/// The crates whose log level can be set by name.
-const LOG_TARGETS: [&str; 7] = [
-    "forwarder",
-    "tunnel_protocol",
-    "hyper",
-    "hyper_util",
-    "rustls",
-    "tokio_tungstenite",
-    "tungstenite",
-];
 
 /// Gives a local service a public URL.
 #[derive(Debug, Parser)]
@@ -226,92 +225,6 @@ pub(crate) enum Action {
     Background(Background),
 }
 
-/// A command line or file that cannot be carried out; the text says what to do.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum UsageError {
-    /// The file cannot be used.
-    #[error(transparent)]
-    File(#[from] ConfigFileError),
-    /// Values are missing or cannot be used.
-    #[error(transparent)]
-    Settings(#[from] LayerError),
-    /// Not a level, or a list of levels.
-    #[error(
-        "log_level: `{0}` is not a level (error, warn, info, debug, trace, off) and not TARGET=LEVEL, such as forwarder=debug; targets are {parts}",
-        parts = LOG_TARGETS.join(", ")
-    )]
-    LogLevel(String),
-    /// The directory of the user's files is not known.
-    #[error(
-        "there is no home directory, so the config file has no default place: pass one with --config"
-    )]
-    NoHome,
-    /// No such service is stored.
-    #[error("there is no service {name} in the config files; {known}")]
-    UnknownService {
-        /// The requested name.
-        name: String,
-        /// What there is.
-        known: String,
-    },
-    /// `ttf login` without an endpoint.
-    #[error("which service? `ttf login ENDPOINT`, such as `ttf login https://tunnel.example.com`")]
-    NoLoginEndpoint,
-    /// `ttf status` without a tunnel.
-    #[error("which tunnel? `ttf status ID`, or its public URL in place of the id")]
-    NoTunnel,
-    /// The manual cannot be made.
-    #[error("cannot write the manual: {0}")]
-    Manual(std::io::Error),
-    /// The service could not open a tunnel.
-    #[error(transparent)]
-    Background(BackgroundError),
-    /// Not a command of `ttf config`.
-    #[error(
-        "there is no `ttf config {0}`; there are path, check and edit, and `ttf login ENDPOINT --token TOKEN` stores a token"
-    )]
-    ConfigCommand(String),
-    /// The file is for `ttf start`.
-    #[error("the config file has [tunnels]: open them with `ttf start --all` or `ttf start NAME`")]
-    StartMissing,
-    /// `ttf start` without a file that has tunnels.
-    #[error(
-        "`ttf start` needs a config file with [tunnels.NAME]: write one (`ttf config edit`), or pass one with --config"
-    )]
-    NoTunnels,
-    /// `ttf start` without names.
-    #[error("name the tunnels to start, or pass --all; the config file has: {0}")]
-    NoNames(String),
-    /// The file has no such tunnel.
-    #[error("there is no tunnel {name} in the config file; it has: {known}")]
-    UnknownName {
-        /// The requested name.
-        name: String,
-        /// What there is.
-        known: String,
-    },
-    /// One name twice on the command line.
-    #[error("the tunnel {0} is named twice: name each once")]
-    NamedTwice(String),
-    /// A flag that only makes sense for one tunnel.
-    #[error(
-        "--tunnel-id and --target apply to a single tunnel: set them in the config file instead"
-    )]
-    ForOneTunnel,
-    /// Two tunnels would take each other's place for ever.
-    #[error(
-        "the tunnels {first} and {second} have the same tunnel_id {tunnel_id}: give each a different one"
-    )]
-    SameTunnelId {
-        /// One tunnel.
-        first: String,
-        /// The other.
-        second: String,
-        /// The id that both request.
-        tunnel_id: TunnelId,
-    },
-}
-
 impl Cli {
     /// Reads the command line and environment of the process. Exits if they are wrong or request help.
     pub(crate) fn from_process() -> Self {
@@ -437,11 +350,7 @@ impl Options {
         file: &ConfigFile,
         default_file: Option<PathBuf>,
     ) -> Result<Action, UsageError> {
-        let is_service = is_started_by_systemd().then_some(true);
-        let flags = Layer {
-            keep_trying: self.layer.keep_trying.or(is_service),
-            ..self.layer
-        };
+        let flags = as_started(self.layer);
         let one = |layer: &Layer, name| settings_of_one(layer, file, name);
         match command {
             Some(Command::Http { target }) => {
@@ -502,15 +411,19 @@ impl Options {
     }
 }
 
+/// The flags, with what holds for a process that systemd has started unless they say otherwise.
+fn as_started(flags: Layer) -> Layer {
+    let is_service = is_started_by_systemd().then_some(true);
+    Layer {
+        keep_trying: flags.keep_trying.or(is_service),
+        ..flags
+    }
+}
+
 /// Whether systemd has started this very process, and not one that it descends from (systemd.exec(5)).
 fn is_started_by_systemd() -> bool {
     std::env::var_os("SYSTEMD_EXEC_PID")
         .is_some_and(|pid| pid == std::process::id().to_string().as_str())
-}
-
-/// The settings of a tunnel that has no table in the file.
-fn settings_of_one(layer: &Layer, file: &ConfigFile, name: &str) -> Result<Settings, UsageError> {
-    Ok(with_file(layer, &Layer::default(), file)?.settings(name)?)
 }
 
 /// Of the config files, only the way to the service counts: who the user is there is what a login is about.
@@ -556,18 +469,6 @@ fn stored_service(flags: &Layer, file: &ConfigFile) -> Result<Option<String>, Us
     match &flags.service {
         Some(name) if !file.services.contains_key(name) => Err(unknown_service(name, file)),
         service => Ok(service.clone()),
-    }
-}
-
-fn unknown_service(name: &str, file: &ConfigFile) -> UsageError {
-    let known: Vec<&str> = file.services.keys().map(String::as_str).collect();
-    UsageError::UnknownService {
-        name: name.to_owned(),
-        known: if known.is_empty() {
-            format!("`ttf login ENDPOINT --service {name}` stores one")
-        } else {
-            format!("they have: {}", known.join(", "))
-        },
     }
 }
 
@@ -632,436 +533,4 @@ fn manual_page() -> std::io::Result<Vec<u8>> {
 /// If that is impossible.
 pub(crate) fn write_manual(directory: &Path) -> std::io::Result<()> {
     manual::pages(Cli::command(), directory)
-}
-
-/// What the flags leave open, from a tunnel's table and what it takes from the rest of the file.
-fn with_file(flags: &Layer, tunnel: &Layer, file: &ConfigFile) -> Result<Layer, UsageError> {
-    let service = flags.service.as_deref().or(tunnel.service.as_deref());
-    let defaults = file.defaults(service).ok_or_else(|| {
-        let name = service.or(file.top.service.as_deref());
-        unknown_service(name.unwrap_or_default(), file)
-    })?;
-    let layer = flags.with_credentials_for_endpoint(&tunnel.or(&defaults));
-    // An endpoint that is given without a token has the one that is stored for it.
-    let token = layer.token.clone().or_else(|| {
-        let endpoint = layer.endpoint.as_ref()?;
-        let mut stored = file.services.values().chain([&file.top]);
-        stored
-            .find(|stored| stored.endpoint.as_ref() == Some(endpoint))?
-            .token
-            .clone()
-    });
-    Ok(Layer { token, ..layer })
-}
-
-fn start(
-    flags: &Layer,
-    all: bool,
-    names: Vec<String>,
-    file: &ConfigFile,
-) -> Result<Vec<Settings>, UsageError> {
-    let known = || {
-        let names: Vec<&str> = file.tunnels.keys().map(String::as_str).collect();
-        names.join(", ")
-    };
-    if file.tunnels.is_empty() {
-        return Err(UsageError::NoTunnels);
-    }
-    let names = if all {
-        file.tunnels.keys().cloned().collect()
-    } else {
-        names
-    };
-    if names.is_empty() {
-        return Err(UsageError::NoNames(known()));
-    }
-    if let Some(twice) = first_duplicate(&names) {
-        return Err(UsageError::NamedTwice(twice.clone()));
-    }
-    if names.len() > 1
-        && (flags.tunnel_id().is_some() || flags.target().is_some() || flags.url.is_some())
-    {
-        return Err(UsageError::ForOneTunnel);
-    }
-    // A tunnel id at the top is the one of `ttf http`: two tunnels cannot share it.
-    let mut file = file.clone();
-    file.top.tunnel_id = None;
-    let mut tunnels = Vec::new();
-    for name in names {
-        let tunnel = file
-            .tunnels
-            .get(&name)
-            .ok_or_else(|| UsageError::UnknownName {
-                known: known(),
-                name: name.clone(),
-            })?;
-        tunnels.push(with_file(flags, tunnel, &file)?.settings(&name)?);
-    }
-    check_tunnel_ids(&tunnels)?;
-    Ok(tunnels)
-}
-
-/// Every tunnel of a file, checked.
-fn every_tunnel(flags: &Layer, file: &ConfigFile) -> Result<Vec<Settings>, UsageError> {
-    if file.tunnels.is_empty() {
-        return Ok(Vec::new());
-    }
-    let flags = Layer {
-        tunnel_id: None,
-        target: None,
-        url: None,
-        ..flags.clone()
-    };
-    start(&flags, true, Vec::new(), file)
-}
-
-/// The tunnels that the files have for `ttf start`, or the one for `ttf http`. A file may leave its endpoint to others.
-fn checked_tunnels(flags: &Layer, file: &ConfigFile) -> Result<Vec<Settings>, UsageError> {
-    if !file.tunnels.is_empty() {
-        return every_tunnel(flags, file);
-    }
-    match settings_of_one(flags, file, "http") {
-        Ok(settings) => Ok(vec![settings]),
-        Err(UsageError::Settings(LayerError::NoEndpoint)) => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
-}
-
-fn first_duplicate(names: &[String]) -> Option<&String> {
-    let is_duplicate = |(at, name): &(usize, &String)| names[..*at].contains(name);
-    names
-        .iter()
-        .enumerate()
-        .find(is_duplicate)
-        .map(|(_, name)| name)
-}
-
-fn check_tunnel_ids(tunnels: &[Settings]) -> Result<(), UsageError> {
-    let mut seen = HashMap::new();
-    for tunnel in tunnels {
-        let Some(tunnel_id) = &tunnel.tunnel_id else {
-            continue;
-        };
-        let key = (tunnel.endpoint.to_string(), tunnel_id);
-        if let Some(first) = seen.insert(key, &tunnel.name) {
-            return Err(UsageError::SameTunnelId {
-                first: first.clone(),
-                second: tunnel.name.clone(),
-                tunnel_id: tunnel_id.clone(),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Reads a list of levels. `Targets` itself takes any word for a target's name, so that a typo would silence the log.
-fn log_filter(text: &str) -> Result<Targets, UsageError> {
-    text.split(',')
-        .try_fold(Targets::new(), |filter, directive| {
-            let fault = || UsageError::LogLevel(directive.to_owned());
-            let level = |text: &str| match text.trim().to_ascii_lowercase().as_str() {
-                "off" => Ok(LevelFilter::OFF),
-                "error" => Ok(LevelFilter::ERROR),
-                "warn" => Ok(LevelFilter::WARN),
-                "info" => Ok(LevelFilter::INFO),
-                "debug" => Ok(LevelFilter::DEBUG),
-                "trace" => Ok(LevelFilter::TRACE),
-                _ => Err(fault()),
-            };
-            let Some((target, of_target)) = directive.split_once('=') else {
-                return Ok(filter.with_default(level(directive)?));
-            };
-            let target = target.trim();
-            let krate = target.split("::").next().unwrap_or_default();
-            if !LOG_TARGETS.contains(&krate) {
-                return Err(fault());
-            }
-            Ok(filter.with_target(target, level(of_target)?))
-        })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{settings::AcceptedCertificates, tunnel_ids};
-
-    fn parse(arguments: &[&str]) -> Result<Vec<Settings>, String> {
-        let cli = Cli::try_parse_from([&["ttf"], arguments].concat()).expect("a command line");
-        match cli.invocation(None) {
-            Ok(Invocation {
-                action: Action::Open(tunnels),
-                ..
-            }) => Ok(tunnels),
-            Ok(other) => panic!("not tunnels: {other:?}"),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    fn file(text: &str) -> tempfile::NamedTempFile {
-        let file = tempfile::NamedTempFile::new().expect("a file");
-        std::fs::write(file.path(), text).expect("written");
-        file
-    }
-
-    #[test]
-    fn the_bare_command_tunnels_port_3000() {
-        let tunnels = parse(&[
-            "--endpoint",
-            "ws://127.0.0.1:1/_ws",
-            "--tunnel-id",
-            "my-app",
-        ])
-        .expect("settings");
-        assert_eq!(tunnels[0].target.to_string(), "http://127.0.0.1:3000");
-        assert_eq!(
-            tunnels[0].tunnel_id.as_ref().map(TunnelId::as_str),
-            Some("my-app")
-        );
-    }
-
-    #[test]
-    fn flags_override_the_file() {
-        let file =
-            file("endpoint = 'wss://file.example.com'\ntarget = 1\ntunnel_id = 'from-file'\n");
-        let path = file.path().to_str().expect("a path");
-        let from_file = parse(&["--config", path]).expect("settings");
-        assert_eq!(from_file[0].target.to_string(), "http://127.0.0.1:1");
-        let from_flags = parse(&[
-            "http",
-            "2",
-            "--config",
-            path,
-            "-e",
-            "wss://flag.example.com",
-        ])
-        .expect("settings");
-        assert_eq!(
-            from_flags[0].endpoint.to_string(),
-            "wss://flag.example.com/"
-        );
-        assert_eq!(from_flags[0].target.to_string(), "http://127.0.0.1:2");
-        assert_eq!(
-            from_flags[0].tunnel_id.as_ref().map(TunnelId::as_str),
-            Some("from-file")
-        );
-    }
-
-    #[test]
-    fn a_random_id_is_remembered_unless_remembering_is_off() {
-        let arguments = ["-e", "ws://127.0.0.1:1"];
-        let memory = |more: &[&str]| {
-            parse(&[&arguments[..], more].concat()).expect("settings")[0]
-                .memory
-                .clone()
-        };
-        assert_eq!(memory(&[]), tunnel_ids::default_file());
-        assert!(tunnel_ids::default_file().is_some_and(|file| file.ends_with("ttf/tunnels.toml")));
-        assert_eq!(memory(&["--remember", "false"]), None);
-        let file = file("remember = false\n");
-        assert_eq!(
-            memory(&["--config", file.path().to_str().expect("a path")]),
-            None
-        );
-    }
-
-    #[test]
-    fn start_opens_the_named_tunnels() {
-        let file = file(
-            "endpoint = 'wss://x.example.com'\n[tunnels.api]\ntarget = 1\n[tunnels.web]\ntarget = 2\n",
-        );
-        let path = file.path().to_str().expect("a path");
-        let names = |arguments: &[&str]| {
-            parse(arguments).map(|tunnels| {
-                tunnels
-                    .into_iter()
-                    .map(|tunnel| tunnel.name)
-                    .collect::<Vec<_>>()
-            })
-        };
-        assert_eq!(
-            names(&["start", "--all", "--config", path]),
-            Ok(vec!["api".to_owned(), "web".to_owned()])
-        );
-        assert_eq!(
-            names(&["start", "web", "--config", path]),
-            Ok(vec!["web".to_owned()])
-        );
-        for wrong in [
-            &["start", "--config", path][..],
-            &["start", "nope", "--config", path],
-            &["--config", path],
-            &["start", "--all", "-s", "one", "--config", path],
-        ] {
-            assert!(names(wrong).is_err(), "{wrong:?}");
-        }
-    }
-
-    #[test]
-    fn the_target_may_be_a_flag() {
-        for arguments in [&["-p", "2"][..], &["http", "--target", "2"], &["http", "2"]] {
-            let tunnels =
-                parse(&[arguments, &["-e", "ws://127.0.0.1:1"]].concat()).expect("settings");
-            assert_eq!(
-                tunnels[0].target.to_string(),
-                "http://127.0.0.1:2",
-                "{arguments:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn visitor_rules_come_from_flags_or_the_file_and_errors_reveal_no_secret() {
-        let file = file(
-            "endpoint = 'wss://x.example.com'\nbasic_auth = ['all:swordfish']\n\
-             [tunnels.api]\nbasic_auth = []\nallow = ['192.0.2.0/24']\n[tunnels.web]\nrequire_header = ['x-key: swordfish']\n",
-        );
-        let path = file.path().to_str().expect("a path");
-        let rules = |arguments: &[&str]| {
-            let tunnels = parse(&[arguments, &["--config", path]].concat()).expect("settings");
-            let access = tunnels[0]
-                .access
-                .for_one_connection()
-                .expect("rules")
-                .to_json();
-            ["basic", "headers", "allow", "deny"]
-                .map(|kind| access[kind].as_array().map_or(0, Vec::len))
-        };
-        assert_eq!(rules(&["start", "api"]), [0, 0, 1, 0]);
-        assert_eq!(rules(&["start", "web"]), [1, 1, 0, 0]);
-        assert_eq!(
-            rules(&[
-                "start",
-                "web",
-                "--basic-auth",
-                "a:b",
-                "--basic-auth",
-                "c:d",
-                "--deny",
-                "::1,::2"
-            ]),
-            [2, 1, 0, 2]
-        );
-        let none = parse(&["-e", "wss://x.example.com"]).expect("settings");
-        assert!(none[0].access.is_empty());
-
-        for wrong in [
-            &["--basic-auth", "swordfish"][..],
-            &["--require-header", "swordfish"],
-            &["--require-header", "host: swordfish"],
-        ] {
-            let Err(text) = parse(&[wrong, &["-e", "wss://x.example.com"]].concat()) else {
-                panic!("accepted: {wrong:?}")
-            };
-            assert!(
-                text.contains("basic_auth") || text.contains("require_header"),
-                "{text}"
-            );
-            assert!(!text.contains("sword"), "{text}");
-        }
-    }
-
-    #[test]
-    fn a_missing_endpoint_is_named() {
-        let Err(text) = parse(&["http", "3000"]) else {
-            panic!("settings without endpoint")
-        };
-        assert!(
-            text.contains("--endpoint") && text.contains("TTF_ENDPOINT"),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn a_tunnels_table_accepts_every_key_of_the_top_level() {
-        let file = file(
-            "endpoint = 'wss://x.example.com'\ntoken = 'top'\ncompression = true\ntarget_insecure = true\n\
-             [tunnels.api]\nendpoint = 'wss://y.example.com'\ntoken = 'own'\ncompression = false\n\
-             target_insecure = false\n[tunnels.web]\n",
-        );
-        let path = file.path().to_str().expect("a path");
-        let tunnels = parse(&["start", "--all", "--config", path]).expect("settings");
-        let of = |settings: &Settings| {
-            let token = settings
-                .token
-                .as_ref()
-                .map(|token| token.reveal().to_owned());
-            (
-                settings.endpoint.to_string(),
-                token.unwrap_or_default(),
-                settings.compression,
-                settings.target_tls.clone(),
-            )
-        };
-        assert_eq!(
-            of(&tunnels[0]),
-            (
-                "wss://y.example.com/".to_owned(),
-                "own".to_owned(),
-                false,
-                AcceptedCertificates::System
-            )
-        );
-        assert_eq!(
-            of(&tunnels[1]),
-            (
-                "wss://x.example.com/".to_owned(),
-                "top".to_owned(),
-                true,
-                AcceptedCertificates::Insecure
-            )
-        );
-        let insecure = parse(&["start", "api", "--target-insecure", "--config", path]);
-        assert_eq!(
-            insecure.expect("settings")[0].target_tls,
-            AcceptedCertificates::Insecure
-        );
-    }
-
-    #[test]
-    fn tunnels_that_would_take_each_others_place_are_refused() {
-        let file = file(
-            "endpoint = 'wss://x.example.com'\n[tunnels.api]\ntunnel_id = 'one'\n\
-             [tunnels.far]\nendpoint = 'wss://y.example.com'\ntunnel_id = 'one'\n\
-             [tunnels.web]\ntunnel_id = 'one'\n",
-        );
-        let path = file.path().to_str().expect("a path");
-        let start = |names: &[&str]| {
-            parse(&[&["start", "--config", path], names].concat()).map(|tunnels| tunnels.len())
-        };
-        let twice = start(&["--all"]).expect_err("one tunnel id twice");
-        assert!(
-            twice.contains("api and web") && twice.contains("one"),
-            "{twice}"
-        );
-        let named = start(&["web", "web"]).expect_err("one name twice");
-        assert!(named.contains("web is named twice"), "{named}");
-        assert_eq!(
-            start(&["api", "far"]),
-            Ok(2),
-            "another service's ids are others"
-        );
-    }
-
-    #[test]
-    fn a_log_level_that_is_a_typo_is_refused() {
-        for good in [
-            "warn",
-            "WARN",
-            "off",
-            "warn,forwarder=debug",
-            "hyper::proto=trace",
-        ] {
-            assert!(log_filter(good).is_ok(), "{good}");
-        }
-        for bad in [
-            "loud",
-            "",
-            "warn,",
-            "forwarder=loud",
-            "forwarderr=debug",
-            "info,debgu",
-        ] {
-            assert!(log_filter(bad).is_err(), "{bad}");
-        }
-    }
 }
