@@ -414,6 +414,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_oldest_of_too_many_ids_is_forgotten() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("tunnels.toml");
+        let endpoint: Endpoint = ENDPOINT.parse().expect("an endpoint");
+        let entry = |port: usize| {
+            let target: Target = port.to_string().parse().expect("a target");
+            Entry {
+                endpoint: endpoint.to_string(),
+                target: target.to_string(),
+                tunnel_id: Some(id(&format!("tunnel-{port}"))),
+            }
+        };
+        let full = Entries {
+            tunnel: (1..=MAX_ENTRIES).map(entry).collect(),
+        };
+        fs::write(&file, toml::to_string(&full).expect("TOML")).expect("written");
+        let next = (MAX_ENTRIES + 1).to_string();
+        let mut store = memory(&file, &next).await.expect("a memory");
+        store.remember(&id("the-newest")).await;
+        let recalled = read(&file).expect("entries").tunnel;
+        assert_eq!(recalled.len(), MAX_ENTRIES);
+        assert_eq!(recalled[0], entry(2));
+        let newest = recalled.last().expect("some").tunnel_id.as_ref();
+        assert_eq!(newest, Some(&id("the-newest")));
+    }
+
+    #[tokio::test]
     async fn a_corrupt_file_recalls_nothing_and_is_replaced() {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("tunnels.toml");

@@ -205,6 +205,18 @@ mod tests {
         assert!(!to.join(RESTORING_FILE).exists());
     }
 
+    #[test]
+    fn a_backup_that_fails_leaves_no_file_behind() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let from = directory.path().join("from");
+        std::fs::create_dir(&from).expect("a directory");
+        std::fs::write(from.join(DATABASE_FILE), [b'x'; 8192]).expect("written");
+        let copy = directory.path().join("copy");
+        let failed = backup(&from, &copy).expect_err("not a database");
+        assert!(matches!(failed, BackupError::Copy { .. }), "{failed}");
+        assert!(!copy.exists());
+    }
+
     #[cfg(unix)]
     #[test]
     fn a_backup_follows_no_link() {

@@ -141,17 +141,44 @@ mod tests {
 
     use super::*;
 
+    /// Writes a pair for a name, and returns the certificate.
+    fn write(name: &str, certificate: &Path, key: &Path) -> CertificateDer<'static> {
+        let pair = generate_simple_self_signed([name.to_owned()]).expect("a certificate");
+        let CertifiedKey { cert, signing_key } = pair;
+        fs::write(certificate, cert.pem()).expect("written");
+        fs::write(key, signing_key.serialize_pem()).expect("written");
+        cert.der().clone()
+    }
+
+    #[test]
+    fn each_fault_is_complained_about_once() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (certificate, key) = (directory.path().join("c"), directory.path().join("k"));
+        write("first.example", &certificate, &key);
+        let files = CertificateFiles::open(certificate, key.clone()).expect("a pair");
+        let log = directory.path().join("log");
+        let writer = Arc::new(fs::File::create(&log).expect("a file"));
+        let subscriber = tracing_subscriber::fmt().with_writer(writer).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            for fault in [Some("nothing"), None, Some("nothing again")] {
+                match fault {
+                    Some(text) => fs::write(&key, text).expect("written"),
+                    None => fs::remove_file(&key).expect("removed"),
+                }
+                for _ in 0..3 {
+                    files.check();
+                }
+            }
+        });
+        let log = fs::read_to_string(log).expect("text");
+        assert_eq!(log.matches("stays in use").count(), 3, "{log}");
+    }
+
     #[test]
     fn a_broken_pair_does_not_replace_a_good_one() {
         let directory = tempfile::tempdir().expect("a directory");
         let (certificate, key) = (directory.path().join("c"), directory.path().join("k"));
-        let write = |name: &str| {
-            let pair = generate_simple_self_signed([name.to_owned()]).expect("a certificate");
-            let CertifiedKey { cert, signing_key } = pair;
-            fs::write(&certificate, cert.pem()).expect("written");
-            fs::write(&key, signing_key.serialize_pem()).expect("written");
-            cert.der().clone()
-        };
+        let write = |name: &str| write(name, &certificate, &key);
         let first = write("first.example");
         let files = CertificateFiles::open(certificate.clone(), key.clone()).expect("a pair");
         let served = || {

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::SinkExt;
 use http::StatusCode;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use serde_json::Value;
@@ -425,6 +426,19 @@ async fn lines_can_be_objects() {
             "{line}"
         );
     }
+}
+
+#[tokio::test]
+async fn each_ping_of_an_agent_is_a_line_with_its_connection_by_which_the_dashboard_counts() {
+    let mut server = TunnelLocal::start(&["--log-format", "json", "--log-level", "info"], &[]);
+    let (_, endpoint) = server.ready().await;
+    let (mut agent, _) = connect_async(endpoint).await.expect("a connection");
+    let ping = tungstenite::Message::text(r#"{"type":"ping"}"#);
+    agent.send(ping).await.expect("sent");
+    let line = server.says("\"ping\"").await;
+    let read: Value = serde_json::from_str(&line).expect("JSON");
+    assert!(read["span"]["connection"].is_string(), "{line}");
+    server.stop().await;
 }
 
 /// The output of a `tunnel-admin` that succeeds.

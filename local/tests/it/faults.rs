@@ -22,6 +22,7 @@ use tunnel_forward::Forward;
 use tunnel_local_aws::dynamodb;
 use tunnel_protocol::limits::LAMBDA_TIMEOUT;
 use tunnel_service::{
+    aws::route_event::VISITORS_STAGE,
     aws::sdk,
     aws::sdk::SdkConfig,
     now,
@@ -91,7 +92,8 @@ async fn dynamodb(State(service): State<Service>, headers: HeaderMap, body: Byte
             json!({ "Item": { "tunnelId": { "S": "my-app" }, "owner": { "S": "open" }, "connectionId": { "S": "agent=" } } })
         }
         ("GetItem", dynamodb::CONNECTIONS) => {
-            json!({ "Item": { "connectionId": { "S": "agent=" }, "kind": { "S": "agent" }, "tunnelId": { "S": "my-app" }, "owner": { "S": "open" } } })
+            // Also the record of a visitor's WebSocket, whose other end is the same connection.
+            json!({ "Item": { "connectionId": { "S": "agent=" }, "kind": { "S": "agent" }, "tunnelId": { "S": "my-app" }, "owner": { "S": "open" }, "agent": { "S": "agent=" }, "request": { "S": "r1" } } })
         }
         ("Query", _) => {
             let head =
@@ -143,7 +145,7 @@ impl Aws {
         Self {
             calls,
             sdk,
-            endpoint: format!("http://{}/v1", addresses[1]),
+            endpoint: format!("http://{}", addresses[1]),
             _serving: serving,
         }
     }
@@ -151,7 +153,8 @@ impl Aws {
     fn load<T>(&self, load: impl Fn(Variables<'_>, &SdkConfig) -> Result<T, SettingsError>) -> T {
         let read = |name: &str| {
             Some(match name {
-                "WEBSOCKET_API_ENDPOINT" => self.endpoint.clone(),
+                "WEBSOCKET_API_ENDPOINT" => format!("{}/v1", self.endpoint),
+                "VISITOR_SOCKETS_ENDPOINT" => format!("{}/{VISITORS_STAGE}", self.endpoint),
                 "PUBLIC_URL" => "https://tunnel.example.com".to_owned(),
                 "AUTH" => "open".to_owned(),
                 table => return dynamodb::table_of_variable(table).map(str::to_owned),
@@ -361,6 +364,22 @@ async fn an_agent_becomes_ready_despite_a_fault_or_gets_an_error() {
             .takes(READY)
             .await
     );
+}
+
+#[tokio::test]
+async fn a_visitor_whose_message_cannot_be_passed_on_is_closed() {
+    let mut said: Value =
+        serde_json::from_str(include_str!("../../../events/ping.json")).expect("JSON");
+    said["requestContext"]["stage"] = VISITORS_STAGE.into();
+    said["requestContext"]["connectionId"] = "visitor=".into();
+    for (fault, closed) in [(NONE, 0), (Fault(1, 410, "GoneException"), 1)] {
+        let aws = Aws::failing(NONE, fault).await;
+        assert!(aws.takes(&said.to_string()).await);
+        assert_eq!(
+            (aws.count(POST), aws.count("DELETE @connections")),
+            (1, closed)
+        );
+    }
 }
 
 #[tokio::test]

@@ -396,6 +396,21 @@ async fn tokens_signed_with_published_keys_are_believed_and_the_keys_are_fetched
 }
 
 #[tokio::test]
+async fn a_key_that_is_published_no_longer_is_believed_for_an_hour_at_most() {
+    let (pair, jwk) = p256();
+    let publisher = Publisher::of(json!([jwk])).await;
+    let access = publisher.access();
+    let header = json!({ "alg": "ES256", "kid": "ec" });
+    let token = by_ec(&pair, &header, &claims(&json!({})));
+    assert!(owner(&access, &token).await.is_some());
+    *publisher.answer.lock().expect("not poisoned") = (StatusCode::OK, json!({ "keys": [] }));
+    for (minutes, is_believed) in [(59, true), (2, false)] {
+        pass(Duration::from_secs(60 * minutes)).await;
+        assert_eq!(owner(&access, &token).await.is_some(), is_believed);
+    }
+}
+
+#[tokio::test]
 async fn tokens_that_do_not_fit_the_published_keys_are_refused() {
     let keys = Keys::published().await;
     let access = keys.publisher.access();

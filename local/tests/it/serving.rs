@@ -694,6 +694,24 @@ async fn a_ticket_admits_one_connection_though_the_first_answer_was_lost() {
 }
 
 #[tokio::test]
+async fn a_ticket_is_good_for_a_minute() {
+    let service = Service::new().await;
+    for (age, is_admitted) in [(50, true), (61, false)] {
+        let issued = now() - Duration::from_secs(age);
+        let ticket = service.connections().issue_ticket(issued).await;
+        let ticket = ticket.expect("a ticket");
+        let (_, admission) = service
+            .shake_hands(&ticket, "reply", Purpose::TakeReplies)
+            .await;
+        assert_eq!(
+            admission == Admission::ReplyConnection,
+            is_admitted,
+            "after {age} s"
+        );
+    }
+}
+
+#[tokio::test]
 async fn two_authorization_fields_prove_nothing() {
     let service = Service::new().await;
     let mut headers = HeaderMap::new();
