@@ -17,7 +17,8 @@ pub(crate) struct Subsystem {
 impl Subsystem {
     /// Runs a task until it ends, or is aborted because it did not stop in time.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let abort = self.abort.clone();
+        // Each poll locks it, and tasks do not wait for each other's locks.
+        let abort = self.abort.child_token();
         self.tasks.spawn(async move {
             abort.run_until_cancelled_owned(task).await;
         });
