@@ -139,7 +139,7 @@ impl Connection {
         loop {
             sleep(Duration::from_millis(200)).await;
             let now = self.socket.get_ref().peek(&mut all).await.expect("open");
-            if now == unread {
+            if now > 0 && now == unread {
                 return;
             }
             unread = now;
