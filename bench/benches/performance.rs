@@ -46,7 +46,7 @@ async fn main() -> anyhow::Result<()> {
     let mut page = format!("{HEAD}\n{}\n", machine()?);
     if is_wanted("local") {
         let figures = one_machine::measure(&executables, &tools, say).await?;
-        write!(page, "\n## On one machine\n\n{ONE_MACHINE}\n{figures}")?;
+        write!(page, "\n## On one machine\n\n{ONE_MACHINE}\n{figures}{PROFILE}")?;
     }
     if is_wanted("cloud") {
         write!(
@@ -76,6 +76,9 @@ const ONE_MACHINE: &str =
 connections and do not read HTTP. Times of 40 ms at one connection look like stalls of theirs, in which Nagle's algorithm at one end
 waits for an acknowledgement that the other end delays.
 ";
+
+/// Measured by hand.
+const PROFILE: &str = include_str!("../profile.md");
 
 fn in_aws() -> String {
     format!(
