@@ -435,11 +435,44 @@ mod tests {
                 format!("endpoint = {secret}\n"),
                 format!("[tunnels.{secret}\n"),
                 format!("[{secret}]\n"),
+                format!("endpoint = 'http://{secret}'\n"),
+                format!("endpoint = 'http://{secret}/_ws'\n"),
+                format!("max_concurrent = 'token:{secret}'\n"),
+                format!("[tunnels.{secret}]\n[tunnels.{secret}]\n"),
+                format!("[tunnels.a]\n{secret}.x = 1\n"),
+                format!("[tunnels.a]\ntunnel_id = 'a.{secret}'\n"),
             ] {
                 let said = fault(&text);
                 assert!(!said.contains(&secret[4..]), "{text}: {said}");
             }
         }
+        for password in [
+            "sword",
+            "s=word",
+            "x,#[sword]",
+            "x{(sword)}",
+            "x sword",
+            "x\\\\sword",
+            "x\\\"sword",
+            "sword@x",
+        ] {
+            for text in [
+                format!("max_concurrent = \"http://alice:{password}@proxy:3128\"\n"),
+                format!("max_concurrent = \"http://alice:{password}@proxy:3128\" # @\n"),
+                format!("compression = \"http://{OWN}:{password}@proxy:3128\"\n"),
+                format!("compression = \"\"\"\n{password}@proxy\"\"\"\n"),
+                format!("\"alice:{password}@proxy\" = 1\n"),
+                format!("max_concurrent = 'a:pw@h {password} a:pw@h@{password}'\n"),
+            ] {
+                let said = fault(&text);
+                assert!(!said.contains("word"), "{text}: {said}");
+                assert!(!said.contains("alice"), "{text}: {said}");
+            }
+        }
+        assert!(
+            fault("max_concurrent = 'a:s=w,ord@h'\n").contains("\"(not shown)\", expected"),
+            "what is no secret is still said"
+        );
         let said = fault("endpoint = 'wss://alice:swordfish@x'\n");
         assert!(!said.contains("swordfish"), "{said}");
         assert!(said.contains("  1 | endpoint = ..."), "{said}");

@@ -1,8 +1,8 @@
 //! Where a file's fault is, and what may be shown of its line.
 
-use std::{borrow::Cow, fmt, ops::Range};
+use std::{borrow::Cow, cmp::Reverse, fmt, ops::Range};
 
-use crate::secret::secrets;
+use crate::secret::{may_be_secret, quoted_secrets, secrets};
 
 /// What stands in a message in place of a secret.
 const NOT_SHOWN: &str = "(not shown)";
@@ -61,11 +61,7 @@ impl FaultAt {
         let line = text[line_start..].lines().next().unwrap_or_default();
         let excerpt = public_part(line, shows);
         let marked = text.get(self.span.clone()).unwrap_or_default();
-        let message = secrets(line)
-            .chain(secrets(marked))
-            .fold(self.message, |message, secret| {
-                message.replace(secret, NOT_SHOWN)
-            });
+        let message = public_message(&self.message, [line, marked]);
         Fault {
             line: before.matches('\n').count() + 1,
             column: text[line_start..start].chars().count() + 1,
@@ -82,11 +78,31 @@ impl FaultAt {
     }
 }
 
+/// A message without what may be a secret in it, or in the parts of the file that it is about.
+fn public_message(message: &str, parts: [&str; 2]) -> String {
+    // A message may write a value in a way of its own, with escapes.
+    let values = ['"', '`'].into_iter().filter_map(|quote| {
+        let (_, behind) = message.split_once(quote)?;
+        let (value, _) = behind.rsplit_once(quote)?;
+        may_be_secret(value).then_some(value)
+    });
+    let of_parts = parts
+        .into_iter()
+        .flat_map(|part| secrets(part).chain(quoted_secrets(part)));
+    let mut hidden: Vec<_> = secrets(message).chain(values).chain(of_parts).collect();
+    // What is part of another secret would otherwise leave the rest of that one.
+    hidden.sort_by_key(|secret| Reverse(secret.len()));
+    hidden
+        .into_iter()
+        .fold(message.to_owned(), |message, secret| {
+            message.replace(secret, NOT_SHOWN)
+        })
+}
+
 /// The part of a line that holds no secret: all of it, the key alone, or nothing.
 fn public_part(line: &str, shows: impl Fn(&str) -> bool) -> Option<Cow<'_, str>> {
     let trimmed = line.trim();
-    let has_secret = |text| secrets(text).next().is_some();
-    if !has_secret(line)
+    if !may_be_secret(line)
         && trimmed.starts_with('[')
         && trimmed.ends_with(']')
         && !trimmed.contains(['"', '\''])
@@ -98,9 +114,9 @@ fn public_part(line: &str, shows: impl Fn(&str) -> bool) -> Option<Cow<'_, str>>
         .trim()
         .chars()
         .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
-    if shows(key.trim()) && !has_secret(value) {
+    if shows(key.trim()) && !may_be_secret(value) {
         Some(line.into())
     } else {
-        (is_key && !has_secret(key)).then(|| format!("{key}= ...").into())
+        (is_key && !may_be_secret(key)).then(|| format!("{key}= ...").into())
     }
 }
