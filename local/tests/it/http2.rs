@@ -289,21 +289,3 @@ async fn a_visitor_that_gives_up_one_request_after_another_is_cut_off() {
     assert!(given_up > 100, "after {given_up} already");
     server.stop().await;
 }
-
-#[tokio::test]
-async fn a_visitor_over_http_2_that_leaves_an_upload_that_nobody_reads_is_noticed() {
-    let pair = Pair::new();
-    let server = stack_with(pair.options()).await;
-    let mut agent = scripted(&pair, &server).await;
-    let mut visitor = Visitor::new(&pair, &server).await;
-    let body = Full::new(Bytes::from(vec![b'x'; 12_000_000]));
-    let request = get("/").method(Method::POST).body(body);
-    let asking = visitor.sender.send_request(request.expect("a request"));
-    let first = agent.hear_type("http_request").await;
-    // As far as its windows allow, all is sent.
-    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-    drop((asking, visitor));
-    let cancel = agent.hear_type("cancel").await;
-    assert_eq!(cancel["request_id"], first["request_id"]);
-    server.stop().await;
-}

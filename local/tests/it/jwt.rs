@@ -5,6 +5,7 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
+        mpsc,
     },
     time::Duration,
 };
@@ -19,7 +20,7 @@ use ring::{
     signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair},
 };
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, task::JoinSet, time::advance};
 use tunnel_local_aws::quotas::Quotas;
 use tunnel_service::{
     auth::{AuthError, AuthMode, AuthSettings, Authenticator, jwt::JwtSettings, owner::Owner},
@@ -399,13 +400,14 @@ async fn tokens_signed_with_published_keys_are_believed_and_the_keys_are_fetched
 async fn a_key_that_is_published_no_longer_is_believed_for_an_hour_at_most() {
     let (pair, jwk) = p256();
     let publisher = Publisher::of(json!([jwk])).await;
+    let _clock = stopped_clock();
     let access = publisher.access();
     let header = json!({ "alg": "ES256", "kid": "ec" });
     let token = by_ec(&pair, &header, &claims(&json!({})));
     assert!(owner(&access, &token).await.is_some());
     *publisher.answer.lock().expect("not poisoned") = (StatusCode::OK, json!({ "keys": [] }));
     for (minutes, is_believed) in [(59, true), (2, false)] {
-        pass(Duration::from_secs(60 * minutes)).await;
+        advance(Duration::from_secs(60 * minutes)).await;
         assert_eq!(owner(&access, &token).await.is_some(), is_believed);
     }
 }
@@ -512,6 +514,7 @@ async fn a_key_that_was_published_a_moment_ago_is_not_known_yet_rather_than_wron
 async fn while_keys_cannot_be_fetched_no_token_is_reported_as_invalid() {
     let (pair, jwk) = p256();
     let publisher = Publisher::of(json!([jwk])).await;
+    let _clock = stopped_clock();
     let answer = publisher.answer.lock().expect("not poisoned").clone();
     for broken in [
         (StatusCode::INTERNAL_SERVER_ERROR, answer.1.clone()),
@@ -531,21 +534,29 @@ async fn while_keys_cannot_be_fetched_no_token_is_reported_as_invalid() {
                 Err(AuthError::Keys(_))
             ));
         }
+        advance(Duration::from_millis(490)).await;
+        assert!(matches!(
+            access.identify(&with(&good), now()).await,
+            Err(AuthError::Keys(_))
+        ));
         assert_eq!(publisher.asked(), before + 1, "within half a second");
     }
 }
 
-/// Lets time pass, without waiting for it.
-async fn pass(time: Duration) {
+/// Stops the clock of the runtime, so that time passes only with `advance`. It stands until what is returned is dropped.
+fn stopped_clock() -> mpsc::Sender<()> {
     tokio::time::pause();
-    tokio::time::advance(time).await;
-    tokio::time::resume();
+    let (hold, held) = mpsc::channel();
+    // While such a task runs, a stopped clock does not jump to the next timer when the runtime is idle.
+    tokio::task::spawn_blocking(move || held.recv());
+    hold
 }
 
 #[tokio::test]
 async fn keys_that_could_not_be_fetched_are_asked_for_again_after_a_second_and_then_less_often() {
     let (pair, jwk) = p256();
     let publisher = Publisher::of(json!([jwk])).await;
+    let _clock = stopped_clock();
     let answer = publisher.answer.lock().expect("not poisoned").clone();
     let down = (StatusCode::INTERNAL_SERVER_ERROR, json!(null));
     *publisher.answer.lock().expect("not poisoned") = down.clone();
@@ -558,19 +569,19 @@ async fn keys_that_could_not_be_fetched_are_asked_for_again_after_a_second_and_t
         let before = publisher.asked();
         assert!(matches!(ask().await, Err(AuthError::Keys(_))));
         assert_eq!(publisher.asked(), before + 1, "before {pause} s");
-        pass(Duration::from_millis(pause * 490)).await;
+        advance(Duration::from_millis(pause * 490)).await;
         assert!(matches!(ask().await, Err(AuthError::Keys(_))));
         assert_eq!(publisher.asked(), before + 1, "in half of {pause} s");
-        pass(Duration::from_millis(pause * 510)).await;
+        advance(Duration::from_millis(pause * 510)).await;
     }
     *publisher.answer.lock().expect("not poisoned") = answer;
     assert!(ask().await.is_ok());
     // What is known serves while the issuer is down again, and the pauses are short ones again.
     *publisher.answer.lock().expect("not poisoned") = down;
-    pass(Duration::from_secs(60 * 60)).await;
+    advance(Duration::from_secs(60 * 60)).await;
     let before = publisher.asked();
     assert!(ask().await.is_ok());
-    pass(Duration::from_secs(1)).await;
+    advance(Duration::from_secs(1)).await;
     assert!(ask().await.is_ok());
     assert_eq!(publisher.asked(), before + 2);
 }
