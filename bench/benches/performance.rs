@@ -46,7 +46,10 @@ async fn main() -> anyhow::Result<()> {
     let mut page = format!("{HEAD}\n{}\n", machine()?);
     if is_wanted("local") {
         let figures = one_machine::measure(&executables, &tools, say).await?;
-        write!(page, "\n## On one machine\n\n{ONE_MACHINE}\n{figures}{PROFILE}")?;
+        write!(
+            page,
+            "\n## On one machine\n\n{ONE_MACHINE}\n{figures}{PROFILE}"
+        )?;
     }
     if is_wanted("cloud") {
         write!(

@@ -356,7 +356,7 @@ impl Front {
         permit: ConnectionPermit,
     ) -> Response<VisitorBody> {
         let is_redirect = matches!(self.entrance, Entrance::Redirect);
-        let begun = socket.begin_request(request.version());
+        let begun = socket.begin_request(&request);
         if begun.is_ok() && !is_redirect && request.uri().path() == agents::PATH {
             let peer = socket.peer;
             // Boxed: it is longer than all that other requests need.

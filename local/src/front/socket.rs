@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use http::Version;
+use http::{Request, Version};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -18,6 +18,7 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 use tokio_util::io::poll_read_buf;
+use tunnel_protocol::headers::says_forwarded;
 
 use crate::front::{
     request_head::RequestHeadError,
@@ -29,7 +30,8 @@ const HEAD_READ_BYTES: usize = 4 * 1024;
 /// How long a visitor may take nothing of what is there for it.
 pub(crate) const MAX_STALL: Duration = Duration::from_secs(60);
 /// What means nothing, and by which it shows whether a visitor that has ended its side still listens: if not, its system answers
-/// with a reset. Every HTTP/1.1 client skips this before the response (RFC 9110, 15.2).
+/// with a reset. HTTP/1.1 clients skip this before the response (RFC 9110, 15.2). Proxies have to, too, but nginx takes it for the
+/// response, so they are not asked in the middle of an upload.
 const PROBE_BEFORE_RESPONSE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 /// The same between two chunks: a zero before the size of the next one (RFC 9112, 7.1).
 const PROBE_BETWEEN_CHUNKS: &[u8] = b"0";
@@ -74,6 +76,8 @@ struct Exchange {
     version: Option<Version>,
     /// What may be sent to ask the visitor whether it is there, while hyper has nothing to send.
     probe: Option<&'static [u8]>,
+    /// The same while the request's body is not read.
+    probe_in_body: Option<&'static [u8]>,
     /// All of the request was read: bytes behind it are not its body.
     is_read: bool,
     /// Since when it is in doubt whether the visitor is still there.
@@ -96,9 +100,10 @@ struct Exchange {
 }
 
 impl Exchange {
-    /// From now on the visitor is asked with this, if at all.
-    fn expect_probe(&mut self, probe: Option<&'static [u8]>) {
+    /// From now on the visitor is asked with this, if at all, and in the middle of an upload with `in_body`.
+    fn expect_probe(&mut self, probe: Option<&'static [u8]>, in_body: Option<&'static [u8]>) {
         self.probe = probe;
+        self.probe_in_body = in_body;
         self.probes = 0;
         self.doubted_since = None;
     }
@@ -115,7 +120,12 @@ impl Exchange {
     fn due_probe(&mut self, now: Instant, is_body: bool) -> Option<&'static [u8]> {
         let doubted = now.duration_since(*self.doubted_since.get_or_insert(now));
         let delay = PROBE_DELAYS.get(self.probes + usize::from(is_body))?;
-        let probe = self.probe.filter(|_| !self.is_unflushed)?;
+        let probe = if is_body {
+            self.probe_in_body
+        } else {
+            self.probe
+        };
+        let probe = probe.filter(|_| !self.is_unflushed)?;
         if doubted < *delay {
             return None;
         }
@@ -151,10 +161,13 @@ impl VisitorSocket {
     }
 
     /// Notes that a request is being served, and tells what was found of its head.
-    pub(crate) fn begin_request(&self, version: Version) -> Result<(), RequestHeadError> {
+    pub(crate) fn begin_request<B>(&self, request: &Request<B>) -> Result<(), RequestHeadError> {
+        let version = request.version();
+        let is_direct = !says_forwarded(request.headers());
+        let probe = (version == Version::HTTP_11).then_some(PROBE_BEFORE_RESPONSE);
         let mut exchange = self.exchange();
         exchange.version = Some(version);
-        exchange.expect_probe((version == Version::HTTP_11).then_some(PROBE_BEFORE_RESPONSE));
+        exchange.expect_probe(probe, probe.filter(|_| is_direct));
         exchange.checked.take().unwrap_or(Ok(()))
     }
 
@@ -162,7 +175,8 @@ impl VisitorSocket {
     pub(crate) fn begin_response(&self, is_open: bool) {
         let mut exchange = self.exchange();
         let is_chunked = is_open && exchange.version == Some(Version::HTTP_11);
-        exchange.expect_probe(is_chunked.then_some(PROBE_BETWEEN_CHUNKS));
+        let probe = is_chunked.then_some(PROBE_BETWEEN_CHUNKS);
+        exchange.expect_probe(probe, probe);
     }
 
     /// Notes that the response was given whole.
@@ -243,8 +257,8 @@ impl VisitorSocket {
         (!is_there).then_some(CutReason::Left)
     }
 
-    /// Completes once the connection has been reset, or given up by the system. Who has no room for what comes does not read, and sees
-    /// neither.
+    /// Completes once the connection has been reset, or given up by the system. While nothing is read from it, neither is noticed
+    /// otherwise.
     pub(crate) async fn closed(&self) {
         while !matches!(peer_state(&self.stream), PeerState::Closed) {
             tokio::time::sleep(CLOSED_CHECK_INTERVAL).await;

@@ -99,13 +99,17 @@ const UPLOADS: [&str; 2] = [
     "transfer-encoding: chunked\r\n\r\n2faf080\r\n",
 ];
 
-/// Visitors send uploads over connections that `connect` opens, nobody reads any, and all but the first visitor leave. That one gets
-/// its answer.
+/// Visitors send uploads over connections that `connect` opens, nobody reads any, and all but the first two leave. Those get their
+/// answers.
 pub(crate) async fn leave_uploads<S: AsyncRead + AsyncWrite + Send + Unpin>(
     agent: &mut ScriptedAgent,
     connect: impl AsyncFn() -> S,
     set_reset: impl Fn(&S),
 ) {
+    let mut forwarded = connect().await;
+    let by_proxy = format!("x-forwarded-for: 192.0.2.1\r\n{}", UPLOADS[0]);
+    upload(&mut forwarded, &by_proxy).await;
+    let answered_to_proxy = agent.hear_type("http_request").await;
     let mut staying = connect().await;
     upload(&mut staying, UPLOADS[0]).await;
     let answered = agent.hear_type("http_request").await;
@@ -133,9 +137,15 @@ pub(crate) async fn leave_uploads<S: AsyncRead + AsyncWrite + Send + Unpin>(
     }
     // It is asked whether it is there, in a way that means nothing.
     read_past(&mut staying, "HTTP/1.1 100 Continue\r\n\r\n").await;
-    agent.say(&response(&answered, "aGVsbG8=")).await;
-    let answer = read_past(&mut staying, "hello").await;
-    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    // A proxy is not: nginx would pass that on as the response.
+    for (request, stream) in [
+        (&answered, &mut staying),
+        (&answered_to_proxy, &mut forwarded),
+    ] {
+        agent.say(&response(request, "aGVsbG8=")).await;
+        let answer = read_past(stream, "hello").await;
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    }
 }
 
 #[tokio::test]

@@ -60,18 +60,21 @@ const VISITOR_ADDRESS: [&str; 11] = [
 /// Removes everything a visitor may claim about where a request comes from: only what the front saw
 /// counts.
 pub fn remove_forwarding(headers: &mut HeaderMap) {
-    let forwarding: Vec<HeaderName> = headers
-        .keys()
-        .filter(|name| {
-            // Servers that hand fields on as variables (RFC 3875, 4.1.18) cannot tell one from the other.
-            let name = name.as_str().replace('_', "-");
-            name.starts_with("x-forwarded-") || VISITOR_ADDRESS.contains(&&*name)
-        })
-        .cloned()
-        .collect();
-    for name in forwarding {
+    let forwarding = headers.keys().filter(|name| is_forwarding(name));
+    for name in forwarding.cloned().collect::<Vec<_>>() {
         headers.remove(name);
     }
+}
+
+fn is_forwarding(name: &HeaderName) -> bool {
+    // Servers that hand fields on as variables (RFC 3875, 4.1.18) cannot tell one from the other.
+    let name = name.as_str().replace('_', "-");
+    name.starts_with("x-forwarded-") || VISITOR_ADDRESS.contains(&&*name)
+}
+
+/// Whether a request says that it has come through a proxy.
+pub fn says_forwarded(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::VIA) || headers.keys().any(is_forwarding)
 }
 
 /// Converts a header value's bytes to text that JSON can carry: each byte becomes the character with

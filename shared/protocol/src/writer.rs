@@ -2,8 +2,8 @@
 //!
 //! Messages wait in two lanes. Short ones (`window`, `cancel`, `error`, `replaced`, `ping`, requests and responses that have next
 //! to no body) are control messages and go first. Parts of bodies and what is as long as they are take turns, and at most two
-//! such messages are held: the one being written and the one after it. Senders that have more wait in line. So a large body delays short messages by no more than one message
-//! and what the socket holds.
+//! such messages are held: the one being written and the one after it. Senders that have more wait in line. So a large body delays
+//! short messages by no more than one message and what the socket holds.
 //!
 //! Whoever queues a message writes as much of what is queued as the socket takes at once, so that no other task has to be woken for
 //! it. While one task writes, the others only queue; the one that writes takes what they queued along, several short messages in
@@ -46,7 +46,7 @@ use self::{
 use crate::message::Encoded;
 
 /// Longest message, in bytes, that [`MessageSender::send`] takes for a control message: the head of a request or a response with
-/// next to no body, as a rule. [`MAX_CONTROL_BURST`] of them are as long as the longest message with a body.
+/// next to no body, as a rule. [`lanes::MAX_CONTROL_BURST`] of them are as long as the longest message with a body.
 const MAX_CONTROL_MESSAGE_BYTES: usize = 8 * 1024;
 /// Most bytes that the system's send buffer holds beyond those in transit, where the system lets us limit it. What is there can
 /// no longer be overtaken.
@@ -286,7 +286,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin> WriteQueued fo
 }
 
 /// Writes messages in frames of at most [`crate::limits::MAX_FRAME_BYTES`] to `W`, the sink of a WebSocket connection that was
-/// made with [`frames::client_config`] or [`frames::server_config`].
+/// made with [`crate::frames::client_config`] or [`crate::frames::server_config`].
 pub struct MessageWriter<W> {
     shared: Arc<Shared<W>>,
     ping_frames: Option<Interval>,
@@ -353,7 +353,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin + 'static> Mess
                 }
             }
             writing.waker.clone_from(context.waker());
-            if writing.waits_for_others() {
+            if writing.yields_once() {
                 // Whoever wakes itself is last in line.
                 context.waker().wake_by_ref();
                 return Poll::Pending;

@@ -16,7 +16,7 @@ pub enum Feature {
     Window,
     /// Repeats the `reply_to` of a request in every message about it.
     ReplyTo,
-    /// Understands compressed bodies; see [`Encoding`].
+    /// Understands compressed bodies; see [`super::Encoding`].
     Zstd,
     /// Enforces the visitor policy in `access` of `ready`. Has no meaning when an agent announces it.
     Access,
@@ -25,7 +25,7 @@ pub enum Feature {
     ConfirmReplaced,
     /// Carries upgraded connections, such as WebSockets: `upgrade` of `http_request`, and raw bytes in the parts that follow.
     Upgrade,
-    /// Reads messages with a body in binary; see [`Format`].
+    /// Reads messages with a body in binary; see [`super::Format`].
     Binary,
     /// Carries visitors' WebSockets as text messages: `websocket` of `http_request`, and the `websocket_` messages that follow.
     Websockets,

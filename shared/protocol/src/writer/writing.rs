@@ -57,7 +57,7 @@ enum Turn {
     /// It has been woken.
     Asked,
     /// It lets the tasks that are ready go first.
-    Last,
+    Yielding,
 }
 
 /// What the sink holds.
@@ -91,17 +91,22 @@ impl<W> Writing<W> {
 impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
     /// Leaves what is queued to the writer's task.
     pub(super) fn ask_for_turn(&mut self) {
-        if self.turn == Turn::NotAsked {
+        // A socket that takes no more wakes the task itself.
+        if self.turn == Turn::NotAsked && self.blocked_since.is_none() {
             self.turn = Turn::Asked;
             self.waker.wake_by_ref();
         }
     }
 
     /// Whether the writer's task is to let others go first.
-    pub(super) fn waits_for_others(&mut self) -> bool {
-        let waits = self.turn == Turn::Asked;
-        self.turn = if waits { Turn::Last } else { Turn::NotAsked };
-        waits
+    pub(super) fn yields_once(&mut self) -> bool {
+        let yields = self.turn == Turn::Asked;
+        self.turn = if yields {
+            Turn::Yielding
+        } else {
+            Turn::NotAsked
+        };
+        yields
     }
 
     /// Writes for a sender. Returns whether the socket has taken all that was queued.
