@@ -135,13 +135,14 @@ impl Connection {
 
     /// Waits until the agent can send nothing more, because nobody reads.
     async fn until_full(&mut self) {
-        let (mut unread, mut all) = (0, vec![0; 1024 * 1024]);
-        loop {
-            sleep(Duration::from_millis(200)).await;
+        // More than a socket holds that nobody reads.
+        let mut all = vec![0; 16 * 1024 * 1024];
+        let (mut unread, mut unchanged) = (0, 0);
+        while unchanged < 5 {
+            sleep(Duration::from_millis(100)).await;
             let now = self.socket.get_ref().peek(&mut all).await.expect("open");
-            if now > 0 && now == unread {
-                return;
-            }
+            assert!((1..all.len()).contains(&now), "{now}");
+            unchanged = if now == unread { unchanged + 1 } else { 0 };
             unread = now;
         }
     }
