@@ -461,7 +461,7 @@ impl Spell {
         // What was forgotten on the way may be noticed later than the tunnel is back, because the agent moves to other connections.
         let settled = Instant::now() + SETTLING;
         let over = if faults.contains(&Fault::ForgetConnections) {
-            settled.max(began + NOTICED_WITHIN)
+            settled.max(began + NOTICED_WITHIN + SETTLING)
         } else {
             settled
         };
