@@ -42,17 +42,20 @@ impl ProgressCounters {
         }
     }
 
+    /// Since the writer was made.
+    fn elapsed_microseconds(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
     /// Notes a write, and returns how long ago the last one was.
     pub(super) fn write_now(&self) -> Duration {
-        let elapsed = self.opened.elapsed().as_micros();
-        let microseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        let microseconds = self.elapsed_microseconds();
         let last = self.last_written.swap(microseconds, Ordering::Relaxed);
         Duration::from_micros(microseconds.saturating_sub(last))
     }
 
     pub(super) fn pinged(&self, ping_frames: u64) {
-        let elapsed = self.opened.elapsed().as_micros();
-        let microseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        let microseconds = self.elapsed_microseconds();
         self.last_ping_frame.store(microseconds, Ordering::Relaxed);
         // After the time, so that whoever sees this ping frame counted sees its time.
         self.ping_frames.fetch_add(ping_frames, Ordering::Release);

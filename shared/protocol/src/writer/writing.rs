@@ -64,7 +64,6 @@ enum Turn {
 #[derive(Debug, Default)]
 struct Unflushed {
     bytes: usize,
-    messages: usize,
     ping_frames: u64,
     /// Of messages whose last byte is in the sink.
     taken: Vec<oneshot::Sender<()>>,
@@ -183,7 +182,6 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
             self.unflushed.bytes += frame.len().max(1);
             self.unflushed.ping_frames += u64::from(is_ping);
             if self.frames.is_empty() {
-                self.unflushed.messages += usize::from(!is_ping);
                 self.unflushed.taken.extend(self.taken.take());
             }
             sink.start_send_unpin(frame)?;
@@ -218,8 +216,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Unpin> Writing<W> {
         };
         ready!(sink.poll_flush_unpin(context))?;
         let since_last = lanes.progress.write_now();
-        let messages = mem::take(&mut self.unflushed.messages);
-        self.are_writes_frequent = messages > 1 || since_last < FREQUENT_WRITES;
+        self.are_writes_frequent = self.unflushed.taken.len() > 1 || since_last < FREQUENT_WRITES;
         if let Some(since) = self.blocked_since.take() {
             let progress = &lanes.progress;
             progress.is_blocked.store(false, Ordering::Relaxed);
