@@ -45,7 +45,8 @@ async fn main() -> anyhow::Result<()> {
     }
     let mut page = format!("{HEAD}\n{}\n", machine()?);
     if is_wanted("local") {
-        let figures = one_machine::measure(&executables, &tools, say).await?;
+        let deployed = executables.with_file_name("deployed");
+        let figures = one_machine::measure(&executables, &deployed, &tools, say).await?;
         write!(
             page,
             "\n## On one machine\n\n{ONE_MACHINE}\n{figures}{PROFILE}"

@@ -13,7 +13,7 @@ use crate::processes::{self, Output, Process};
 
 /// How many connections load is put on, and how many threads of the load generator.
 const CONNECTIONS: [usize; 3] = [1, 32, 256];
-/// How many connections fetch the long body at once.
+/// How many connections carry long bodies at once.
 const LONG_CONNECTIONS: usize = 4;
 /// How often everything is measured. One contestant follows the other within a round, so that what else the machine does meets all.
 const ROUNDS: usize = 3;
@@ -23,8 +23,46 @@ const SECONDS: u32 = 4;
 const WARM_UP_SECONDS: u32 = 1;
 /// A request that takes longer counts as failed, in seconds: less than a measurement, so that a stall shows.
 const STALL_SECONDS: u32 = 2;
-/// The long body, in bytes.
+/// A long body, in bytes.
 const LONG: usize = 10_000_000;
+
+/// Which way long bodies go.
+#[derive(Clone, Copy, Debug)]
+enum Direction {
+    Download,
+    Upload,
+}
+
+impl Direction {
+    const ALL: [Self; 2] = [Self::Download, Self::Upload];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Download => "downloads",
+            Self::Upload => "uploads",
+        }
+    }
+}
+
+/// What the load generator uploads, in files: the body, and how wrk is told to send it.
+#[derive(Clone, Debug)]
+struct Upload {
+    body: PathBuf,
+    script: PathBuf,
+}
+
+impl Upload {
+    fn write(work: &Path) -> anyhow::Result<Self> {
+        let upload = Self {
+            body: work.join("body"),
+            script: work.join("upload.lua"),
+        };
+        std::fs::write(&upload.body, vec![b'x'; LONG])?;
+        let script = format!("wrk.method = 'POST'\nwrk.body = string.rep('x', {LONG})\n");
+        std::fs::write(&upload.script, script)?;
+        Ok(upload)
+    }
+}
 
 /// The load generator.
 #[derive(Clone, Debug)]
@@ -42,7 +80,6 @@ struct Report {
     /// In milliseconds.
     p50: f64,
     p99: f64,
-    megabytes_per_second: f64,
 }
 
 /// What is between the load generator and the local service.
@@ -79,12 +116,13 @@ pub fn check(tools: &Path, may_miss: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Measures, and returns the figures as Markdown.
+/// Measures the executables in `deployed`, and returns the figures as Markdown. The demo service is in `executables`.
 ///
 /// # Errors
 /// If something is missing or does not start.
 pub async fn measure(
     executables: &Path,
+    deployed: &Path,
     tools: &Path,
     say: impl Fn(&str),
 ) -> anyhow::Result<String> {
@@ -98,10 +136,11 @@ pub async fn measure(
     };
     let setups = [
         Some(direct),
-        Some(tunnel(executables, &origin).await?),
+        Some(tunnel(deployed, &origin).await?),
         bore(tools, &origin).await?,
         rathole(tools, &origin, work.path()).await?,
     ];
+    let upload = Upload::write(work.path())?;
     let mut results: Vec<Results> = setups.into_iter().flatten().map(Results::new).collect();
     for round in 1..=ROUNDS {
         for (at, connections) in CONNECTIONS.into_iter().enumerate() {
@@ -111,14 +150,18 @@ pub async fn measure(
                 say(&format!("{round}: {name} {connections}: {report:?}"));
             }
         }
-        for contestant in results.iter_mut().filter(|_| has_long) {
-            let url = format!("{}/long", contestant.setup.url);
-            let report = generator.run(&url, LONG_CONNECTIONS, SECONDS).await?;
-            say(&format!(
-                "{round}: {} long: {report:?}",
-                contestant.setup.name
-            ));
-            contestant.long.push(report);
+        for direction in Direction::ALL.into_iter().filter(|_| has_long) {
+            for contestant in &mut results {
+                contestant
+                    .measure_long(&generator, direction, &upload)
+                    .await?;
+                let (name, reports) = (contestant.setup.name, contestant.long(direction));
+                say(&format!(
+                    "{round}: {name} {}: {:?}",
+                    direction.name(),
+                    reports.last()
+                ));
+            }
         }
     }
     let page = page(&results, generator.name(), has_long)?;
@@ -130,7 +173,7 @@ pub async fn measure(
 struct Results {
     setup: Setup,
     short: [Vec<Report>; CONNECTIONS.len()],
-    long: Vec<Report>,
+    long: [Vec<Report>; Direction::ALL.len()],
     /// Processor time per request, in microseconds, of each process in each round.
     processor: [Vec<Vec<f64>>; CONNECTIONS.len()],
 }
@@ -140,16 +183,18 @@ impl Results {
         Self {
             setup,
             short: Default::default(),
-            long: Vec::new(),
+            long: Default::default(),
             processor: Default::default(),
         }
     }
 
     async fn measure_short(&mut self, generator: &Generator, at: usize) -> anyhow::Result<()> {
         let (url, connections) = (format!("{}/short", self.setup.url), CONNECTIONS[at]);
-        generator.run(&url, connections, WARM_UP_SECONDS).await?;
+        generator
+            .run(&url, connections, WARM_UP_SECONDS, None)
+            .await?;
         let before = self.setup.processor_times()?;
-        let report = generator.run(&url, connections, SECONDS).await?;
+        let report = generator.run(&url, connections, SECONDS, None).await?;
         let after = self.setup.processor_times()?;
         let times = before.iter().zip(&after);
         let times = times.map(|(before, after)| (after - before) / report.requests * 1e6);
@@ -166,8 +211,32 @@ impl Results {
         )
     }
 
-    fn megabytes_per_second(&self) -> Spread {
-        Spread::of(self.long.iter().map(|report| report.megabytes_per_second))
+    async fn measure_long(
+        &mut self,
+        generator: &Generator,
+        direction: Direction,
+        upload: &Upload,
+    ) -> anyhow::Result<()> {
+        let (path, upload) = match direction {
+            Direction::Download => ("long", None),
+            Direction::Upload => ("upload", Some(upload)),
+        };
+        let url = format!("{}/{path}", self.setup.url);
+        let report = generator
+            .run(&url, LONG_CONNECTIONS, SECONDS, upload)
+            .await?;
+        self.long[direction as usize].push(report);
+        Ok(())
+    }
+
+    fn long(&self, direction: Direction) -> &[Report] {
+        &self.long[direction as usize]
+    }
+
+    /// Of the bodies of requests that were answered.
+    fn megabytes_per_second(&self, direction: Direction) -> Spread {
+        let reports = self.long(direction).iter();
+        Spread::of(reports.map(|report| report.requests_per_second * LONG as f64 / 1e6))
     }
 }
 
@@ -237,8 +306,13 @@ fn ratios(results: &[Results], has_long: bool) -> anyhow::Result<String> {
         line(&what, &|results| results.requests_per_second(at).median)?;
     }
     if has_long {
-        let what = format!("MB/s of bodies of 10 MB, connections: {LONG_CONNECTIONS}");
-        line(&what, &|results| results.megabytes_per_second().median)?;
+        for direction in Direction::ALL {
+            let direction_name = direction.name();
+            let what = format!("MB/s, {direction_name} of 10 MB, connections: {LONG_CONNECTIONS}");
+            line(&what, &|results| {
+                results.megabytes_per_second(direction).median
+            })?;
+        }
     }
     Ok(table)
 }
@@ -267,16 +341,22 @@ fn short_table(results: &[Results]) -> anyhow::Result<String> {
 }
 
 fn long_table(results: &[Results]) -> anyhow::Result<String> {
-    let mut table =
-        format!("\nResponses of 10 MB, {LONG_CONNECTIONS} connections:\n\n| | MB/s |\n|---|---|\n");
+    let mut table = format!(
+        "\nBodies of 10 MB, {LONG_CONNECTIONS} connections, MB/s:\n\n| | downloads | uploads | failed |\n|---|---|---|---|\n"
+    );
     for contestant in results {
-        let Spread {
-            median,
-            least,
-            most,
-        } = contestant.megabytes_per_second();
+        let [down, up] = Direction::ALL.map(|direction| {
+            let Spread {
+                median,
+                least,
+                most,
+            } = contestant.megabytes_per_second(direction);
+            format!("{median:.0} ({least:.0} to {most:.0})")
+        });
+        let reports = contestant.long.iter().flatten();
+        let failed: f64 = reports.map(|report| report.failures).sum();
         let name = contestant.setup.name;
-        writeln!(table, "| {name} | {median:.0} ({least:.0} to {most:.0}) |")?;
+        writeln!(table, "| {name} | {down} | {up} | {failed} |")?;
     }
     Ok(table)
 }
@@ -331,7 +411,14 @@ impl Generator {
         }
     }
 
-    async fn run(&self, url: &str, connections: usize, seconds: u32) -> anyhow::Result<Report> {
+    /// Requests `url` over and over: with GET, or with POST of `upload`.
+    async fn run(
+        &self,
+        url: &str,
+        connections: usize,
+        seconds: u32,
+        upload: Option<&Upload>,
+    ) -> anyhow::Result<Report> {
         let (connections, seconds) = (connections.to_string(), format!("{seconds}s"));
         let mut command = match self {
             Self::Wrk(wrk) => {
@@ -347,6 +434,9 @@ impl Generator {
                     "--timeout",
                     &format!("{STALL_SECONDS}s"),
                 ]);
+                if let Some(upload) = upload {
+                    command.arg("--script").arg(&upload.script);
+                }
                 command
             }
             Self::Oha(oha) => {
@@ -362,6 +452,9 @@ impl Generator {
                     "-t",
                     &format!("{STALL_SECONDS}s"),
                 ]);
+                if let Some(upload) = upload {
+                    command.args(["-m", "POST", "-D"]).arg(&upload.body);
+                }
                 command
             }
         };
@@ -411,8 +504,6 @@ fn of_wrk(text: &str) -> Option<Report> {
         failures: errors + other,
         p50: milliseconds(after("50%")?)?,
         p99: milliseconds(after("99%")?)?,
-        // In units of 1,024 here.
-        megabytes_per_second: megabytes(after("Transfer/sec:")?)?,
     })
 }
 
@@ -439,7 +530,6 @@ fn of_oha(text: &str) -> Option<Report> {
                 .sum::<f64>(),
         p50: report["latencyPercentiles"]["p50"].as_f64()? * 1e3,
         p99: report["latencyPercentiles"]["p99"].as_f64()? * 1e3,
-        megabytes_per_second: summary["sizePerSec"].as_f64()? / 1e6,
     })
 }
 
@@ -461,15 +551,6 @@ fn milliseconds(text: &str) -> Option<f64> {
     Some(number.parse::<f64>().ok()? * factor)
 }
 
-/// A text like `1.5GB`, whose units are powers of 1,024, in millions of bytes.
-fn megabytes(text: &str) -> Option<f64> {
-    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic())?);
-    let power = ["B", "KB", "MB", "GB"]
-        .iter()
-        .position(|name| *name == unit)?;
-    Some(number.parse::<f64>().ok()? * 1024f64.powi(i32::try_from(power).ok()?) / 1e6)
-}
-
 /// A free port of this machine. The caller should bind it soon.
 fn free_port() -> anyhow::Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?
@@ -488,7 +569,7 @@ async fn listening(address: &str) -> anyhow::Result<()> {
     bail!("nothing is listening at {address}")
 }
 
-/// The local service: nginx if it is installed, which can serve the long body too.
+/// The local service: nginx if it is installed, which can serve the long body too, and reads uploads to their end before it answers.
 async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, String, bool)> {
     let address = format!("127.0.0.1:{}", free_port()?);
     let Some(nginx) = find(work, "nginx") else {
@@ -519,7 +600,10 @@ async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, Str
     let text = format!(
         "daemon off; worker_processes 1; error_log stderr crit; pid {work}/nginx.pid;\nevents {{ worker_connections 1024; }}\n\
          http {{ access_log off; sendfile on; tcp_nodelay on; keepalive_requests 100000000; {places}\n\
-         server {{ listen {address}; root {files}; }} }}\n",
+         server {{ listen {address}; root {files};\n\
+         location = /taken {{ return 204; }}\n\
+         location = /upload {{ proxy_pass http://{address}/taken; proxy_pass_request_body off; proxy_set_header Content-Length \"\";\n\
+         client_max_body_size {LONG}; client_body_buffer_size {LONG}; }} }} }}\n",
         work = work.display(),
         files = files.display(),
     );
