@@ -209,7 +209,11 @@ fn fields(headers: &HeaderMap) -> Value {
         .keys()
         .filter(|name| !matches!(name.as_str(), "connection" | "transfer-encoding"))
     {
-        let values: Vec<String> = headers.get_all(name).iter().map(value_to_text).collect();
+        let values: Vec<String> = headers
+            .get_all(name)
+            .iter()
+            .map(|value| value_to_text(value).into_owned())
+            .collect();
         fields.insert(name.as_str(), values.join(","));
     }
     for (name, value) in [

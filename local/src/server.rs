@@ -548,7 +548,8 @@ impl Listeners {
     /// Serves what comes, and returns the addresses.
     fn serve(self, front: &Front, visitors: &Subsystem) -> (SocketAddr, Option<SocketAddr>) {
         let places = listener::places();
-        let listen = |listener, front| {
+        let listen = |listener, front: Front| {
+            let front = Arc::new(front);
             let listening = listener::listen(listener, front, places.clone(), visitors.clone());
             visitors.spawn(listening);
         };

@@ -77,7 +77,7 @@ impl Exchange {
         let mut fields = HeaderMap::from_iter([(HeaderName::from_static(name), value)]);
         let status = StatusCode::from_u16(status).expect("a status");
         self.addresses().to_public(status, &mut fields);
-        value_to_text(&fields[name])
+        value_to_text(&fields[name]).into_owned()
     }
 
     /// What the local service gets for a field of a visitor.
@@ -85,7 +85,7 @@ impl Exchange {
         let mut fields = self.request().headers;
         fields.insert(name, text_to_value(value).expect("a value"));
         self.addresses().to_own(&mut fields);
-        value_to_text(&fields[name])
+        value_to_text(&fields[name]).into_owned()
     }
 
     fn location(&self, value: &str) -> String {

@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
+use tunnel_protocol::headers::value_to_text;
 
 use super::{
     assets::asset,
@@ -280,7 +281,7 @@ impl Api {
             values
                 .into_iter()
                 .flatten()
-                .map(tunnel_protocol::headers::value_to_text)
+                .map(|value| value_to_text(value).into_owned())
                 .collect::<Vec<_>>()
         });
         Ok(reply::json(&json!({ "values": values })))

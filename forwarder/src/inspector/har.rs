@@ -1,6 +1,6 @@
 //! Exchanges as HAR 1.2, which browsers' developer tools and many others read.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::{HeaderMap, header};
@@ -118,11 +118,10 @@ fn fields(headers: &HeaderMap, masking: &Masking) -> Vec<Value> {
         .collect()
 }
 
-fn mime_type(headers: &HeaderMap) -> String {
+fn mime_type(headers: &HeaderMap) -> Cow<'_, str> {
     headers
         .get(header::CONTENT_TYPE)
-        .map(value_to_text)
-        .unwrap_or_else(|| "application/octet-stream".to_owned())
+        .map_or("application/octet-stream".into(), value_to_text)
 }
 
 /// HAR has bodies without their content codings.

@@ -83,7 +83,7 @@ pub(crate) fn summary(exchange: &RecordedExchange) -> Value {
     let response = exchange.response.as_ref();
     let content_type = response
         .and_then(|response| response.headers.last(&header::CONTENT_TYPE))
-        .map(|value| value_to_text(&value));
+        .map(|value| value_to_text(&value).into_owned());
     json!({
         "uri": format!("{REQUESTS}/{}", exchange.id),
         "id": exchange.id,

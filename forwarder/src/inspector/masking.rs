@@ -38,7 +38,7 @@ impl Masking {
     pub(crate) fn show(&self, name: &HeaderName, value: &HeaderValue) -> String {
         let text = value_to_text(value);
         if !self.hides(name) {
-            return text;
+            return text.into_owned();
         }
         match *name {
             header::AUTHORIZATION | header::PROXY_AUTHORIZATION => match text.split_once(' ') {

@@ -195,7 +195,8 @@ impl RecordedExchange {
 
     /// The visitor's address: the last one in the list, which the service itself has added.
     pub(crate) fn visitor(&self) -> Option<String> {
-        let text = value_to_text(&self.request.headers.last(&FORWARDED_FOR)?);
+        let value = self.request.headers.last(&FORWARDED_FOR)?;
+        let text = value_to_text(&value);
         let last = text.rsplit(',').next()?.trim();
         (!last.is_empty()).then(|| last.to_owned())
     }

@@ -218,7 +218,7 @@ impl DefaultRoute {
         if Box::pin(self.relay.pass_on(sender, text)).await? {
             return Ok(RouteResponse::ok());
         }
-        self.decoded(sender, message::decode(text), text).await
+        self.decoded(sender, message::decode(text), || text).await
     }
 
     /// Handles a binary message that `sender` sent.
@@ -230,24 +230,24 @@ impl DefaultRoute {
         sender: &ConnectionId,
         bytes: &Bytes,
     ) -> Result<RouteResponse, DefaultRouteError> {
-        let head = message::split_binary(bytes).map_or("", |(head, _)| head);
+        let head = || message::split_binary(bytes).map_or("", |(head, _)| head);
         self.decoded(sender, message::decode_binary(bytes), head)
             .await
     }
 
-    /// Handles a message whose JSON is `text`.
-    async fn decoded(
+    /// Handles a message whose JSON `text` gives.
+    async fn decoded<'t>(
         &self,
         sender: &ConnectionId,
         message: Result<FromAgent, DecodeError>,
-        text: &str,
+        text: impl FnOnce() -> &'t str,
     ) -> Result<RouteResponse, DefaultRouteError> {
         match message {
             Ok(message) => self.take(sender, message).await,
             Err(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
                 warn!(error = %error, cause, "message dropped");
-                if let Ok(Subject { request_id }) = message::decode(text) {
+                if let Ok(Subject { request_id }) = message::decode(text()) {
                     self.relay
                         .deliver(sender, Reply::unreadable(request_id))
                         .await?;

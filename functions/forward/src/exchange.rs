@@ -54,7 +54,7 @@ const IDLE_UPLOAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// Everything that leaves the visitor without a response.
 pub(crate) async fn run(
     state: &Arc<State>,
-    mut request: VisitorRequest,
+    mut request: Box<VisitorRequest>,
     path: &TunnelPath,
     log: &mut RequestLog,
 ) -> Result<Replying, ForwardError> {

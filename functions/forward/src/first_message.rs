@@ -35,7 +35,7 @@ impl FirstMessage {
     /// # Errors
     /// If the request is too large for the tunnel, or breaks off.
     pub(crate) async fn build(
-        mut request: VisitorRequest,
+        mut request: Box<VisitorRequest>,
         path: &TunnelPath,
         online: &Online,
         use_compression: bool,
@@ -48,7 +48,7 @@ impl FirstMessage {
         if !online.features.contains(&carried_by) {
             request.without_upgrade("this tunnel's agent is too old; update it")?;
         }
-        let mut message = head(&request, path);
+        let mut message = head(&mut request, path);
         if message.headers.len() > MAX_HEADER_FIELDS {
             return Err(ForwardError::TooLarge(format!(
                 "The request has more than {MAX_HEADER_FIELDS} header fields."
@@ -129,7 +129,7 @@ pub(crate) fn broken_off(error: impl std::fmt::Display) -> ForwardError {
     ForwardError::BadRequest(format!("its body broke off: {error}"))
 }
 
-fn head(request: &VisitorRequest, path: &TunnelPath) -> HttpRequest {
+fn head(request: &mut VisitorRequest, path: &TunnelPath) -> HttpRequest {
     HttpRequest {
         request_id: RequestId::generate(),
         method: request.method.to_string(),
@@ -138,7 +138,10 @@ fn head(request: &VisitorRequest, path: &TunnelPath) -> HttpRequest {
             None => path.path.clone(),
         },
         headers: forwarded(request, &path.prefix),
-        upgrade: request.upgrade.as_ref().map(headers::value_to_text),
+        upgrade: request
+            .upgrade
+            .as_ref()
+            .map(|protocol| headers::value_to_text(protocol).into_owned()),
         websocket: request.websocket.clone(),
         body: Body::default(),
         encoding: None,
@@ -150,8 +153,8 @@ fn head(request: &VisitorRequest, path: &TunnelPath) -> HttpRequest {
 }
 
 /// The fields that the local service gets: the visitor's own, and ours about where the request comes from.
-fn forwarded(request: &VisitorRequest, prefix: &str) -> HeaderMap {
-    let mut fields = request.headers.clone();
+fn forwarded(request: &mut VisitorRequest, prefix: &str) -> HeaderMap {
+    let mut fields = std::mem::take(&mut request.headers);
     headers::remove_hop_by_hop(&mut fields);
     headers::remove_forwarding(&mut fields);
     fields.remove(header::EXPECT);

@@ -245,7 +245,10 @@ impl Forward {
             return Ok(FunctionResponse::BufferedResponse(answer));
         }
         let started = Instant::now();
-        let mut request = VisitorRequest::from_event(event, self.0.streaming_url.as_ref())?;
+        let mut request = Box::new(VisitorRequest::from_event(
+            event,
+            self.0.streaming_url.as_ref(),
+        )?);
         self.0.edge.apply(&mut request);
         request.response_timeout = request
             .response_timeout
@@ -278,7 +281,7 @@ impl Forward {
         &self,
         event: ApiGatewayWebsocketProxyRequest,
     ) -> Result<BufferedResponse, EventError> {
-        let mut request = VisitorRequest::from_handshake(event)?;
+        let mut request = Box::new(VisitorRequest::from_handshake(event)?);
         let deadline = Instant::now() + request.response_timeout + ANSWER_MARGIN;
         let response = if self.0.edge.apply(&mut request) {
             self.serve(request).await
@@ -290,7 +293,7 @@ impl Forward {
         Ok(response::handshake(&response))
     }
 
-    async fn buffered(&self, request: VisitorRequest, payload: Payload) -> BufferedResponse {
+    async fn buffered(&self, request: Box<VisitorRequest>, payload: Payload) -> BufferedResponse {
         let is_head = request.method == Method::HEAD;
         let wants_html = request.wants_html();
         let streaming_url = self.0.streaming_url.as_ref();
@@ -343,8 +346,9 @@ impl Forward {
         self.0.broken_off.cancelled().await;
     }
 
-    /// Serves a request. What cannot be served is answered with a [`ForwardError`].
-    pub async fn serve(&self, mut request: VisitorRequest) -> Response<ResponseBody> {
+    /// Serves a request, which is boxed because it is long and goes from hand to hand. What cannot be served is answered with a
+    /// [`ForwardError`].
+    pub async fn serve(&self, mut request: Box<VisitorRequest>) -> Response<ResponseBody> {
         let Status {
             routing,
             public_url,
@@ -413,7 +417,7 @@ impl Forward {
 
     async fn serve_route(
         &self,
-        request: VisitorRequest,
+        request: Box<VisitorRequest>,
         route: Route,
     ) -> Result<Response<ResponseBody>, ForwardError> {
         let is_read = matches!(request.method, Method::GET | Method::HEAD);
@@ -446,7 +450,7 @@ impl Forward {
 
     async fn serve_tunnel(
         &self,
-        request: VisitorRequest,
+        request: Box<VisitorRequest>,
         path: TunnelPath,
     ) -> Result<Response<ResponseBody>, ForwardError> {
         let mut log = RequestLog::new(self.0.lambda.clone(), path.tunnel.clone());
@@ -474,7 +478,7 @@ impl Forward {
     /// Answers the form of the 401 page, or what was sent in its place.
     async fn log_in(
         &self,
-        request: VisitorRequest,
+        request: Box<VisitorRequest>,
         path: &TunnelPath,
         visitor: Visitor,
     ) -> Result<Response<ResponseBody>, ForwardError> {

@@ -243,7 +243,7 @@ impl LoginForm {
     }
 
     /// Reads the form from a request's body. `None` if it is something else.
-    pub(crate) async fn read(request: VisitorRequest) -> Option<Self> {
+    pub(crate) async fn read(request: Box<VisitorRequest>) -> Option<Self> {
         let mut stream = request.body;
         let mut body = Vec::new();
         while let Some(frame) = stream.frame().await {

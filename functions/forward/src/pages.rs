@@ -149,13 +149,15 @@ fn homes(routing: Routing, base: &PublicUrl, request: &VisitorRequest) -> Vec<Ho
         .and_then(|id| id.parse::<TunnelId>().ok())
         .filter(|_| has_own_page)
         .map(|id| format!("{}/{id}/", base.path()));
-    let query = request.query.as_ref().map(|query| format!("?{query}"));
-    let target = format!("{}{}", request.path, query.unwrap_or_default());
+    let target = || {
+        let query = request.query.as_ref().map(|query| format!("?{query}"));
+        format!("{}{}", request.path, query.unwrap_or_default())
+    };
     let home = |path: String| match Route::of(routing, base, &request.host, &path) {
         Route::Tunnel { id, prefix, .. } if !prefix.is_empty() => Some(Home {
             id,
             prefix,
-            target: target.clone(),
+            target: target(),
         }),
         _ => None,
     };

@@ -141,7 +141,7 @@ impl VisitorRequest {
             method: head.method,
             scheme: source.scheme,
             host: source.host,
-            path: encode_path(head.uri.path()),
+            path: encode_path(head.uri.path()).into_owned(),
             query: head.uri.query().map(str::to_owned),
             upgrade: upgrade.cloned(),
             websocket: None,
@@ -213,14 +213,14 @@ impl VisitorRequest {
             scheme: scheme(&headers),
             host: host(&headers, context.domain_name),
             path: if is_function_url {
-                encode_path(&path)
+                encode_path(&path).into_owned()
             } else {
                 encode_decoded_path(&path)
             },
             query: event
                 .raw_query_string
                 .filter(|query| !query.is_empty())
-                .map(|query| encode_query(&query)),
+                .map(|query| encode_query(&query).into_owned()),
             upgrade: handshake(&headers),
             websocket: None,
             login: LoginCookie::default(),
@@ -269,10 +269,10 @@ impl VisitorRequest {
     /// Replaces path and query.
     pub(crate) fn set_target(&mut self, target: &str) {
         let (path, query) = match target.split_once('?') {
-            Some((path, query)) => (path, Some(encode_query(query))),
+            Some((path, query)) => (path, Some(encode_query(query).into_owned())),
             None => (target, None),
         };
-        self.path = encode_path(path);
+        self.path = encode_path(path).into_owned();
         self.query = query;
     }
 

@@ -30,7 +30,11 @@ impl EventSource {
             .map(|name| {
                 (
                     name.as_str(),
-                    headers.get_all(name).iter().map(value_to_text).collect(),
+                    headers
+                        .get_all(name)
+                        .iter()
+                        .map(|value| value_to_text(value).into_owned())
+                        .collect(),
                 )
             })
             .collect();

@@ -111,7 +111,7 @@ pub(crate) fn places() -> Arc<Semaphore> {
 /// Accepts connections until the subsystem is stopped.
 pub(crate) async fn listen(
     listener: TcpListener,
-    front: Front,
+    front: Arc<Front>,
     places: Arc<Semaphore>,
     visitors: Subsystem,
 ) {
@@ -162,7 +162,7 @@ async fn next_connection(
 /// Serves a connection until it ends, becomes an agent's, or its visitor has gone.
 async fn serve(
     socket: Arc<VisitorSocket>,
-    front: Front,
+    front: Arc<Front>,
     permit: ConnectionPermit,
     visitors: Subsystem,
 ) {
@@ -238,7 +238,7 @@ fn departure_checks() -> Interval {
 async fn serve_http1(
     socket: Arc<VisitorSocket>,
     transport: Transport,
-    front: Front,
+    front: Arc<Front>,
     permit: ConnectionPermit,
     visitors: Subsystem,
 ) {
@@ -262,12 +262,14 @@ async fn serve_http1(
     let connection = http.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection.with_upgrades());
     let mut check = departure_checks();
+    // Each poll locks it, and connections do not wait for each other's locks.
+    let stopping = visitors.stopping().child_token();
     let mut is_stopping = false;
     let peer = socket.peer;
     let outcome = loop {
         tokio::select! {
             outcome = connection.as_mut() => break outcome,
-            () = visitors.stopping().cancelled(), if !is_stopping => {
+            () = stopping.cancelled(), if !is_stopping => {
                 is_stopping = true;
                 connection.as_mut().graceful_shutdown();
             }
@@ -289,7 +291,7 @@ async fn serve_http1(
 async fn serve_http2(
     socket: Arc<VisitorSocket>,
     transport: Transport,
-    front: Front,
+    front: Arc<Front>,
     permit: ConnectionPermit,
     visitors: Subsystem,
 ) {

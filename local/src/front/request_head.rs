@@ -2,6 +2,8 @@
 //! request (RFC 9112, 2.2, 3.2, 6.1, 6.3 and 11.2). hyper would silently drop a second length, and would answer other
 //! faults with an empty 400, so each head is checked here before hyper sees it.
 
+use std::{borrow::Cow, mem::MaybeUninit};
+
 use bytes::{Bytes, BytesMut};
 use http::{Uri, uri::Authority};
 use tunnel_protocol::limits::MAX_HEADER_FIELDS;
@@ -53,9 +55,9 @@ pub(crate) struct RequestHead {
 
 /// Takes a head off the front of `input`, once it is there whole.
 pub(crate) fn take(input: &mut BytesMut) -> Result<Option<RequestHead>, RequestHeadError> {
-    let mut fields = [httparse::EMPTY_HEADER; MAX_HEADER_FIELDS];
-    let mut request = httparse::Request::new(&mut fields);
-    let length = match request.parse(input) {
+    let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADER_FIELDS];
+    let mut request = httparse::Request::new(&mut []);
+    let length = match request.parse_with_uninit_headers(input, &mut fields) {
         Ok(httparse::Status::Complete(length)) if length <= MAX_HEAD_BYTES => length,
         Ok(httparse::Status::Partial) if input.len() <= MAX_HEAD_BYTES => return Ok(None),
         Ok(_) | Err(httparse::Error::TooManyHeaders) => return Err(RequestHeadError::TooLarge),
@@ -183,7 +185,10 @@ pub(crate) fn escape_target(
         ));
     }
     let escaped = match target.split_once('?') {
-        Some((path, query)) => format!("{}?{}", encode_path(path), encode_query(query)),
+        Some((path, query)) => match (encode_path(path), encode_query(query)) {
+            (Cow::Borrowed(_), Cow::Borrowed(_)) => Cow::Borrowed(target),
+            (path, query) => Cow::Owned(format!("{path}?{query}")),
+        },
         None => encode_path(target),
     };
     if escaped.len() > MAX_TARGET_BYTES {
@@ -192,7 +197,10 @@ pub(crate) fn escape_target(
     if escaped.parse::<Uri>().is_err() {
         return Err(RequestHeadError::Malformed("its target is not valid"));
     }
-    Ok((escaped != target).then_some(escaped))
+    Ok(match escaped {
+        Cow::Borrowed(_) => None,
+        Cow::Owned(escaped) => Some(escaped),
+    })
 }
 
 #[cfg(test)]

@@ -89,7 +89,7 @@ impl VisitorSockets {
     pub(crate) async fn accept(
         self: &Arc<Self>,
         upgrade: OnUpgrade,
-        visit: VisitorRequest,
+        visit: Box<VisitorRequest>,
     ) -> Response<ResponseBody> {
         let Some(accept_key) = accept_key(&visit.headers) else {
             return text(StatusCode::BAD_REQUEST, "Not a WebSocket handshake.\n");

@@ -128,7 +128,7 @@ impl VisitorFront {
         socket: &VisitorSocket,
         is_read: Arc<AtomicBool>,
         noted: &Arc<Visit>,
-    ) -> Result<VisitorRequest, ForeignHostError> {
+    ) -> Result<Box<VisitorRequest>, ForeignHostError> {
         let (mut head, body) = request.into_parts();
         let origin = self.proxies.origin(socket.peer.ip(), &head.headers);
         let host = match origin.host {
@@ -153,7 +153,7 @@ impl VisitorFront {
             noted: noted.clone(),
         };
         let body = body.map_err(Into::into).boxed_unsync();
-        Ok(VisitorRequest::from_http(head, body, source))
+        Ok(Box::new(VisitorRequest::from_http(head, body, source)))
     }
 }
 

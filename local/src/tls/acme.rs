@@ -113,7 +113,7 @@ pub(super) struct Naming {
 impl Naming {
     /// One certificate for `public_url`, and if tunnels have subdomains, one for each or, with `is_wildcard`, the same.
     pub(super) fn new(public_url: &PublicUrl, routing: Routing, is_wildcard: bool) -> Self {
-        let base = host_name(public_url.authority());
+        let base = host_name(public_url.authority()).into_owned();
         let service = match routing {
             Routing::Subdomain if is_wildcard => format!("*.{base}"),
             Routing::Path | Routing::Subdomain => base.clone(),
@@ -136,7 +136,7 @@ impl Naming {
         match self.routing {
             Routing::Path => None,
             Routing::Subdomain if self.service != self.base => service(),
-            Routing::Subdomain => Some(Subject::Tunnel(name, id)),
+            Routing::Subdomain => Some(Subject::Tunnel(name.into_owned(), id)),
         }
     }
 

@@ -1,5 +1,7 @@
 //! HTTP header rules: which fields a tunnel passes on, and how their bytes travel in JSON.
 
+use std::borrow::Cow;
+
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 /// Marks an error that the tunnel itself generated, with its code. A local service cannot send it.
@@ -14,7 +16,7 @@ pub const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-pro
 pub const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// Fields that apply to one connection and not to the message (RFC 9110, 7.6.1), including obsolete ones.
-const HOP_BY_HOP: [HeaderName; 9] = [
+static HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -36,7 +38,19 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
         // It is for the other end, whatever a sender says (RFC 9110, 7.6.1).
         .filter(|name| name != header::HOST)
         .collect();
-    for name in HOP_BY_HOP.iter().chain(&named) {
+    remove_all(headers, |name| {
+        HOP_BY_HOP.contains(name) || named.contains(name)
+    });
+}
+
+/// Removes the fields whose names are such. Most requests have few fields, and none of these.
+fn remove_all(headers: &mut HeaderMap, is_unwanted: impl Fn(&HeaderName) -> bool) {
+    let unwanted: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| is_unwanted(name))
+        .cloned()
+        .collect();
+    for name in unwanted {
         headers.remove(name);
     }
 }
@@ -60,15 +74,15 @@ const VISITOR_ADDRESS: [&str; 11] = [
 /// Removes everything a visitor may claim about where a request comes from: only what the front saw
 /// counts.
 pub fn remove_forwarding(headers: &mut HeaderMap) {
-    let forwarding = headers.keys().filter(|name| is_forwarding(name));
-    for name in forwarding.cloned().collect::<Vec<_>>() {
-        headers.remove(name);
-    }
+    remove_all(headers, is_forwarding);
 }
 
 fn is_forwarding(name: &HeaderName) -> bool {
     // Servers that hand fields on as variables (RFC 3875, 4.1.18) cannot tell one from the other.
-    let name = name.as_str().replace('_', "-");
+    let name = match name.as_str() {
+        name if name.contains('_') => Cow::Owned(name.replace('_', "-")),
+        name => Cow::Borrowed(name),
+    };
     name.starts_with("x-forwarded-") || VISITOR_ADDRESS.contains(&&*name)
 }
 
@@ -82,12 +96,11 @@ pub fn says_forwarded(headers: &HeaderMap) -> bool {
 ///
 /// Header values are bytes (RFC 9110, 5.5). Read as Latin-1, each value has exactly one text, and each
 /// such text exactly one value.
-pub fn value_to_text(value: &HeaderValue) -> String {
-    value
-        .as_bytes()
-        .iter()
-        .map(|&byte| char::from(byte))
-        .collect()
+pub fn value_to_text(value: &HeaderValue) -> Cow<'_, str> {
+    match value.to_str() {
+        Ok(ascii) => Cow::Borrowed(ascii),
+        Err(_) => value.as_bytes().iter().copied().map(char::from).collect(),
+    }
 }
 
 /// The inverse of [`value_to_text`]. A text with characters above U+00FF can only come from a peer that
@@ -108,9 +121,9 @@ pub fn text_to_value(text: &str) -> Option<HeaderValue> {
 pub mod json {
     use std::fmt;
 
-    use http::{HeaderMap, HeaderName};
+    use http::{HeaderMap, HeaderName, HeaderValue, header::GetAll};
     use serde::{
-        Deserializer, Serializer,
+        Deserializer, Serialize, Serializer,
         de::{Error, MapAccess, Visitor},
         ser::SerializeMap,
     };
@@ -125,10 +138,18 @@ pub mod json {
     pub fn serialize<S: Serializer>(headers: &HeaderMap, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(headers.keys_len()))?;
         for name in headers.keys() {
-            let values: Vec<String> = headers.get_all(name).iter().map(value_to_text).collect();
-            map.serialize_entry(name.as_str(), &values)?;
+            map.serialize_entry(name.as_str(), &Values(headers.get_all(name)))?;
         }
         map.end()
+    }
+
+    /// The values of one name.
+    struct Values<'h>(GetAll<'h, HeaderValue>);
+
+    impl Serialize for Values<'_> {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_seq(self.0.iter().map(value_to_text))
+        }
     }
 
     /// Reads the fields.

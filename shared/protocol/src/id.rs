@@ -1,7 +1,7 @@
 //! Identifiers. Each is a separate type whose only constructors validate it, so that functions that
-//! take one need not check it again.
+//! take one need not check it again. Clones share the text, because a request takes its ids to many places.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
@@ -42,7 +42,7 @@ pub enum IdError {
 /// The name of a tunnel: generated, or chosen by its owner. Valid as a DNS label and as a path segment.
 #[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct TunnelId(String);
+pub struct TunnelId(Arc<str>);
 
 impl TunnelId {
     /// Generates a name that cannot be guessed.
@@ -52,7 +52,8 @@ impl TunnelId {
         Self(
             (0..GENERATED_TUNNEL_ID_BYTES)
                 .map(|_| char::from(ALPHABET[random.random_range(0..ALPHABET.len())]))
-                .collect(),
+                .collect::<String>()
+                .into(),
         )
     }
 }
@@ -69,7 +70,7 @@ impl TryFrom<String> for TunnelId {
             .bytes()
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         if right_length && right_characters && !name.starts_with('-') && !name.ends_with('-') {
-            Ok(Self(name))
+            Ok(Self(name.into()))
         } else {
             Err(IdError::Tunnel)
         }
@@ -79,7 +80,7 @@ impl TryFrom<String> for TunnelId {
 /// The id that API Gateway gave to a WebSocket connection.
 #[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct ConnectionId(String);
+pub struct ConnectionId(Arc<str>);
 
 impl TryFrom<String> for ConnectionId {
     type Error = IdError;
@@ -88,7 +89,7 @@ impl TryFrom<String> for ConnectionId {
         let valid = (1..=MAX_CONNECTION_ID_BYTES).contains(&id.len())
             && id.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
         if valid {
-            Ok(Self(id))
+            Ok(Self(id.into()))
         } else {
             Err(IdError::Connection)
         }
@@ -98,12 +99,12 @@ impl TryFrom<String> for ConnectionId {
 /// The id of one visitor's request.
 #[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct RequestId(String);
+pub struct RequestId(Arc<str>);
 
 impl RequestId {
     /// Generates an id that is unique and sorts by time.
     pub fn generate() -> Self {
-        Self(Ulid::generate().to_string())
+        Self(Ulid::generate().to_string().into())
     }
 }
 
@@ -116,7 +117,7 @@ impl TryFrom<String> for RequestId {
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
         if valid {
-            Ok(Self(id))
+            Ok(Self(id.into()))
         } else {
             Err(IdError::Request)
         }
@@ -148,7 +149,7 @@ macro_rules! text {
 
         impl From<$id> for String {
             fn from(id: $id) -> String {
-                id.0
+                id.0.as_ref().to_owned()
             }
         }
     )*};

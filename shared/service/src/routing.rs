@@ -1,6 +1,6 @@
 //! Public addresses: which tunnel a visitor's address means, and what address a tunnel has.
 
-use std::{fmt, str::FromStr};
+use std::{borrow::Cow, fmt, str::FromStr};
 
 use http::uri::{Authority, Scheme, Uri};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
@@ -88,7 +88,7 @@ impl PublicUrl {
         let (name, base) = (host_name(host), host_name(self.authority.as_str()));
         name == base
             || name
-                .strip_suffix(&base)
+                .strip_suffix(&*base)
                 .is_some_and(|label| label.ends_with('.'))
     }
 
@@ -263,18 +263,23 @@ impl Route {
 /// The label before `.base` in `host`, whatever the case and port.
 fn subdomain(host: &str, base: &str) -> Option<String> {
     host_name(host)
-        .strip_suffix(&host_name(base))?
+        .strip_suffix(&*host_name(base))?
         .strip_suffix('.')
         .map(str::to_owned)
 }
 
 /// A host's name as names are compared: without port and final dot, in lower case.
-pub fn host_name(host: &str) -> String {
+pub fn host_name(host: &str) -> Cow<'_, str> {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
         _ => host,
     };
-    name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
+    let name = name.strip_suffix('.').unwrap_or(name);
+    if name.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Cow::Owned(name.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(name)
+    }
 }
 
 fn rooted(path: &str) -> String {
@@ -286,13 +291,13 @@ fn rooted(path: &str) -> String {
 }
 
 /// Encodes what no path can hold and leaves the rest as it was sent, so that a path that needs nothing stays as it is.
-pub fn encode_path(path: &str) -> String {
-    utf8_percent_encode(path, NOT_IN_PATH).to_string()
+pub fn encode_path(path: &str) -> Cow<'_, str> {
+    utf8_percent_encode(path, NOT_IN_PATH).into()
 }
 
 /// Encodes what no query can hold and leaves the rest as it was sent.
-pub fn encode_query(query: &str) -> String {
-    utf8_percent_encode(query, NOT_IN_QUERY).to_string()
+pub fn encode_query(query: &str) -> Cow<'_, str> {
+    utf8_percent_encode(query, NOT_IN_QUERY).into()
 }
 
 /// Encodes a path that an HTTP API has percent-decoded. Escapes that are still there are kept: HTTP APIs leave `%25` as it is.

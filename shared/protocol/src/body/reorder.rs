@@ -1,6 +1,6 @@
 //! Parts that arrive in any order, put back in order.
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 
 use crate::limits::MAX_REORDER_PARTS;
 
@@ -18,7 +18,8 @@ pub struct ReorderError {
 #[derive(Debug)]
 pub struct Reorder<T> {
     expected: u32,
-    early: BTreeMap<u32, T>,
+    /// From the expected part to the last that is there.
+    held: VecDeque<Option<T>>,
 }
 
 impl<T> Reorder<T> {
@@ -26,7 +27,7 @@ impl<T> Reorder<T> {
     pub fn starting_at(first: u32) -> Self {
         Self {
             expected: first,
-            early: BTreeMap::new(),
+            held: VecDeque::new(),
         }
     }
 
@@ -37,19 +38,18 @@ impl<T> Reorder<T> {
 
     /// Whether this part is held, or has been taken out.
     pub fn has_seen(&self, part: u32) -> bool {
-        part < self.expected || self.early.contains_key(&part)
+        part.checked_sub(self.expected)
+            .is_none_or(|ahead| matches!(self.held.get(ahead as usize), Some(Some(_))))
     }
 
     /// Whether nothing is held.
     pub fn is_empty(&self) -> bool {
-        self.early.is_empty()
+        self.held.is_empty()
     }
 
     /// Whether the next part is missing while a later one is there.
     pub fn is_incomplete(&self) -> bool {
-        self.early
-            .first_key_value()
-            .is_some_and(|(&first, _)| first != self.expected)
+        matches!(self.held.front(), Some(None))
     }
 
     /// Accepts a part. If it was seen before, it is ignored: the first one counts.
@@ -60,19 +60,23 @@ impl<T> Reorder<T> {
         let Some(ahead) = part.checked_sub(self.expected) else {
             return Ok(());
         };
-        if ahead as usize >= MAX_REORDER_PARTS {
+        let at = ahead as usize;
+        if at >= MAX_REORDER_PARTS {
             return Err(ReorderError {
                 part,
                 expected: self.expected,
             });
         }
-        self.early.entry(part).or_insert(item);
+        if at >= self.held.len() {
+            self.held.resize_with(at + 1, || None);
+        }
+        self.held[at].get_or_insert(item);
         Ok(())
     }
 
     /// Takes the next part in order out, if it is there.
     pub fn take_next(&mut self) -> Option<T> {
-        let item = self.early.remove(&self.expected)?;
+        let item = self.held.pop_front_if(|next| next.is_some())??;
         self.expected = self.expected.saturating_add(1);
         Some(item)
     }

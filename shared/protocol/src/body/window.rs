@@ -1,27 +1,25 @@
 //! The window of a body: how many parts its sender may send before the receiver has used some.
 
+use std::sync::OnceLock;
+
 use tokio::sync::watch;
 
 use crate::limits::INITIAL_WINDOW_PARTS;
 
-/// The sender's side, which receives `window` messages. Clones share one window; it closes when the last is dropped.
-#[derive(Clone, Debug)]
-pub struct WindowUpdates(watch::Sender<Allowed>);
+/// The sender's side, which receives `window` messages. The window closes when it is dropped.
+///
+/// Most bodies are too short for a window, so it is made when it is first needed.
+#[derive(Debug, Default)]
+pub struct WindowUpdates(OnceLock<watch::Sender<Allowed>>);
 
 /// The parts with numbers below this; `None` once the receiver wants no more.
 type Allowed = Option<u32>;
-
-impl Default for WindowUpdates {
-    fn default() -> Self {
-        Self(watch::Sender::new(Some(INITIAL_WINDOW_PARTS)))
-    }
-}
 
 impl WindowUpdates {
     /// Allows the parts with numbers below `parts`. Updates may arrive in any order: the largest counts, but after 0 none does,
     /// because the receiver wants no more of the body.
     pub fn allow(&self, parts: u32) {
-        self.0.send_if_modified(|allowed| {
+        self.sender().send_if_modified(|allowed| {
             let before = *allowed;
             *allowed = before.filter(|_| parts > 0).map(|before| before.max(parts));
             *allowed != before
@@ -30,7 +28,12 @@ impl WindowUpdates {
 
     /// The window that these updates open.
     pub fn window(&self) -> SendWindow {
-        SendWindow(self.0.subscribe())
+        SendWindow(self.sender().subscribe())
+    }
+
+    fn sender(&self) -> &watch::Sender<Allowed> {
+        self.0
+            .get_or_init(|| watch::Sender::new(Some(INITIAL_WINDOW_PARTS)))
     }
 }
 
