@@ -4,7 +4,7 @@ use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
@@ -37,7 +37,7 @@ pub(crate) const MAX_OPEN_CONNECTIONS: usize = 4096;
 pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests after it failed.
 pub(crate) const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
-/// How often a visitor that waits for its response is looked after.
+/// How often a visitor is looked after.
 const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How long a visitor over HTTP/2 that has no request, and all of its responses, may take to end its connection once it was asked
@@ -251,8 +251,8 @@ async fn serve_http1(
         })
     };
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
+    // Its own timeout for heads would start a timer for each request.
+    http.header_read_timeout(None)
         .half_close(true)
         // Heads grow where characters of the target are escaped.
         .max_buf_size(2 * MAX_HEAD_BYTES)
@@ -265,6 +265,7 @@ async fn serve_http1(
     // Each poll locks it, and connections do not wait for each other's locks.
     let stopping = visitors.stopping().child_token();
     let mut is_stopping = false;
+    let (mut served, mut waiting_since) = (None, Instant::now());
     let peer = socket.peer;
     let outcome = loop {
         tokio::select! {
@@ -273,11 +274,20 @@ async fn serve_http1(
                 is_stopping = true;
                 connection.as_mut().graceful_shutdown();
             }
-            _ = check.tick() => if let Some(reason) = socket.cut_reason(Some(&transport)) {
-                debug!(%peer, %reason, "connection cut");
-                socket.reset();
-                return;
-            },
+            now = check.tick() => {
+                if let Some(reason) = socket.cut_reason(Some(&transport)) {
+                    debug!(%peer, %reason, "connection cut");
+                    socket.reset();
+                    return;
+                }
+                let before = std::mem::replace(&mut served, socket.served());
+                if served.is_none() || served != before {
+                    waiting_since = now;
+                } else if now.duration_since(waiting_since) >= HEAD_TIMEOUT {
+                    debug!(%peer, "no request came in time");
+                    break Ok(());
+                }
+            }
         }
     };
     if let Err(error) = outcome {

@@ -74,6 +74,8 @@ struct Exchange {
     checked: Option<Result<(), RequestHeadError>>,
     /// The request's version, while it is being served.
     version: Option<Version>,
+    /// How many requests have begun.
+    requests: u64,
     /// What may be sent to ask the visitor whether it is there, while hyper has nothing to send.
     probe: Option<&'static [u8]>,
     /// The same while the request's body is not read.
@@ -167,6 +169,7 @@ impl VisitorSocket {
         let probe = (version == Version::HTTP_11).then_some(PROBE_BEFORE_RESPONSE);
         let mut exchange = self.exchange();
         exchange.version = Some(version);
+        exchange.requests += 1;
         exchange.expect_probe(probe, probe.filter(|_| is_direct));
         exchange.checked.take().unwrap_or(Ok(()))
     }
@@ -183,6 +186,13 @@ impl VisitorSocket {
     pub(crate) fn end_response(&self) {
         let mut exchange = self.exchange();
         exchange.version = None;
+    }
+
+    /// How many requests have been served, if all that was answered is sent and the next one is waited for.
+    pub(crate) fn served(&self) -> Option<u64> {
+        let exchange = self.exchange();
+        let is_waiting = exchange.version.is_none() && !exchange.is_unflushed;
+        is_waiting.then_some(exchange.requests)
     }
 
     /// What follows on the connection is not HTTP.
@@ -697,6 +707,7 @@ mod tests {
         let transport = Transport::Plain(RawStream::new(socket.clone()));
         let mut stream = VisitorStream::new(socket.clone(), transport);
         let chunk = vec![0; 1024 * 1024];
+        assert_eq!(socket.served(), Some(0));
         // Until the system's buffers are full.
         let mut is_full = false;
         while !is_full {
@@ -708,6 +719,7 @@ mod tests {
             })
             .await;
         }
+        assert_eq!(socket.served(), None, "the last answer is on its way");
         assert_eq!(socket.cut_reason(None), None);
         tokio::time::pause();
         tokio::time::advance(MAX_STALL - Duration::from_secs(1)).await;
