@@ -15,6 +15,7 @@ use tokio_tungstenite::{
 use tracing::debug;
 use tunnel_protocol::{
     frames,
+    headers::LONG_FRAMES,
     id::{ConnectionId, TunnelId},
     message,
     message::{ConnectionEstablished, FEATURES, Feature, FromAgent, Ready, ToAgent},
@@ -255,6 +256,9 @@ async fn connect(
         .into_client_request()
         .map_err(|error| HandshakeError::Unreachable(error.to_string()))?;
     request.headers_mut().extend(authorization(settings)?);
+    request
+        .headers_mut()
+        .insert(LONG_FRAMES, HeaderValue::from_static("yes"));
     let needs_tls = endpoint.is_secure() || settings.proxy.is_some();
     let tls = Arc::new(tls::client_config(needs_tls, &settings.endpoint_tls));
     let stream = dial(endpoint, settings.proxy.as_ref(), &tls).await?;

@@ -169,7 +169,7 @@ impl DefaultRoute {
                 .into_iter()
                 .filter(|feature| match feature {
                     Feature::Zstd => use_compression,
-                    Feature::Binary => path.use_binary(),
+                    Feature::Binary | Feature::LongFrames => path.use_binary(),
                     _ => true,
                 })
                 .collect(),

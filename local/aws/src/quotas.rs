@@ -7,7 +7,8 @@ use tunnel_protocol::limits;
 /// The limits of an agent's connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Quotas {
-    /// Longest frame from an agent, in bytes; over it the connection is closed with 1009.
+    /// Longest frame from an agent that does not say in its handshake that it sends longer ones, in bytes; over it the connection
+    /// is closed with 1009.
     pub frame: usize,
     /// Longest message either way, in bytes; over it 1009 to the agent, 413 to PostToConnection.
     pub message: usize,

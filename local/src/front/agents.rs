@@ -17,7 +17,10 @@ use tokio::{
 };
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{self, Message, protocol::Role},
+    tungstenite::{
+        self, Message,
+        protocol::{Role, WebSocketConfig},
+    },
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, error, warn};
@@ -34,6 +37,7 @@ use tunnel_local_aws::{
 };
 use tunnel_protocol::{
     frames,
+    headers::LONG_FRAMES,
     id::{ConnectionId, TunnelId},
     message,
     writer::MessageWriter,
@@ -58,7 +62,7 @@ use crate::{
 /// Where agents connect.
 pub(crate) const PATH: &str = "/_ws";
 /// How often an agent is asked whether it is still there.
-const PING_INTERVAL: Duration = Duration::from_secs(12);
+const PING_INTERVAL: Duration = Duration::from_secs(13);
 /// An agent from which nothing was received for this long, although it was pinged, is gone.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 /// How often a connection whose life is over is looked at for upgraded connections that it still carries. Agents close such
@@ -147,6 +151,7 @@ impl AgentFront {
             source_ip: peer.ip().to_string(),
             stage: STAGE,
         });
+        let config = self.config(request.headers());
         let span = connection_span(&source.connection_id);
         let upgrade = hyper::upgrade::on(&mut request);
         let admitted = self.admit(request.headers(), request.uri(), &source);
@@ -165,7 +170,7 @@ impl AgentFront {
         let front = self.clone();
         let serving = async move {
             let end = match upgrade.await {
-                Ok(upgraded) => front.serve(upgraded, source).await,
+                Ok(upgraded) => front.serve(upgraded, config, source).await,
                 Err(error) => {
                     warn!(
                         error = &error as &dyn std::error::Error,
@@ -268,13 +273,23 @@ impl AgentFront {
         Ok((caller, permit))
     }
 
+    /// How frames are read of an agent whose handshake has these fields.
+    fn config(&self, fields: &HeaderMap) -> WebSocketConfig {
+        let has_long_frames = fields.contains_key(LONG_FRAMES);
+        let longest = match self.transport {
+            Transport::InProcess if has_long_frames => self.quotas.message,
+            Transport::InProcess | Transport::Emulated => self.quotas.frame,
+        };
+        frames::server_config(longest, self.quotas.message)
+    }
+
     /// Serves a connection to its end, and returns why it has ended.
     async fn serve(
         self: &Arc<Self>,
         upgraded: Upgraded,
+        config: WebSocketConfig,
         source: Arc<EventSource>,
     ) -> ConnectionEnd {
-        let config = frames::server_config(self.quotas.frame, self.quotas.message);
         let socket =
             WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config))
                 .await;

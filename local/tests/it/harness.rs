@@ -468,6 +468,17 @@ impl ScriptedAgent {
             .map(|(socket, _)| Self(socket))
     }
 
+    /// Connects without saying anything, as an agent whose binary messages come in one frame each.
+    pub(crate) async fn with_long_frames(stack: &Server) -> Self {
+        let mut request = (&*stack.endpoint).into_client_request().expect("a request");
+        request.headers_mut().insert(
+            tunnel_protocol::headers::LONG_FRAMES,
+            HeaderValue::from_static("yes"),
+        );
+        let connected = tokio_tungstenite::connect_async(request).await;
+        Self(connected.expect("a connection").0)
+    }
+
     /// Connects to this address over a connection that is open already.
     pub(crate) async fn over(stream: TlsStream<TcpStream>, address: &str) -> Self {
         let stream = MaybeTlsStream::Rustls(stream);

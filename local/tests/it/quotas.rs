@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::sink;
-use local::{Options, Server};
+use local::{Options, Server, Transport};
 use serde_json::json;
 use tokio::{
     net::TcpListener,
@@ -34,7 +34,10 @@ use tunnel_service::{
     aws::sdk,
 };
 
-use crate::harness::{ScriptedAgent, stack, stack_with};
+use crate::{
+    harness::{ScriptedAgent, stack, stack_with},
+    websocket::stack_as,
+};
 
 /// A ping of exactly this many bytes.
 fn ping(length: usize) -> String {
@@ -73,6 +76,25 @@ async fn a_frame_over_32_kib_closes_the_connection() {
             assert_eq!(agent.hear().await, json!({ "type": "pong" }), "{length}");
         } else {
             assert_eq!(agent.close_code().await, 1009, "{length}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_announces_long_frames_may_send_them_where_api_gateway_has_no_part_in_it() {
+    for (transport, longest) in [
+        (Transport::InProcess, MAX_MESSAGE_BYTES),
+        (Transport::Emulated, MAX_FRAME_BYTES),
+    ] {
+        let stack = stack_as(transport).await;
+        for (length, is_allowed) in [(longest, true), (longest + 1, false)] {
+            let mut agent = ScriptedAgent::with_long_frames(&stack).await;
+            send_in_frames(&mut agent, ping(length), usize::MAX).await;
+            if is_allowed {
+                assert_eq!(agent.hear().await, json!({ "type": "pong" }), "{length}");
+            } else {
+                assert_eq!(agent.close_code().await, 1009, "{length}");
+            }
         }
     }
 }

@@ -38,7 +38,7 @@ pub(crate) async fn one_process() -> Server {
 }
 
 /// A stack of this transport, whichever the suite is run in.
-async fn stack_as(transport: Transport) -> Server {
+pub(crate) async fn stack_as(transport: Transport) -> Server {
     stack_with(Options {
         transport,
         ..Options::default()

@@ -14,7 +14,7 @@ use tokio_tungstenite::tungstenite::{
 
 use crate::{
     limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
-    message::Encoded,
+    message::{Encoded, Framing},
 };
 
 /// Longest message, and longest frame, that a client takes from its server, in bytes: [`MAX_MESSAGE_BYTES`] with room for what a
@@ -28,10 +28,10 @@ const READ_BUFFER_BYTES: usize = 8 * 1024;
 /// together go out in one write.
 const WRITE_BUFFER_BYTES: usize = 2 * MAX_FRAME_BYTES;
 
-/// Most bytes that wait to be written to the socket: what is written at once, and as many pongs as fit beside it. The library answers each ping
-/// by itself; once there is no room, only the latest ping is answered (RFC 6455, 5.5.3, allows it), so that a flood of pings from
-/// a peer that does not read takes no more memory than this.
-const MAX_WRITE_BUFFER_BYTES: usize = 3 * MAX_FRAME_BYTES;
+/// Most bytes that wait to be written to the socket: what is written at once, the longest frame behind it, and as many pongs as fit
+/// beside them. The library answers each ping by itself; once there is no room, only the latest ping is answered (RFC 6455, 5.5.3,
+/// allows it), so that a flood of pings from a peer that does not read takes no more memory than this.
+const MAX_WRITE_BUFFER_BYTES: usize = 2 * MAX_FRAME_BYTES + MAX_MESSAGE_BYTES;
 
 /// The configuration of a connection to a service.
 pub fn client_config() -> WebSocketConfig {
@@ -48,25 +48,26 @@ pub fn server_config(max_frame_bytes: usize, max_message_bytes: usize) -> WebSoc
         .max_message_size(Some(max_message_bytes))
 }
 
-/// Cuts a message into frames that API Gateway takes.
+/// Cuts a message into frames: those that API Gateway takes, unless its reader takes longer ones.
 pub(crate) fn frames(message: Encoded) -> impl Iterator<Item = Message> {
-    let (bytes, mut data) = match message {
-        Encoded::Text(text) => (text.into(), Data::Text),
-        Encoded::Binary(bytes) => (bytes, Data::Binary),
+    let (bytes, mut data, longest) = match message {
+        Encoded::Text(text) => (text.into(), Data::Text, MAX_FRAME_BYTES),
+        Encoded::Binary(bytes, Framing::Short) => (bytes, Data::Binary, MAX_FRAME_BYTES),
+        Encoded::Binary(bytes, Framing::Whole) => (bytes, Data::Binary, usize::MAX),
     };
-    cut(bytes).map(move |(frame, is_last)| {
+    cut(bytes, longest).map(move |(frame, is_last)| {
         let data = std::mem::replace(&mut data, Data::Continue);
         Message::Frame(Frame::message(frame, OpCode::Data(data), is_last))
     })
 }
 
-/// Cuts bytes into the payloads of frames: at least one, and whether each is the last.
-pub fn cut(bytes: Bytes) -> impl Iterator<Item = (Bytes, bool)> {
+/// Cuts bytes into the payloads of frames of at most `longest` bytes: at least one, and whether each is the last.
+pub fn cut(bytes: Bytes, longest: usize) -> impl Iterator<Item = (Bytes, bool)> {
     let mut rest = Some(bytes);
     std::iter::from_fn(move || {
         let mut frame = rest.take()?;
-        if frame.len() > MAX_FRAME_BYTES {
-            rest = Some(frame.split_off(MAX_FRAME_BYTES));
+        if frame.len() > longest {
+            rest = Some(frame.split_off(longest));
         }
         Some((frame, rest.is_none()))
     })
@@ -78,6 +79,18 @@ mod tests {
     use crate::body::join;
 
     #[test]
+    fn a_binary_message_stays_whole_for_a_reader_of_long_frames() {
+        let bytes = Bytes::from(vec![1; MAX_MESSAGE_BYTES]);
+        for (framing, count) in [
+            (Framing::Short, MAX_MESSAGE_BYTES / MAX_FRAME_BYTES),
+            (Framing::Whole, 1),
+        ] {
+            let frames = frames(Encoded::Binary(bytes.clone(), framing));
+            assert_eq!(frames.count(), count, "{framing:?}");
+        }
+    }
+
+    #[test]
     fn frames_are_cut_at_the_limit_and_put_together_give_the_text() {
         for (length, count) in [
             (0, 1),
@@ -87,7 +100,7 @@ mod tests {
             (3 * MAX_FRAME_BYTES, 3),
         ] {
             let text = "x".repeat(length);
-            let cut: Vec<(Bytes, bool)> = cut(text.clone().into()).collect();
+            let cut: Vec<(Bytes, bool)> = cut(text.clone().into(), MAX_FRAME_BYTES).collect();
             assert_eq!(cut.len(), count, "{length}");
             assert!(
                 cut.iter().all(|(frame, _)| frame.len() <= MAX_FRAME_BYTES),

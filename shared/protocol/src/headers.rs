@@ -6,6 +6,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 /// Marks an error that the tunnel itself generated, with its code. A local service cannot send it.
 pub const TUNNEL_ERROR: HeaderName = HeaderName::from_static("x-tunnel-error");
+/// In an agent's handshake, with any value: binary messages come whole in one frame, however long, where the service reads that. One
+/// that does not passes it over.
+pub const LONG_FRAMES: HeaderName = HeaderName::from_static("x-tunnel-long-frames");
 /// The path prefix under which the visitor sees the local service's root; absent if there is none.
 pub const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
 /// The visitor's address.

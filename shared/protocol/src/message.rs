@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::codec::encoded_length;
 pub use self::{
     codec::{
-        Body, CarriesBody, DecodeError, Encoded, Encoding, Format, FromJson, decode, decode_binary,
-        encode, split_binary,
+        Body, CarriesBody, DecodeError, Encoded, Encoding, Format, Framing, FromJson, decode,
+        decode_binary, encode, split_binary,
     },
     feature::{FEATURES, Feature},
 };

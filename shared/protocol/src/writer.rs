@@ -53,7 +53,7 @@ const MAX_CONTROL_MESSAGE_BYTES: usize = 8 * 1024;
 const MAX_UNSENT_BYTES: u32 = 64 * 1024;
 /// Ping frames are sent at multiples of this, counted from one time for the whole process: thousands of idle connections then wake
 /// it a few times a second together, and not each by itself.
-const PING_FRAME_GRID: Duration = Duration::from_millis(250);
+const PING_FRAME_GRID: Duration = Duration::from_millis(500);
 
 /// Keeps the system from queueing much more than what is in transit, so that a control message need not wait behind it, and turns
 /// off Nagle's algorithm. Without either a connection only has more latency, so failing is not an error.

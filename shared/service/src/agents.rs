@@ -237,7 +237,7 @@ impl AgentConnections {
             (Reached::Management(client), Encoded::Text(text)) => {
                 Box::pin(post_to_connection(client, to, &text, patience)).await
             }
-            (Reached::Management(_), Encoded::Binary(_)) => Err(PostError::Failed {
+            (Reached::Management(_), Encoded::Binary(..)) => Err(PostError::Failed {
                 code: "binary".to_owned(),
                 source: "@connections sends text".into(),
             }),

@@ -120,7 +120,7 @@ macro_rules! first_chunk {
                 let measured = || message::encoded_length(self) + ENVELOPE_SLACK_BYTES;
                 match format {
                     Format::Text => room_beside(measured()),
-                    Format::Binary => {
+                    Format::Binary(_) => {
                         let envelope = Some(self.longest_envelope())
                             .filter(|longest| *longest <= MAX_UNMEASURED_BYTES)
                             .unwrap_or_else(measured);
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use crate::{
         limits::{MAX_BINARY_PART_BYTES, MAX_PART_BYTES},
-        message::{CarriesBody, FromAgent, ToAgent, encode},
+        message::{CarriesBody, Framing, FromAgent, ToAgent, encode},
     };
 
     #[test]
@@ -203,7 +203,7 @@ mod tests {
         );
         assert!(encode(&ToAgent::BodyPart(part.clone())).len() <= MAX_MESSAGE_BYTES);
         part.body = Body(vec![0; MAX_BINARY_PART_BYTES].into());
-        let binary = FromAgent::BodyPart(part).encode_as(Format::Binary);
+        let binary = FromAgent::BodyPart(part).encode_as(Format::Binary(Framing::Short));
         assert!(binary.length() <= MAX_MESSAGE_BYTES);
         assert!(RequestId::generate().as_str().len() <= 64);
     }
@@ -236,7 +236,7 @@ mod tests {
                 let value = http::HeaderValue::from_bytes(&vec![b'"'; length]).expect("a value");
                 response.headers.insert(name, value);
             }
-            let room = response.room(Format::Binary);
+            let room = response.room(Format::Binary(Framing::Short));
             let Some(room) = room else {
                 assert!(fields * length * 2 > MAX_MESSAGE_BYTES, "{fields} fields");
                 continue;
@@ -246,7 +246,8 @@ mod tests {
                 encoding: Some(Encoding::Zstd),
                 more: true,
             });
-            let encoded = FromAgent::HttpResponse(response).encode_as(Format::Binary);
+            let encoded =
+                FromAgent::HttpResponse(response).encode_as(Format::Binary(Framing::Short));
             assert!(
                 encoded.length() <= MAX_MESSAGE_BYTES,
                 "{fields} fields of {length}"

@@ -11,7 +11,7 @@ use tokio::task::yield_now;
 use super::{budget::BodyBudget, window::WindowUpdates, *};
 use crate::{
     limits::{INITIAL_WINDOW_PARTS, MAX_REORDER_PARTS},
-    message::{CarriesBody, Encoded, Format, FromAgent, decode, decode_binary},
+    message::{CarriesBody, Encoded, Format, Framing, FromAgent, decode, decode_binary},
 };
 
 /// A body whose frames come one after another, with a pause before each.
@@ -92,7 +92,7 @@ async fn receive(
         if let Some(encoded) = encoded {
             let decoded = match &encoded {
                 Encoded::Text(text) => decode(text),
-                Encoded::Binary(bytes) => decode_binary(bytes),
+                Encoded::Binary(bytes, _) => decode_binary(bytes),
             };
             let Ok(FromAgent::BodyPart(message)) = decoded else {
                 panic!("not a part: {encoded:?}");
@@ -134,7 +134,7 @@ fn carried(
     let (network, updates) = (RefCell::default(), WindowUpdates::default());
     let budget = BodyBudget::default();
     let format = if is_binary {
-        Format::Binary
+        Format::Binary(Framing::Short)
     } else {
         Format::Text
     };

@@ -16,16 +16,27 @@ pub enum Format {
     Text,
     /// As they are, behind the JSON: a binary message is the length of its head in four bytes, the most significant first; the
     /// head, which is the message without its body, as JSON; and the body. Messages without a body are text all the same.
-    Binary,
+    Binary(Framing),
+}
+
+/// How a binary message is cut into frames.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Framing {
+    /// Into as many as are needed of at most [`crate::limits::MAX_FRAME_BYTES`], like text.
+    Short,
+    /// Not at all, so that its reader has nothing to put together.
+    Whole,
 }
 
 impl Format {
     /// What a peer with these features reads best.
     pub fn of(features: &[Feature]) -> Self {
-        if features.contains(&Feature::Binary) {
-            Self::Binary
-        } else {
+        if !features.contains(&Feature::Binary) {
             Self::Text
+        } else if features.contains(&Feature::LongFrames) {
+            Self::Binary(Framing::Whole)
+        } else {
+            Self::Binary(Framing::Short)
         }
     }
 
@@ -33,7 +44,7 @@ impl Format {
     pub fn max_part_bytes(self) -> usize {
         match self {
             Self::Text => MAX_PART_BYTES,
-            Self::Binary => MAX_BINARY_PART_BYTES,
+            Self::Binary(_) => MAX_BINARY_PART_BYTES,
         }
     }
 }
@@ -44,7 +55,7 @@ pub enum Encoded {
     /// In a text message.
     Text(String),
     /// In a binary message.
-    Binary(Bytes),
+    Binary(Bytes, Framing),
 }
 
 impl Encoded {
@@ -52,7 +63,7 @@ impl Encoded {
     pub fn length(&self) -> usize {
         match self {
             Self::Text(text) => text.len(),
-            Self::Binary(bytes) => bytes.len(),
+            Self::Binary(bytes, _) => bytes.len(),
         }
     }
 
@@ -60,7 +71,7 @@ impl Encoded {
     pub(crate) fn is_body_part(&self) -> bool {
         let head = match self {
             Self::Text(text) => text.as_bytes(),
-            Self::Binary(bytes) => bytes.get(HEAD_LENGTH_BYTES..).unwrap_or_default(),
+            Self::Binary(bytes, _) => bytes.get(HEAD_LENGTH_BYTES..).unwrap_or_default(),
         };
         head.starts_with(br#"{"type":"body_part""#)
     }
@@ -79,8 +90,10 @@ pub trait CarriesBody: Serialize {
 
     /// Writes the message for a peer that reads `format`. It is the same afterwards.
     fn encode_as(&mut self, format: Format) -> Encoded {
-        let body = match (format, self.body_mut()) {
-            (Format::Binary, Some(body)) if !body.0.is_empty() => std::mem::take(&mut body.0),
+        let (body, framing) = match (format, self.body_mut()) {
+            (Format::Binary(framing), Some(body)) if !body.0.is_empty() => {
+                (std::mem::take(&mut body.0), framing)
+            }
             _ => return Encoded::Text(encode(self)),
         };
         let mut bytes = Vec::with_capacity(HEAD_CAPACITY_BYTES + body.len());
@@ -93,7 +106,7 @@ pub trait CarriesBody: Serialize {
         if let Some(place) = self.body_mut() {
             place.0 = body;
         }
-        Encoded::Binary(bytes.into())
+        Encoded::Binary(bytes.into(), framing)
     }
 }
 

@@ -31,13 +31,16 @@ pub enum Feature {
     Websockets,
     /// Repeats the `id` of a `ping` in its answer. Has no meaning when an agent announces it.
     PingIds,
+    /// Reads binary messages that come whole in one frame. An agent says so in its handshake, too: see
+    /// [`crate::headers::LONG_FRAMES`].
+    LongFrames,
     /// A feature that this code does not know.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 12] = [
+pub const FEATURES: [Feature; 13] = [
     Feature::BodyParts,
     Feature::Cancel,
     Feature::Notices,
@@ -50,4 +53,5 @@ pub const FEATURES: [Feature; 12] = [
     Feature::Binary,
     Feature::Websockets,
     Feature::PingIds,
+    Feature::LongFrames,
 ];

@@ -194,15 +194,15 @@ proptest! {
     fn a_message_in_either_format_is_what_was_written(
         bytes in prop::collection::vec(any::<u8>(), 0..500), part in 1u32.., more: bool, is_binary: bool,
     ) {
-        let format = if is_binary { Format::Binary } else { Format::Text };
+        let format = if is_binary { Format::Binary(Framing::Short) } else { Format::Text };
         let part = BodyPart { request_id: RequestId::generate(), part, body: Body(bytes.into()), encoding: None, more, reply_to: None };
         let message = FromAgent::BodyPart(part.clone());
         let encoded = message.clone().encode_as(format);
         prop_assert!(encoded.is_body_part());
-        prop_assert_eq!(matches!(encoded, Encoded::Binary(_)), is_binary && !part.body.0.is_empty());
+        prop_assert_eq!(matches!(encoded, Encoded::Binary(..)), is_binary && !part.body.0.is_empty());
         let decoded = match encoded {
             Encoded::Text(text) => decode::<FromAgent>(&text),
-            Encoded::Binary(bytes) => decode_binary(&bytes),
+            Encoded::Binary(bytes, _) => decode_binary(&bytes),
         };
         prop_assert_eq!(decoded.expect("what we wrote"), message);
     }

@@ -17,8 +17,8 @@ use super::{
 use crate::{
     frames,
     id::RequestId,
-    limits::MAX_FRAME_BYTES,
-    message::{self, Body, BodyPart, CarriesBody, Format, FromAgent, ToAgent},
+    limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
+    message::{self, Body, BodyPart, CarriesBody, Format, Framing, FromAgent, ToAgent},
 };
 
 type Socket = WebSocketStream<DuplexStream>;
@@ -179,7 +179,7 @@ async fn parts_of_bodies_and_long_messages_take_turns_and_short_messages_go_firs
             message::encode(&FromAgent::Ping { id: None }),
         ),
         (
-            FromAgent::BodyPart(part).encode_as(Format::Binary),
+            FromAgent::BodyPart(part).encode_as(Format::Binary(Framing::Short)),
             message::encode(&FromAgent::Ping { id: None }),
         ),
         (
@@ -203,7 +203,7 @@ async fn parts_of_bodies_and_long_messages_take_turns_and_short_messages_go_firs
         let last = client.next().await.expect("open").expect("no error");
         let last = match last {
             Message::Text(text) => Encoded::Text(text.as_str().to_owned()),
-            last => Encoded::Binary(last.into_data()),
+            last => Encoded::Binary(last.into_data(), Framing::Short),
         };
         assert_eq!(last, waits);
     }
@@ -422,7 +422,16 @@ async fn ping_frames_go_out_at_their_interval_and_only_blocked_writes_are_progre
 
 #[tokio::test]
 async fn a_flood_of_pings_is_answered_from_a_bounded_buffer_and_messages_still_pass() {
+    let body = Bytes::from("a".repeat(MAX_MESSAGE_BYTES));
+    for message in [long("a").into(), Encoded::Binary(body, Framing::Whole)] {
+        flood_with_pings(message).await;
+    }
+}
+
+/// Reads nothing but pings while this message, of one letter, is to be sent.
+async fn flood_with_pings(message: Encoded) {
     const PINGS: u32 = 100_000;
+    let length = message.length();
     let Writing {
         sender,
         mut reading,
@@ -434,7 +443,7 @@ async fn a_flood_of_pings_is_answered_from_a_bounded_buffer_and_messages_still_p
         Ok(())
     });
     let (mut answers, mut peer) = tokio::io::split(peer);
-    sender.body(long("a")).await.expect("open");
+    sender.body(message).await.expect("open");
     let mut pings = Vec::new();
     for number in 0..PINGS {
         // Final, ping, masked with zeros, 125 bytes.
@@ -449,12 +458,12 @@ async fn a_flood_of_pings_is_answered_from_a_bounded_buffer_and_messages_still_p
     let mut chunk = [0; 64 * 1024];
     let last = (PINGS - 1).to_be_bytes();
     let is_text = |byte: &&u8| **byte == b'a';
-    while answered.iter().filter(is_text).count() < long("a").len()
+    while answered.iter().filter(is_text).count() < length
         || !answered.windows(last.len()).any(|window| window == last)
     {
         let read = answers.read(&mut chunk).await.expect("open");
         answered.extend_from_slice(&chunk[..read]);
     }
-    let bound = 8 * 1024 + long("a").len() + 4 * MAX_FRAME_BYTES;
+    let bound = 8 * 1024 + length + MAX_MESSAGE_BYTES + 3 * MAX_FRAME_BYTES;
     assert!(answered.len() < bound, "{} bytes", answered.len());
 }
