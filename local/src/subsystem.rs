@@ -1,8 +1,15 @@
 //! Tasks that are stopped together.
 
-use std::future::Future;
+use std::{
+    collections::HashMap,
+    future::Future,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    task::{self, AbortHandle},
+    time::{Instant, timeout_at},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
@@ -11,17 +18,42 @@ use tracing::warn;
 pub(crate) struct Subsystem {
     tasks: TaskTracker,
     stop: CancellationToken,
-    abort: CancellationToken,
+    running: Running,
+}
+
+/// The tasks that are aborted if they do not stop in time. A token in each would have to be looked at whenever one is polled.
+#[derive(Clone, Debug, Default)]
+struct Running(Arc<Mutex<HashMap<task::Id, AbortHandle>>>);
+
+impl Running {
+    /// Held between awaits only.
+    fn lock(&self) -> MutexGuard<'_, HashMap<task::Id, AbortHandle>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes its task out of those that run when it is dropped with it.
+struct Registration(Running);
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        if let Some(id) = task::try_id() {
+            self.0.lock().remove(&id);
+        }
+    }
 }
 
 impl Subsystem {
     /// Runs a task until it ends, or is aborted because it did not stop in time.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        // Each poll locks it, and tasks do not wait for each other's locks.
-        let abort = self.abort.child_token();
-        self.tasks.spawn(async move {
-            abort.run_until_cancelled_owned(task).await;
+        let registration = Registration(self.running.clone());
+        // Locked until it is there, because the task may end at once.
+        let mut running = self.running.lock();
+        let task = self.tasks.spawn(async move {
+            let _registration = registration;
+            task.await;
         });
+        running.insert(task.id(), task.abort_handle());
     }
 
     /// Cancelled when the tasks are to end.
@@ -40,7 +72,9 @@ impl Subsystem {
         self.tasks.close();
         if timeout_at(deadline, self.tasks.wait()).await.is_err() {
             warn!(name, left = self.tasks.len(), "not stopped in time");
-            self.abort.cancel();
+            for task in self.running.lock().values() {
+                task.abort();
+            }
         }
     }
 }
@@ -65,6 +99,19 @@ mod tests {
             .await;
         assert_eq!(begin.elapsed(), Duration::from_secs(10));
         assert!(aborted.await.is_err(), "the task was dropped");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_of_a_task_that_has_ended() {
+        let subsystem = Subsystem::default();
+        for _ in 0..3 {
+            subsystem.spawn(async {});
+        }
+        subsystem.spawn(async { panic!("on purpose") });
+        subsystem
+            .stop("test", Instant::now() + Duration::from_secs(10))
+            .await;
+        assert!(subsystem.running.lock().is_empty());
     }
 
     #[tokio::test(start_paused = true)]

@@ -37,7 +37,8 @@ pub(crate) const MAX_OPEN_CONNECTIONS: usize = 4096;
 pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests after it failed.
 pub(crate) const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
-/// How often a visitor is looked after.
+/// How often a visitor is looked after, and a connection over HTTP/1 told that the server stops: to be woken for that at once, it would
+/// have to look at each poll whether it is.
 const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How long a visitor over HTTP/2 that has no request, and all of its responses, may take to end its connection once it was asked
@@ -262,19 +263,17 @@ async fn serve_http1(
     let connection = http.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection.with_upgrades());
     let mut check = departure_checks();
-    // Each poll locks it, and connections do not wait for each other's locks.
-    let stopping = visitors.stopping().child_token();
     let mut is_stopping = false;
     let (mut served, mut waiting_since) = (None, Instant::now());
     let peer = socket.peer;
     let outcome = loop {
         tokio::select! {
             outcome = connection.as_mut() => break outcome,
-            () = stopping.cancelled(), if !is_stopping => {
-                is_stopping = true;
-                connection.as_mut().graceful_shutdown();
-            }
             now = check.tick() => {
+                if !is_stopping && visitors.stopping().is_cancelled() {
+                    is_stopping = true;
+                    connection.as_mut().graceful_shutdown();
+                }
                 if let Some(reason) = socket.cut_reason(Some(&transport)) {
                     debug!(%peer, %reason, "connection cut");
                     socket.reset();
