@@ -75,18 +75,16 @@ impl Display {
             let line = log_format::event_line(tunnel, event);
             return line.into_iter().for_each(|line| self.stderr.push(line));
         }
-        let Some(text) = text(event) else {
+        let Some(mut line) = text(event) else {
             return;
         };
-        let tunnel = if self.style.names_tunnels {
-            format!("[{tunnel}] ")
-        } else {
-            String::new()
-        };
-        self.stderr.line(&match self.style.format {
-            LogFormat::Text => format!("{} {tunnel}{text}", LocalTime::now()),
-            _ => format!("{tunnel}{text}"),
-        });
+        if self.style.names_tunnels {
+            line.insert_str(0, &format!("[{tunnel}] "));
+        }
+        if self.style.format == LogFormat::Text {
+            line.insert_str(0, &format!("{} ", LocalTime::now()));
+        }
+        self.stderr.line(&line);
     }
 
     fn is_new_url(&self, tunnel: &str, public_url: &str) -> bool {
@@ -133,17 +131,17 @@ fn text(event: &Event) -> Option<String> {
             took,
             visitor,
         } => {
-            let outcome = match outcome {
-                Ok(status) => status.as_u16().to_string(),
-                Err(reason) => format!("failed: {reason}"),
+            let (failed, outcome) = match outcome {
+                Ok(status) => ("", status.as_str()),
+                Err(reason) => ("failed: ", reason.as_str()),
             };
-            let size = size(*bytes);
-            let visitor = visitor.as_ref().map(|visitor| format!(" from {visitor}"));
-            let visitor = visitor.unwrap_or_default();
-            format!(
-                "{method} {uri} {outcome} {size} {} ms{visitor}",
-                took.as_millis()
-            )
+            let visitor = visitor.as_deref();
+            let (from, visitor) = visitor.map_or(("", ""), |visitor| (" from ", visitor));
+            let (method, size, ms) = (method.as_str(), size(*bytes), took.as_millis().to_string());
+            [
+                method, " ", uri, " ", failed, outcome, " ", &size, " ", &ms, " ms", from, visitor,
+            ]
+            .concat()
         }
         Event::Draining { in_flight: 0 } => "stopping".to_owned(),
         Event::Draining { in_flight } => {
@@ -176,9 +174,11 @@ fn in_tenths(bytes: u64, unit: u64) -> String {
 /// A text as part of one line: what would end the line, steer a terminal or change the direction of writing becomes `?`. Texts of
 /// visitors, of the service and of the local service are all printed so.
 pub(crate) fn clean(text: &str) -> String {
-    let mut chars = text.chars();
-    let mut line: String = replace_unsafe(&chars.by_ref().take(MAX_LINE_CHARS).collect::<String>());
-    if chars.next().is_some() {
+    let mut rest = text.chars();
+    rest.nth(MAX_LINE_CHARS - 1);
+    let (line, rest) = text.split_at(text.len() - rest.as_str().len());
+    let mut line = replace_unsafe(line);
+    if !rest.is_empty() {
         line.push('…');
     }
     line
@@ -189,9 +189,11 @@ fn replace_unsafe(text: &str) -> String {
         c.is_control()
             || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
-    text.chars()
-        .map(|c| if is_unsafe(c) { '?' } else { c })
-        .collect()
+    // Most texts are of this kind, and looking at bytes takes less time than looking at characters.
+    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return text.to_owned();
+    }
+    text.replace(is_unsafe, "?")
 }
 
 /// A stream of lines to a terminal, file or pipe. A thread writes them, so that a reader who does not read holds up nothing but them:
@@ -296,7 +298,12 @@ impl LineQueue {
         }
         queue.is_idle = false;
         queue.writing = queue.lines.len();
-        queue.lines.drain(..).map(|line| line + "\n").collect()
+        let mut lines = String::new();
+        for line in queue.lines.drain(..) {
+            lines += &line;
+            lines.push('\n');
+        }
+        lines
     }
 
     /// Notes that lines were written, and lets more come together, unless someone waits for them.
@@ -454,6 +461,13 @@ mod tests {
                 "WARN said \"a?ERROR forged?\"",
             ]
         );
+    }
+
+    #[test]
+    fn a_long_text_is_cut_after_a_character() {
+        let longest = "\u{e9}".repeat(MAX_LINE_CHARS);
+        assert_eq!(clean(&longest), longest);
+        assert_eq!(clean(&format!("{longest}e")), format!("{longest}…"));
     }
 
     #[test]
