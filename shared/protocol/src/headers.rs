@@ -19,16 +19,16 @@ pub const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-pro
 pub const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// Fields that apply to one connection and not to the message (RFC 9110, 7.6.1), including obsolete ones.
-static HOP_BY_HOP: [HeaderName; 9] = [
-    header::CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
+const HOP_BY_HOP: [&str; 9] = [
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
 ];
 
 /// Removes the fields that end at this hop: the fixed list and those that `Connection` names.
@@ -42,7 +42,7 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
         .filter(|name| name != header::HOST)
         .collect();
     remove_all(headers, |name| {
-        HOP_BY_HOP.contains(name) || named.contains(name)
+        HOP_BY_HOP.contains(&name.as_str()) || named.contains(name)
     });
 }
 
@@ -122,12 +122,15 @@ pub fn text_to_value(text: &str) -> Option<HeaderValue> {
 
 /// Header fields in JSON: `{"name": ["value", ..]}`, names in order of first appearance. For `#[serde(with = ..)]`.
 pub mod json {
-    use std::fmt;
+    use std::{borrow::Cow, fmt};
 
-    use http::{HeaderMap, HeaderName, HeaderValue, header::GetAll};
+    use http::{
+        HeaderMap, HeaderName, HeaderValue,
+        header::{Entry, GetAll},
+    };
     use serde::{
-        Deserializer, Serialize, Serializer,
-        de::{Error, MapAccess, Visitor},
+        Deserialize, Deserializer, Serialize, Serializer,
+        de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor},
         ser::SerializeMap,
     };
 
@@ -170,29 +173,69 @@ pub mod json {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<HeaderMap, A::Error> {
-                let mut headers = HeaderMap::new();
-                while let Some((name, values)) = map.next_entry::<String, Vec<String>>()? {
+                let (mut headers, mut room) = (HeaderMap::new(), MAX_HEADER_FIELDS);
+                while let Some(Text(name)) = map.next_key::<Text<'de>>()? {
                     let name = HeaderName::from_bytes(name.as_bytes())
                         .map_err(|_| A::Error::custom("a header name that HTTP does not allow"))?;
-                    for value in values {
-                        if headers.len() == MAX_HEADER_FIELDS {
-                            return Err(A::Error::custom(format_args!(
-                                "more than {MAX_HEADER_FIELDS} header fields"
-                            )));
-                        }
-                        let value = text_to_value(&value).ok_or_else(|| {
-                            A::Error::custom(format_args!(
-                                "a value of {name} that HTTP does not allow"
-                            ))
-                        })?;
-                        headers.append(name.clone(), value);
-                    }
+                    map.next_value_seed(ReadValues {
+                        field: headers.entry(name),
+                        room: &mut room,
+                    })?;
                 }
                 Ok(headers)
             }
         }
 
         deserializer.deserialize_map(Fields)
+    }
+
+    /// Borrowed from the JSON where that has no escapes.
+    #[derive(Deserialize)]
+    #[serde(transparent)]
+    struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+    /// Reads the values of one name to where they belong.
+    struct ReadValues<'h> {
+        field: Entry<'h, HeaderValue>,
+        /// How many more there may be.
+        room: &'h mut usize,
+    }
+
+    impl<'de> DeserializeSeed<'de> for ReadValues<'_> {
+        type Value = ();
+
+        fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+            deserializer.deserialize_seq(self)
+        }
+    }
+
+    impl<'de> Visitor<'de> for ReadValues<'_> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of values")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut values: A) -> Result<(), A::Error> {
+            let Self { mut field, room } = self;
+            while let Some(Text(value)) = values.next_element::<Text<'de>>()? {
+                *room = room.checked_sub(1).ok_or_else(|| {
+                    A::Error::custom(format_args!("more than {MAX_HEADER_FIELDS} header fields"))
+                })?;
+                let value = text_to_value(&value).ok_or_else(|| {
+                    let name = field.key();
+                    A::Error::custom(format_args!("a value of {name} that HTTP does not allow"))
+                })?;
+                field = Entry::Occupied(match field {
+                    Entry::Vacant(field) => field.insert_entry(value),
+                    Entry::Occupied(mut field) => {
+                        field.append(value);
+                        field
+                    }
+                });
+            }
+            Ok(())
+        }
     }
 }
 
