@@ -8,14 +8,14 @@ mod host;
 #[cfg(test)]
 mod tests;
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::Scheme};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, uri::Scheme};
 use tunnel_protocol::{
     headers::{FORWARDED_HOST, FORWARDED_PREFIX, FORWARDED_PROTO},
     message::HttpRequest,
 };
 
 use self::{
-    fields::{links, map_field, refresh},
+    fields::{links, map_value, refresh},
     host::{Absolute, Host, is_this_machine},
 };
 use crate::{
@@ -23,25 +23,18 @@ use crate::{
     target::{Target, TargetTransport},
 };
 
-/// Where WebDAV's COPY and MOVE put the resource (RFC 4918, 10.3).
-const DESTINATION: HeaderName = HeaderName::from_static("destination");
-
 /// The two addresses of the local service, as one request sees them.
 #[derive(Clone, Debug)]
-pub struct Addresses {
-    own: Own,
-    public: Option<Public>,
+pub struct Addresses<'a> {
+    own: &'a OwnAddress,
+    request: &'a HttpRequest,
     /// What visitors have before the local service's path: empty, or starts with `/` and does not end with one.
-    prefix: String,
-    /// The requested address, if a redirect to the same place would be a loop.
-    requested: Option<String>,
-    /// The local service has paths of its own that begin like the prefix.
-    has_paths_like_prefix: bool,
+    prefix: &'a str,
 }
 
 /// The names under which the local service knows itself.
 #[derive(Clone, Debug)]
-struct Own {
+pub struct OwnAddress {
     /// What it gets as `Host`, unless that is the visitor's.
     host_header: Option<HeaderValue>,
     /// Its scheme and `Host`, for the addresses that it gets.
@@ -54,10 +47,10 @@ struct Own {
 
 /// The address under which the visitor sees the local service.
 #[derive(Clone, Debug)]
-struct Public {
+struct Public<'a> {
     scheme: Scheme,
     /// Host and port, as written.
-    authority: String,
+    authority: &'a str,
     host: Host,
 }
 
@@ -70,38 +63,65 @@ enum Reading {
     Reference,
 }
 
-impl Addresses {
+impl<'a> Addresses<'a> {
     /// The addresses that belong to a request.
-    pub fn of(request: &HttpRequest, target: &Target, host_header: &HostHeader) -> Self {
-        let text = |name| {
-            let value = request.headers.get(name);
-            value.and_then(|value: &HeaderValue| value.to_str().ok())
-        };
-        let public = Public::new(text(FORWARDED_PROTO), text(FORWARDED_HOST));
-        let prefix = text(FORWARDED_PREFIX).unwrap_or_default();
-        let prefix = prefix.trim_end_matches('/').to_owned();
-        let is_safe = matches!(request.method.parse(), Ok(Method::GET | Method::HEAD));
+    pub fn of(request: &'a HttpRequest, own: &'a OwnAddress) -> Self {
+        let prefix = text(request, FORWARDED_PREFIX).unwrap_or_default();
         Self {
-            own: Own::new(target, host_header),
-            public,
-            requested: is_safe.then(|| request.uri.clone()),
-            has_paths_like_prefix: below(&request.uri, &prefix).is_some(),
-            prefix,
+            own,
+            request,
+            prefix: prefix.trim_end_matches('/'),
         }
+    }
+
+    /// The address that the service says the visitor used; none if it did not say.
+    fn public(&self) -> Option<Public<'a>> {
+        let scheme = text(self.request, FORWARDED_PROTO)?.parse().ok()?;
+        let authority = text(self.request, FORWARDED_HOST)?;
+        let host = Host::parse(authority)?.without_default(&scheme);
+        Some(Public {
+            scheme,
+            authority,
+            host,
+        })
+    }
+
+    /// The requested address, if a redirect to the same place would be a loop.
+    fn requested(&self) -> Option<&'a str> {
+        let is_safe = matches!(self.request.method.as_str(), "GET" | "HEAD");
+        is_safe.then_some(&self.request.uri)
+    }
+
+    /// Whether the local service has paths of its own that begin like the prefix.
+    fn has_paths_like_prefix(&self) -> bool {
+        below(&self.request.uri, self.prefix).is_some()
     }
 
     /// Makes the fields of a request those that the local service would get at its own address.
     pub fn to_own(&self, fields: &mut HeaderMap) {
-        map_field(fields, &DESTINATION, |address| self.own_address(address));
-        let Some(host) = &self.own.host_header else {
-            // With the visitor's Host the local service is at the visitor's address.
-            return;
-        };
-        fields.insert(header::HOST, host.clone());
-        map_field(fields, &header::REFERER, |address| {
-            self.own_address(address)
-        });
-        if map_field(fields, &header::ORIGIN, |origin| self.own_origin(origin)) {
+        let host = self.own.host_header.as_ref();
+        let mut is_origin_mapped = false;
+        for (name, value) in fields.iter_mut() {
+            match name.as_str() {
+                // Where WebDAV's COPY and MOVE put the resource (RFC 4918, 10.3).
+                "destination" => {
+                    map_value(value, |address| self.own_address(address));
+                }
+                // With the visitor's Host the local service is at the visitor's address.
+                _ if host.is_none() => {}
+                "referer" => {
+                    map_value(value, |address| self.own_address(address));
+                }
+                "origin" => {
+                    is_origin_mapped |= map_value(value, |origin| self.own_origin(origin));
+                }
+                _ => {}
+            }
+        }
+        if let Some(host) = host {
+            fields.insert(header::HOST, host.clone());
+        }
+        if is_origin_mapped {
             // Who compares the origin with this field would find two different hosts.
             fields.remove(FORWARDED_HOST);
         }
@@ -115,30 +135,32 @@ impl Addresses {
             Reading::Reference
         };
         let address = |address: &str| self.public_address(address, Reading::Reference);
-        map_field(fields, &header::LOCATION, |address| {
-            self.public_address(address, reading)
-        });
-        map_field(fields, &header::CONTENT_LOCATION, address);
-        map_field(fields, &header::REFRESH, |value| refresh(value, address));
-        map_field(fields, &header::LINK, |value| links(value, address));
-        map_field(fields, &header::SET_COOKIE, |cookie| self.cookie(cookie));
-        map_field(fields, &header::ACCESS_CONTROL_ALLOW_ORIGIN, |origin| {
-            self.public_origin(origin)
-        });
+        for (name, value) in fields.iter_mut() {
+            let map: &dyn Fn(&str) -> Option<String> = match name.as_str() {
+                "location" => &|address| self.public_address(address, reading),
+                "content-location" => &address,
+                "refresh" => &|value| refresh(value, address),
+                "link" => &|value| links(value, address),
+                "set-cookie" => &|cookie| self.cookie(cookie),
+                "access-control-allow-origin" => &|origin| self.public_origin(origin),
+                _ => continue,
+            };
+            map_value(value, map);
+        }
     }
 
     /// A public address as the local service's own.
     fn own_address(&self, address: &str) -> Option<String> {
         if is_path(address) {
-            return below(address, &self.prefix)
+            return below(address, self.prefix)
                 .filter(|_| !self.prefix.is_empty())
                 .map(rooted);
         }
         let absolute = Absolute::parse(address)?;
-        if !self.public.as_ref()?.has(&absolute) {
+        if !self.public()?.has(&absolute) {
             return None;
         }
-        let path = below(absolute.rest, &self.prefix)?;
+        let path = below(absolute.rest, self.prefix)?;
         if self.own.host_header.is_none() {
             let origin = address.strip_suffix(absolute.rest)?;
             return Some(format!("{origin}{}", rooted(path)));
@@ -148,7 +170,7 @@ impl Addresses {
 
     fn own_origin(&self, origin: &str) -> Option<String> {
         let absolute = Absolute::parse(origin).filter(|absolute| absolute.rest.is_empty())?;
-        let public = self.public.as_ref()?;
+        let public = self.public()?;
         let is_ours = public.has(&absolute) && absolute.scheme.as_ref() == Some(&public.scheme);
         is_ours.then(|| self.own.origin.clone())
     }
@@ -159,7 +181,7 @@ impl Addresses {
             return self.prefixed(address, reading);
         }
         let absolute = Absolute::parse(address)?;
-        let public = self.public.as_ref()?;
+        let public = self.public()?;
         if public.has(&absolute) {
             // A service that believes X-Forwarded-Host knows the public host, and seldom the prefix.
             let path = rooted(absolute.rest);
@@ -183,7 +205,7 @@ impl Addresses {
         let absolute = Absolute::parse(origin).filter(|absolute| absolute.rest.is_empty())?;
         let Public {
             scheme, authority, ..
-        } = self.public.as_ref()?;
+        } = self.public()?;
         self.own
             .has(&absolute)
             .then(|| format!("{scheme}://{authority}"))
@@ -197,10 +219,10 @@ impl Addresses {
         if self.prefix.is_empty() {
             return None;
         }
-        let knows_prefix = below(path, &self.prefix).is_some_and(|rest| {
-            let leads_back = reading == Reading::Redirect
-                && self.requested.as_deref() == rooted(rest).split('#').next();
-            !self.has_paths_like_prefix && !leads_back
+        let knows_prefix = below(path, self.prefix).is_some_and(|rest| {
+            let leads_back =
+                reading == Reading::Redirect && self.requested() == rooted(rest).split('#').next();
+            !self.has_paths_like_prefix() && !leads_back
         });
         (!knows_prefix).then(|| format!("{}{path}", self.prefix))
     }
@@ -240,7 +262,7 @@ impl Addresses {
 
     fn cookie_path(&self, path: &str) -> Option<String> {
         if path == "/" && !self.prefix.is_empty() {
-            return Some(self.prefix.clone());
+            return Some(self.prefix.to_owned());
         }
         self.prefixed(path, Reading::Reference)
     }
@@ -251,8 +273,9 @@ impl Addresses {
     }
 }
 
-impl Own {
-    fn new(target: &Target, host_header: &HostHeader) -> Self {
+impl OwnAddress {
+    /// The names of a target that gets this as `Host`.
+    pub fn new(target: &Target, host_header: &HostHeader) -> Self {
         let authority = target.authority.as_str();
         let host_header = match host_header {
             HostHeader::Rewrite => HeaderValue::from_str(authority).ok(),
@@ -301,24 +324,16 @@ impl Own {
     }
 }
 
-impl Public {
-    /// The address that the service says the visitor used; none if it did not say.
-    fn new(scheme: Option<&str>, authority: Option<&str>) -> Option<Self> {
-        let scheme = scheme?.parse().ok()?;
-        let authority = authority?.to_owned();
-        let host = Host::parse(&authority)?.without_default(&scheme);
-        Some(Self {
-            scheme,
-            authority,
-            host,
-        })
-    }
-
+impl Public<'_> {
     /// Whether an address has the public host, over whichever scheme: the local service may not know which one visitors use.
     fn has(&self, address: &Absolute<'_>) -> bool {
         let scheme = address.scheme.as_ref().unwrap_or(&self.scheme);
         self.host.name == address.host.name && self.host.has_port_of(&address.host, scheme)
     }
+}
+
+fn text(request: &HttpRequest, name: HeaderName) -> Option<&str> {
+    request.headers.get(name)?.to_str().ok()
 }
 
 /// Whether an address is a path alone. Browsers take `\` for `/`.

@@ -22,12 +22,12 @@ use tunnel_protocol::{
 };
 
 use crate::{
-    addresses::Addresses,
+    addresses::{Addresses, OwnAddress},
     connector::{Connector, Record},
     failure,
     header_rules::HeaderRules,
     origin_socket::{RequestBody, ResponseBody, Responses, observed},
-    settings::{HostHeader, Settings},
+    settings::Settings,
     target::Target,
     tls,
 };
@@ -48,7 +48,7 @@ pub struct Origin {
     /// For what must not meet another connection that is about to be closed.
     fresh: Client<Connector, RequestBody<StreamedBody>>,
     target: Target,
-    host_header: HostHeader,
+    own_address: OwnAddress,
     request_headers: HeaderRules,
     response_headers: HeaderRules,
 }
@@ -129,7 +129,7 @@ impl Origin {
             pooled: builder.build(connector.clone()),
             fresh: builder.pool_max_idle_per_host(0).build(connector),
             target: settings.target.clone(),
-            host_header: settings.host_header.clone(),
+            own_address: OwnAddress::new(&settings.target, &settings.host_header),
             request_headers: settings.request_headers.clone(),
             response_headers: settings.response_headers.clone(),
         }
@@ -146,8 +146,8 @@ impl Origin {
     }
 
     /// Its addresses, as a request sees them.
-    pub fn addresses(&self, request: &HttpRequest) -> Addresses {
-        Addresses::of(request, &self.target, &self.host_header)
+    pub fn addresses<'a>(&'a self, request: &'a HttpRequest) -> Addresses<'a> {
+        Addresses::of(request, &self.own_address)
     }
 
     /// Looks whether a message can be made a request.
@@ -164,7 +164,7 @@ impl Origin {
     fn request(
         &self,
         message: &HttpRequest,
-        addresses: &Addresses,
+        addresses: &Addresses<'_>,
         body: OriginBody,
     ) -> Result<OriginRequest, OriginError> {
         let invalid = |message| OriginError::new(AgentErrorCode::InvalidRequest, message);
@@ -195,7 +195,7 @@ impl Origin {
     fn fields(
         &self,
         message: &HttpRequest,
-        addresses: &Addresses,
+        addresses: &Addresses<'_>,
         body: &OriginBody,
         method: &Method,
     ) -> HeaderMap {
@@ -236,7 +236,7 @@ impl Origin {
     pub async fn call(
         &self,
         message: &HttpRequest,
-        addresses: &Addresses,
+        addresses: &Addresses<'_>,
         body: OriginBody,
     ) -> Result<Response<ResponseBody>, OriginError> {
         let request = self.request(message, addresses, body)?;

@@ -1,23 +1,14 @@
 //! Where addresses stand in the values of header fields.
 
-use http::{HeaderMap, HeaderName, header};
+use http::HeaderValue;
 use tunnel_protocol::headers::{text_to_value, value_to_text};
 
-/// Maps all values of a field, byte by byte: not every service writes ASCII only. Returns whether one has changed.
-pub(super) fn map_field(
-    fields: &mut HeaderMap,
-    name: &HeaderName,
-    map: impl Fn(&str) -> Option<String>,
-) -> bool {
-    let header::Entry::Occupied(mut values) = fields.entry(name) else {
-        return false;
-    };
-    let mut has_changed = false;
-    for value in values.iter_mut() {
-        if let Some(mapped) = map(&value_to_text(value)).and_then(|text| text_to_value(&text)) {
-            *value = mapped;
-            has_changed = true;
-        }
+/// Maps a value, byte by byte: not every service writes ASCII only. Returns whether it has changed.
+pub(super) fn map_value(value: &mut HeaderValue, map: impl Fn(&str) -> Option<String>) -> bool {
+    let mapped = map(&value_to_text(value)).and_then(|text| text_to_value(&text));
+    let has_changed = mapped.is_some();
+    if let Some(mapped) = mapped {
+        *value = mapped;
     }
     has_changed
 }
