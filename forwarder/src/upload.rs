@@ -11,7 +11,7 @@ use futures_util::{StreamExt, stream};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::{
-    sync::{Notify, watch},
+    sync::Notify,
     time::{Instant, sleep_until},
 };
 use tunnel_protocol::body::{
@@ -27,7 +27,10 @@ const UPLOAD_STALL_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
+    /// There is more to be read, or nothing will be fed any more.
     changed: Notify,
+    /// Nobody reads it any more.
+    released: Notify,
 }
 
 #[derive(Debug)]
@@ -36,6 +39,10 @@ struct State {
     receiver: Option<BodyReceiver>,
     /// Nothing will be fed any more.
     is_cut: bool,
+    /// When the local service last read something.
+    last_read: Instant,
+    /// It has read all.
+    is_over: bool,
 }
 
 impl Shared {
@@ -59,8 +66,11 @@ pub(crate) fn upload(budget: &BodyBudget) -> (UploadFeed, UploadBody) {
         state: Mutex::new(State {
             receiver: Some(BodyReceiver::new(budget)),
             is_cut: false,
+            last_read: Instant::now(),
+            is_over: false,
         }),
         changed: Notify::new(),
+        released: Notify::new(),
     });
     (UploadFeed(shared.clone()), UploadBody(shared))
 }
@@ -115,6 +125,7 @@ impl UploadBody {
 impl Drop for UploadBody {
     fn drop(&mut self) {
         self.0.state().receiver = None;
+        self.0.released.notify_one();
     }
 }
 
@@ -127,44 +138,27 @@ pub(crate) struct UploadStream {
     body: UploadBody,
     /// Allows more parts, where the service waits for that.
     grants: Option<Outgoing>,
-    progress: watch::Sender<Progress>,
 }
 
-/// How far the local service has come with an upload.
-#[derive(Clone, Copy, Debug)]
-struct Progress {
-    /// When it last read something.
-    at: Instant,
-    /// It has read all.
-    is_over: bool,
-}
-
-/// Tells how far the local service has come with an upload. The sender is gone when it reads no more.
+/// Tells how far the local service has come with an upload.
 #[derive(Clone)]
-pub(crate) struct UploadProgress(watch::Receiver<Progress>);
+pub(crate) struct UploadProgress(Arc<Shared>);
 
 impl UploadStream {
     /// Reads `body`.
     pub(crate) fn new(body: UploadBody, grants: Option<Outgoing>) -> (Self, UploadProgress) {
-        let (progress, receiver) = watch::channel(Progress {
-            at: Instant::now(),
-            is_over: false,
-        });
-        let upload = Self {
-            body,
-            grants,
-            progress,
-        };
-        (upload, UploadProgress(receiver))
+        let progress = UploadProgress(body.0.clone());
+        (Self { body, grants }, progress)
     }
 
     fn is_over(&self) -> bool {
-        self.progress.borrow().is_over
+        self.body.0.state().is_over
     }
 
     fn advance(&self, is_over: bool) {
-        let at = Instant::now();
-        self.progress.send_replace(Progress { at, is_over });
+        let mut state = self.body.0.state();
+        state.last_read = Instant::now();
+        state.is_over = is_over;
     }
 
     /// The chunk that came with the request.
@@ -222,7 +216,7 @@ impl UploadStream {
 impl UploadProgress {
     /// When the local service last read something.
     pub(crate) fn last(&self) -> Instant {
-        self.0.borrow().at
+        self.0.state().last_read
     }
 
     /// Completes when nothing has been taken of the upload for this long.
@@ -238,14 +232,17 @@ impl UploadProgress {
 
     /// Waits for the end of an upload whose response is there already: the local service still gets all that it takes. Returns
     /// whether it took all.
-    pub(crate) async fn ended(mut self) -> bool {
-        let stalled = self.clone();
-        let taken = async { while self.0.changed().await.is_ok() {} };
+    pub(crate) async fn ended(self) -> bool {
+        let taken = async {
+            while self.0.state().receiver.is_some() {
+                self.0.released.notified().await;
+            }
+        };
         tokio::select! {
             () = taken => {}
-            () = stalled.silent_for(UPLOAD_STALL_TIMEOUT) => {}
+            () = self.silent_for(UPLOAD_STALL_TIMEOUT) => {}
         }
-        self.0.borrow().is_over
+        self.0.state().is_over
     }
 }
 
@@ -355,9 +352,11 @@ mod tests {
 
         let (feed, mut upload, progress) = idle();
         feed.take(part(0, 1, false)).expect("room");
-        upload.first().expect("it came");
-        drop(upload);
-        assert!(progress.ended().await);
+        let started = Instant::now();
+        let read = async move { upload.first().expect("it came") };
+        let (is_over, _) = tokio::join!(progress.ended(), read);
+        assert!(is_over);
+        assert_eq!(started.elapsed(), Duration::ZERO);
 
         let (_feed, _upload, progress) = idle();
         let started = Instant::now();
