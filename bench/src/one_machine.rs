@@ -233,10 +233,13 @@ impl Results {
         &self.long[direction as usize]
     }
 
-    /// Of the bodies of requests that were answered.
+    /// Of the bodies of requests that did not fail.
     fn megabytes_per_second(&self, direction: Direction) -> Spread {
+        let good = |report: &Report| (report.requests - report.failures).max(0.0) / report.requests;
         let reports = self.long(direction).iter();
-        Spread::of(reports.map(|report| report.requests_per_second * LONG as f64 / 1e6))
+        Spread::of(
+            reports.map(|report| report.requests_per_second * good(report) * LONG as f64 / 1e6),
+        )
     }
 }
 
@@ -601,7 +604,7 @@ async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, Str
         "daemon off; worker_processes 1; error_log stderr crit; pid {work}/nginx.pid;\nevents {{ worker_connections 1024; }}\n\
          http {{ access_log off; sendfile on; tcp_nodelay on; keepalive_requests 100000000; {places}\n\
          server {{ listen {address}; root {files};\n\
-         location = /taken {{ return 204; }}\n\
+         location = /taken {{ return 200; }}\n\
          location = /upload {{ proxy_pass http://{address}/taken; proxy_pass_request_body off; proxy_set_header Content-Length \"\";\n\
          client_max_body_size {LONG}; client_body_buffer_size {LONG}; }} }} }}\n",
         work = work.display(),

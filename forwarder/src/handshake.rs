@@ -191,7 +191,7 @@ async fn shake_hands(
     tunnel_id: Option<&TunnelId>,
     previous: Option<&ConnectionId>,
 ) -> Result<Opened, HandshakeError> {
-    let (mut socket, _) = connect(settings, settings.endpoint.asking_for(tunnel_id)).await?;
+    let (mut socket, answer) = connect(settings, settings.endpoint.asking_for(tunnel_id)).await?;
     let access = settings.access.for_one_connection();
     let ready = Ready {
         protocol: Some(message::VERSION),
@@ -208,7 +208,13 @@ async fn shake_hands(
         .await
         .map_err(|error| failed(&error))?;
     let mut early = Vec::new();
-    let established = established(&mut socket, &mut early).await?;
+    let mut established = established(&mut socket, &mut early).await?;
+    if !answer.headers().contains_key(LONG_FRAMES) {
+        // A proxy may have kept the field to itself.
+        established
+            .features
+            .retain(|feature| *feature != Feature::LongFrames);
+    }
     if access.is_some() && !established.features.contains(&Feature::Access) {
         // No request is taken from a service that has not read the rules.
         let _ = timeout(CLOSE_TIMEOUT, socket.close(None)).await;

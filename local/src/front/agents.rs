@@ -17,10 +17,7 @@ use tokio::{
 };
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{
-        self, Message,
-        protocol::{Role, WebSocketConfig},
-    },
+    tungstenite::{self, Message, protocol::Role},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, error, warn};
@@ -151,7 +148,7 @@ impl AgentFront {
             source_ip: peer.ip().to_string(),
             stage: STAGE,
         });
-        let config = self.config(request.headers());
+        let has_long_frames = self.takes_binary() && request.headers().contains_key(LONG_FRAMES);
         let span = connection_span(&source.connection_id);
         let upgrade = hyper::upgrade::on(&mut request);
         let admitted = self.admit(request.headers(), request.uri(), &source);
@@ -170,7 +167,7 @@ impl AgentFront {
         let front = self.clone();
         let serving = async move {
             let end = match upgrade.await {
-                Ok(upgraded) => front.serve(upgraded, config, source).await,
+                Ok(upgraded) => front.serve(upgraded, has_long_frames, source).await,
                 Err(error) => {
                     warn!(
                         error = &error as &dyn std::error::Error,
@@ -186,7 +183,12 @@ impl AgentFront {
             drop((admitted.permit, connection_permit));
         };
         self.tasks.spawn(serving.instrument(span));
-        handshake::switching_protocols(accept_key)
+        let mut answer = handshake::switching_protocols(accept_key);
+        if has_long_frames {
+            let fields = answer.headers_mut();
+            fields.insert(LONG_FRAMES, HeaderValue::from_static("yes"));
+        }
+        answer
     }
 
     /// Asks `$connect`. Lets a connection in with a place among its owner's, or returns why not; one that is no agent's needs no
@@ -273,23 +275,18 @@ impl AgentFront {
         Ok((caller, permit))
     }
 
-    /// How frames are read of an agent whose handshake has these fields.
-    fn config(&self, fields: &HeaderMap) -> WebSocketConfig {
-        let has_long_frames = fields.contains_key(LONG_FRAMES);
-        let longest = match self.transport {
-            Transport::InProcess if has_long_frames => self.quotas.message,
-            Transport::InProcess | Transport::Emulated => self.quotas.frame,
-        };
-        frames::server_config(longest, self.quotas.message)
-    }
-
     /// Serves a connection to its end, and returns why it has ended.
     async fn serve(
         self: &Arc<Self>,
         upgraded: Upgraded,
-        config: WebSocketConfig,
+        has_long_frames: bool,
         source: Arc<EventSource>,
     ) -> ConnectionEnd {
+        let longest_frame = match has_long_frames {
+            true => self.quotas.message,
+            false => self.quotas.frame,
+        };
+        let config = frames::server_config(longest_frame, self.quotas.message);
         let socket =
             WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config))
                 .await;
@@ -410,11 +407,16 @@ impl AgentFront {
 
     /// Whether a message is text, or binary as the protocol has it, which API Gateway does not pass on.
     fn takes(&self, message: &Message) -> bool {
-        match (self.transport, message) {
-            (_, Message::Text(_)) => true,
-            (Transport::InProcess, Message::Binary(bytes)) => message::split_binary(bytes).is_ok(),
+        match message {
+            Message::Text(_) => true,
+            Message::Binary(bytes) => self.takes_binary() && message::split_binary(bytes).is_ok(),
             _ => false,
         }
+    }
+
+    /// Whether messages may be binary: API Gateway passes on text.
+    fn takes_binary(&self) -> bool {
+        self.transport == Transport::InProcess
     }
 
     async fn handle(

@@ -37,8 +37,8 @@ pub(crate) const MAX_OPEN_CONNECTIONS: usize = 4096;
 pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests after it failed.
 pub(crate) const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
-/// How often a visitor is looked after, and a connection over HTTP/1 told that the server stops: to be woken for that at once, it would
-/// have to look at each poll whether it is.
+/// How often a visitor is checked. A connection over HTTP/1 also learns here that the server stops: watching a token for that would
+/// cost something at every poll.
 const DEPARTURE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How long a visitor over HTTP/2 that has no request, and all of its responses, may take to end its connection once it was asked
@@ -269,7 +269,7 @@ async fn serve_http1(
     let outcome = loop {
         tokio::select! {
             outcome = connection.as_mut() => break outcome,
-            now = check.tick() => {
+            _ = check.tick() => {
                 if !is_stopping && visitors.stopping().is_cancelled() {
                     is_stopping = true;
                     connection.as_mut().graceful_shutdown();
@@ -281,8 +281,8 @@ async fn serve_http1(
                 }
                 let before = std::mem::replace(&mut served, socket.served());
                 if served.is_none() || served != before {
-                    waiting_since = now;
-                } else if now.duration_since(waiting_since) >= HEAD_TIMEOUT {
+                    waiting_since = Instant::now();
+                } else if waiting_since.elapsed() >= HEAD_TIMEOUT {
                     debug!(%peer, "no request came in time");
                     break Ok(());
                 }

@@ -185,10 +185,14 @@ pub(crate) fn escape_target(
         ));
     }
     let escaped = match target.split_once('?') {
-        Some((path, query)) => match (encode_path(path), encode_query(query)) {
-            (Cow::Borrowed(_), Cow::Borrowed(_)) => Cow::Borrowed(target),
-            (path, query) => Cow::Owned(format!("{path}?{query}")),
-        },
+        Some((path, query)) => {
+            let (escaped_path, escaped_query) = (encode_path(path), encode_query(query));
+            if escaped_path == path && escaped_query == query {
+                Cow::Borrowed(target)
+            } else {
+                Cow::Owned(format!("{escaped_path}?{escaped_query}"))
+            }
+        }
         None => encode_path(target),
     };
     if escaped.len() > MAX_TARGET_BYTES {
@@ -197,10 +201,7 @@ pub(crate) fn escape_target(
     if escaped.parse::<Uri>().is_err() {
         return Err(RequestHeadError::Malformed("its target is not valid"));
     }
-    Ok(match escaped {
-        Cow::Borrowed(_) => None,
-        Cow::Owned(escaped) => Some(escaped),
-    })
+    Ok((escaped != target).then(|| escaped.into_owned()))
 }
 
 #[cfg(test)]
@@ -316,6 +317,9 @@ mod tests {
         for (sent, seen) in [
             ("/t/a?q={job=\"x\"}", "/t/a?q={job=%22x%22}"),
             ("/t/<a>?<b>", "/t/%3Ca%3E?%3Cb%3E"),
+            ("/t/?\"", "/t/?%22"),
+            ("/t/?#", "/t/?%23"),
+            ("/\"", "/\""),
             ("/t/a`b?a`b", "/t/a%60b?a`b"),
             ("/t/\u{e9}?\u{e9}=\u{202e}", "/t/%C3%A9?%C3%A9=%E2%80%AE"),
             ("/t/%22%zz?a%20b+c", "/t/%22%zz?a%20b+c"),

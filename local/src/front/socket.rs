@@ -188,10 +188,12 @@ impl VisitorSocket {
         exchange.version = None;
     }
 
-    /// How many requests have been served, if all that was answered is sent and the next one is waited for.
+    /// How many requests have been served, if all that was answered is sent, the last one was read to its end, and the next one is
+    /// waited for.
     pub(crate) fn served(&self) -> Option<u64> {
         let exchange = self.exchange();
-        let is_waiting = exchange.version.is_none() && !exchange.is_unflushed;
+        let is_read = exchange.requests == 0 || exchange.is_read;
+        let is_waiting = exchange.version.is_none() && is_read && !exchange.is_unflushed;
         is_waiting.then_some(exchange.requests)
     }
 

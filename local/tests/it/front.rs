@@ -552,6 +552,36 @@ async fn an_upload_that_stands_still_after_its_answer_is_cancelled_after_a_minut
     );
 }
 
+#[tokio::test]
+async fn an_upload_that_goes_on_after_its_answer_may_take_longer_than_a_head() {
+    let stack = stack().await;
+    let mut agent = online(&stack).await;
+    let head = b"POST /my-app/ HTTP/1.1\r\nhost: localhost\r\ncontent-length: 30\r\n\r\nbegin";
+    let mut stream = visitor(&stack, head).await;
+    let id = request_id(&mut agent).await;
+    let answer = json!({ "type": "http_response", "request_id": id, "status_code": 200, "headers": {}, "body": "ZWFybHk=" });
+    agent.say(&answer).await;
+    read_past(&mut stream, "early").await;
+    for part in 1..=5 {
+        // Time passes in steps in which the connection is checked.
+        for _ in 0..20 {
+            tokio::time::pause();
+            tokio::time::advance(Duration::from_millis(500)).await;
+            tokio::time::resume();
+            tokio::task::yield_now().await;
+        }
+        stream.write_all(b"later").await.expect("sent");
+        let said = agent.hear().await;
+        assert_eq!(said["type"], "body_part", "part {part}: {said}");
+        assert_eq!(said["body"], "bGF0ZXI=", "part {part}: {said}");
+        assert_eq!(
+            said["more"].as_bool().unwrap_or_default(),
+            part < 5,
+            "{said}"
+        );
+    }
+}
+
 /// How a local service answers that does not read the whole request.
 #[derive(Clone, Copy, Debug)]
 struct EarlyAnswer {

@@ -27,10 +27,11 @@ use tokio::{
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
-    tungstenite::{self, Message, client::IntoClientRequest},
+    tungstenite::{self, Message, client::IntoClientRequest, protocol::WebSocketConfig},
 };
 use tokio_util::sync::CancellationToken;
 use tunnel_local_aws::quotas::Quotas;
+use tunnel_protocol::headers::LONG_FRAMES;
 
 /// Longer than anything takes here; only a test that is about to fail waits for it.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -468,15 +469,29 @@ impl ScriptedAgent {
             .map(|(socket, _)| Self(socket))
     }
 
-    /// Connects without saying anything, as an agent whose binary messages come in one frame each.
-    pub(crate) async fn with_long_frames(stack: &Server) -> Self {
+    /// Connects without saying anything, as an agent whose binary messages come in one frame each. Returns whether the service agrees.
+    pub(crate) async fn with_long_frames(stack: &Server) -> (Self, bool) {
         let mut request = (&*stack.endpoint).into_client_request().expect("a request");
-        request.headers_mut().insert(
-            tunnel_protocol::headers::LONG_FRAMES,
-            HeaderValue::from_static("yes"),
-        );
+        request
+            .headers_mut()
+            .insert(LONG_FRAMES, HeaderValue::from_static("yes"));
         let connected = tokio_tungstenite::connect_async(request).await;
-        Self(connected.expect("a connection").0)
+        let (socket, answer) = connected.expect("a connection");
+        (Self(socket), answer.headers().contains_key(LONG_FRAMES))
+    }
+
+    /// Connects without saying anything, and takes no frames that are longer than this.
+    pub(crate) async fn for_frames_of(stack: &Server, longest: usize) -> Self {
+        let config = WebSocketConfig::default().max_frame_size(Some(longest));
+        let address = &*stack.endpoint;
+        let connected = tokio_tungstenite::connect_async_with_config(address, Some(config), false);
+        Self(connected.await.expect("a connection").0)
+    }
+
+    /// Whether the next message can be read.
+    pub(crate) async fn can_read(&mut self) -> bool {
+        let next = within("a message", self.0.next()).await;
+        next.is_some_and(|message| message.is_ok())
     }
 
     /// Connects to this address over a connection that is open already.

@@ -35,8 +35,8 @@ use tunnel_service::{
 };
 
 use crate::{
-    harness::{ScriptedAgent, stack, stack_with},
-    websocket::stack_as,
+    harness::{ScriptedAgent, post, stack, stack_with},
+    websocket::{one_process, stack_as},
 };
 
 /// A ping of exactly this many bytes.
@@ -88,7 +88,8 @@ async fn an_agent_that_announces_long_frames_may_send_them_where_api_gateway_has
     ] {
         let stack = stack_as(transport).await;
         for (length, is_allowed) in [(longest, true), (longest + 1, false)] {
-            let mut agent = ScriptedAgent::with_long_frames(&stack).await;
+            let (mut agent, is_agreed) = ScriptedAgent::with_long_frames(&stack).await;
+            assert_eq!(is_agreed, transport == Transport::InProcess);
             send_in_frames(&mut agent, ping(length), usize::MAX).await;
             if is_allowed {
                 assert_eq!(agent.hear().await, json!({ "type": "pong" }), "{length}");
@@ -96,6 +97,27 @@ async fn an_agent_that_announces_long_frames_may_send_them_where_api_gateway_has
                 assert_eq!(agent.close_code().await, 1009, "{length}");
             }
         }
+    }
+}
+
+#[tokio::test]
+async fn bodies_come_in_one_frame_to_an_agent_that_reads_that_and_to_no_other() {
+    let stack = one_process().await;
+    for (features, can_read) in [(&["binary"][..], true), (&["binary", "long_frames"], false)] {
+        let mut agent = ScriptedAgent::for_frames_of(&stack, MAX_FRAME_BYTES).await;
+        let established = agent
+            .ready(&json!({ "type": "ready", "features": features }))
+            .await;
+        let announced = established["features"].as_array().expect("features");
+        assert!(announced.contains(&json!("long_frames")), "{established}");
+        let url = format!(
+            "{}/{}/x",
+            stack.public_url,
+            established["tunnel_id"].as_str().expect("an id")
+        );
+        let mut upload = JoinSet::new();
+        upload.spawn(async move { post(&url, vec![b'x'; 2 * MAX_FRAME_BYTES]).await });
+        assert_eq!(agent.can_read().await, can_read, "{features:?}");
     }
 }
 

@@ -6,8 +6,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 /// Marks an error that the tunnel itself generated, with its code. A local service cannot send it.
 pub const TUNNEL_ERROR: HeaderName = HeaderName::from_static("x-tunnel-error");
-/// In an agent's handshake, with any value: binary messages come whole in one frame, however long, where the service reads that. One
-/// that does not passes it over.
+/// In an agent's handshake, with any value: the agent would send binary messages whole in one frame, however long. A service that
+/// reads such frames repeats the field in its answer; one that does not know it ignores it.
 pub const LONG_FRAMES: HeaderName = HeaderName::from_static("x-tunnel-long-frames");
 /// The path prefix under which the visitor sees the local service's root; absent if there is none.
 pub const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
@@ -41,12 +41,13 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
         // It is for the other end, whatever a sender says (RFC 9110, 7.6.1).
         .filter(|name| name != header::HOST)
         .collect();
-    remove_all(headers, |name| {
-        HOP_BY_HOP.contains(&name.as_str()) || named.contains(name)
-    });
+    remove_all(headers, |name| HOP_BY_HOP.contains(&name.as_str()));
+    for name in named {
+        headers.remove(name);
+    }
 }
 
-/// Removes the fields whose names are such. Most requests have few fields, and none of these.
+/// Removes the fields whose names `is_unwanted`. Most requests have few fields, and none of these.
 fn remove_all(headers: &mut HeaderMap, is_unwanted: impl Fn(&HeaderName) -> bool) {
     let unwanted: Vec<HeaderName> = headers
         .keys()

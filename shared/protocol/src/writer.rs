@@ -52,7 +52,7 @@ const MAX_CONTROL_MESSAGE_BYTES: usize = 8 * 1024;
 /// no longer be overtaken.
 const MAX_UNSENT_BYTES: u32 = 64 * 1024;
 /// Ping frames are sent at multiples of this, counted from one time for the whole process: thousands of idle connections then wake
-/// it a few times a second together, and not each by itself.
+/// it twice a second together, and not each by itself.
 const PING_FRAME_GRID: Duration = Duration::from_millis(500);
 
 /// Keeps the system from queueing much more than what is in transit, so that a control message need not wait behind it, and turns
@@ -285,7 +285,7 @@ impl<W: Sink<Message, Error = tungstenite::Error> + Send + Unpin> WriteQueued fo
     }
 }
 
-/// Writes messages in frames of at most [`crate::limits::MAX_FRAME_BYTES`] to `W`, the sink of a WebSocket connection that was
+/// Writes messages in the frames that their readers take to `W`, the sink of a WebSocket connection that was
 /// made with [`crate::frames::client_config`] or [`crate::frames::server_config`].
 pub struct MessageWriter<W> {
     shared: Arc<Shared<W>>,

@@ -5,6 +5,21 @@ use super::*;
 use crate::limits::MAX_MESSAGE_BYTES;
 
 #[test]
+fn bodies_are_binary_and_whole_only_for_a_peer_that_reads_both() {
+    for (features, format) in [
+        (&[][..], Format::Text),
+        (&[Feature::LongFrames], Format::Text),
+        (&[Feature::Binary], Format::Binary(Framing::Short)),
+        (
+            &[Feature::Binary, Feature::LongFrames],
+            Format::Binary(Framing::Whole),
+        ),
+    ] {
+        assert_eq!(Format::of(features), format, "{features:?}");
+    }
+}
+
+#[test]
 fn messages_of_the_first_agents_are_understood() {
     assert_eq!(
         decode::<FromAgent>(r#"{"type":"ready"}"#).expect("ready"),
