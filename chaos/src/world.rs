@@ -211,7 +211,14 @@ impl Files {
             .unwrap_or_else(|| std::env::temp_dir().join(format!("chaos-{}", std::process::id())));
         std::fs::create_dir_all(&logs)
             .with_context(|| format!("cannot write to {}", logs.display()))?;
-        Ok(Self { this, bin, logs })
+        let files = Self { this, bin, logs };
+        // What an earlier run left there would count as carried out once more: numbers of requests begin anew.
+        match std::fs::remove_file(files.ledger()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).context("an earlier ledger cannot be removed")
+            }
+            _ => Ok(files),
+        }
     }
 
     /// Where the local service writes what it did.
