@@ -62,6 +62,15 @@ async fn send_in_frames(agent: &mut ScriptedAgent, text: String, longest: usize)
     }
 }
 
+/// That a ping of this many bytes is answered, or else that the connection is closed.
+async fn expect_taken(agent: &mut ScriptedAgent, length: usize, is_allowed: bool) {
+    if is_allowed {
+        assert_eq!(agent.hear().await, json!({ "type": "pong" }), "{length}");
+    } else {
+        assert_eq!(agent.close_code().await, 1009, "{length}");
+    }
+}
+
 #[tokio::test]
 async fn a_frame_over_32_kib_closes_the_connection() {
     let stack = stack().await;
@@ -72,11 +81,7 @@ async fn a_frame_over_32_kib_closes_the_connection() {
     ] {
         let mut agent = ScriptedAgent::connect(&stack, "").await;
         send_in_frames(&mut agent, ping(length), usize::MAX).await;
-        if is_allowed {
-            assert_eq!(agent.hear().await, json!({ "type": "pong" }), "{length}");
-        } else {
-            assert_eq!(agent.close_code().await, 1009, "{length}");
-        }
+        expect_taken(&mut agent, length, is_allowed).await;
     }
 }
 
@@ -91,11 +96,7 @@ async fn an_agent_that_announces_long_frames_may_send_them_where_api_gateway_has
             let (mut agent, is_agreed) = ScriptedAgent::with_long_frames(&stack).await;
             assert_eq!(is_agreed, transport == Transport::InProcess);
             send_in_frames(&mut agent, ping(length), usize::MAX).await;
-            if is_allowed {
-                assert_eq!(agent.hear().await, json!({ "type": "pong" }), "{length}");
-            } else {
-                assert_eq!(agent.close_code().await, 1009, "{length}");
-            }
+            expect_taken(&mut agent, length, is_allowed).await;
         }
     }
 }
@@ -131,11 +132,7 @@ async fn a_message_over_128_kib_closes_the_connection() {
     ] {
         let mut agent = ScriptedAgent::connect(&stack, "").await;
         send_in_frames(&mut agent, ping(length), MAX_FRAME_BYTES).await;
-        if is_allowed {
-            assert_eq!(agent.hear().await, json!({ "type": "pong" }), "{length}");
-        } else {
-            assert_eq!(agent.close_code().await, 1009, "{length}");
-        }
+        expect_taken(&mut agent, length, is_allowed).await;
     }
 }
 

@@ -62,7 +62,7 @@ pub(crate) fn frames(message: Encoded) -> impl Iterator<Item = Message> {
 }
 
 /// Cuts bytes into the payloads of frames of at most `longest` bytes: at least one, and whether each is the last.
-pub fn cut(bytes: Bytes, longest: usize) -> impl Iterator<Item = (Bytes, bool)> {
+fn cut(bytes: Bytes, longest: usize) -> impl Iterator<Item = (Bytes, bool)> {
     let mut rest = Some(bytes);
     std::iter::from_fn(move || {
         let mut frame = rest.take()?;
