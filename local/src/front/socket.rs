@@ -12,7 +12,7 @@ use std::{
 
 use http::{Request, Version};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
     time::{Instant, timeout},
 };
@@ -326,6 +326,7 @@ impl VisitorSocket {
     fn poll_stream_write(
         &self,
         context: &mut Context<'_>,
+        length: usize,
         mut write: impl FnMut(&TcpStream) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
         loop {
@@ -338,7 +339,9 @@ impl VisitorSocket {
                     return Poll::Pending;
                 }
             }
-            match write(&self.stream) {
+            match transfer(&self.stream, Interest::WRITABLE, length, || {
+                write(&self.stream)
+            }) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 outcome => {
                     self.exchange().stalled_since = None;
@@ -411,6 +414,36 @@ fn has_unread(stream: &TcpStream) -> bool {
     return false;
 }
 
+/// Where the system tells once that a socket is ready, and not as long as it is.
+const IS_TOLD_ONCE: bool = cfg!(any(
+    target_os = "linux",
+    target_os = "android",
+    target_os = "macos",
+    target_os = "freebsd"
+));
+
+/// Reads or writes up to `most` bytes, in no more slices than the system takes at once. What moves fewer has emptied the socket, or
+/// filled it, so it counts as not ready until there is news of it, and the next call need not ask the system. tokio's own streams do
+/// the same when they read.
+fn transfer(
+    stream: &TcpStream,
+    interest: Interest,
+    most: usize,
+    call: impl FnOnce() -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut outcome = Err(io::ErrorKind::WouldBlock.into());
+    let _ = stream.try_io(interest, || {
+        outcome = call();
+        match outcome {
+            Ok(length) if IS_TOLD_ONCE && (1..most).contains(&length) => {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            _ => Ok(()),
+        }
+    });
+    outcome
+}
+
 /// The bytes on the socket.
 #[derive(Debug)]
 pub(crate) struct RawStream(Arc<VisitorSocket>);
@@ -431,7 +464,10 @@ impl AsyncRead for RawStream {
         let stream = &self.0.stream;
         loop {
             ready!(stream.poll_read_ready(context))?;
-            match stream.try_read_buf(buffer) {
+            let room = buffer.remaining();
+            match transfer(stream, Interest::READABLE, room, || {
+                stream.try_read_buf(buffer)
+            }) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 outcome => return Poll::Ready(outcome.map(drop)),
             }
@@ -446,7 +482,7 @@ impl AsyncWrite for RawStream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         self.0
-            .poll_stream_write(context, |stream| stream.try_write(bytes))
+            .poll_stream_write(context, bytes.len(), |stream| stream.try_write(bytes))
     }
 
     fn poll_write_vectored(
@@ -454,8 +490,9 @@ impl AsyncWrite for RawStream {
         context: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        let length = bytes.iter().map(|slice| slice.len()).sum();
         self.0
-            .poll_stream_write(context, |stream| stream.try_write_vectored(bytes))
+            .poll_stream_write(context, length, |stream| stream.try_write_vectored(bytes))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -695,9 +732,37 @@ impl AsyncWrite for VisitorStream {
 mod tests {
     use std::future::poll_fn;
 
-    use tokio::net::TcpListener;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
 
     use super::*;
+
+    #[tokio::test]
+    async fn bytes_and_the_end_are_noticed_after_a_read_that_emptied_the_socket() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let mut visitor = TcpStream::connect(address).await.expect("a connection");
+        let (stream, peer) = listener.accept().await.expect("a connection");
+        let socket = Arc::new(VisitorSocket::new(stream, peer, false));
+        let mut stream = RawStream::new(socket);
+        let mut read = async |most: usize| {
+            let mut bytes = vec![0; most];
+            let reading = timeout(Duration::from_secs(20), stream.read(&mut bytes));
+            let length = reading.await.expect("news").expect("a length");
+            bytes[..length].to_vec()
+        };
+        visitor.write_all(b"more than is read").await.expect("sent");
+        assert_eq!(read(4).await, b"more");
+        assert_eq!(read(64).await, b" than is read");
+        visitor.write_all(b"after that").await.expect("sent");
+        assert_eq!(read(64).await, b"after that");
+        visitor.write_all(b"last").await.expect("sent");
+        drop(visitor);
+        assert_eq!(read(64).await, b"last");
+        assert_eq!(read(64).await, b"");
+    }
 
     #[tokio::test]
     async fn a_visitor_that_takes_nothing_for_a_minute_is_cut_and_not_before() {
