@@ -12,12 +12,12 @@ use std::{
     time::Duration,
 };
 
-use http::Uri;
+use http::{Extensions, Uri};
 use hyper::rt::{Read, Write};
 use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::{
     client::legacy::connect::{
-        Connected, Connection, HttpConnector,
+        Connection, HttpConnector,
         dns::{GaiResolver, Name},
     },
     rt::TokioIo,
@@ -31,7 +31,7 @@ use tower_service::Service;
 use crate::{
     directory::Directory,
     lock::lock,
-    origin_socket::OriginSocket,
+    origin_socket::{OriginSocket, Responses},
     target::{Target, TargetTransport},
 };
 
@@ -40,7 +40,7 @@ pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How much of a response's head is kept to explain what is wrong with it.
 const MAX_RECORDED_BYTES: usize = 16 * 1024;
 
-type BoxError = Box<dyn Error + Send + Sync>;
+pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 type BoxFuture<T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>;
 
 /// Makes connections to one target.
@@ -245,22 +245,21 @@ fn ends_head(bytes: &[u8]) -> bool {
 /// A connection with its record. Only the beginning of a response is copied.
 pub(crate) struct Recorded<T> {
     stream: TokioIo<T>,
-    record: Record,
+    /// What it was used for.
+    pub(crate) record: Record,
+    /// Tells its socket when responses have been read.
+    pub(crate) responses: Responses,
 }
 
-impl<T> Recorded<T> {
+impl<T: Connection> Recorded<T> {
     fn wrap(stream: T) -> TokioIo<Self> {
+        let mut extras = Extensions::new();
+        stream.connected().get_extras(&mut extras);
         TokioIo::new(Self {
             stream: TokioIo::new(stream),
             record: Record::default(),
+            responses: extras.remove().expect("each socket has responses"),
         })
-    }
-}
-
-impl<T: Connection> Connection for Recorded<T> {
-    fn connected(&self) -> Connected {
-        let stream = self.stream.inner();
-        stream.connected().extra(self.record.clone())
     }
 }
 
@@ -304,7 +303,9 @@ impl<T: Write + Unpin> AsyncWrite for Recorded<T> {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
+    /// Nothing is read from then on, so what TLS still writes waits for no response.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.responses.end();
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -3,7 +3,6 @@
 use std::{error::Error, io};
 
 use http::uri::Scheme;
-use hyper_util::client::legacy;
 
 use crate::{
     connector::CONNECT_TIMEOUT,
@@ -17,42 +16,33 @@ const MAX_SHOWN_CHARS: usize = 80;
 /// How a TLS alert begins: a record of type 21, version 3.
 const TLS_ALERT: [u8; 2] = [21, 3];
 
-/// Explains a failed call, of which `head` is what there was of a response.
-pub(crate) fn explain(error: &legacy::Error, head: &[u8], target: &Target) -> OriginError {
-    if error.is_connect() {
-        return explain_connect(error, target);
+/// Explains why a request had no response, of which `head` is what there was.
+pub(crate) fn explain(error: &hyper::Error, head: &[u8], target: &Target) -> OriginError {
+    if error.is_parse() {
+        let reason = if head.starts_with(&TLS_ALERT) {
+            "it speaks TLS; write https:// before the target".to_owned()
+        } else if error.is_parse_too_large() {
+            "the head of its response is too long".to_owned()
+        } else {
+            faulty_line(head).unwrap_or_else(|| format!("its response is not HTTP: {error}"))
+        };
+        return OriginError::unavailable("its response is not HTTP", Some(reason));
     }
-    match find::<hyper::Error>(error) {
-        Some(cause) if cause.is_parse() => {
-            let reason = if head.starts_with(&TLS_ALERT) {
-                Some("it speaks TLS; write https:// before the target".to_owned())
-            } else if cause.is_parse_too_large() {
-                Some("the head of its response is too long".to_owned())
-            } else {
-                Some(
-                    faulty_line(head)
-                        .unwrap_or_else(|| format!("its response is not HTTP: {cause}")),
-                )
-            };
-            OriginError::unavailable("its response is not HTTP", reason)
-        }
-        _ => {
-            // Node's and Python's TLS servers answer plain HTTP with nothing at all.
-            let may_speak_tls = head.is_empty()
-                && target.scheme == Scheme::HTTP
-                && matches!(
-                    target.transport,
-                    TargetTransport::Tcp | TargetTransport::Loopback
-                );
-            let hint = may_speak_tls.then(|| {
-                "it closed the connection without a response; if it speaks TLS, write https:// before the target".to_owned()
-            });
-            OriginError::unavailable("it closed the connection without a response", hint)
-        }
-    }
+    // Node's and Python's TLS servers answer plain HTTP with nothing at all.
+    let may_speak_tls = head.is_empty()
+        && target.scheme == Scheme::HTTP
+        && matches!(
+            target.transport,
+            TargetTransport::Tcp | TargetTransport::Loopback
+        );
+    let hint = may_speak_tls.then(|| {
+        "it closed the connection without a response; if it speaks TLS, write https:// before the target".to_owned()
+    });
+    OriginError::unavailable("it closed the connection without a response", hint)
 }
 
-fn explain_connect(error: &legacy::Error, target: &Target) -> OriginError {
+/// Explains why there is no connection.
+pub(crate) fn explain_connect(error: &(dyn Error + 'static), target: &Target) -> OriginError {
     let unreachable = |cause| OriginError::unavailable("cannot connect to it", cause);
     if let Some(fault) = find::<rustls::Error>(error) {
         let host = target.authority.host();

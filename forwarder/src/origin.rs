@@ -1,6 +1,6 @@
 //! The local service: how it is called, and what its failures mean.
 
-use std::{error::Error, io, time::Duration};
+use std::{error::Error, io};
 
 use bytes::Bytes;
 use http::{
@@ -9,32 +9,26 @@ use http::{
     uri::{PathAndQuery, Scheme, Uri},
 };
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
-use hyper_util::{
-    client::legacy::{self, Client},
-    rt::{TokioExecutor, TokioTimer},
-};
+use hyper::body::Incoming;
 use tracing::{debug, info};
 use tunnel_protocol::{
     headers::{self, remove_hop_by_hop},
-    limits::MAX_HEADER_FIELDS,
     message::{AgentErrorCode, HttpRequest},
     upgrade,
 };
 
 use crate::{
     addresses::{Addresses, OwnAddress},
-    connector::{Connector, Record},
+    connector::Connector,
     failure,
     header_rules::HeaderRules,
-    origin_socket::{RequestBody, ResponseBody, Responses, observed},
+    origin_pool::{OriginConnection, OriginPool},
+    origin_socket::ResponseBody,
     settings::Settings,
     target::Target,
     tls,
 };
 
-/// How long an idle connection to the local service is kept. Shorter than servers keep theirs (Node: 5 s), so that few are used
-/// while the server closes them.
-const MAX_IDLE_TIME: Duration = Duration::from_secs(3);
 /// This hop in the `Via` of requests (RFC 9110, 7.6.3).
 const VIA: HeaderValue = HeaderValue::from_static("1.1 ttf");
 
@@ -44,9 +38,7 @@ pub(crate) type StreamedBody = UnsyncBoxBody<Bytes, io::Error>;
 /// The local service, with its pool of connections.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    pooled: Client<Connector, RequestBody<StreamedBody>>,
-    /// For what must not meet another connection that is about to be closed.
-    fresh: Client<Connector, RequestBody<StreamedBody>>,
+    pool: OriginPool,
     target: Target,
     own_address: OwnAddress,
     request_headers: HeaderRules,
@@ -113,21 +105,29 @@ struct FailedCall {
     was_stale: bool,
 }
 
+impl FailedCall {
+    fn for_good(error: OriginError) -> Self {
+        Self {
+            error,
+            was_stale: false,
+        }
+    }
+}
+
 impl Origin {
     /// The local service of a tunnel.
     pub fn new(settings: &Settings) -> Self {
         let has_tls = settings.target.scheme == Scheme::HTTPS;
         let tls = tls::client_config(has_tls, &settings.target_tls);
         let connector = Connector::new(&settings.target, tls, settings.spa);
-        let mut builder = Client::builder(TokioExecutor::new());
-        builder
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(MAX_IDLE_TIME)
-            .http1_max_headers(MAX_HEADER_FIELDS)
-            .set_host(false);
+        let address = Uri::builder()
+            .scheme(settings.target.scheme.clone())
+            .authority(settings.target.authority.clone())
+            .path_and_query("/")
+            .build()
+            .expect("all that an address has");
         Self {
-            pooled: builder.build(connector.clone()),
-            fresh: builder.pool_max_idle_per_host(0).build(connector),
+            pool: OriginPool::new(connector, address),
             target: settings.target.clone(),
             own_address: OwnAddress::new(&settings.target, &settings.host_header),
             request_headers: settings.request_headers.clone(),
@@ -179,16 +179,10 @@ impl Origin {
             .uri
             .parse()
             .map_err(|_| invalid("its path is not valid"))?;
-        let uri = Uri::builder()
-            .scheme(self.target.scheme.clone())
-            .authority(self.target.authority.clone())
-            .path_and_query(path)
-            .build()
-            .map_err(|_| invalid("its path is not valid"))?;
         let (mut head, ()) = Request::new(()).into_parts();
         head.headers = self.fields(message, addresses, &body, &method);
         head.method = method;
-        head.uri = uri;
+        head.uri = path.into();
         Ok(OriginRequest { head, body })
     }
 
@@ -241,13 +235,7 @@ impl Origin {
     ) -> Result<Response<ResponseBody>, OriginError> {
         let request = self.request(message, addresses, body)?;
         let body_again = request.body_again();
-        // What becomes of an upgraded connection is not for another request.
-        let client = if request.is_upgrade() {
-            &self.fresh
-        } else {
-            &self.pooled
-        };
-        let failed = match self.attempt(client, request).await {
+        let failed = match self.attempt(request, false).await {
             Ok(response) => return Ok(response),
             Err(failed) => failed,
         };
@@ -255,57 +243,90 @@ impl Origin {
             Some(body) if failed.was_stale => {
                 debug!("a kept connection was closed; the request is sent again");
                 let request = self.request(message, addresses, OriginBody::Whole(body))?;
-                let response = self.attempt(&self.fresh, request).await;
+                let response = self.attempt(request, true).await;
                 response.map_err(|failed| failed.error)
             }
             _ => Err(failed.error),
         }
     }
 
+    /// Sends a request on a connection that waits, or on a new one, which it has for itself: if it asks for another protocol, or
+    /// must not meet another connection that is about to be closed.
     async fn attempt(
         &self,
-        client: &Client<Connector, RequestBody<StreamedBody>>,
         request: OriginRequest,
+        is_repeated: bool,
     ) -> Result<Response<ResponseBody>, FailedCall> {
         let is_upgrade = request.is_upgrade();
-        match client.request(request.into_http()).await {
-            Ok(mut response) => {
-                let extensions = response.extensions_mut();
-                if let Some(record) = extensions.remove::<Record>() {
-                    record.mark_served();
+        let has_its_own = is_upgrade || is_repeated;
+        let mut request = request.into_http();
+        loop {
+            let connection = if has_its_own {
+                let connecting = Box::pin(self.pool.connect());
+                connecting.await.map(|connection| (connection, false))
+            } else {
+                self.pool.take().await
+            };
+            let (mut connection, has_waited) =
+                connection.map_err(|error| self.no_connection(&*error))?;
+            match connection.send(request).await {
+                Ok(response) => {
+                    let pool = (!has_its_own).then(|| self.pool.clone());
+                    let response = observed(response, connection, pool);
+                    return checked(response, is_upgrade).map_err(FailedCall::for_good);
                 }
-                let responses = extensions.remove::<Responses>();
-                let has_changed = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-                let response = response.map(|body| match responses {
-                    Some(responses) if has_changed => {
-                        responses.upgraded();
-                        ResponseBody::unobserved(body)
-                    }
-                    Some(responses) => responses.body(body),
-                    None => ResponseBody::unobserved(body),
-                });
-                checked(response, is_upgrade).map_err(|error| FailedCall {
-                    error,
-                    was_stale: false,
-                })
-            }
-            Err(error) => {
-                let record = record_of(&error);
-                let head = record.as_ref().map(Record::head).unwrap_or_default();
-                let has_served = record.is_some_and(|record| record.has_served());
-                let failed = failure::explain(&error, &head, &self.target);
-                info!(
-                    error = &error as &dyn Error,
-                    cause = failed.for_user(),
-                    "no response from the local service"
-                );
-                Err(FailedCall {
-                    was_stale: has_served && head.is_empty(),
-                    error: failed,
-                })
+                Err(mut error) => match error.take_message() {
+                    Some(unsent) if has_waited => request = unsent,
+                    _ => return Err(self.no_response(&error.into_error(), &connection)),
+                },
             }
         }
     }
+
+    fn no_connection(&self, error: &(dyn Error + 'static)) -> FailedCall {
+        let failed = failure::explain_connect(error, &self.target);
+        info!(
+            error,
+            cause = failed.for_user(),
+            "no connection to the local service"
+        );
+        FailedCall::for_good(failed)
+    }
+
+    fn no_response(&self, error: &hyper::Error, connection: &OriginConnection) -> FailedCall {
+        let head = connection.record.head();
+        let failed = failure::explain(error, &head, &self.target);
+        info!(
+            error = error as &dyn Error,
+            cause = failed.for_user(),
+            "no response from the local service"
+        );
+        FailedCall {
+            was_stale: connection.record.has_served() && head.is_empty(),
+            error: failed,
+        }
+    }
+}
+
+/// A response that was begun on a connection, which `pool` has once the body has been read.
+fn observed(
+    response: Response<Incoming>,
+    connection: OriginConnection,
+    pool: Option<OriginPool>,
+) -> Response<ResponseBody> {
+    connection.record.mark_served();
+    let responses = connection.responses.clone();
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        responses.upgraded();
+        return response.map(ResponseBody::unobserved);
+    }
+    response.map(|body| {
+        let body = responses.body(body);
+        match pool {
+            Some(pool) => body.kept_by(pool, connection),
+            None => body,
+        }
+    })
 }
 
 impl OriginRequest {
@@ -330,14 +351,14 @@ impl OriginRequest {
         self.head.headers.contains_key(header::UPGRADE)
     }
 
-    fn into_http(self) -> Request<RequestBody<StreamedBody>> {
+    fn into_http(self) -> Request<StreamedBody> {
         let body = match self.body {
             OriginBody::Whole(bytes) => Full::new(bytes)
                 .map_err(|never| match never {})
                 .boxed_unsync(),
             OriginBody::Streamed(body) => body,
         };
-        observed(Request::from_parts(self.head, body))
+        Request::from_parts(self.head, body)
     }
 }
 
@@ -345,12 +366,6 @@ impl OriginRequest {
 fn remove_length(fields: &mut HeaderMap) -> Option<u64> {
     let said = fields.remove(header::CONTENT_LENGTH)?;
     said.to_str().ok()?.parse().ok()
-}
-
-fn record_of(error: &legacy::Error) -> Option<Record> {
-    let mut extensions = http::Extensions::new();
-    error.connect_info()?.get_extras(&mut extensions);
-    extensions.remove()
 }
 
 /// Holds a response's head to what HTTP says about status and framing, and makes it fit to be passed on.

@@ -12,11 +12,11 @@ use std::{
     time::Duration,
 };
 
-use http::{Extensions, Request};
+use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper_util::{
-    client::legacy::connect::{CaptureConnection, Connected, Connection, capture_connection},
+    client::legacy::connect::{Connected, Connection},
     rt::TokioIo,
 };
 use tokio::{
@@ -24,7 +24,10 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::lock::lock;
+use crate::{
+    lock::lock,
+    origin_pool::{OriginConnection, OriginPool},
+};
 
 /// How long a write that failed waits at most. A response takes less as a rule; this ends connections that nobody reads any more.
 const MAX_WAIT: Duration = Duration::from_secs(5 * 60);
@@ -43,8 +46,6 @@ pub(crate) struct OriginSocket {
 /// A write that failed.
 struct WriteFailure {
     kind: io::ErrorKind,
-    /// Whoever writes has had an opportunity to read since.
-    could_read: bool,
     limit: Pin<Box<Sleep>>,
 }
 
@@ -54,171 +55,114 @@ pub(crate) struct Responses(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// The last response has been read, and nothing has come since.
+    /// The last response has been read, and there has been no other request since.
     is_read: bool,
     /// The connection carries no responses any more.
     is_upgraded: bool,
-    /// How many requests with a body and responses have begun.
-    begun: u64,
     /// The task whose write waits.
     writer: Option<Waker>,
 }
 
 /// Held while a response is read.
 #[derive(Debug)]
-struct ReadingResponse {
-    responses: Responses,
-    number: u64,
-}
-
-/// The body of a request. Before the first of its bytes is written, and its head with it, the socket learns that whatever is read
-/// from then on belongs to another response than the last: that one's body may still be waiting to be taken.
-#[derive(Debug)]
-pub(crate) struct RequestBody<B> {
-    body: B,
-    /// The connection that it is written to, until it is.
-    connection: Option<CaptureConnection>,
-}
+struct ReadingResponse(Responses);
 
 /// The body of a response. Until it has been read to its end or is dropped, it is read on although the service takes no more of the
 /// request.
 #[derive(Debug)]
-pub struct ResponseBody<B = Incoming> {
-    body: B,
+pub struct ResponseBody {
+    body: Incoming,
     reading: Option<ReadingResponse>,
+    /// Takes the connection once the body has been read to its end.
+    kept_by: Option<(OriginPool, OriginConnection)>,
 }
 
 impl Responses {
     /// A response has begun, and this is its body.
-    pub(crate) fn body<B: Body>(self, body: B) -> ResponseBody<B> {
+    pub(crate) fn body(self, body: Incoming) -> ResponseBody {
         let mut body = ResponseBody {
             body,
-            reading: Some(self.begin()),
+            reading: Some(ReadingResponse(self)),
+            kept_by: None,
         };
         body.end_if_read();
         body
     }
 
-    /// A request with a body is about to be written.
-    fn expect_another(&self) {
+    /// A request is about to be written: what is read from now on is its response.
+    pub(crate) fn expect(&self) {
+        lock(&self.0).is_read = false;
+    }
+
+    /// The response has been read, or nothing more of it is.
+    pub(crate) fn end(&self) {
         let mut state = lock(&self.0);
-        state.begun += 1;
-        state.is_read = false;
+        state.is_read = true;
+        if let Some(writer) = state.writer.take() {
+            writer.wake();
+        }
     }
 
     /// The connection has changed its protocol: what comes is no response, so no write waits for one.
     pub(crate) fn upgraded(&self) {
         lock(&self.0).is_upgraded = true;
     }
-
-    /// A response is being read from now on, until what this returns is dropped.
-    fn begin(self) -> ReadingResponse {
-        let number = {
-            let mut state = lock(&self.0);
-            state.begun += 1;
-            state.begun
-        };
-        ReadingResponse {
-            responses: self,
-            number,
-        }
-    }
 }
 
 impl Drop for ReadingResponse {
     fn drop(&mut self) {
-        let mut state = lock(&self.responses.0);
-        // The next one may have begun, or be awaited: this end is not its end.
-        if state.begun == self.number {
-            state.is_read = true;
-            if let Some(writer) = state.writer.take() {
-                writer.wake();
-            }
-        }
+        self.0.end();
     }
 }
 
-/// A request whose body tells the socket that it begins.
-pub(crate) fn observed<B: Body>(request: Request<B>) -> Request<RequestBody<B>> {
-    let has_body = !request.body().is_end_stream();
-    let mut request = request.map(|body| RequestBody {
-        body,
-        connection: None,
-    });
-    // Without one nothing is left to be written when an early answer comes.
-    if has_body {
-        let connection = capture_connection(&mut request);
-        request.body_mut().connection = Some(connection);
-    }
-    request
-}
-
-impl<B> RequestBody<B> {
-    fn begin(&mut self) {
-        let Some(connection) = self.connection.take() else {
-            return;
-        };
-        let mut extras = Extensions::new();
-        if let Some(connected) = &*connection.connection_metadata() {
-            connected.get_extras(&mut extras);
-        }
-        if let Some(responses) = extras.remove::<Responses>() {
-            responses.expect_another();
-        }
-    }
-}
-
-impl<B: Body + Unpin> Body for RequestBody<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.begin();
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-impl<B: Body> ResponseBody<B> {
+impl ResponseBody {
     /// A body during which no write waits.
-    pub(crate) fn unobserved(body: B) -> Self {
+    pub(crate) fn unobserved(body: Incoming) -> Self {
         Self {
             body,
             reading: None,
+            kept_by: None,
         }
+    }
+
+    /// Once it has been read to its end, `pool` has the connection that it came on.
+    pub(crate) fn kept_by(mut self, pool: OriginPool, connection: OriginConnection) -> Self {
+        self.kept_by = Some((pool, connection));
+        self.end_if_read();
+        self
     }
 
     /// Once the last bytes have been taken, the socket may carry the next response: what still holds the body must not end that.
     fn end_if_read(&mut self) {
         if self.body.is_end_stream() {
-            self.reading = None;
+            self.end();
+        }
+    }
+
+    fn end(&mut self) {
+        self.reading = None;
+        if let Some((pool, connection)) = self.kept_by.take() {
+            pool.keep(connection);
         }
     }
 }
 
-impl<B: Body + Unpin> Body for ResponseBody<B> {
-    type Data = B::Data;
-    type Error = B::Error;
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if matches!(frame, Some(Ok(_))) {
-            self.end_if_read();
-        } else {
-            self.reading = None;
+        match &frame {
+            Some(Ok(_)) => self.end_if_read(),
+            Some(Err(_)) => {
+                self.reading = None;
+                self.kept_by = None;
+            }
+            None => self.end(),
         }
         Poll::Ready(frame)
     }
@@ -254,7 +198,6 @@ impl OriginSocket {
                 Err(error) => {
                     self.failure = Some(WriteFailure {
                         kind: error.kind(),
-                        could_read: false,
                         limit: Box::pin(sleep(MAX_WAIT)),
                     });
                 }
@@ -269,19 +212,10 @@ impl OriginSocket {
             return Poll::Pending;
         };
         let mut state = lock(&self.responses.0);
-        if state.is_upgraded {
+        if state.is_upgraded || state.is_read || failure.limit.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(failure.kind.into()));
         }
-        // After a response there may be another request on the same connection, and its response in the socket.
-        let could_read = std::mem::replace(&mut failure.could_read, true);
-        if (state.is_read && could_read) || failure.limit.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Err(failure.kind.into()));
-        }
-        if state.is_read {
-            cx.waker().wake_by_ref();
-        } else {
-            state.writer = Some(cx.waker().clone());
-        }
+        state.writer = Some(cx.waker().clone());
         Poll::Pending
     }
 }
@@ -301,7 +235,6 @@ impl AsyncRead for OriginSocket {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         if buffer.filled().len() > before {
-            lock(&self.responses.0).is_read = false;
             return Poll::Ready(Ok(()));
         }
         match &self.failure {
@@ -348,8 +281,6 @@ impl AsyncWrite for OriginSocket {
 mod tests {
     use std::future::poll_fn;
 
-    use bytes::Bytes;
-    use http_body_util::{BodyExt, Full};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::{TcpListener, TcpStream},
@@ -392,7 +323,7 @@ mod tests {
     async fn a_response_is_read_although_a_write_has_failed() {
         let mut socket = answered(ANSWER).await;
         assert!(!fails(&mut socket).await);
-        let reading = socket.responses.clone().begin();
+        let reading = ReadingResponse(socket.responses.clone());
         let (answer, end) = read(&mut socket).await;
         assert_eq!(answer, ANSWER);
         assert_eq!(end, io::ErrorKind::ConnectionReset);
@@ -404,7 +335,8 @@ mod tests {
     #[tokio::test]
     async fn a_response_after_another_is_read_although_a_write_has_failed() {
         let mut socket = answered(ANSWER).await;
-        drop(socket.responses.clone().begin());
+        drop(ReadingResponse(socket.responses.clone()));
+        socket.responses.expect();
         assert!(!fails(&mut socket).await, "there may be something to read");
         assert_eq!(read(&mut socket).await.0, ANSWER);
         assert!(!fails(&mut socket).await);
@@ -413,33 +345,24 @@ mod tests {
     #[tokio::test]
     async fn a_write_fails_if_nothing_comes_after_the_last_response() {
         let mut socket = answered(b"").await;
-        drop(socket.responses.clone().begin());
-        assert!(!fails(&mut socket).await);
+        drop(ReadingResponse(socket.responses.clone()));
         assert!(fails(&mut socket).await);
     }
 
     #[tokio::test]
-    async fn a_response_outlasts_the_one_before() {
-        // Its bytes have been taken, and are on their way to the visitor.
-        let mut socket = answered(ANSWER).await;
-        let mut before = socket.responses.clone().body(Full::new(Bytes::from("ok")));
-        assert!(before.frame().await.is_some());
-        assert_eq!(read(&mut socket).await.0, ANSWER);
-        drop(before);
-        assert!(!fails(&mut socket).await);
-        assert!(!fails(&mut socket).await);
-
-        // Its last bytes wait until the visitor takes more.
-        let mut socket = answered(ANSWER).await;
-        let before = socket.responses.clone().body(Full::new(Bytes::from("ok")));
-        assert_eq!(read(&mut socket).await.0, ANSWER);
-        let body = Full::new(Bytes::from("413"));
-        let response = socket.responses.clone().body(body);
-        drop(before);
-        assert!(!fails(&mut socket).await);
-        assert!(!fails(&mut socket).await);
-        drop(response);
-        assert!(fails(&mut socket).await);
+    async fn a_write_waits_for_no_response_once_nothing_more_is_read() {
+        let mut socket = answered(b"").await;
+        let responses = socket.responses.clone();
+        responses.expect();
+        let (failed, ()) = tokio::join!(within("a failure", socket.write_all(&[0; 64])), async {
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+            responses.end();
+        });
+        failed
+            .or(socket.write_all(b"more").await)
+            .expect_err("reset");
     }
 
     #[tokio::test]
