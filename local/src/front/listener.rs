@@ -14,13 +14,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use tunnel_forward::{error::ForwardError, request::wants_html, response::ResponseBody};
-use tunnel_protocol::limits::MAX_HEADER_FIELDS;
+use tunnel_protocol::limits::{MAX_BINARY_PART_BYTES, MAX_HEADER_FIELDS};
 
 use crate::{
     front::{
         agents::{self, AgentFront},
         http2::{self, OpenStream, StreamBody, Streams},
-        request_head::MAX_HEAD_BYTES,
         response::{last, text},
         socket::{RawStream, Transport, VisitorSocket, VisitorStream},
         visitors::{VisitorBody, VisitorFront},
@@ -255,8 +254,9 @@ async fn serve_http1(
     // Its own timeout for heads would start a timer for each request.
     http.header_read_timeout(None)
         .half_close(true)
-        // Heads grow where characters of the target are escaped.
-        .max_buf_size(2 * MAX_HEAD_BYTES)
+        // What is read at once of a long body is sent on as it is. Heads, which are shorter, grow where characters of the target
+        // are escaped.
+        .max_buf_size(MAX_BINARY_PART_BYTES)
         .max_headers(MAX_HEADER_FIELDS);
     let stream = VisitorStream::new(socket.clone(), transport);
     let transport = stream.transport();

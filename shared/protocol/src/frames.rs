@@ -21,8 +21,10 @@ use crate::{
 /// newer service may put around one.
 const MAX_CLIENT_READ_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
 
-/// How much is read from the socket at once. A connection that is idle keeps as much memory.
-const READ_BUFFER_BYTES: usize = 8 * 1024;
+/// How much a server reads from a socket at once. A connection that is idle keeps as much memory, and a server has thousands.
+const SERVER_READ_BUFFER_BYTES: usize = 8 * 1024;
+/// How much a client reads at once, so that long messages take few system calls. It has one connection, or a few.
+const CLIENT_READ_BUFFER_BYTES: usize = 128 * 1024;
 
 /// Bytes that wait to be written to the socket before they are written without being asked for: short messages that are ready
 /// together go out in one write.
@@ -36,12 +38,13 @@ const MAX_WRITE_BUFFER_BYTES: usize = 2 * MAX_FRAME_BYTES + MAX_MESSAGE_BYTES;
 /// The configuration of a connection to a service.
 pub fn client_config() -> WebSocketConfig {
     server_config(MAX_CLIENT_READ_BYTES, MAX_CLIENT_READ_BYTES)
+        .read_buffer_size(CLIENT_READ_BUFFER_BYTES)
 }
 
 /// The configuration of a connection that takes frames of up to `max_frame_bytes` and messages of up to `max_message_bytes`.
 pub fn server_config(max_frame_bytes: usize, max_message_bytes: usize) -> WebSocketConfig {
     WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER_BYTES)
+        .read_buffer_size(SERVER_READ_BUFFER_BYTES)
         .write_buffer_size(WRITE_BUFFER_BYTES)
         .max_write_buffer_size(MAX_WRITE_BUFFER_BYTES)
         .max_frame_size(Some(max_frame_bytes))

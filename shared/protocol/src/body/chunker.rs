@@ -1,4 +1,4 @@
-//! Cuts a body into the chunks that messages carry: full ones while it comes fast, short ones while it does not.
+//! Cuts a body into the chunks that messages carry: full or nearly full ones while it comes fast, short ones while it does not.
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -22,18 +22,23 @@ pub(super) struct Chunker<B: Body> {
     broken_off: Option<B::Error>,
     /// How many bytes are compressed into one chunk; `None` where they are sent as they are.
     compress_at_once: Option<usize>,
+    /// Chunks are filled. Otherwise one ends where a read did if it or the next one is nearly full then, and nothing has to be copied
+    /// together.
+    fills: bool,
     cut_bytes: u64,
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Chunker<B> {
-    /// Cuts `body`; compresses the chunks where that makes them shorter if `compresses`.
-    pub(super) fn new(body: B, compresses: bool) -> Self {
+    /// Cuts `body`; compresses the chunks where that makes them shorter if `compresses`. Chunks are full while the body comes fast,
+    /// if it `fills` them, and nearly full otherwise.
+    pub(super) fn new(body: B, compresses: bool, fills: bool) -> Self {
         Self {
             body,
             unsent: Bytes::new(),
             is_over: false,
             broken_off: None,
             compress_at_once: compresses.then_some(MAX_DECOMPRESSED_BYTES),
+            fills,
             cut_bytes: 0,
         }
     }
@@ -137,7 +142,7 @@ impl<B: Body<Data = Bytes> + Unpin> Chunker<B> {
         let (mut runs, mut length) = (Vec::new(), 0);
         while let Some(is_at_end) = self.is_at_end_by(until).await {
             match is_at_end {
-                Ok(false) if length < limit => {}
+                Ok(false) if length < limit && self.takes_more(limit, length) => {}
                 Ok(_) => break,
                 Err(error) if length > 0 => {
                     self.broken_off = Some(error);
@@ -148,6 +153,15 @@ impl<B: Body<Data = Bytes> + Unpin> Chunker<B> {
             runs.push(self.cut(limit, &mut length));
         }
         Ok(body::join(runs))
+    }
+
+    /// Whether a chunk of up to `limit` bytes, of which it has `length`, takes some of what came next.
+    fn takes_more(&self, limit: usize, length: usize) -> bool {
+        let next = self.unsent.len();
+        let is_nearly_full = |length: usize| 4 * length >= 3 * limit;
+        self.fills
+            || next <= limit - length
+            || !(is_nearly_full(length) || next <= limit && is_nearly_full(next))
     }
 
     /// Gives back what was cut last and not used, to be cut again.
@@ -179,13 +193,17 @@ mod tests {
         Some(Instant::now() + Duration::from_secs(1))
     }
 
-    fn chunks(body: &Bytes, room: usize, compresses: bool) -> Vec<Chunk> {
+    /// The chunks of a body that comes in reads of so many bytes.
+    fn chunks(body: &Bytes, read: usize, room: usize, compresses: bool, fills: bool) -> Vec<Chunk> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .build()
             .expect("a runtime");
         runtime.block_on(async {
-            let mut chunker = Chunker::new(Full::new(body.clone()), compresses);
+            let reads = body.chunks(read).map(Bytes::copy_from_slice);
+            let frames = reads.map(|bytes| Ok::<_, std::io::Error>(http_body::Frame::data(bytes)));
+            let frames = StreamBody::new(futures_util::stream::iter(frames));
+            let mut chunker = Chunker::new(frames, compresses, fills);
             let mut chunks = Vec::new();
             loop {
                 let chunk = chunker
@@ -209,16 +227,37 @@ mod tests {
             Err("broken"),
         ];
         let body = StreamBody::new(futures_util::stream::iter(frames));
-        let mut chunker = Chunker::new(body, false);
+        let mut chunker = Chunker::new(body, false, true);
         let chunk = chunker.chunk(100, soon()).await.expect("bytes");
         assert_eq!((&chunk.bytes[..], chunk.more), (&b"hello"[..], true));
         assert_eq!(chunker.chunk(100, soon()).await, Err("broken"));
     }
 
     #[tokio::test]
+    async fn chunks_are_full_or_nearly_full_and_end_where_a_read_did() {
+        for (fills, lengths) in [(true, [12, 12, 12, 4]), (false, [9, 12, 8, 11])] {
+            let reads = [6, 3, 8, 4, 8, 11].map(|length| vec![7; length].into());
+            let frames = reads.map(|bytes| Ok::<_, std::io::Error>(http_body::Frame::data(bytes)));
+            let body = StreamBody::new(futures_util::stream::iter(frames));
+            let mut chunker = Chunker::new(body, false, fills);
+            for length in lengths {
+                let chunk = chunker.chunk(12, soon()).await.expect("bytes");
+                assert_eq!(chunk.bytes.len(), length, "{fills}");
+            }
+            assert!(chunker.is_at_end().await.expect("no fault"), "{fills}");
+        }
+        let body = Full::new(Bytes::from(vec![7; 25]));
+        let mut chunker = Chunker::new(body, false, false);
+        for length in [12, 12, 1] {
+            let chunk = chunker.chunk(12, soon()).await.expect("bytes");
+            assert_eq!(chunk.bytes.len(), length, "one read, longer than a chunk");
+        }
+    }
+
+    #[tokio::test]
     async fn a_whole_body_is_read_up_to_the_available_room() {
         for (length, fits) in [(0, true), (9, true), (10, true), (11, false), (40, false)] {
-            let mut chunker = Chunker::new(Full::new(Bytes::from(vec![7; length])), false);
+            let mut chunker = Chunker::new(Full::new(Bytes::from(vec![7; length])), false, true);
             let whole = chunker.whole(10).await.expect("a body");
             assert_eq!(whole.map(|bytes| bytes.len()), fits.then_some(length));
         }
@@ -230,11 +269,11 @@ mod tests {
             .repeat(10_000)
             .into();
         assert_eq!(
-            chunks(&body, 100_000, true).len(),
+            chunks(&body, usize::MAX, 100_000, true, true).len(),
             body.len().div_ceil(MAX_DECOMPRESSED_BYTES)
         );
         assert_eq!(
-            chunks(&body, 100_000, false).len(),
+            chunks(&body, usize::MAX, 100_000, false, true).len(),
             body.len().div_ceil(100_000)
         );
     }
@@ -245,11 +284,13 @@ mod tests {
             word in prop::collection::vec(any::<u8>(), 1..3000),
             times in 1usize..40,
             room in 500usize..20_000,
+            read in 1usize..30_000,
             compresses: bool,
+            fills: bool,
         ) {
             let body: Bytes = word.repeat(times).into();
             let mut joined = Vec::new();
-            for chunk in chunks(&body, room, compresses) {
+            for chunk in chunks(&body, read, room, compresses, fills) {
                 prop_assert!(chunk.bytes.len() <= room);
                 joined.extend(chunk.decompress().expect("what was compressed"));
             }

@@ -65,7 +65,8 @@ impl<B: Body<Data = Bytes> + Unpin> BodySender<B> {
     pub fn new(body: B, mode: Mode, format: Format) -> Self {
         let compress = mode == Mode::Coalesced { compress: true };
         Self {
-            chunker: Chunker::new(body, compress),
+            // Each text message is paid for, and binary ones are not.
+            chunker: Chunker::new(body, compress, format == Format::Text),
             mode,
             max_part_bytes: format.max_part_bytes(),
             next_part: 0,
