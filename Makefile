@@ -95,7 +95,7 @@ smoke: build
 	.ci/smoke $(BIN)
 
 bench: build
-	cargo build --profile deployed --locked -p forwarder -p local --bin ttf --bin tunnel-local
+	.ci/deployed
 	cargo bench --locked -p tunnel-bench --bench performance -- $(PART) $(if $(MISSING),--allow-missing)
 
 dist: tools

@@ -118,7 +118,7 @@ async fn cloud(executables: &Path) -> anyhow::Result<String> {
     let (_agent, url) = processes::agent(
         executables,
         &cloud.agent_endpoint,
-        Some(&cloud.token),
+        Some(("TTF_TOKEN", &cloud.token)),
         &origin.address,
     )
     .await?;

@@ -620,15 +620,7 @@ async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, Str
 }
 
 async fn tunnel(executables: &Path, origin: &str) -> anyhow::Result<Setup> {
-    let mut service = Process::start(
-        Command::new(executables.join("tunnel-local")).args(["--listen", "127.0.0.1:0"]),
-        Output::Stderr,
-    )?;
-    let endpoint = service
-        .hear("tunnel-local", |line| {
-            Some(line.split_once("agents at ")?.1.to_owned())
-        })
-        .await?;
+    let (service, endpoint) = processes::server(executables, &[]).await?;
     let (agent, url) = processes::agent(executables, &endpoint, None, origin).await?;
     Ok(Setup {
         name: "tunnel-local and ttf",

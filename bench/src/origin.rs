@@ -2,12 +2,14 @@
 
 use axum::{
     Router,
+    body::Body,
     extract::{Path, State},
-    http::header,
+    http::{StatusCode, header},
     response::IntoResponse,
     routing,
 };
 use bytes::Bytes;
+use futures_util::StreamExt;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::{net::TcpListener, task::JoinSet};
 
@@ -22,7 +24,8 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Serves `/bytes/N`, N bytes that cannot be compressed, and `/json/N`, N bytes of JSON like a web API's response.
+    /// Serves `/bytes/N`, N bytes that cannot be compressed, and `/json/N`, N bytes of JSON like a web API's response. `/received`
+    /// answers a POST with its length.
     ///
     /// # Errors
     /// If there is no free port.
@@ -50,6 +53,7 @@ impl Origin {
                 "/json/{length}",
                 answer("application/json", |(_, json)| json),
             )
+            .route("/received", routing::post(received))
             .with_state(bodies);
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?.to_string();
@@ -63,6 +67,15 @@ impl Origin {
             _serving: serving,
         })
     }
+}
+
+async fn received(body: Body) -> Result<String, StatusCode> {
+    let mut body = body.into_data_stream();
+    let mut length = 0;
+    while let Some(bytes) = body.next().await {
+        length += bytes.map_err(|_| StatusCode::BAD_REQUEST)?.len();
+    }
+    Ok(length.to_string())
 }
 
 /// A list of records such as an API returns: keys repeat, values do not.

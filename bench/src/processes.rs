@@ -8,9 +8,13 @@ use std::{
 };
 
 use anyhow::Context;
-use tokio::{sync::mpsc, time::timeout};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 
-/// Longer than any of them takes to start.
+/// Longer than any of them takes to start or to end.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Linux counts processor time in hundredths of a second, on every architecture.
 const TICKS: f64 = 100.0;
@@ -135,6 +139,26 @@ impl Process {
             .with_context(|| format!("timed out waiting for {what}"))
     }
 
+    /// Asks it to end, and waits until it has.
+    ///
+    /// # Errors
+    /// If it does not end in time, or with another code than 0.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        let id = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        kill_process(id.context("it has ended")?, Signal::TERM)?;
+        let ended = timeout(PATIENCE, async {
+            loop {
+                match self.child.try_wait()? {
+                    Some(status) => return anyhow::Ok(status),
+                    None => sleep(Duration::from_millis(20)).await,
+                }
+            }
+        });
+        let status = ended.await.context("a process does not end")??;
+        anyhow::ensure!(status.success(), "a process ended with {status}");
+        Ok(())
+    }
+
     /// The processor time it has taken so far, in user and kernel mode, in seconds.
     ///
     /// # Errors
@@ -174,6 +198,22 @@ pub enum Output {
     None,
 }
 
+/// Starts `tunnel-local` at a free port, and returns it with its address for agents.
+///
+/// # Errors
+/// If it does not start.
+pub async fn server(executables: &Path, flags: &[&str]) -> anyhow::Result<(Process, String)> {
+    let mut command = Command::new(executables.join("tunnel-local"));
+    command.args(["--listen", "127.0.0.1:0"]).args(flags);
+    let mut server = Process::start(&mut command, Output::Stderr)?;
+    let endpoint = server
+        .hear("tunnel-local", |line| {
+            Some(line.split_once("agents at ")?.1.to_owned())
+        })
+        .await?;
+    Ok((server, endpoint))
+}
+
 /// Starts the agent for a local service at `target`, and returns it with the tunnel's public URL.
 ///
 /// # Errors
@@ -181,7 +221,7 @@ pub enum Output {
 pub async fn agent(
     executables: &Path,
     endpoint: &str,
-    token: Option<&str>,
+    variable: Option<(&str, &str)>,
     target: &str,
 ) -> anyhow::Result<(Process, String)> {
     let mut command = Command::new(executables.join("ttf"));
@@ -193,7 +233,7 @@ pub async fn agent(
         "--tunnel-id",
         "bench",
     ]);
-    command.envs(token.map(|token| ("TTF_TOKEN", token)));
+    command.envs(variable);
     let mut agent = Process::start(&mut command, Output::Stdout)?;
     let url = agent
         .hear("the tunnel to open", |line| {

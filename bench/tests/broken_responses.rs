@@ -52,8 +52,8 @@ async fn tell(executables: &Path) {
         .expect("a stand-in");
     let cut = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n5\r\nse";
     let (address, _serving) = local_service(cut).await;
-    let (endpoint, token) = (&cloud.agent_endpoint, Some(&*cloud.token));
-    let (_agent, url) = processes::agent(executables, endpoint, token, &address)
+    let token = ("TTF_TOKEN", &*cloud.token);
+    let (_agent, url) = processes::agent(executables, &cloud.agent_endpoint, Some(token), &address)
         .await
         .expect("an agent");
     let path = url

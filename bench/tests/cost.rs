@@ -70,7 +70,7 @@ async fn requests_through_the_functions_executables_match_the_formula() {
         let (_agent, url) = processes::agent(
             &executables,
             &cloud.agent_endpoint,
-            Some(&cloud.token),
+            Some(("TTF_TOKEN", &cloud.token)),
             &origin.address,
         )
         .await
