@@ -76,9 +76,9 @@ const HEAD: &str = "# Performance
 ";
 
 const ONE_MACHINE: &str =
-    "`tunnel-local` and `ttf` are built as `make dist` builds them. The load generator, all processes and the local service share the
-machine. bore and rathole relay TCP connections and do not read HTTP. Times of 40 ms at one connection look like stalls of theirs, in
-which Nagle's algorithm at one end waits for an acknowledgement that the other end delays.
+    "`tunnel-local` and `ttf` are built as `make dist` builds them, optimized for what they did under some load. The load generator,
+all processes and the local service share the machine. bore and rathole relay TCP connections and do not read HTTP. Times of 40 ms at
+one connection look like stalls of theirs, in which Nagle's algorithm at one end waits for an acknowledgement that the other end delays.
 ";
 
 /// Measured by hand.
