@@ -48,8 +48,8 @@ async fn main() -> anyhow::Result<()> {
     for certificate in [None, Some(&certificate)] {
         let flags = certificate.map(Certificate::flags).unwrap_or_default();
         let (server, endpoint) = processes::server(&executables, &flags).await?;
-        let variables = certificate.map(|certificate| ("TTF_ENDPOINT_CA", &*certificate.file));
-        let agent = processes::agent(&executables, &endpoint, variables, &origin.address);
+        let variable = certificate.map(|certificate| ("TTF_ENDPOINT_CA", &*certificate.file));
+        let agent = processes::agent(&executables, &endpoint, variable, &origin.address);
         let (agent, url) = agent.await?;
         let visitors = Visitors::new(&url, certificate)?;
         timeout(PATIENCE, visitors.come()).await??;
