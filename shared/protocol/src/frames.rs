@@ -23,8 +23,9 @@ const MAX_CLIENT_READ_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
 
 /// How much a server reads from a socket at once. A connection that is idle keeps as much memory, and a server has thousands.
 const SERVER_READ_BUFFER_BYTES: usize = 8 * 1024;
-/// How much a client reads at once, so that long messages take few system calls. It has one connection, or a few.
-const CLIENT_READ_BUFFER_BYTES: usize = 128 * 1024;
+/// How much a client reads at once: so much that long messages take few system calls, and no more, because the library fills the
+/// buffer with zeros before each read, also for a short message. A client has one connection, or a few.
+const CLIENT_READ_BUFFER_BYTES: usize = 32 * 1024;
 
 /// Bytes that wait to be written to the socket before they are written without being asked for: short messages that are ready
 /// together go out in one write.

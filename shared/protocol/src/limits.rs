@@ -13,6 +13,10 @@ pub const MAX_FRAME_BYTES: usize = 32 * 1024;
 /// from the client closes the connection with code 1009; a longer PostToConnection is answered 413.
 pub const MAX_MESSAGE_BYTES: usize = 128 * 1024;
 
+/// Longest control message, in bytes: the head of a request or a response with next to no body, as a rule. As many of them as may go
+/// before a message with a body, 16, are as long as the longest such message.
+pub const MAX_CONTROL_MESSAGE_BYTES: usize = MAX_MESSAGE_BYTES / 16;
+
 /// How long a WebSocket connection may be idle before API Gateway closes it.
 pub const WEBSOCKET_IDLE_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 

@@ -12,11 +12,10 @@ mod tests;
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::codec::encoded_length;
 pub use self::{
     codec::{
         Body, CarriesBody, DecodeError, Encoded, Encoding, Format, Framing, FromJson, decode,
-        decode_binary, encode, split_binary,
+        decode_binary, encode, encoded_length, split_binary,
     },
     feature::{FEATURES, Feature},
 };

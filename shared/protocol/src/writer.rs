@@ -40,14 +40,11 @@ use tokio_tungstenite::tungstenite::{
 
 pub use self::progress::Progress;
 use self::{
-    lanes::{Lane, Lanes, Queued},
+    lanes::{Lane, Lanes, Queued, room_for},
     writing::Writing,
 };
 use crate::message::Encoded;
 
-/// Longest message, in bytes, that [`MessageSender::send`] takes for a control message: the head of a request or a response with
-/// next to no body, as a rule. [`lanes::MAX_CONTROL_BURST`] of them are as long as the longest message with a body.
-const MAX_CONTROL_MESSAGE_BYTES: usize = 8 * 1024;
 /// Most bytes that the system's send buffer holds beyond those in transit, where the system lets us limit it. What is there can
 /// no longer be overtaken.
 const MAX_UNSENT_BYTES: u32 = 64 * 1024;
@@ -128,10 +125,10 @@ impl MessageSender {
     /// [`SendError::Closed`].
     pub async fn send(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
         let message = message.into();
-        if message.is_body_part() || message.length() > MAX_CONTROL_MESSAGE_BYTES {
-            self.body(message).await
-        } else {
+        if message.is_control() {
             self.control(message).await
+        } else {
+            self.body(message).await
         }
     }
 
@@ -140,9 +137,11 @@ impl MessageSender {
     /// # Errors
     /// [`SendError::Closed`].
     pub async fn control(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
-        let room = self.0.lanes.control_room.acquire().await;
-        room.map_err(|_| SendError::Closed)?.forget();
-        self.queue(message.into(), Lane::Control)
+        let message = message.into();
+        let lanes = &self.0.lanes;
+        let room = lanes.control_room.acquire_many(room_for(&message));
+        room.await.map_err(|_| SendError::Closed)?.forget();
+        self.queue(message, Lane::Control)
     }
 
     /// Queues a control message if there is room.
@@ -150,12 +149,14 @@ impl MessageSender {
     /// # Errors
     /// If there is none, or the connection has ended.
     pub fn try_control(&self, message: impl Into<Encoded>) -> Result<Receipt, SendError> {
-        match self.0.lanes.control_room.try_acquire() {
+        let message = message.into();
+        let lanes = &self.0.lanes;
+        match lanes.control_room.try_acquire_many(room_for(&message)) {
             Ok(room) => room.forget(),
             Err(tokio::sync::TryAcquireError::NoPermits) => return Err(SendError::Full),
             Err(tokio::sync::TryAcquireError::Closed) => return Err(SendError::Closed),
         }
-        self.queue(message.into(), Lane::Control)
+        self.queue(message, Lane::Control)
     }
 
     /// Queues a message with a body behind those who wait already.

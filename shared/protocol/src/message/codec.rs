@@ -7,7 +7,10 @@ use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{Feature, FromAgent, Relayed, Subject, ToAgent};
-use crate::limits::{HEAD_LENGTH_BYTES, MAX_BINARY_PART_BYTES, MAX_MESSAGE_BYTES, MAX_PART_BYTES};
+use crate::limits::{
+    HEAD_LENGTH_BYTES, MAX_BINARY_PART_BYTES, MAX_CONTROL_MESSAGE_BYTES, MAX_MESSAGE_BYTES,
+    MAX_PART_BYTES,
+};
 
 /// How the messages to a peer carry bodies.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -67,8 +70,12 @@ impl Encoded {
         }
     }
 
-    /// Whether it is a part of a body.
-    pub(crate) fn is_body_part(&self) -> bool {
+    /// Whether it is a control message: short, and no part of a body.
+    pub fn is_control(&self) -> bool {
+        self.length() <= MAX_CONTROL_MESSAGE_BYTES && !self.is_body_part()
+    }
+
+    pub(super) fn is_body_part(&self) -> bool {
         let head = match self {
             Self::Text(text) => text.as_bytes(),
             Self::Binary(bytes, _) => bytes.get(HEAD_LENGTH_BYTES..).unwrap_or_default(),
@@ -110,7 +117,7 @@ pub trait CarriesBody: Serialize {
     }
 }
 
-/// Room for most heads of binary messages, so that writing one seldom moves what is written already.
+/// Room for most heads, so that writing one seldom moves what is written already.
 const HEAD_CAPACITY_BYTES: usize = 1024;
 
 impl CarriesBody for FromAgent {
@@ -302,12 +309,14 @@ pub fn decode_binary<M: CarriesBody + for<'de> FromJson<'de>>(
 
 /// Writes a message. The result is longer than [`MAX_MESSAGE_BYTES`] only if its body was not cut by [`crate::body::BodySender`].
 pub fn encode<M: Serialize + ?Sized>(message: &M) -> String {
-    serde_json::to_string(message)
-        .expect("maps with string keys, strings and numbers can always be encoded as JSON")
+    let mut text = Vec::with_capacity(HEAD_CAPACITY_BYTES);
+    serde_json::to_writer(&mut text, message)
+        .expect("maps with string keys, strings and numbers can always be encoded as JSON");
+    String::from_utf8(text).expect("JSON is UTF-8")
 }
 
 /// The length in bytes of a message, or the head of one, as JSON.
-pub(crate) fn encoded_length<M: Serialize>(message: &M) -> usize {
+pub fn encoded_length<M: Serialize>(message: &M) -> usize {
     /// Counts the bytes that are written.
     struct Counter(usize);
 

@@ -11,8 +11,10 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use super::progress::ProgressCounters;
 use crate::message::Encoded;
 
-/// Control messages that wait.
-pub(super) const MAX_QUEUED_CONTROL_MESSAGES: usize = 64;
+/// Control messages that wait, in bytes: see [`room_for`]. Several hundred requests at once wait for no room.
+const MAX_QUEUED_CONTROL_BYTES: usize = 1024 * 1024;
+/// What a short message takes beside what it says: its buffer is made for more, and it has its place in line.
+const QUEUED_MESSAGE_BYTES: usize = 1280;
 /// After so many control messages in a row one with a body has its turn, so that no number of short answers stops a long one.
 pub(super) const MAX_CONTROL_BURST: u32 = 16;
 /// Messages with bodies that wait behind the one being written.
@@ -30,6 +32,12 @@ pub(super) enum Lane {
 pub(super) struct Queued {
     pub(super) message: Encoded,
     pub(super) taken: oneshot::Sender<()>,
+}
+
+/// How much room a control message takes in its lane, in bytes. It is about what it takes in memory.
+pub(super) fn room_for(message: &Encoded) -> u32 {
+    let bytes = message.length() + QUEUED_MESSAGE_BYTES;
+    u32::try_from(bytes.min(MAX_QUEUED_CONTROL_BYTES)).unwrap_or(u32::MAX)
 }
 
 /// The messages that wait.
@@ -53,7 +61,7 @@ impl Queues {
 #[derive(Debug)]
 pub(super) struct Lanes {
     queues: Mutex<Queues>,
-    /// Room for control messages. Those who wait for it are served in turn.
+    /// Room for control messages: see [`room_for`]. Those who wait for it are served in turn.
     pub(super) control_room: Semaphore,
     /// Room for messages with bodies.
     pub(super) body_room: Semaphore,
@@ -64,7 +72,7 @@ impl Lanes {
     pub(super) fn new() -> Self {
         Self {
             queues: Mutex::default(),
-            control_room: Semaphore::new(MAX_QUEUED_CONTROL_MESSAGES),
+            control_room: Semaphore::new(MAX_QUEUED_CONTROL_BYTES),
             body_room: Semaphore::new(MAX_QUEUED_BODY_MESSAGES),
             progress: ProgressCounters::new(),
         }
@@ -75,14 +83,15 @@ impl Lanes {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The message whose turn it is. There is room for another one then.
+    /// The message whose turn it is. The room that it took is free then.
     pub(super) fn pop(&self) -> Option<Queued> {
         let mut queues = self.queues();
         let is_turn_of_bodies =
             queues.control_burst >= MAX_CONTROL_BURST && !queues.bodies.is_empty();
         if !is_turn_of_bodies && let Some(queued) = queues.control.pop_front() {
             queues.control_burst = queues.control_burst.saturating_add(1);
-            self.control_room.add_permits(1);
+            let room = room_for(&queued.message);
+            self.control_room.add_permits(room as usize);
             return Some(queued);
         }
         queues.control_burst = 0;

@@ -9,15 +9,11 @@ use tokio::{
 };
 use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
 
-use super::{
-    lanes::{MAX_CONTROL_BURST, MAX_QUEUED_CONTROL_MESSAGES},
-    writing::FREQUENT_WRITES,
-    *,
-};
+use super::{lanes::MAX_CONTROL_BURST, writing::FREQUENT_WRITES, *};
 use crate::{
     frames,
     id::RequestId,
-    limits::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
+    limits::{MAX_CONTROL_MESSAGE_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
     message::{self, Body, BodyPart, CarriesBody, Format, Framing, FromAgent, ToAgent},
 };
 
@@ -220,7 +216,7 @@ async fn no_number_of_control_messages_stops_a_body() {
     sender.body(long("a")).await.expect("open");
     settle().await;
     sender.send(long("b")).await.expect("open");
-    for _ in 0..MAX_QUEUED_CONTROL_MESSAGES {
+    for _ in 0..4 * MAX_CONTROL_BURST {
         sender.send("short".to_owned()).await.expect("open");
     }
     let mut client = client(peer).await;
@@ -230,6 +226,30 @@ async fn no_number_of_control_messages_stops_a_body() {
     }
     assert_eq!(next_text(&mut client).await, long("b"));
     assert_eq!(next_text(&mut client).await, "short");
+}
+
+#[tokio::test]
+async fn many_requests_at_once_have_room_and_what_waits_is_limited() {
+    for (bytes, at_least, at_most) in [(1, 512, 1024), (1000, 256, 1024), (8192, 64, 128)] {
+        let Writing {
+            sender,
+            peer: _peer,
+            reading: _reading,
+            task: _task,
+        } = writing(1024, None).await;
+        sender.body(long("a")).await.expect("open");
+        settle().await;
+        let mut queued = 0;
+        let refused = loop {
+            match sender.try_control("x".repeat(bytes)) {
+                Ok(_) => queued += 1,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused, SendError::Full);
+        let expected = at_least..at_most;
+        assert!(expected.contains(&queued), "{queued} of {bytes} bytes");
+    }
 }
 
 #[tokio::test]
