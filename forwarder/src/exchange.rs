@@ -10,7 +10,7 @@ use tunnel_protocol::{
     body::{BodySender, Chunk, Mode, SendBodyError, compression, window::SendWindow},
     headers::remove_hop_by_hop,
     message::{AgentErrorCode, Feature, Format, FromAgent, HttpRequest},
-    writer::MessageSender,
+    writer::{MessageSender, Receipt},
 };
 
 use crate::{
@@ -82,6 +82,8 @@ pub(crate) struct Ended {
     pub outcome: Result<StatusCode, String>,
     /// How many bytes of the response's body were sent.
     pub bytes: u64,
+    /// Tells when the socket has taken its last message, if that was not waited for.
+    pub unwritten: Option<Receipt>,
 }
 
 /// Carries out one exchange, and returns how it went. `window` allows the parts of the response.
@@ -98,6 +100,7 @@ pub(crate) async fn run(
         outgoing: outgoing.clone(),
         window: context.has_windows.then_some(window),
         bytes: 0,
+        unwritten: None,
         recording: recording.clone(),
     };
     let grants = context.has_windows.then(|| outgoing.clone());
@@ -118,6 +121,7 @@ pub(crate) async fn run(
     Ended {
         outcome,
         bytes: reply.bytes,
+        unwritten: reply.unwritten,
     }
 }
 
@@ -186,6 +190,8 @@ struct ResponseSender {
     /// Which parts may be sent; `None` if the service does not know of windows.
     window: Option<SendWindow>,
     bytes: u64,
+    /// Of the last message.
+    unwritten: Option<Receipt>,
     recording: Recording,
 }
 
@@ -208,7 +214,7 @@ impl ResponseSender {
             "the header of its response is too long for the tunnel",
         ))?;
         if is_head {
-            self.outgoing.send(FromAgent::HttpResponse(message)).await;
+            self.unwritten = self.outgoing.send(FromAgent::HttpResponse(message)).await;
             return Ok(());
         }
         let mode = Mode::Coalesced { compress };
@@ -218,7 +224,7 @@ impl ResponseSender {
             .await?;
         message.set_chunk(first);
         self.bytes = body.sent_bytes();
-        self.outgoing.send(FromAgent::HttpResponse(message)).await;
+        self.unwritten = self.outgoing.send(FromAgent::HttpResponse(message)).await;
         loop {
             let part = match body.next_part(self.window.as_mut()).await {
                 Ok(Some(part)) => part,
@@ -227,7 +233,7 @@ impl ResponseSender {
                 Err(SendBodyError::Body(error)) => return Err(broken_off(&error)),
             };
             self.bytes = body.sent_bytes();
-            self.outgoing.part(part).await;
+            self.unwritten = self.outgoing.part(part).await;
         }
     }
 

@@ -13,7 +13,7 @@ use tunnel_protocol::{
         AgentError, AgentErrorCode, Body, CarriesBody, Format, FromAgent, HttpRequest,
         HttpResponse, Window,
     },
-    writer::MessageSender,
+    writer::{MessageSender, Receipt},
 };
 
 /// What an exchange says to the service.
@@ -63,9 +63,10 @@ impl Outgoing {
         }
     }
 
-    /// Waits for room on the connection, which is what slows a fast local service down, and with an exchange's last message until
-    /// the socket has taken it. When the connection has ended the exchange is about to be dropped with it.
-    pub(crate) async fn send(&self, mut message: FromAgent) {
+    /// Waits for room on the connection, which is what slows a fast local service down. With an exchange's last message it waits also
+    /// until the socket has taken it, if it takes turns with bodies; with a short one, which goes first, it returns the receipt. When
+    /// the connection has ended the exchange is about to be dropped with it.
+    pub(crate) async fn send(&self, mut message: FromAgent) -> Option<Receipt> {
         let encoded = message.encode_as(self.format);
         let (part, is_last) = match &message {
             FromAgent::HttpResponse(response) => (Some(0), !response.more),
@@ -76,16 +77,22 @@ impl Outgoing {
         if let Some(part) = part {
             self.parts.store(part.saturating_add(1), Ordering::Relaxed);
         }
-        let queued = match message {
+        let takes_turns = match message {
             // An error must not overtake the parts before it.
-            FromAgent::Error(_) => self.messages.body(encoded).await,
+            FromAgent::Error(_) => true,
             // As long as a part, and to be in turn with parts.
-            FromAgent::WebsocketBatch(_) => self.messages.body(encoded).await,
-            _ => self.messages.send(encoded).await,
+            FromAgent::WebsocketBatch(_) => true,
+            _ => !encoded.is_control(),
         };
-        if is_last && let Ok(receipt) = queued {
+        if !takes_turns {
+            let receipt = self.messages.control(encoded).await.ok()?;
+            return is_last.then_some(receipt);
+        }
+        let receipt = self.messages.body(encoded).await.ok()?;
+        if is_last {
             let _ = receipt.taken().await;
         }
+        None
     }
 
     /// Closes the visitor's WebSocket.
@@ -112,10 +119,10 @@ impl Outgoing {
         self.format
     }
 
-    /// Sends a part of the response's body.
-    pub(crate) async fn part(&self, part: Part) {
+    /// Sends a part of the response's body, as [`Outgoing::send`] does.
+    pub(crate) async fn part(&self, part: Part) -> Option<Receipt> {
         let message = part.into_message(self.request_id.clone(), self.reply_to.clone());
-        self.send(FromAgent::BodyPart(message)).await;
+        self.send(FromAgent::BodyPart(message)).await
     }
 
     /// Says that there is no response, or no more of it.

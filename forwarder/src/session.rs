@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{StreamExt, future::Either, stream::SplitStream};
+use futures_util::{FutureExt, StreamExt, future::Either, stream::SplitStream};
 use http::Method;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
@@ -22,7 +22,7 @@ use tunnel_protocol::{
         AgentError, AgentErrorCode, BodyPart, DecodeError, Feature, FromAgent, HttpRequest,
         Subject, ToAgent,
     },
-    writer::MessageWriter,
+    writer::{MessageWriter, Receipt},
 };
 
 pub use crate::liveness::{PING_MESSAGE_INTERVAL, SOLE_PING_MESSAGE_INTERVAL};
@@ -139,6 +139,7 @@ impl RequestLine {
         self.ended(Ended {
             outcome: Err(message.to_owned()),
             bytes: 0,
+            unwritten: None,
         })
     }
 }
@@ -178,7 +179,10 @@ pub struct Session {
     early: Vec<String>,
     requests: HashMap<RequestId, InFlight>,
     running: JoinSet<(RequestId, Ended)>,
+    /// Refusals that are not written yet and, while the connection is left, the last short answer.
     refusals: JoinSet<()>,
+    /// Of the last short answer. Those before it are written before it.
+    unwritten: Option<Receipt>,
     liveness: Liveness,
     tick: Interval,
     phase: Phase,
@@ -229,6 +233,7 @@ impl Session {
             requests: HashMap::new(),
             running: JoinSet::new(),
             refusals: JoinSet::new(),
+            unwritten: None,
             liveness: Liveness::new(),
             tick,
             phase: Phase::Serving,
@@ -325,13 +330,20 @@ impl Session {
 
     /// Whether all that was promised has been delivered. Upgraded connections are waited for only where they do not keep the agent
     /// from ending.
-    fn has_left(&self) -> bool {
+    fn has_left(&mut self) -> bool {
         let Phase::Leaving { departure, .. } = &self.phase else {
             return false;
         };
         let is_waited_for =
             |request: &InFlight| *departure == Departure::Moved || !request.is_upgrade;
-        !self.requests.values().any(is_waited_for) && self.refusals.is_empty()
+        if self.requests.values().any(is_waited_for) {
+            return false;
+        }
+        if let Some(answer) = self.unwritten.take() {
+            // Requests that arrive until it is written are refused as long as this waits.
+            self.refusals.spawn(answer.taken().map(drop));
+        }
+        self.refusals.is_empty()
     }
 
     fn carries_upgrades(&self) -> bool {
@@ -795,7 +807,11 @@ impl Session {
     fn finish(&mut self, done: Result<(RequestId, Ended), tokio::task::JoinError>) {
         self.busy = Some(Instant::now());
         let (id, ended) = match done {
-            Ok(done) => done,
+            Ok((id, mut ended)) => {
+                let unwritten = ended.unwritten.take();
+                self.unwritten = unwritten.or(self.unwritten.take());
+                (id, ended)
+            }
             Err(ended) => {
                 // Aborted, and removed when it was; or ended by a bug, and not removed yet.
                 self.requests

@@ -97,6 +97,7 @@ pub(crate) async fn run(
     Ended {
         outcome,
         bytes: carrier.bytes,
+        unwritten: None,
     }
 }
 
@@ -236,7 +237,7 @@ impl Carrier {
 
 /// What a text takes in a batch: its JSON and a comma.
 fn json_bytes(text: &str) -> usize {
-    message::encode(&text).len() + 1
+    message::encoded_length(&text) + 1
 }
 
 async fn upgraded(response: Response<ResponseBody>) -> Result<Socket, OriginError> {

@@ -683,6 +683,32 @@ async fn a_request_is_finished_when_the_socket_has_taken_it_and_stopping_loses_n
 }
 
 #[tokio::test]
+async fn a_stopping_agent_refuses_what_arrives_while_short_answers_wait_and_delivers_them() {
+    const ANSWERS: usize = 100;
+    let mut service = Service::start();
+    let origin = Origin::start(4000).await;
+    let mut agent = Agent::start(&service, &origin);
+    let mut connection = service.accept().await;
+    connection.establish(&[Feature::BodyParts], None).await;
+    for number in 0..ANSWERS {
+        connection.request(&format!("r{number}")).await;
+    }
+    for _ in 0..ANSWERS {
+        agent.until(is_request).await;
+    }
+    agent.stop.cancel();
+    agent.until(is_draining).await;
+    connection.request("late").await;
+    for _ in 0..ANSWERS {
+        connection.response().await;
+    }
+    let late = ("late".to_owned(), AgentErrorCode::Busy);
+    assert_eq!(connection.refused().await, late);
+    assert_eq!(connection.next().await, None);
+    assert_eq!(agent.end().await, Ok(()));
+}
+
+#[tokio::test]
 async fn a_connection_that_takes_nothing_more_is_given_up_and_its_requests_make_room() {
     let mut service = Service::start();
     let origin = Origin::start(20_000_000).await;
