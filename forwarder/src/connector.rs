@@ -234,12 +234,10 @@ impl Recording {
     }
 }
 
-/// Whether there is an empty line, where lines may end without CR.
+/// Whether there is an empty line after the first, where lines may end without CR.
 fn ends_head(bytes: &[u8]) -> bool {
-    let mut lines = bytes.split(|byte| *byte == b'\n');
-    // The last one has no end yet.
-    lines.next_back();
-    lines.skip(1).any(|line| matches!(line, b"" | b"\r"))
+    memchr::memchr_iter(b'\n', bytes)
+        .any(|end| matches!(bytes[end + 1..], [b'\n', ..] | [b'\r', b'\n', ..]))
 }
 
 /// A connection with its record. Only the beginning of a response is copied.

@@ -37,6 +37,7 @@ mod manual;
 mod named_address;
 mod open_socket;
 mod origin;
+mod origin_driver;
 mod origin_pool;
 mod origin_socket;
 mod outgoing;

@@ -32,6 +32,9 @@ use crate::{
 /// This hop in the `Via` of requests (RFC 9110, 7.6.3).
 const VIA: HeaderValue = HeaderValue::from_static("1.1 ttf");
 
+/// What sockets, pipes and TLS hold at least, in bytes, while nobody reads. Linux begins with 16 KiB, and has the smallest buffers.
+pub(crate) const MAX_SHORT_BODY_BYTES: usize = 8 * 1024;
+
 /// A body that arrives while it is passed on.
 pub(crate) type StreamedBody = UnsyncBoxBody<Bytes, io::Error>;
 
@@ -133,6 +136,11 @@ impl Origin {
             request_headers: settings.request_headers.clone(),
             response_headers: settings.response_headers.clone(),
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn pool(&self) -> &OriginPool {
+        &self.pool
     }
 
     /// Where it is.
@@ -259,6 +267,7 @@ impl Origin {
     ) -> Result<Response<ResponseBody>, FailedCall> {
         let is_upgrade = request.is_upgrade();
         let has_its_own = is_upgrade || is_repeated;
+        let is_long = request.is_long();
         let mut request = request.into_http();
         loop {
             let connection = if has_its_own {
@@ -269,6 +278,11 @@ impl Origin {
             };
             let (mut connection, has_waited) =
                 connection.map_err(|error| self.no_connection(&*error))?;
+            // A long body is written also while its response waits for the visitor. A connection that no other request has is not
+            // kept, so nobody would drive it.
+            if has_its_own || is_long {
+                connection.driver.detach();
+            }
             match connection.send(request).await {
                 Ok(response) => {
                     let pool = (!has_its_own).then(|| self.pool.clone());
@@ -344,6 +358,14 @@ impl OriginRequest {
         match &self.body {
             OriginBody::Whole(bytes) if is_idempotent => Some(bytes.clone()),
             _ => None,
+        }
+    }
+
+    /// Whether its body may not fit into the buffers on the way to the local service.
+    fn is_long(&self) -> bool {
+        match &self.body {
+            OriginBody::Whole(bytes) => bytes.len() > MAX_SHORT_BODY_BYTES,
+            OriginBody::Streamed(_) => true,
         }
     }
 

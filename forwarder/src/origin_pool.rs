@@ -5,7 +5,9 @@ use std::{
     collections::VecDeque,
     future::poll_fn,
     mem,
+    pin::pin,
     sync::{Arc, Mutex, Weak},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -27,6 +29,7 @@ use crate::{
     connector::{BoxError, Connector, Record},
     lock::lock,
     origin::StreamedBody,
+    origin_driver::Driver,
     origin_socket::Responses,
 };
 
@@ -60,7 +63,10 @@ struct Waiting {
 /// A connection to the local service, with no request or one.
 #[derive(Debug)]
 pub(crate) struct OriginConnection {
+    // Dropped before the driver, which then closes the connection.
     sender: http1::SendRequest<StreamedBody>,
+    /// Drives it.
+    pub(crate) driver: Driver,
     /// What it was used for.
     pub(crate) record: Record,
     /// Tells its socket when responses have been read.
@@ -68,7 +74,7 @@ pub(crate) struct OriginConnection {
 }
 
 impl OriginConnection {
-    /// Sends a request, and returns the response once its head is there.
+    /// Sends a request, and returns the response once its head is there. Whoever reads its body drives the connection.
     ///
     /// # Errors
     /// If there is no response. The request comes back if none of it was written.
@@ -77,7 +83,33 @@ impl OriginConnection {
         request: Request<StreamedBody>,
     ) -> Result<Response<Incoming>, TrySendError<Request<StreamedBody>>> {
         self.responses.expect();
-        self.sender.try_send_request(request).await
+        let mut response = pin!(self.sender.try_send_request(request));
+        let poll = |cx: &mut Context<'_>| {
+            let poll = |cx: &mut Context<'_>| response.as_mut().poll(cx);
+            self.driver.poll_beside(cx, poll)
+        };
+        poll_fn(poll).await
+    }
+
+    /// Whether it can have the next request, and no task drives it.
+    fn is_ready(&self) -> bool {
+        self.sender.is_ready() && self.driver.is_attached()
+    }
+
+    /// Waits until it can have the next request, and no task drives it.
+    ///
+    /// # Errors
+    /// If it has ended.
+    async fn ready(&mut self) -> hyper::Result<()> {
+        self.driver.attach().await;
+        let (driver, sender) = (&mut self.driver, &mut self.sender);
+        let poll = |cx: &mut Context<'_>| {
+            // Where hyper writes the last of a request after it has read the response, it is ready only in the turn after that, for
+            // which it wakes nobody.
+            let _ = driver.poll_beside(cx, |_| Poll::<()>::Pending);
+            driver.poll_beside(cx, |cx| sender.poll_ready(cx))
+        };
+        poll_fn(poll).await
     }
 }
 
@@ -140,28 +172,29 @@ impl OriginPool {
             .max_headers(MAX_HEADER_FIELDS)
             .handshake(stream)
             .await?;
-        self.0.tasks.spawn(async move {
+        let driving = async move {
             if let Err(error) = connection.with_upgrades().await {
                 let error = &error as &dyn std::error::Error;
                 debug!(error, "a connection to the local service broke");
             }
-        });
+        };
         Ok(OriginConnection {
             sender,
+            driver: Driver::new(driving, self.0.tasks.clone()),
             record,
             responses,
         })
     }
 
     /// Has a connection wait for its next request, once it is ready for one. Its response has been read, but its last request may
-    /// still be being written.
+    /// still be being written, which a task does then.
     pub(crate) fn keep(&self, mut connection: OriginConnection) {
-        if connection.sender.is_ready() {
+        if connection.is_ready() {
             self.put(connection);
         } else if !connection.sender.is_closed() {
             let pool = self.clone();
             self.0.tasks.spawn(async move {
-                if connection.sender.ready().await.is_ok() {
+                if connection.ready().await.is_ok() {
                     pool.put(connection);
                 }
             });
@@ -207,10 +240,11 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use http_body_util::BodyExt;
     use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
     use tokio::{
-        io::AsyncWriteExt,
+        io::{AsyncReadExt, AsyncWriteExt},
         net::{TcpListener, TcpStream},
         sync::mpsc,
     };
@@ -218,10 +252,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        origin::{Origin, OriginBody},
+        origin::{MAX_SHORT_BODY_BYTES, Origin, OriginBody},
         origin_socket::ResponseBody,
         scripted::{Service, read_head, request, settings, within},
-        settings::AcceptedCertificates,
+        settings::{AcceptedCertificates, Settings},
     };
 
     const HEAD: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n";
@@ -291,8 +325,83 @@ mod tests {
         assert_eq!(service.connections(), 2);
     }
 
+    /// Accepts TLS connections.
+    fn acceptor() -> TlsAcceptor {
+        let identity = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]);
+        let rcgen::CertifiedKey { cert, signing_key } = identity.expect("a certificate");
+        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(signing_key.serialize_der()));
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key);
+        TlsAcceptor::from(Arc::new(config.expect("a configuration")))
+    }
+
+    fn settings_tls(service: &Service) -> Settings {
+        let mut settings = settings(&format!("https://{}", service.address));
+        settings.target_tls = AcceptedCertificates::Insecure;
+        settings
+    }
+
+    #[tokio::test]
+    async fn a_tls_connection_that_is_closed_says_so() {
+        let (ended, mut ends) = mpsc::unbounded_channel();
+        let acceptor = acceptor();
+        let service = Service::running(move |stream: TcpStream| {
+            let (acceptor, ended) = (acceptor.clone(), ended.clone());
+            async move {
+                let mut stream = acceptor.accept(stream).await.expect("a handshake");
+                read_head(&mut stream).await;
+                let _ = stream.write_all(HEAD).await;
+                // The body of the request, and then the end. rustls tells one that is not said as an error.
+                let end = stream.read_to_end(&mut Vec::new()).await;
+                let _ = ended.send(end.map(drop).map_err(|error| error.kind()));
+            }
+        });
+        let service = service.await;
+        let origin = Origin::new(&settings_tls(&service));
+        let response = call(&origin).await;
+        drop(response);
+        assert_eq!(within("the end", ends.recv()).await, Some(Ok(())));
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_kept_whose_response_comes_before_its_request_is_read() {
+        const SECOND: &[u8] = b"second";
+        for bytes in [0, 1, MAX_SHORT_BODY_BYTES, 100_000, 20_000_000] {
+            let (may_read, reads) = tokio::sync::watch::channel(false);
+            let service = Service::running(move |mut stream: TcpStream| {
+                let mut reads = reads.clone();
+                async move {
+                    for body in [bytes, SECOND.len()] {
+                        read_head(&mut stream).await;
+                        let _ = stream.write_all(&[HEAD, b"ok"].concat()).await;
+                        let _ = reads.wait_for(|may_read| *may_read).await;
+                        let mut read = vec![0; body];
+                        stream.read_exact(&mut read).await.expect("a body");
+                        assert!(read.iter().all(|byte| *byte == b'x') || read == SECOND);
+                    }
+                }
+            });
+            let service = service.await;
+            let origin = Origin::new(&service.settings());
+            let post = async |body: Bytes| {
+                let message = request("POST", "/x", &[], "");
+                let addresses = origin.addresses(&message);
+                let called = origin.call(&message, &addresses, OriginBody::Whole(body));
+                read(within("a response", called).await.expect("a response")).await;
+            };
+            post(vec![b'x'; bytes].into()).await;
+            may_read.send(true).expect("a service");
+            within("the connection", origin.pool().0.freed.notified()).await;
+            post(SECOND.into()).await;
+            assert_eq!(service.connections(), 1, "{bytes} bytes");
+        }
+    }
+
     async fn read_byte(stream: &mut TcpStream) -> bool {
-        use tokio::io::AsyncReadExt;
         stream.read_u8().await.is_ok()
     }
 
@@ -322,7 +431,7 @@ mod tests {
         };
         let (response, stream) = tokio::join!(call(&origin), answer());
         read(response).await;
-        // Its end is there when the connection's task has its next turn, with the next request.
+        // Its end is there when the connection is driven the next time, with the next request.
         drop(stream);
         tokio::task::yield_now().await;
         let (response, _stream) = tokio::join!(call(&origin), answer());
@@ -332,16 +441,7 @@ mod tests {
     #[tokio::test]
     async fn a_request_takes_a_connection_that_waits_before_its_own_is_made() {
         // Takes one connection at a time: the other's handshake does not come.
-        let identity = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]);
-        let rcgen::CertifiedKey { cert, signing_key } = identity.expect("a certificate");
-        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(signing_key.serialize_der()));
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("versions")
-            .with_no_client_auth()
-            .with_single_cert(vec![cert.der().clone()], key);
-        let acceptor = TlsAcceptor::from(Arc::new(config.expect("a configuration")));
+        let acceptor = acceptor();
         let only = Arc::new(tokio::sync::Mutex::new(()));
         let service = Service::running(move |stream: TcpStream| {
             let (acceptor, only) = (acceptor.clone(), only.clone());
@@ -354,9 +454,7 @@ mod tests {
             }
         });
         let service = service.await;
-        let mut settings = settings(&format!("https://{}", service.address));
-        settings.target_tls = AcceptedCertificates::Insecure;
-        let origin = Origin::new(&settings);
+        let origin = Origin::new(&settings_tls(&service));
         let since = Instant::now();
         let answered = async || read(call(&origin).await).await;
         tokio::join!(answered(), answered(), answered());

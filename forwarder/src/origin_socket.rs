@@ -73,7 +73,7 @@ struct ReadingResponse(Responses);
 pub struct ResponseBody {
     body: Incoming,
     reading: Option<ReadingResponse>,
-    /// Takes the connection once the body has been read to its end.
+    /// Takes the connection once the body has been read to its end. Until then, reading the body drives it.
     kept_by: Option<(OriginPool, OriginConnection)>,
 }
 
@@ -155,7 +155,13 @@ impl Body for ResponseBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let Self { body, kept_by, .. } = &mut *self;
+        let mut poll_frame = |cx: &mut Context<'_>| Pin::new(&mut *body).poll_frame(cx);
+        let polled = match kept_by {
+            Some((_, connection)) => connection.driver.poll_beside(cx, poll_frame),
+            None => poll_frame(cx),
+        };
+        let frame = ready!(polled);
         match &frame {
             Some(Ok(_)) => self.end_if_read(),
             Some(Err(_)) => {
