@@ -190,7 +190,7 @@ struct ResponseSender {
     /// Which parts may be sent; `None` if the service does not know of windows.
     window: Option<SendWindow>,
     bytes: u64,
-    /// Of the last message.
+    /// Of the response, if it is one short message.
     unwritten: Option<Receipt>,
     recording: Recording,
 }
@@ -233,7 +233,7 @@ impl ResponseSender {
                 Err(SendBodyError::Body(error)) => return Err(broken_off(&error)),
             };
             self.bytes = body.sent_bytes();
-            self.unwritten = self.outgoing.part(part).await;
+            self.outgoing.part(part).await;
         }
     }
 

@@ -32,8 +32,8 @@ use crate::{
 /// This hop in the `Via` of requests (RFC 9110, 7.6.3).
 const VIA: HeaderValue = HeaderValue::from_static("1.1 ttf");
 
-/// What sockets, pipes and TLS hold at least, in bytes, while nobody reads. Linux begins with 16 KiB, and has the smallest buffers.
-pub(crate) const MAX_SHORT_BODY_BYTES: usize = 8 * 1024;
+/// Sockets, pipes and TLS hold more, in bytes, while nobody reads: at least the 8 KiB of a Unix socket of macOS.
+pub(crate) const MAX_SHORT_BODY_BYTES: usize = 4 * 1024;
 
 /// A body that arrives while it is passed on.
 pub(crate) type StreamedBody = UnsyncBoxBody<Bytes, io::Error>;
@@ -278,8 +278,8 @@ impl Origin {
             };
             let (mut connection, has_waited) =
                 connection.map_err(|error| self.no_connection(&*error))?;
-            // A long body is written also while its response waits for the visitor. A connection that no other request has is not
-            // kept, so nobody would drive it.
+            // A long body is written also while its response waits for the visitor. A connection that is not kept has nobody else to
+            // drive it.
             if has_its_own || is_long {
                 connection.driver.detach();
             }

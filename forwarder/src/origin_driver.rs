@@ -10,17 +10,22 @@ use std::{
     mem,
     pin::{Pin, pin},
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use tokio::{
     runtime::Handle,
     sync::oneshot,
     task::{JoinHandle, unconstrained},
+    time::timeout,
 };
 use tokio_util::task::TaskTracker;
 
 /// Completes once the connection has ended.
 type Driving = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// How long it may take to close a connection.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Drives a connection. Dropped, it has a task drive the connection until it is closed.
 pub(crate) struct Driver {
@@ -64,16 +69,23 @@ impl Driver {
         cx: &mut Context<'_>,
         mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        if let State::Attached(driving) = &mut self.state {
-            if driving.as_mut().poll(cx).is_pending() {
-                // Only driving brings what is polled here, so nobody else has to wake this task. A task that has spent its budget
-                // would be told to come again, and not be woken for it.
-                let polled = pin!(unconstrained(poll_fn(poll)));
-                return polled.poll(&mut Context::from_waker(Waker::noop()));
-            }
+        self.drive(cx);
+        if !matches!(self.state, State::Attached(_)) {
+            return poll(cx);
+        }
+        // Only driving brings what is polled here, so nobody else has to wake this task. A task that has spent its budget would be
+        // told to come again, and not be woken for it.
+        let polled = pin!(unconstrained(poll_fn(poll)));
+        polled.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// Drives the connection as far as it can be, unless a task does.
+    pub(crate) fn drive(&mut self, cx: &mut Context<'_>) {
+        if let State::Attached(driving) = &mut self.state
+            && driving.as_mut().poll(cx).is_ready()
+        {
             self.state = State::Ended;
         }
-        poll(cx)
     }
 
     /// Has a task drive the connection, so that it is read and written whatever else is waited for.
@@ -93,7 +105,7 @@ impl Driver {
         };
     }
 
-    /// Leaves the connection to whoever waits for something on it, again.
+    /// Leaves the connection to whoever waits for something on it, again. If this is cancelled, the connection is lost.
     pub(crate) async fn attach(&mut self) {
         self.state = match self.take() {
             State::Detached { stop, task } => {
@@ -118,11 +130,12 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        // With TLS, the end of a connection has to be said.
+        // With TLS, the end of a connection has to be said. Where the agent ends, too, it is not.
         if let State::Attached(driving) = self.take()
             && Handle::try_current().is_ok()
+            && !std::thread::panicking()
         {
-            self.tasks.spawn(driving);
+            self.tasks.spawn(timeout(CLOSE_TIMEOUT, driving));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
     mem,
     pin::pin,
     sync::{Arc, Mutex, Weak},
-    task::{Context, Poll},
+    task::Context,
     time::Duration,
 };
 
@@ -84,11 +84,8 @@ impl OriginConnection {
     ) -> Result<Response<Incoming>, TrySendError<Request<StreamedBody>>> {
         self.responses.expect();
         let mut response = pin!(self.sender.try_send_request(request));
-        let poll = |cx: &mut Context<'_>| {
-            let poll = |cx: &mut Context<'_>| response.as_mut().poll(cx);
-            self.driver.poll_beside(cx, poll)
-        };
-        poll_fn(poll).await
+        let driver = &mut self.driver;
+        poll_fn(|cx| driver.poll_beside(cx, |cx| response.as_mut().poll(cx))).await
     }
 
     /// Whether it can have the next request, and no task drives it.
@@ -104,9 +101,8 @@ impl OriginConnection {
         self.driver.attach().await;
         let (driver, sender) = (&mut self.driver, &mut self.sender);
         let poll = |cx: &mut Context<'_>| {
-            // Where hyper writes the last of a request after it has read the response, it is ready only in the turn after that, for
-            // which it wakes nobody.
-            let _ = driver.poll_beside(cx, |_| Poll::<()>::Pending);
+            // hyper may write the last of a request in one turn, and say only in the next that it is ready, without waking anybody.
+            driver.drive(cx);
             driver.poll_beside(cx, |cx| sender.poll_ready(cx))
         };
         poll_fn(poll).await
@@ -187,7 +183,7 @@ impl OriginPool {
     }
 
     /// Has a connection wait for its next request, once it is ready for one. Its response has been read, but its last request may
-    /// still be being written, which a task does then.
+    /// not be written yet; then a task writes the rest.
     pub(crate) fn keep(&self, mut connection: OriginConnection) {
         if connection.is_ready() {
             self.put(connection);

@@ -77,14 +77,14 @@ impl Outgoing {
         if let Some(part) = part {
             self.parts.store(part.saturating_add(1), Ordering::Relaxed);
         }
-        let takes_turns = match message {
+        let goes_first = match message {
             // An error must not overtake the parts before it.
-            FromAgent::Error(_) => true,
+            FromAgent::Error(_) => false,
             // As long as a part, and to be in turn with parts.
-            FromAgent::WebsocketBatch(_) => true,
-            _ => !encoded.is_control(),
+            FromAgent::WebsocketBatch(_) => false,
+            _ => encoded.is_control(),
         };
-        if !takes_turns {
+        if goes_first {
             let receipt = self.messages.control(encoded).await.ok()?;
             return is_last.then_some(receipt);
         }
@@ -119,10 +119,10 @@ impl Outgoing {
         self.format
     }
 
-    /// Sends a part of the response's body, as [`Outgoing::send`] does.
-    pub(crate) async fn part(&self, part: Part) -> Option<Receipt> {
+    /// Sends a part of the response's body.
+    pub(crate) async fn part(&self, part: Part) {
         let message = part.into_message(self.request_id.clone(), self.reply_to.clone());
-        self.send(FromAgent::BodyPart(message)).await
+        self.send(FromAgent::BodyPart(message)).await;
     }
 
     /// Says that there is no response, or no more of it.

@@ -51,8 +51,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long it may take in any case, also when a request used up all other time.
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
-/// Refusals that wait for room on the connection; with more, no messages are read until the service has taken some.
-const MAX_QUEUED_REFUSALS: usize = 1024;
+/// Refusals that are not written yet; with more, no messages are read until the service has taken some.
+const MAX_UNWRITTEN: usize = 1024;
 
 /// What all connections of a tunnel share.
 #[derive(Clone)]
@@ -179,14 +179,14 @@ pub struct Session {
     early: Vec<String>,
     requests: HashMap<RequestId, InFlight>,
     running: JoinSet<(RequestId, Ended)>,
-    /// Refusals that are not written yet and, while the connection is left, the last short answer.
-    refusals: JoinSet<()>,
-    /// Of the last short answer. Those before it are written before it.
-    unwritten: Option<Receipt>,
+    /// Wait until messages are written: refusals and, while the connection is left, short answers.
+    unwritten: JoinSet<()>,
+    /// Of the short answer that ended last. Those queued before it are written before it.
+    last_answer: Option<Receipt>,
     liveness: Liveness,
     tick: Interval,
     phase: Phase,
-    /// When a request was last in flight.
+    /// When a request was last in flight, or a message about one was last waited for.
     busy: Option<Instant>,
     end_of_life: Option<Instant>,
     /// The service answers a `ping` of a connection that it has replaced with `replaced`.
@@ -232,8 +232,8 @@ impl Session {
             early: opened.early,
             requests: HashMap::new(),
             running: JoinSet::new(),
-            refusals: JoinSet::new(),
-            unwritten: None,
+            unwritten: JoinSet::new(),
+            last_answer: None,
             liveness: Liveness::new(),
             tick,
             phase: Phase::Serving,
@@ -274,7 +274,7 @@ impl Session {
             }
         };
         self.running.shutdown().await;
-        self.refusals.shutdown().await;
+        self.unwritten.shutdown().await;
         if !matches!(end, SessionEnd::Lost(_)) {
             self.close().await;
         }
@@ -286,13 +286,13 @@ impl Session {
         let is_serving = matches!(self.phase, Phase::Serving);
         let due = self.due();
         tokio::select! {
-            message = self.stream.next(), if self.refusals.len() < MAX_QUEUED_REFUSALS => {
+            message = self.stream.next(), if self.unwritten.len() < MAX_UNWRITTEN => {
                 if let Some(reason) = self.on_message(message) {
                     return Some(self.lost(reason));
                 }
             }
             Some(done) = self.running.join_next() => self.finish(done),
-            Some(_) = self.refusals.join_next() => {}
+            Some(_) = self.unwritten.join_next() => self.busy = Some(Instant::now()),
             Some(ended) = self.writer.join_next() => return Some(self.lost(why_not_written(ended))),
             _ = self.tick.tick() => {
                 if let Some(silence) = self.on_tick() {
@@ -311,6 +311,7 @@ impl Session {
                 _ => return Some(self.left()),
             }
         }
+        self.wait_for_last_answer();
         self.has_left().then(|| self.left())
     }
 
@@ -330,20 +331,22 @@ impl Session {
 
     /// Whether all that was promised has been delivered. Upgraded connections are waited for only where they do not keep the agent
     /// from ending.
-    fn has_left(&mut self) -> bool {
+    fn has_left(&self) -> bool {
         let Phase::Leaving { departure, .. } = &self.phase else {
             return false;
         };
         let is_waited_for =
             |request: &InFlight| *departure == Departure::Moved || !request.is_upgrade;
-        if self.requests.values().any(is_waited_for) {
-            return false;
+        !self.requests.values().any(is_waited_for) && self.unwritten.is_empty()
+    }
+
+    /// Once the connection is left, it stays until the last answer is written. Until then, requests that arrive are refused.
+    fn wait_for_last_answer(&mut self) {
+        if matches!(self.phase, Phase::Leaving { .. })
+            && let Some(answer) = self.last_answer.take()
+        {
+            self.unwritten.spawn(answer.taken().map(drop));
         }
-        if let Some(answer) = self.unwritten.take() {
-            // Requests that arrive until it is written are refused as long as this waits.
-            self.refusals.spawn(answer.taken().map(drop));
-        }
-        self.refusals.is_empty()
     }
 
     fn carries_upgrades(&self) -> bool {
@@ -797,7 +800,7 @@ impl Session {
         }));
         self.busy = Some(Instant::now());
         let outgoing = self.context.outgoing.clone();
-        self.refusals.spawn(async move {
+        self.unwritten.spawn(async move {
             if let Ok(receipt) = outgoing.control(error).await {
                 let _ = receipt.taken().await;
             }
@@ -808,8 +811,9 @@ impl Session {
         self.busy = Some(Instant::now());
         let (id, ended) = match done {
             Ok((id, mut ended)) => {
-                let unwritten = ended.unwritten.take();
-                self.unwritten = unwritten.or(self.unwritten.take());
+                if let Some(answer) = ended.unwritten.take() {
+                    self.last_answer = Some(answer);
+                }
                 (id, ended)
             }
             Err(ended) => {

@@ -85,7 +85,7 @@ async fn to_service(
     body.begin();
     loop {
         match body.next_part(window.as_deref_mut()).await {
-            Ok(Some(part)) => drop(outgoing.part(part).await),
+            Ok(Some(part)) => outgoing.part(part).await,
             // A closed window means that the connection to the service has ended.
             Ok(None) | Err(SendBodyError::WindowClosed(_)) => return Ok(body.sent_bytes()),
             Err(SendBodyError::Body(error)) => return Err(error),

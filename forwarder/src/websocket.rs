@@ -147,7 +147,10 @@ impl Carrier {
             StatusCode::SWITCHING_PROTOCOLS => Some(upgraded(response).await?),
             _ => None,
         };
-        self.outgoing.send(FromAgent::HttpResponse(head)).await;
+        if let Some(receipt) = self.outgoing.send(FromAgent::HttpResponse(head)).await {
+            // What the local service says must not overtake it.
+            let _ = receipt.taken().await;
+        }
         Ok((status, socket))
     }
 

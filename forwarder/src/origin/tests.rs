@@ -466,6 +466,32 @@ fn rules_change_the_header_of_requests() {
     assert!(made.head.headers.get("cookie").is_none());
 }
 
+#[tokio::test]
+async fn a_long_body_is_written_although_nobody_reads_the_response() {
+    const BYTES: usize = 20_000_000;
+    let (received, mut bodies) = mpsc::unbounded_channel();
+    let service = Service::running(move |mut stream| {
+        let received = received.clone();
+        async move {
+            read_head(&mut stream).await;
+            let head = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n";
+            let _ = stream.write_all(head).await;
+            let mut body = vec![0; BYTES];
+            let read = stream.read_exact(&mut body).await;
+            let _ = received.send(read.expect("a body"));
+            // The response goes on once the body is there.
+            let _ = stream.write_all(b"ok").await;
+        }
+    })
+    .await;
+    let origin = Origin::new(&service.settings());
+    let response = call(&origin, "POST", &"x".repeat(BYTES)).await;
+    let response = response.expect("a response");
+    assert_eq!(within("the body", bodies.recv()).await, Some(BYTES));
+    let body = within("ok", response.into_body().collect()).await;
+    assert_eq!(body.expect("a body").to_bytes(), "ok");
+}
+
 const EARLY_HEAD: &[u8] = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 40000\r\n\r\n";
 /// More than is read at once, and less than sockets hold.
 const EARLY_BODY_BYTES: usize = 40_000;

@@ -9,14 +9,18 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 use super::progress::ProgressCounters;
-use crate::message::Encoded;
+use crate::{
+    limits::{MAX_CONTROL_MESSAGE_BYTES, MAX_MESSAGE_BYTES},
+    message::Encoded,
+};
 
 /// Control messages that wait, in bytes: see [`room_for`]. Several hundred requests at once wait for no room.
-const MAX_QUEUED_CONTROL_BYTES: usize = 1024 * 1024;
+const MAX_QUEUED_CONTROL_BYTES: u32 = 1024 * 1024;
 /// What a short message takes beside what it says: its buffer is made for more, and it has its place in line.
 const QUEUED_MESSAGE_BYTES: usize = 1280;
 /// After so many control messages in a row one with a body has its turn, so that no number of short answers stops a long one.
 pub(super) const MAX_CONTROL_BURST: u32 = 16;
+const _: () = assert!(MAX_CONTROL_BURST as usize * MAX_CONTROL_MESSAGE_BYTES == MAX_MESSAGE_BYTES);
 /// Messages with bodies that wait behind the one being written.
 const MAX_QUEUED_BODY_MESSAGES: usize = 1;
 
@@ -36,8 +40,10 @@ pub(super) struct Queued {
 
 /// How much room a control message takes in its lane, in bytes. It is about what it takes in memory.
 pub(super) fn room_for(message: &Encoded) -> u32 {
-    let bytes = message.length() + QUEUED_MESSAGE_BYTES;
-    u32::try_from(bytes.min(MAX_QUEUED_CONTROL_BYTES)).unwrap_or(u32::MAX)
+    u32::try_from(message.length() + QUEUED_MESSAGE_BYTES)
+        .map_or(MAX_QUEUED_CONTROL_BYTES, |bytes| {
+            bytes.min(MAX_QUEUED_CONTROL_BYTES)
+        })
 }
 
 /// The messages that wait.
@@ -72,7 +78,7 @@ impl Lanes {
     pub(super) fn new() -> Self {
         Self {
             queues: Mutex::default(),
-            control_room: Semaphore::new(MAX_QUEUED_CONTROL_BYTES),
+            control_room: Semaphore::new(MAX_QUEUED_CONTROL_BYTES as usize),
             body_room: Semaphore::new(MAX_QUEUED_BODY_MESSAGES),
             progress: ProgressCounters::new(),
         }
