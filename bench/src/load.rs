@@ -30,6 +30,17 @@ pub struct Timings {
 }
 
 impl Timings {
+    /// What the visitors say: how long each response took, and what failed.
+    async fn of(visitors: JoinSet<(Vec<Duration>, Vec<String>)>) -> Self {
+        let (mut sorted, mut failures) = (Vec::new(), Vec::new());
+        for (took, failed) in visitors.join_all().await {
+            sorted.extend(took);
+            failures.extend(failed);
+        }
+        sorted.sort_unstable();
+        Self { sorted, failures }
+    }
+
     /// The time within which this share of the responses came; zero if there were none.
     pub fn quantile(&self, share: f64) -> Duration {
         let rank = self
@@ -64,13 +75,40 @@ pub async fn run(url: &str, length: usize, requests: usize, at_once: usize) -> T
             (took, failures)
         });
     }
-    let (mut sorted, mut failures) = (Vec::new(), Vec::new());
-    for (took, failed) in visitors.join_all().await {
-        sorted.extend(took);
-        failures.extend(failed);
+    Timings::of(visitors).await
+}
+
+/// Fetches a URL `per_second` times a second for this time, over `at_once` connections, however long the responses take. Each takes
+/// from when its request was due.
+pub async fn at_rate(
+    url: &str,
+    length: usize,
+    per_second: f64,
+    time: Duration,
+    at_once: usize,
+) -> Timings {
+    let began = tokio::time::Instant::now();
+    let mut visitors = JoinSet::new();
+    for number in 0..at_once {
+        let url = url.to_owned();
+        visitors.spawn(async move {
+            let client = Visitor::default();
+            let (mut took, mut failures) = (Vec::new(), Vec::new());
+            for request in (number..).step_by(at_once) {
+                let due = Duration::from_secs_f64(request as f64 / per_second);
+                if due >= time {
+                    break;
+                }
+                tokio::time::sleep_until(began + due).await;
+                match client.fetch(&url, length).await {
+                    Ok(_) => took.push(began.elapsed().saturating_sub(due)),
+                    Err(error) => failures.push(format!("{error:#}")),
+                }
+            }
+            (took, failures)
+        });
     }
-    sorted.sort_unstable();
-    Timings { sorted, failures }
+    Timings::of(visitors).await
 }
 
 /// A visitor with a persistent connection.

@@ -9,7 +9,11 @@ use std::{
 use anyhow::{Context, bail};
 use tokio::{net::TcpStream, task::spawn_blocking};
 
-use crate::processes::{self, Output, Process};
+use crate::{
+    idle_agents,
+    processes::{self, Output, Process},
+    under_load::{self, Contestant},
+};
 
 /// How many connections load is put on, and how many threads of the load generator.
 const CONNECTIONS: [usize; 3] = [1, 32, 256];
@@ -23,6 +27,10 @@ const SECONDS: u32 = 4;
 const WARM_UP_SECONDS: u32 = 1;
 /// A request that takes longer counts as failed, in seconds: less than a measurement, so that a stall shows.
 const STALL_SECONDS: u32 = 2;
+/// Which of [`CONNECTIONS`] shows the rate of which half is kept up.
+const AT_HALF: usize = 1;
+/// A short body, in bytes.
+const SHORT: usize = 1024;
 /// A long body, in bytes.
 const LONG: usize = 10_000_000;
 
@@ -164,8 +172,15 @@ pub async fn measure(
             }
         }
     }
-    let page = page(&results, generator.name(), has_long)?;
+    let mut page = page(&results, generator.name(), has_long)?;
+    if has_long {
+        let ours = results.get(1).context("nothing was measured")?;
+        let half = ours.requests_per_second(AT_HALF).median / 2.0;
+        let contestants: Vec<_> = results.iter().map(Results::contestant).collect();
+        page.push_str(&under_load::measure(&contestants, half, (SHORT, LONG)).await?);
+    }
     drop((results, service));
+    page.push_str(&idle_agents::measure(deployed, &say).await?);
     Ok(page)
 }
 
@@ -201,6 +216,14 @@ impl Results {
         self.processor[at].push(times.collect());
         self.short[at].push(report);
         Ok(())
+    }
+
+    fn contestant(&self) -> Contestant<'_> {
+        Contestant {
+            name: self.setup.name,
+            url: &self.setup.url,
+            processes: &self.setup.processes,
+        }
     }
 
     fn requests_per_second(&self, at: usize) -> Spread {
@@ -585,7 +608,7 @@ async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, Str
     };
     let files = work.join("files");
     std::fs::create_dir(&files)?;
-    std::fs::write(files.join("short"), vec![b'x'; 1024])?;
+    std::fs::write(files.join("short"), vec![b'x'; SHORT])?;
     std::fs::write(files.join("long"), vec![b'x'; LONG])?;
     // nginx's worker gives up root privileges.
     #[cfg(unix)]

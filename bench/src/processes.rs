@@ -177,6 +177,20 @@ impl Process {
             .sum();
         Ok(ticks / TICKS)
     }
+
+    /// The memory that it has, in bytes.
+    ///
+    /// # Errors
+    /// If it has ended, or this is not Linux.
+    pub fn memory(&self) -> anyhow::Result<f64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
+            .context("memory is read from /proc")?;
+        let kibibytes = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix("kB"))
+            .context("not a status file")?;
+        Ok(kibibytes.trim().parse::<f64>()? * 1024.0)
+    }
 }
 
 impl Drop for Process {
