@@ -510,16 +510,20 @@ impl Session {
     }
 
     fn receive(&mut self, text: &str) {
-        self.take(message::decode(text), text);
+        self.take(message::decode(text), || message::decode(text));
     }
 
     fn receive_binary(&mut self, bytes: &Bytes) {
-        let head = message::split_binary(bytes).map_or("", |(head, _)| head);
-        self.take(message::decode_binary(bytes), head);
+        let subject = || message::subject_of_binary(bytes);
+        self.take(message::decode_binary(bytes), subject);
     }
 
-    /// Does what a message asks for. `text` is its JSON.
-    fn take(&mut self, message: Result<ToAgent, DecodeError>, text: &str) {
+    /// Does what a message asks for. `subject` is the request that it is about, should it be unreadable otherwise.
+    fn take(
+        &mut self,
+        message: Result<ToAgent, DecodeError>,
+        subject: impl FnOnce() -> Result<Subject, DecodeError>,
+    ) {
         match message {
             Ok(ToAgent::HttpRequest(request)) => self.start(request),
             Ok(ToAgent::BodyPart(part)) => self.body_part(part),
@@ -559,7 +563,7 @@ impl Session {
             // API Gateway may send messages of its own: {"message": "Internal server error", ..}
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "message ignored");
-                if let Ok(Subject { request_id }) = message::decode(text) {
+                if let Ok(Subject { request_id }) = subject() {
                     let code = AgentErrorCode::InvalidRequest;
                     self.refuse(request_id, None, code, "the agent cannot read it");
                 }
@@ -708,7 +712,8 @@ impl Session {
         let (websocket, exchange) = match request.websocket.clone() {
             None => {
                 let window = window.window();
-                let exchange = exchange::run(context, request, body, window, recording.clone());
+                let exchange =
+                    exchange::run(context, request.into(), body, window, recording.clone());
                 (None, Either::Left(Box::pin(exchange)))
             }
             Some(visitor) => {

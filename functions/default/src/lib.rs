@@ -169,7 +169,9 @@ impl DefaultRoute {
                 .into_iter()
                 .filter(|feature| match feature {
                     Feature::Zstd => use_compression,
-                    Feature::Binary | Feature::LongFrames => path.use_binary(),
+                    Feature::Binary | Feature::LongFrames | Feature::CompactHeads => {
+                        path.use_binary()
+                    }
                     _ => true,
                 })
                 .collect(),
@@ -218,7 +220,8 @@ impl DefaultRoute {
         if Box::pin(self.relay.pass_on(sender, text)).await? {
             return Ok(RouteResponse::ok());
         }
-        self.decoded(sender, message::decode(text), || text).await
+        let subject = || message::decode(text);
+        self.decoded(sender, message::decode(text), subject).await
     }
 
     /// Handles a binary message that `sender` sent.
@@ -230,24 +233,24 @@ impl DefaultRoute {
         sender: &ConnectionId,
         bytes: &Bytes,
     ) -> Result<RouteResponse, DefaultRouteError> {
-        let head = || message::split_binary(bytes).map_or("", |(head, _)| head);
-        self.decoded(sender, message::decode_binary(bytes), head)
+        let subject = || message::subject_of_binary(bytes);
+        self.decoded(sender, message::decode_binary(bytes), subject)
             .await
     }
 
-    /// Handles a message whose JSON `text` gives.
-    async fn decoded<'t>(
+    /// Handles a message. `subject` is the request that it is about, should it be unreadable otherwise.
+    async fn decoded(
         &self,
         sender: &ConnectionId,
         message: Result<FromAgent, DecodeError>,
-        text: impl FnOnce() -> &'t str,
+        subject: impl FnOnce() -> Result<Subject, DecodeError>,
     ) -> Result<RouteResponse, DefaultRouteError> {
         match message {
             Ok(message) => self.take(sender, message).await,
             Err(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
                 warn!(error = %error, cause, "message dropped");
-                if let Ok(Subject { request_id }) = message::decode(text()) {
+                if let Ok(Subject { request_id }) = subject() {
                     self.relay
                         .deliver(sender, Reply::unreadable(request_id))
                         .await?;

@@ -20,7 +20,7 @@ use tunnel_protocol::{
     body::{BodySender, ReceivedChunk, SendBodyError, window::SendWindow},
     id::{RequestId, TunnelId},
     message,
-    message::{Body, CarriesBody, Feature, ToAgent, Window},
+    message::{Body, CarriesBody, Feature, HeadRef, ToAgent, Window},
     visitor_policy::DeniedError,
 };
 use tunnel_service::{
@@ -499,6 +499,11 @@ impl CarriesBody for ToAgentRef<'_> {
     fn body_mut(&mut self) -> Option<&mut Body> {
         let Self::HttpRequest(request) = self;
         Some(&mut request.body)
+    }
+
+    fn head(&self) -> Option<HeadRef<'_>> {
+        let Self::HttpRequest(request) = self;
+        Some(HeadRef::Request(request))
     }
 }
 

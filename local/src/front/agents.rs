@@ -409,7 +409,7 @@ impl AgentFront {
     fn takes(&self, message: &Message) -> bool {
         match message {
             Message::Text(_) => true,
-            Message::Binary(bytes) => self.takes_binary() && message::split_binary(bytes).is_ok(),
+            Message::Binary(bytes) => self.takes_binary() && message::is_binary(bytes),
             _ => false,
         }
     }

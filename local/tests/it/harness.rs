@@ -519,6 +519,14 @@ impl ScriptedAgent {
         }
     }
 
+    /// The next message of the service, which is binary.
+    pub(crate) async fn hear_binary(&mut self) -> Bytes {
+        match self.hear_anything().await {
+            Some(Message::Binary(bytes)) => bytes,
+            other => panic!("heard {other:?}"),
+        }
+    }
+
     /// The close code with which the service ends the connection.
     pub(crate) async fn close_code(&mut self) -> u16 {
         loop {

@@ -1,11 +1,17 @@
 //! Agents of other versions, and agents that say what they should not.
 
+use bytes::{Buf, Bytes};
 use http::StatusCode;
+use local::Transport;
 use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
 
-use crate::harness::{
-    Agent, Origin, ScriptedAgent, ScriptedService, get, post, reply, settings_for, stack,
-    stack_in_order, within,
+use crate::{
+    harness::{
+        Agent, Origin, ScriptedAgent, ScriptedService, get, post, reply, settings_for, stack,
+        stack_in_order, within,
+    },
+    websocket::{one_process, stack_as},
 };
 
 #[tokio::test]
@@ -126,6 +132,122 @@ async fn a_service_that_knows_only_the_first_messages_is_served() {
     );
 }
 
+/// A binary message with a compact head, as docs/protocol.md has it.
+fn compact(fields: &[(&str, &[u8])], body: &[u8]) -> Bytes {
+    let length = |text: &[u8]| u32::try_from(text.len()).expect("short").to_be_bytes();
+    let head: Vec<u8> = fields
+        .iter()
+        .flat_map(|(name, value)| [name.as_bytes(), value])
+        .flat_map(|text| [&length(text)[..], text].concat())
+        .collect();
+    [&length(&head)[..], &head, body].concat().into()
+}
+
+/// The fields of a compact head, and the body behind it.
+fn read_compact(message: &Bytes) -> (Vec<(String, Vec<u8>)>, Bytes) {
+    fn text(bytes: &mut Bytes) -> Bytes {
+        let length = bytes.get_u32();
+        bytes.split_to(length.try_into().expect("64 bits"))
+    }
+    let mut body = message.clone();
+    let mut head = text(&mut body);
+    let mut fields = Vec::new();
+    while !head.is_empty() {
+        let (name, value) = (text(&mut head), text(&mut head));
+        let name = String::from_utf8(name.into()).expect("a name");
+        fields.push((name, value.into()));
+    }
+    (fields, body)
+}
+
+#[tokio::test]
+async fn requests_and_responses_have_compact_heads_where_the_agent_reads_them() {
+    let stack = one_process().await;
+    let mut agent = ScriptedAgent::online(&stack, "compact", &["binary", "compact_heads"]).await;
+    let url = format!("{}/compact/x?y=1", stack.public_url);
+    for upload in [&b""[..], b"\0 raw"] {
+        let (got, ()) = tokio::join!(post(&url, upload), async {
+            let (fields, body) = read_compact(&agent.hear_binary().await);
+            let field = |name: &str| {
+                fields
+                    .iter()
+                    .find(|field| field.0 == name)
+                    .map(|field| &field.1[..])
+            };
+            assert_eq!(fields[0], (":type".to_owned(), b"http_request".to_vec()));
+            assert_eq!(field(":method"), Some(&b"POST"[..]));
+            assert_eq!(field(":uri"), Some(&b"/x?y=1"[..]));
+            assert_eq!(field("x-forwarded-prefix"), Some(&b"/compact"[..]));
+            assert_eq!((field(":more"), &body[..]), (None, upload));
+            let head: [(&str, &[u8]); 8] = [
+                (":type", b"http_response"),
+                (":request_id", field(":request_id").expect("an id")),
+                (":status_code", b"201"),
+                (":from_the_future", b"x"),
+                ("set-cookie", b"a=1"),
+                ("x-latin-1", b"caf\xe9"),
+                ("set-cookie", b"b=2"),
+                ("connection", b"x-hop"),
+            ];
+            agent.send(Message::binary(compact(&head, upload))).await;
+        });
+        assert_eq!((got.status, &got.body[..]), (StatusCode::CREATED, upload));
+        let cookies: Vec<_> = got.headers.get_all("set-cookie").iter().collect();
+        assert_eq!(cookies, ["a=1", "b=2"]);
+        assert_eq!(got.headers["x-latin-1"].as_bytes(), b"caf\xe9");
+    }
+}
+
+#[tokio::test]
+async fn a_compact_head_that_cannot_be_read_fails_its_request() {
+    let stack = one_process().await;
+    let mut agent = ScriptedAgent::online(&stack, "faulty", &["binary", "compact_heads"]).await;
+    let url = format!("{}/faulty/", stack.public_url);
+    for fault in [
+        (":status_code", &b"99"[..]),
+        (":status_code", b"two hundred"),
+        ("x-a", b"1\r\nx-b: 2"),
+        ("x a", b"1"),
+    ] {
+        let (got, ()) = tokio::join!(get(&url), async {
+            let (fields, _) = read_compact(&agent.hear_binary().await);
+            let id = fields.iter().find(|field| field.0 == ":request_id");
+            let head: [(&str, &[u8]); 3] = [
+                (":type", b"http_response"),
+                (":request_id", &id.expect("an id").1),
+                fault,
+            ];
+            agent.send(Message::binary(compact(&head, b""))).await;
+        });
+        assert_eq!(
+            (got.status, got.error()),
+            (StatusCode::BAD_GATEWAY, Some("invalid_reply")),
+            "{fault:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn heads_are_compact_for_no_agent_that_does_not_read_them_and_never_behind_api_gateway() {
+    for (stack, features) in [
+        (one_process().await, &["binary"][..]),
+        (one_process().await, &["compact_heads"]),
+        (
+            stack_as(Transport::Emulated).await,
+            &["binary", "compact_heads"],
+        ),
+    ] {
+        let mut agent = ScriptedAgent::online(&stack, "plain", features).await;
+        let url = format!("{}/plain/", stack.public_url);
+        let answer = |request: &Value| {
+            let id = &request["request_id"];
+            vec![json!({ "type": "http_response", "request_id": id, "status_code": 204 })]
+        };
+        let got = agent.answer(&url, answer).await;
+        assert_eq!(got.status, StatusCode::NO_CONTENT, "{features:?}");
+    }
+}
+
 #[tokio::test]
 async fn parts_may_arrive_in_any_order_and_twice() {
     let stack = stack().await;
@@ -179,9 +301,7 @@ async fn nonsense_is_ignored_and_invalid_responses_are_refused() {
         "{\"type\":\"http_response\"}",
         "{\"type\":\"from_the_future\",\"x\":1}",
     ] {
-        agent
-            .send(tokio_tungstenite::tungstenite::Message::text(nonsense))
-            .await;
+        agent.send(Message::text(nonsense)).await;
     }
 
     let url = format!("{}/nonsense/", stack.public_url);

@@ -31,6 +31,9 @@ const HOP_BY_HOP: [&str; 9] = [
     "upgrade",
 ];
 
+/// Few messages have more header fields, so reading one seldom moves what was read already.
+pub(crate) const USUAL_FIELDS: usize = 24;
+
 /// Removes the fields that end at this hop: the fixed list and those that `Connection` names.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
@@ -135,11 +138,8 @@ pub mod json {
         ser::SerializeMap,
     };
 
-    use super::{text_to_value, value_to_text};
+    use super::{USUAL_FIELDS, text_to_value, value_to_text};
     use crate::limits::MAX_HEADER_FIELDS;
-
-    /// Few messages have more, so reading one seldom moves what was read already.
-    const USUAL_FIELDS: usize = 24;
 
     /// Writes the fields.
     ///

@@ -56,13 +56,9 @@ impl TunnelId {
                 .into(),
         )
     }
-}
 
-impl TryFrom<String> for TunnelId {
-    type Error = IdError;
-
-    fn try_from(name: String) -> Result<Self, IdError> {
-        if RESERVED_TUNNEL_IDS.contains(&name.as_str()) {
+    fn check(name: &str) -> Result<(), IdError> {
+        if RESERVED_TUNNEL_IDS.contains(&name) {
             return Err(IdError::ReservedTunnel);
         }
         let right_length = (MIN_TUNNEL_ID_BYTES..=MAX_TUNNEL_ID_BYTES).contains(&name.len());
@@ -70,7 +66,7 @@ impl TryFrom<String> for TunnelId {
             .bytes()
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         if right_length && right_characters && !name.starts_with('-') && !name.ends_with('-') {
-            Ok(Self(name.into()))
+            Ok(())
         } else {
             Err(IdError::Tunnel)
         }
@@ -82,14 +78,12 @@ impl TryFrom<String> for TunnelId {
 #[serde(try_from = "String", into = "String")]
 pub struct ConnectionId(Arc<str>);
 
-impl TryFrom<String> for ConnectionId {
-    type Error = IdError;
-
-    fn try_from(id: String) -> Result<Self, IdError> {
+impl ConnectionId {
+    fn check(id: &str) -> Result<(), IdError> {
         let valid = (1..=MAX_CONNECTION_ID_BYTES).contains(&id.len())
             && id.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
         if valid {
-            Ok(Self(id.into()))
+            Ok(())
         } else {
             Err(IdError::Connection)
         }
@@ -106,21 +100,13 @@ impl RequestId {
     pub fn generate() -> Self {
         Self(Ulid::generate().to_string().into())
     }
-}
 
-impl TryFrom<String> for RequestId {
-    type Error = IdError;
-
-    fn try_from(id: String) -> Result<Self, IdError> {
+    fn check(id: &str) -> Result<(), IdError> {
         let valid = (1..=MAX_REQUEST_ID_BYTES).contains(&id.len())
             && id
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-        if valid {
-            Ok(Self(id.into()))
-        } else {
-            Err(IdError::Request)
-        }
+        if valid { Ok(()) } else { Err(IdError::Request) }
     }
 }
 
@@ -143,7 +129,16 @@ macro_rules! text {
             type Err = IdError;
 
             fn from_str(text: &str) -> Result<Self, IdError> {
-                Self::try_from(text.to_owned())
+                Self::check(text)?;
+                Ok(Self(text.into()))
+            }
+        }
+
+        impl TryFrom<String> for $id {
+            type Error = IdError;
+
+            fn try_from(text: String) -> Result<Self, IdError> {
+                text.parse()
             }
         }
 

@@ -5,6 +5,7 @@
 //! negotiated in `features`. docs/protocol.md describes the same with examples.
 
 mod codec;
+mod compact;
 mod feature;
 #[cfg(test)]
 mod tests;
@@ -12,11 +13,13 @@ mod tests;
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::compact::longest_head;
 pub use self::{
     codec::{
-        Body, CarriesBody, DecodeError, Encoded, Encoding, Format, Framing, FromJson, decode,
-        decode_binary, encode, encoded_length, split_binary,
+        Body, CarriesBody, DecodeError, Encoded, Encoding, Format, Framing, FromJson, Heads,
+        decode, decode_binary, encode, encoded_length, is_binary, subject_of_binary,
     },
+    compact::{Head, HeadRef},
     feature::{FEATURES, Feature},
 };
 use crate::{

@@ -20,12 +20,10 @@ pub use self::{
 use crate::{
     body::compression::DecompressError,
     id::{ConnectionId, RequestId},
-    limits::{HEAD_LENGTH_BYTES, MAX_MESSAGE_BYTES, RELAY_ENVELOPE_BYTES},
-    message::{self, Body, BodyPart, Encoding, Format, HttpRequest, HttpResponse},
+    limits::{ENVELOPE_SLACK_BYTES, HEAD_LENGTH_BYTES, MAX_MESSAGE_BYTES, RELAY_ENVELOPE_BYTES},
+    message::{self, Body, BodyPart, Encoding, Format, Heads, HttpRequest, HttpResponse},
 };
 
-/// Room for what the measure of a head does not show: the message's type, and flags, ids and digits that are set later.
-const ENVELOPE_SLACK_BYTES: usize = 256;
 /// A head that may be longer than this is measured. Measuring is as much work as writing, and so much room can be spared.
 const MAX_UNMEASURED_BYTES: usize = 16 * 1024;
 
@@ -118,19 +116,20 @@ macro_rules! first_chunk {
             /// How many body bytes fit beside the head; `None` when the head itself does not fit into a message.
             pub fn room(&self, format: Format) -> Option<usize> {
                 let measured = || message::encoded_length(self) + ENVELOPE_SLACK_BYTES;
-                match format {
-                    Format::Text => room_beside(measured()),
-                    Format::Binary(_) => {
-                        let envelope = Some(self.longest_envelope())
-                            .filter(|longest| *longest <= MAX_UNMEASURED_BYTES)
-                            .unwrap_or_else(measured);
-                        MAX_MESSAGE_BYTES.checked_sub(HEAD_LENGTH_BYTES + envelope)
+                let head = match format {
+                    Format::Text => return room_beside(measured()),
+                    Format::Binary(_, Heads::Json) => Some(self.longest_json())
+                        .filter(|longest| *longest <= MAX_UNMEASURED_BYTES)
+                        .unwrap_or_else(measured),
+                    Format::Binary(_, Heads::Compact) => {
+                        message::longest_head(&self.headers, self.text_bytes())
                     }
-                }
+                };
+                MAX_MESSAGE_BYTES.checked_sub(HEAD_LENGTH_BYTES + head)
             }
 
             /// No head is longer as JSON, which writes a byte as six at most.
-            fn longest_envelope(&self) -> usize {
+            fn longest_json(&self) -> usize {
                 let fields = self.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 2);
                 (fields.sum::<usize>() + self.text_bytes()) * 6 + ENVELOPE_SLACK_BYTES
             }
@@ -144,9 +143,10 @@ impl HttpRequest {
     /// Bytes of text beside the header fields.
     fn text_bytes(&self) -> usize {
         let upgrade = self.upgrade.as_ref().map_or(0, String::len);
+        let websocket = self.websocket.as_ref().map_or(0, |id| id.as_str().len());
         let ids = self.request_id.as_str().len()
             + self.reply_to.as_ref().map_or(0, |id| id.as_str().len());
-        self.method.len() + self.uri.len() + upgrade + ids
+        self.method.len() + self.uri.len() + upgrade + websocket + ids
     }
 }
 
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use crate::{
         limits::{MAX_BINARY_PART_BYTES, MAX_PART_BYTES},
-        message::{CarriesBody, Framing, FromAgent, ToAgent, encode},
+        message::{CarriesBody, Framing, FromAgent, Heads, ToAgent, encode},
     };
 
     #[test]
@@ -203,56 +203,71 @@ mod tests {
         );
         assert!(encode(&ToAgent::BodyPart(part.clone())).len() <= MAX_MESSAGE_BYTES);
         part.body = Body(vec![0; MAX_BINARY_PART_BYTES].into());
-        let binary = FromAgent::BodyPart(part).encode_as(Format::Binary(Framing::Short));
+        let binary =
+            FromAgent::BodyPart(part).encode_as(Format::Binary(Framing::Short, Heads::Json));
         assert!(binary.length() <= MAX_MESSAGE_BYTES);
         assert!(RequestId::generate().as_str().len() <= 64);
     }
 
     #[test]
     fn a_binary_message_with_a_full_first_chunk_fits_whatever_its_head() {
-        for (fields, length) in [
-            (0, 0),
-            (1, 10),
-            (10, 100),
-            (20, 130),
-            (20, 1000),
-            (100, 1000),
-        ] {
-            let mut response = HttpResponse {
-                request_id: "r".repeat(64).parse().expect("an id"),
-                status_code: 200,
-                headers: http::HeaderMap::new(),
-                body: Body::default(),
-                encoding: None,
-                processing_time_ms: u64::MAX,
-                more: false,
-                reply_to: Some("c".repeat(128).parse().expect("an id")),
-            };
-            for number in 0..fields {
-                let name = format!("field-{number}")
-                    .parse::<http::HeaderName>()
-                    .expect("a name");
-                // The characters that take most.
-                let value = http::HeaderValue::from_bytes(&vec![b'"'; length]).expect("a value");
-                response.headers.insert(name, value);
+        for heads in [Heads::Json, Heads::Compact] {
+            for (fields, length) in [
+                (0, 0),
+                (1, 10),
+                (10, 100),
+                (20, 130),
+                (20, 1000),
+                (100, 1000),
+                (256, 0),
+            ] {
+                // The characters that take most as JSON, and one name for all, which takes most in a compact head.
+                for (is_one_name, byte) in [(false, b'"'), (true, b'x')] {
+                    fits(
+                        Format::Binary(Framing::Short, heads),
+                        fields,
+                        length,
+                        is_one_name,
+                        byte,
+                    );
+                }
             }
-            let room = response.room(Format::Binary(Framing::Short));
-            let Some(room) = room else {
-                assert!(fields * length * 2 > MAX_MESSAGE_BYTES, "{fields} fields");
-                continue;
-            };
-            response.set_chunk(Chunk {
-                bytes: vec![0; room].into(),
-                encoding: Some(Encoding::Zstd),
-                more: true,
-            });
-            let encoded =
-                FromAgent::HttpResponse(response).encode_as(Format::Binary(Framing::Short));
-            assert!(
-                encoded.length() <= MAX_MESSAGE_BYTES,
-                "{fields} fields of {length}"
-            );
         }
+    }
+
+    fn fits(format: Format, fields: usize, length: usize, is_one_name: bool, byte: u8) {
+        let what = format!("{format:?}: {fields} fields of {length}, one name: {is_one_name}");
+        let mut response = HttpResponse {
+            request_id: "r".repeat(64).parse().expect("an id"),
+            status_code: u16::MAX,
+            headers: http::HeaderMap::new(),
+            body: Body::default(),
+            encoding: None,
+            processing_time_ms: u64::MAX,
+            more: false,
+            reply_to: Some("c".repeat(128).parse().expect("an id")),
+        };
+        for number in 0..fields {
+            let name = if is_one_name {
+                "name".repeat(50)
+            } else {
+                format!("field-{number}")
+            };
+            let name = name.parse::<http::HeaderName>().expect("a name");
+            let value = http::HeaderValue::from_bytes(&vec![byte; length]).expect("a value");
+            response.headers.append(name, value);
+        }
+        let Some(room) = response.room(format) else {
+            assert!(fields * length * 2 > MAX_MESSAGE_BYTES, "{what}");
+            return;
+        };
+        response.set_chunk(Chunk {
+            bytes: vec![0; room].into(),
+            encoding: Some(Encoding::Zstd),
+            more: true,
+        });
+        let encoded = FromAgent::HttpResponse(response).encode_as(format);
+        assert!(encoded.length() <= MAX_MESSAGE_BYTES, "{what}");
     }
 
     #[test]

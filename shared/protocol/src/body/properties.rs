@@ -11,7 +11,7 @@ use tokio::task::yield_now;
 use super::{budget::BodyBudget, window::WindowUpdates, *};
 use crate::{
     limits::{INITIAL_WINDOW_PARTS, MAX_REORDER_PARTS},
-    message::{CarriesBody, Encoded, Format, Framing, FromAgent, decode, decode_binary},
+    message::{CarriesBody, Encoded, Format, Framing, FromAgent, Heads, decode, decode_binary},
 };
 
 /// A body whose frames come one after another, with a pause before each.
@@ -134,7 +134,7 @@ fn carried(
     let (network, updates) = (RefCell::default(), WindowUpdates::default());
     let budget = BodyBudget::default();
     let format = if is_binary {
-        Format::Binary(Framing::Short)
+        Format::Binary(Framing::Short, Heads::Compact)
     } else {
         Format::Text
     };

@@ -1,12 +1,15 @@
-//! How messages are written and read: as JSON, or with a body in binary behind the JSON.
+//! How messages are written and read: as JSON, or with a body in binary behind a head that is JSON or [`compact`].
 
-use std::{fmt, io};
+use std::{fmt, io, str::FromStr};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::{Feature, FromAgent, Relayed, Subject, ToAgent};
+use super::{
+    Feature, FromAgent, Relayed, Subject, ToAgent,
+    compact::{self, Head, HeadRef},
+};
 use crate::limits::{
     HEAD_LENGTH_BYTES, MAX_BINARY_PART_BYTES, MAX_CONTROL_MESSAGE_BYTES, MAX_MESSAGE_BYTES,
     MAX_PART_BYTES,
@@ -17,9 +20,19 @@ use crate::limits::{
 pub enum Format {
     /// As base64 in the JSON of a text message.
     Text,
-    /// As they are, behind the JSON: a binary message is the length of its head in four bytes, the most significant first; the
-    /// head, which is the message without its body, as JSON; and the body. Messages without a body are text all the same.
-    Binary(Framing),
+    /// As they are, behind a head: a binary message is the length of its head in four bytes, the most significant first; the
+    /// head, which is the message without its body; and the body. Messages without a body are text all the same, unless their
+    /// heads are compact.
+    Binary(Framing, Heads),
+}
+
+/// How the heads of binary messages are written.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Heads {
+    /// As JSON.
+    Json,
+    /// Those of requests and responses as lists of fields, the others as JSON.
+    Compact,
 }
 
 /// How a binary message is cut into frames.
@@ -35,19 +48,26 @@ impl Format {
     /// What a peer with these features reads best.
     pub fn of(features: &[Feature]) -> Self {
         if !features.contains(&Feature::Binary) {
-            Self::Text
-        } else if features.contains(&Feature::LongFrames) {
-            Self::Binary(Framing::Whole)
-        } else {
-            Self::Binary(Framing::Short)
+            return Self::Text;
         }
+        let framing = if features.contains(&Feature::LongFrames) {
+            Framing::Whole
+        } else {
+            Framing::Short
+        };
+        let heads = if features.contains(&Feature::CompactHeads) {
+            Heads::Compact
+        } else {
+            Heads::Json
+        };
+        Self::Binary(framing, heads)
     }
 
     /// Most body bytes in one part.
     pub fn max_part_bytes(self) -> usize {
         match self {
             Self::Text => MAX_PART_BYTES,
-            Self::Binary(_) => MAX_BINARY_PART_BYTES,
+            Self::Binary(..) => MAX_BINARY_PART_BYTES,
         }
     }
 }
@@ -95,18 +115,29 @@ pub trait CarriesBody: Serialize {
     /// The body, if messages of this type have one.
     fn body_mut(&mut self) -> Option<&mut Body>;
 
+    /// The message, if its head can be compact.
+    fn head(&self) -> Option<HeadRef<'_>>;
+
     /// Writes the message for a peer that reads `format`. It is the same afterwards.
     fn encode_as(&mut self, format: Format) -> Encoded {
-        let (body, framing) = match (format, self.body_mut()) {
-            (Format::Binary(framing), Some(body)) if !body.0.is_empty() => {
-                (std::mem::take(&mut body.0), framing)
-            }
-            _ => return Encoded::Text(encode(self)),
+        let Format::Binary(framing, heads) = format else {
+            return Encoded::Text(encode(self));
         };
+        let body = self
+            .body_mut()
+            .map(|body| std::mem::take(&mut body.0))
+            .unwrap_or_default();
+        let compact = self.head().filter(|_| heads == Heads::Compact);
+        if body.is_empty() && compact.is_none() {
+            return Encoded::Text(encode(self));
+        }
         let mut bytes = Vec::with_capacity(HEAD_CAPACITY_BYTES + body.len());
         bytes.extend([0; HEAD_LENGTH_BYTES]);
-        serde_json::to_writer(&mut bytes, self)
-            .expect("maps with string keys, strings and numbers can always be encoded as JSON");
+        match compact {
+            Some(head) => head.write(&mut bytes),
+            None => serde_json::to_writer(&mut bytes, self)
+                .expect("maps with string keys, strings and numbers can always be encoded as JSON"),
+        }
         let head = u32::try_from(bytes.len() - HEAD_LENGTH_BYTES).unwrap_or(u32::MAX);
         bytes[..HEAD_LENGTH_BYTES].copy_from_slice(&head.to_be_bytes());
         bytes.extend_from_slice(&body);
@@ -135,6 +166,22 @@ impl CarriesBody for FromAgent {
             | Self::Unknown => None,
         }
     }
+
+    fn head(&self) -> Option<HeadRef<'_>> {
+        match self {
+            Self::HttpResponse(response) => Some(HeadRef::Response(response)),
+            _ => None,
+        }
+    }
+}
+
+impl From<Head> for FromAgent {
+    fn from(head: Head) -> Self {
+        match head {
+            Head::Response(response) => Self::HttpResponse(response),
+            Head::Request(_) | Head::Unknown => Self::Unknown,
+        }
+    }
 }
 
 impl CarriesBody for ToAgent {
@@ -154,6 +201,22 @@ impl CarriesBody for ToAgent {
             | Self::Replaced { .. }
             | Self::Error { .. }
             | Self::Unknown => None,
+        }
+    }
+
+    fn head(&self) -> Option<HeadRef<'_>> {
+        match self {
+            Self::HttpRequest(request) => Some(HeadRef::Request(request)),
+            _ => None,
+        }
+    }
+}
+
+impl From<Head> for ToAgent {
+    fn from(head: Head) -> Self {
+        match head {
+            Head::Request(request) => Self::HttpRequest(request),
+            Head::Response(_) | Head::Unknown => Self::Unknown,
         }
     }
 }
@@ -202,6 +265,26 @@ pub enum Encoding {
     Zstd,
 }
 
+impl Encoding {
+    /// As messages name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Zstd => "zstd",
+        }
+    }
+}
+
+impl FromStr for Encoding {
+    type Err = DecodeError;
+
+    fn from_str(name: &str) -> Result<Self, DecodeError> {
+        match name {
+            "zstd" => Ok(Self::Zstd),
+            _ => Err(DecodeError::NotCompact("an unknown encoding")),
+        }
+    }
+}
+
 /// Why a text is not a message.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
@@ -211,9 +294,12 @@ pub enum DecodeError {
     /// Not the JSON of a message.
     #[error("not a message of this protocol")]
     Malformed(#[from] serde_json::Error),
-    /// Binary, but not a length, a head of that length in UTF-8, and the body of a message that has one.
+    /// Binary, but not a length, a head of that length, and the body of a message that has one.
     #[error("not a binary message of this protocol")]
     NotBinary,
+    /// Not the compact head of a message.
+    #[error("not a compact head of this protocol: {0}")]
+    NotCompact(&'static str),
 }
 
 /// Reads a message of one direction.
@@ -273,11 +359,15 @@ fn leading_type(text: &str) -> Option<&str> {
     Some(name)
 }
 
-/// The head of a binary message and what follows it.
-///
-/// # Errors
-/// If the bytes are too many, or no head is as long as they say.
-pub fn split_binary(message: &Bytes) -> Result<(&str, Bytes), DecodeError> {
+/// The head of a binary message.
+enum BinaryHead<'m> {
+    Json(&'m str),
+    Compact(&'m [u8]),
+}
+
+/// Takes a binary message apart. A compact head begins with the high byte of a length, which is 0 in a message that is not too long;
+/// JSON never does.
+fn split(message: &Bytes) -> Result<(BinaryHead<'_>, Bytes), DecodeError> {
     if message.len() > MAX_MESSAGE_BYTES {
         return Err(DecodeError::TooLong(message.len()));
     }
@@ -286,25 +376,48 @@ pub fn split_binary(message: &Bytes) -> Result<(&str, Bytes), DecodeError> {
         .ok_or(DecodeError::NotBinary)?;
     let length = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
     let head = rest.get(..length).ok_or(DecodeError::NotBinary)?;
-    let head = std::str::from_utf8(head).map_err(|_| DecodeError::NotBinary)?;
+    let head = match head {
+        [0, ..] => BinaryHead::Compact(head),
+        _ => BinaryHead::Json(str::from_utf8(head).map_err(|_| DecodeError::NotBinary)?),
+    };
     Ok((head, message.slice(HEAD_LENGTH_BYTES + length..)))
+}
+
+/// Whether a binary message has a head that is as long as it says, and either JSON in UTF-8 or compact.
+pub fn is_binary(message: &Bytes) -> bool {
+    split(message).is_ok()
 }
 
 /// Reads a binary message of one direction, whose body shares the memory of `message`.
 ///
 /// # Errors
-/// As [`split_binary`]; or if the head is not a message, has a body of its own, or is of a type that has none.
-pub fn decode_binary<M: CarriesBody + for<'de> FromJson<'de>>(
+/// If it is too long, or is no binary message; or if the head is not that of a message, has a body of its own, or is of a type that
+/// has none.
+pub fn decode_binary<M: CarriesBody + From<Head> + for<'de> FromJson<'de>>(
     message: &Bytes,
 ) -> Result<M, DecodeError> {
-    let (head, body) = split_binary(message)?;
-    let mut decoded: M = decode(head)?;
+    let (head, body) = split(message)?;
+    let mut decoded: M = match head {
+        BinaryHead::Json(head) => decode(head)?,
+        BinaryHead::Compact(head) => Head::read(head)?.into(),
+    };
     match decoded.body_mut() {
         Some(place) if place.0.is_empty() => place.0 = body,
         None if body.is_empty() => {}
         _ => return Err(DecodeError::NotBinary),
     }
     Ok(decoded)
+}
+
+/// Reads which request a binary message is about.
+///
+/// # Errors
+/// If it does not say so.
+pub fn subject_of_binary(message: &Bytes) -> Result<Subject, DecodeError> {
+    match split(message)?.0 {
+        BinaryHead::Json(head) => decode(head),
+        BinaryHead::Compact(head) => compact::subject(head),
+    }
 }
 
 /// Writes a message. The result is longer than [`MAX_MESSAGE_BYTES`] only if its body was not cut by [`crate::body::BodySender`].

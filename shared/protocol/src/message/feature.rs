@@ -34,13 +34,15 @@ pub enum Feature {
     /// Reads binary messages that come whole in one frame. An agent says so in its handshake, too: see
     /// [`crate::headers::LONG_FRAMES`].
     LongFrames,
+    /// Reads binary messages with compact heads; see [`super::Heads`].
+    CompactHeads,
     /// A feature that this code does not know.
     #[serde(other)]
     Unknown,
 }
 
 /// What this code announces, on both sides.
-pub const FEATURES: [Feature; 13] = [
+pub const FEATURES: [Feature; 14] = [
     Feature::BodyParts,
     Feature::Cancel,
     Feature::Notices,
@@ -54,4 +56,5 @@ pub const FEATURES: [Feature; 13] = [
     Feature::Websockets,
     Feature::PingIds,
     Feature::LongFrames,
+    Feature::CompactHeads,
 ];

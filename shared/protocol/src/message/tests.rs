@@ -2,17 +2,25 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
-use crate::limits::MAX_MESSAGE_BYTES;
+use crate::limits::{HEAD_LENGTH_BYTES, MAX_MESSAGE_BYTES};
 
 #[test]
-fn bodies_are_binary_and_whole_only_for_a_peer_that_reads_both() {
+fn each_peer_gets_the_format_that_it_reads() {
     for (features, format) in [
         (&[][..], Format::Text),
         (&[Feature::LongFrames], Format::Text),
-        (&[Feature::Binary], Format::Binary(Framing::Short)),
+        (&[Feature::CompactHeads], Format::Text),
+        (
+            &[Feature::Binary],
+            Format::Binary(Framing::Short, Heads::Json),
+        ),
         (
             &[Feature::Binary, Feature::LongFrames],
-            Format::Binary(Framing::Whole),
+            Format::Binary(Framing::Whole, Heads::Json),
+        ),
+        (
+            &[Feature::Binary, Feature::CompactHeads],
+            Format::Binary(Framing::Short, Heads::Compact),
         ),
     ] {
         assert_eq!(Format::of(features), format, "{features:?}");
@@ -153,6 +161,122 @@ fn a_binary_message_is_refused_unless_each_byte_has_its_place() {
     }
 }
 
+/// A binary message with a compact head of these fields, and this body.
+fn compact(fields: &[(&str, &str)], body: &str) -> Bytes {
+    let mut head = Vec::new();
+    for text in fields.iter().flat_map(|(name, value)| [name, value]) {
+        head.extend(u32::try_from(text.len()).expect("short").to_be_bytes());
+        head.extend(text.as_bytes());
+    }
+    let length = u32::try_from(head.len()).expect("short").to_be_bytes();
+    [&length[..], &head, body.as_bytes()].concat().into()
+}
+
+#[test]
+fn a_compact_head_says_what_json_says() {
+    let request = decode_binary::<ToAgent>(&compact(
+        &[
+            (":type", "http_request"),
+            (":request_id", "r"),
+            (":method", "POST"),
+            (":uri", "/a?b"),
+            (":deadline_ms", "29000"),
+            (":from_the_future", "x"),
+            ("set-cookie", "a=1"),
+            ("host", "x"),
+            ("set-cookie", "b=2"),
+        ],
+        "raw",
+    ));
+    let json = r#"{"type":"http_request","request_id":"r","method":"POST","uri":"/a?b","deadline_ms":29000,"headers":{"set-cookie":["a=1","b=2"],"host":["x"]},"body":"cmF3"}"#;
+    assert_eq!(request.expect("a message"), decode(json).expect("JSON"));
+    let other_direction = [
+        (":type", "http_response"),
+        (":request_id", "r"),
+        (":status_code", "200"),
+    ];
+    let other_direction = compact(&other_direction, "");
+    let newer = compact(&[(":type", "dance"), (":steps", "3")], "");
+    for unknown in [other_direction, newer] {
+        assert_eq!(
+            decode_binary::<ToAgent>(&unknown).expect("unknown"),
+            ToAgent::Unknown
+        );
+    }
+}
+
+#[test]
+fn a_compact_head_is_refused_unless_it_is_whole_and_right() {
+    let whole = [
+        (":type", "http_response"),
+        (":request_id", "r"),
+        (":status_code", "200"),
+    ];
+    let with = |field: (&'static str, &'static str)| [&whole[..], &[field]].concat();
+    let many = vec![("x-many", "1"); crate::limits::MAX_HEADER_FIELDS + 1];
+    assert!(decode_binary::<FromAgent>(&compact(&with(("x-a", "1")), "raw")).is_ok());
+    for refused in [
+        whole[1..].to_vec(),
+        whole[..2].to_vec(),
+        [whole[0], whole[2]].to_vec(),
+        with((":status_code", "200")),
+        with((":encoding", "gzip")),
+        with((":more", "1")),
+        with((":processing_time_ms", "-1")),
+        with((":reply_to", "a/b")),
+        with(("x a", "1")),
+        with(("", "1")),
+        with(("x-a", "1\n2")),
+        [&whole[..], &many].concat(),
+    ] {
+        let message = decode_binary::<FromAgent>(&compact(&refused, ""));
+        assert!(message.is_err(), "{refused:?}: {message:?}");
+    }
+    let message = compact(&whole, "");
+    for end in HEAD_LENGTH_BYTES + 1..message.len() {
+        let cut = compact_cut(&message, end);
+        let read = decode_binary::<FromAgent>(&cut);
+        assert!(read.is_err(), "{end}: {read:?}");
+    }
+}
+
+/// A binary message whose head ends early.
+fn compact_cut(message: &Bytes, end: usize) -> Bytes {
+    let length = u32::try_from(end - HEAD_LENGTH_BYTES).expect("short");
+    [&length.to_be_bytes()[..], &message[HEAD_LENGTH_BYTES..end]]
+        .concat()
+        .into()
+}
+
+#[test]
+fn an_unreadable_message_still_names_its_request() {
+    let head = [
+        (":type", "http_request"),
+        (":request_id", "r"),
+        ("x a", "1"),
+    ];
+    let json = r#"{"type":"http_request","request_id":"r"}"#;
+    for unreadable in [compact(&head, "raw"), binary(json.len(), json, "raw")] {
+        assert!(decode_binary::<ToAgent>(&unreadable).is_err());
+        let subject = subject_of_binary(&unreadable).expect("a request");
+        assert_eq!(subject.request_id.as_str(), "r");
+    }
+    assert!(subject_of_binary(&compact(&head[..1], "raw")).is_err());
+}
+
+/// Header fields of all kinds of bytes that HTTP allows, some with several values.
+fn header_fields() -> impl Strategy<Value = HeaderMap> {
+    let value = prop::collection::vec(prop_oneof![32u8..=126, 128u8..=255, Just(9u8)], 0..20);
+    prop::collection::vec(("[a-c]{1,2}", value), 0..12).prop_map(|fields| {
+        let mut headers = HeaderMap::new();
+        for (name, value) in fields {
+            let value = http::HeaderValue::from_bytes(&value).expect("made of allowed bytes");
+            headers.append(http::HeaderName::try_from(name).expect("a name"), value);
+        }
+        headers
+    })
+}
+
 const SAMPLES: [&str; 10] = [
     r#"{"type":"ready","protocol":1,"features":["body_parts"],"previous":"a=","access":{"allow":["::/0"]}}"#,
     r#"{"type":"http_response","request_id":"r","status_code":200,"headers":{"a":["b"]},"body":"aGk=","more":true}"#,
@@ -209,7 +333,7 @@ proptest! {
     fn a_message_in_either_format_is_what_was_written(
         bytes in prop::collection::vec(any::<u8>(), 0..500), part in 1u32.., more: bool, is_binary: bool,
     ) {
-        let format = if is_binary { Format::Binary(Framing::Short) } else { Format::Text };
+        let format = if is_binary { Format::Binary(Framing::Short, Heads::Json) } else { Format::Text };
         let part = BodyPart { request_id: RequestId::generate(), part, body: Body(bytes.into()), encoding: None, more, reply_to: None };
         let message = FromAgent::BodyPart(part.clone());
         let encoded = message.clone().encode_as(format);
@@ -223,12 +347,44 @@ proptest! {
     }
 
     #[test]
+    fn requests_and_responses_with_compact_heads_are_what_was_written(
+        (headers, bytes) in (header_fields(), prop::collection::vec(any::<u8>(), 0..50)),
+        (method, uri, upgrade) in ("[A-Z]{1,8}", "/[ -~]{0,20}", prop::option::of("[a-z]{1,9}")),
+        (websocket, reply_to, is_compressed) in (prop::option::of("[A-Za-z0-9=]{1,20}"), prop::option::of("[A-Za-z0-9=]{1,20}"), any::<bool>()),
+        (timestamp, deadline_ms, processing_time_ms, status_code, more) in (any::<u64>(), 0u64..2, any::<u64>(), any::<u16>(), any::<bool>()),
+    ) {
+        let format = Format::Binary(Framing::Short, Heads::Compact);
+        let request_id = RequestId::generate();
+        let connection = |id: Option<String>| id.map(|id| id.parse().expect("an id"));
+        let encoding = is_compressed.then_some(Encoding::Zstd);
+        let body = Body(bytes.into());
+        let response = HttpResponse {
+            request_id: request_id.clone(), status_code, headers: headers.clone(), body: body.clone(), encoding, processing_time_ms,
+            more, reply_to: connection(reply_to.clone()),
+        };
+        let request = HttpRequest {
+            request_id, method, uri, headers, upgrade, websocket: connection(websocket), body, encoding, timestamp, more, deadline_ms,
+            reply_to: connection(reply_to),
+        };
+        let (mut response, mut request) = (FromAgent::HttpResponse(response), ToAgent::HttpRequest(request));
+        for (encoded, is_request) in [(response.encode_as(format), false), (request.encode_as(format), true)] {
+            let Encoded::Binary(bytes, Framing::Short) = encoded else { panic!("not binary: {encoded:?}") };
+            if is_request {
+                prop_assert_eq!(&decode_binary::<ToAgent>(&bytes).expect("what we wrote"), &request);
+            } else {
+                prop_assert_eq!(&decode_binary::<FromAgent>(&bytes).expect("what we wrote"), &response);
+            }
+        }
+    }
+
+    #[test]
     fn any_binary_message_is_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..50), length in 0u32..60) {
         let mut message = length.to_be_bytes().to_vec();
         message.extend(&bytes);
         let message = Bytes::from(message);
-        let outcome = split_binary(&message);
-        prop_assert_eq!(outcome.is_ok(), length as usize <= bytes.len() && std::str::from_utf8(&bytes[..length as usize]).is_ok());
+        let head = bytes.get(..length as usize);
+        prop_assert_eq!(is_binary(&message), head.is_some_and(|head| head.starts_with(&[0]) || std::str::from_utf8(head).is_ok()));
+        let _ = (decode_binary::<FromAgent>(&message), decode_binary::<ToAgent>(&message), subject_of_binary(&message));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::{
     frames,
     id::RequestId,
     limits::{MAX_CONTROL_MESSAGE_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES},
-    message::{self, Body, BodyPart, CarriesBody, Format, Framing, FromAgent, ToAgent},
+    message::{self, Body, BodyPart, CarriesBody, Format, Framing, FromAgent, Heads, ToAgent},
 };
 
 type Socket = WebSocketStream<DuplexStream>;
@@ -175,7 +175,7 @@ async fn parts_of_bodies_and_long_messages_take_turns_and_short_messages_go_firs
             message::encode(&FromAgent::Ping { id: None }),
         ),
         (
-            FromAgent::BodyPart(part).encode_as(Format::Binary(Framing::Short)),
+            FromAgent::BodyPart(part).encode_as(Format::Binary(Framing::Short, Heads::Json)),
             message::encode(&FromAgent::Ping { id: None }),
         ),
         (
