@@ -229,15 +229,22 @@ impl Recording {
             return;
         }
         let room = MAX_RECORDED_BYTES - self.head.len();
-        self.head.extend_from_slice(&bytes[..bytes.len().min(room)]);
-        self.is_complete = self.head.len() == MAX_RECORDED_BYTES || ends_head(&self.head);
+        let bytes = &bytes[..bytes.len().min(room)];
+        // Most heads come at once, and with them the beginning of a body, which is not to be copied.
+        let whole = end_of_head(bytes).filter(|_| self.head.is_empty());
+        self.head
+            .extend_from_slice(&bytes[..whole.unwrap_or(bytes.len())]);
+        self.is_complete = whole.is_some()
+            || self.head.len() == MAX_RECORDED_BYTES
+            || end_of_head(&self.head).is_some();
     }
 }
 
-/// Whether there is an empty line after the first, where lines may end without CR.
-fn ends_head(bytes: &[u8]) -> bool {
+/// Where the first empty line after the first line begins, where lines may end without CR.
+fn end_of_head(bytes: &[u8]) -> Option<usize> {
     memchr::memchr_iter(b'\n', bytes)
-        .any(|end| matches!(bytes[end + 1..], [b'\n', ..] | [b'\r', b'\n', ..]))
+        .map(|end| end + 1)
+        .find(|after| matches!(bytes[*after..], [b'\n', ..] | [b'\r', b'\n', ..]))
 }
 
 /// A connection with its record. Only the beginning of a response is copied.

@@ -1,7 +1,8 @@
 //! What a user sees: lines on stdout and stderr, written so that nothing ever waits for the reader.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    borrow::Cow,
+    collections::HashMap,
     io::{self, Write},
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
@@ -73,7 +74,7 @@ impl Display {
         }
         if self.style.format == LogFormat::Json {
             let line = log_format::event_line(tunnel, event);
-            return line.into_iter().for_each(|line| self.stderr.push(line));
+            return line.into_iter().for_each(|line| self.stderr.push(&line));
         }
         let Some(mut line) = text(event) else {
             return;
@@ -160,40 +161,44 @@ fn text(event: &Event) -> Option<String> {
 /// A number of bytes, as a reader wants it.
 pub(crate) fn size(bytes: u64) -> String {
     match bytes {
-        0..1024 => format!("{bytes} B"),
-        1024..1_048_576 => format!("{} KiB", in_tenths(bytes, 1024)),
-        _ => format!("{} MiB", in_tenths(bytes, 1_048_576)),
+        0..1024 => bytes.to_string() + " B",
+        1024..1_048_576 => in_tenths(bytes, 1024) + " KiB",
+        _ => in_tenths(bytes, 1_048_576) + " MiB",
     }
 }
 
 fn in_tenths(bytes: u64, unit: u64) -> String {
-    let tenths = bytes / (unit / 10);
-    format!("{}.{}", tenths / 10, tenths % 10)
+    let mut tenths = (bytes / (unit / 10)).to_string();
+    tenths.insert(tenths.len() - 1, '.');
+    tenths
 }
 
 /// A text as part of one line: what would end the line, steer a terminal or change the direction of writing becomes `?`. Texts of
 /// visitors, of the service and of the local service are all printed so.
-pub(crate) fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> Cow<'_, str> {
+    if text.len() <= MAX_LINE_CHARS {
+        return replace_unsafe(text);
+    }
     let mut rest = text.chars();
     rest.nth(MAX_LINE_CHARS - 1);
     let (line, rest) = text.split_at(text.len() - rest.as_str().len());
     let mut line = replace_unsafe(line);
     if !rest.is_empty() {
-        line.push('…');
+        line.to_mut().push('…');
     }
     line
 }
 
-fn replace_unsafe(text: &str) -> String {
+fn replace_unsafe(text: &str) -> Cow<'_, str> {
     let is_unsafe = |c: char| {
         c.is_control()
             || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     // Most texts are of this kind, and looking at bytes takes less time than looking at characters.
     if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
-        return text.to_owned();
+        return text.into();
     }
-    text.replace(is_unsafe, "?")
+    text.replace(is_unsafe, "?").into()
 }
 
 /// A stream of lines to a terminal, file or pipe. A thread writes them, so that a reader who does not read holds up nothing but them:
@@ -212,7 +217,10 @@ struct LineQueue {
 
 #[derive(Debug, Default)]
 struct QueuedLines {
-    lines: VecDeque<String>,
+    /// The lines, each with its end.
+    text: String,
+    /// How many they are.
+    count: usize,
     dropped: u64,
     /// How many are being written.
     writing: usize,
@@ -243,19 +251,19 @@ impl Lines {
 
     /// Writes a text as one line. Never blocks.
     pub(crate) fn line(&self, text: &str) {
-        self.push(clean(text));
+        self.push(&clean(text));
     }
 
     /// Writes a line that is safe already. Never blocks.
-    pub(crate) fn push(&self, line: String) {
+    pub(crate) fn push(&self, line: &str) {
         let mut queue = lock(&self.0.queue);
         // Room for the number of dropped lines, too.
-        if queue.lines.len() + queue.writing + 1 >= MAX_QUEUED_LINES {
+        if queue.count + queue.writing + 1 >= MAX_QUEUED_LINES {
             queue.dropped += 1;
             return;
         }
         queue.report_dropped();
-        queue.lines.push_back(line);
+        queue.add(line);
         self.0.wake(&mut queue);
     }
 
@@ -265,7 +273,7 @@ impl Lines {
         queue.report_dropped();
         queue.flushing += 1;
         self.0.wake(&mut queue);
-        let pending = |queue: &mut QueuedLines| queue.writing > 0 || !queue.lines.is_empty();
+        let pending = |queue: &mut QueuedLines| queue.writing > 0 || queue.count > 0;
         let waited = self.0.written.wait_timeout_while(queue, limit, pending);
         let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
         queue.flushing -= 1;
@@ -273,14 +281,19 @@ impl Lines {
 }
 
 impl QueuedLines {
+    fn add(&mut self, line: &str) {
+        self.text.push_str(line);
+        self.text.push('\n');
+        self.count += 1;
+    }
+
     fn report_dropped(&mut self) {
-        if self.dropped > 0 {
-            let lines = if self.dropped == 1 { "line" } else { "lines" };
-            self.lines.push_back(format!(
-                "({} {lines} dropped: they were not read in time)",
-                self.dropped
+        let dropped = std::mem::take(&mut self.dropped);
+        if dropped > 0 {
+            let lines = if dropped == 1 { "line" } else { "lines" };
+            self.add(&format!(
+                "({dropped} {lines} dropped: they were not read in time)"
             ));
-            self.dropped = 0;
         }
     }
 }
@@ -289,7 +302,7 @@ impl LineQueue {
     /// All lines that there are, once there is one.
     fn next(&self) -> String {
         let mut queue = lock(&self.queue);
-        while queue.lines.is_empty() {
+        while queue.count == 0 {
             queue.is_idle = true;
             queue = self
                 .queued
@@ -297,13 +310,8 @@ impl LineQueue {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         queue.is_idle = false;
-        queue.writing = queue.lines.len();
-        let mut lines = String::new();
-        for line in queue.lines.drain(..) {
-            lines += &line;
-            lines.push('\n');
-        }
-        lines
+        queue.writing = std::mem::take(&mut queue.count);
+        std::mem::take(&mut queue.text)
     }
 
     /// Notes that lines were written, and lets more come together, unless someone waits for them.
@@ -333,7 +341,7 @@ impl io::Write for Lines {
         let text = text.trim_end();
         if text.starts_with('{') && text.ends_with('}') {
             // An object, whose strings have escapes for what is not safe; it must not be cut.
-            self.push(replace_unsafe(text));
+            self.push(&replace_unsafe(text));
         } else {
             self.line(text);
         }

@@ -89,7 +89,7 @@ pub(crate) struct Ended {
 /// Carries out one exchange, and returns how it went. `window` allows the parts of the response.
 pub(crate) async fn run(
     context: Arc<Context>,
-    message: HttpRequest,
+    message: Box<HttpRequest>,
     body: UploadBody,
     window: SendWindow,
     recording: Recording,
@@ -127,7 +127,7 @@ pub(crate) async fn run(
 
 async fn attempt(
     context: &Context,
-    message: HttpRequest,
+    message: Box<HttpRequest>,
     mut upload: UploadStream,
     progress: UploadProgress,
     reply: &mut ResponseSender,

@@ -98,7 +98,7 @@ impl ExitFailure {
         match format {
             LogFormat::Json => {
                 let fields = json!({ "error": text, "exit_code": self.exit as u8 });
-                lines.push(log_format::line("ERROR", "exit", fields));
+                lines.push(&log_format::line("ERROR", "exit", fields));
             }
             LogFormat::Text => lines.line(&format!("{} error: {text}", LocalTime::now())),
             LogFormat::Plain => lines.line(&format!("error: {text}")),
@@ -336,7 +336,7 @@ async fn act(
 fn say(lines: &Lines, style: LineStyle, kind: &str, text: &str, fields: Value) {
     match style.format {
         _ if style.is_quiet => {}
-        LogFormat::Json => lines.push(log_format::line("INFO", kind, fields)),
+        LogFormat::Json => lines.push(&log_format::line("INFO", kind, fields)),
         LogFormat::Text => lines.line(&format!("{} {text}", LocalTime::now())),
         LogFormat::Plain => lines.line(text),
     }

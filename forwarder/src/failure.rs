@@ -13,6 +13,8 @@ use crate::{
 
 /// How much of a faulty line is shown, in characters.
 const MAX_SHOWN_CHARS: usize = 80;
+/// What visitors are told of a response that cannot be read.
+const NOT_HTTP: &str = "its response is not HTTP";
 /// How a TLS alert begins: a record of type 21, version 3.
 const TLS_ALERT: [u8; 2] = [21, 3];
 
@@ -22,11 +24,11 @@ pub(crate) fn explain(error: &hyper::Error, head: &[u8], target: &Target) -> Ori
         let reason = if head.starts_with(&TLS_ALERT) {
             "it speaks TLS; write https:// before the target".to_owned()
         } else if error.is_parse_too_large() {
-            "the head of its response is too long".to_owned()
+            return head_too_long();
         } else {
             faulty_line(head).unwrap_or_else(|| format!("its response is not HTTP: {error}"))
         };
-        return OriginError::unavailable("its response is not HTTP", Some(reason));
+        return OriginError::unavailable(NOT_HTTP, Some(reason));
     }
     // Node's and Python's TLS servers answer plain HTTP with nothing at all.
     let may_speak_tls = head.is_empty()
@@ -39,6 +41,12 @@ pub(crate) fn explain(error: &hyper::Error, head: &[u8], target: &Target) -> Ori
         "it closed the connection without a response; if it speaks TLS, write https:// before the target".to_owned()
     });
     OriginError::unavailable("it closed the connection without a response", hint)
+}
+
+/// The head of a response that is too long, or has too many fields.
+pub(crate) fn head_too_long() -> OriginError {
+    let reason = "the head of its response is too long".to_owned();
+    OriginError::unavailable(NOT_HTTP, Some(reason))
 }
 
 /// Explains why there is no connection.

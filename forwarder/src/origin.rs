@@ -13,6 +13,7 @@ use hyper::body::Incoming;
 use tracing::{debug, info};
 use tunnel_protocol::{
     headers::{self, remove_hop_by_hop},
+    limits::MAX_HEADER_FIELDS,
     message::{AgentErrorCode, HttpRequest},
     upgrade,
 };
@@ -241,7 +242,7 @@ impl Origin {
         addresses: &Addresses<'_>,
         body: OriginBody,
     ) -> Result<Response<ResponseBody>, OriginError> {
-        let request = self.request(message, addresses, body)?;
+        let request = Box::new(self.request(message, addresses, body)?);
         let body_again = request.body_again();
         let failed = match self.attempt(request, false).await {
             Ok(response) => return Ok(response),
@@ -251,7 +252,7 @@ impl Origin {
             Some(body) if failed.was_stale => {
                 debug!("a kept connection was closed; the request is sent again");
                 let request = self.request(message, addresses, OriginBody::Whole(body))?;
-                let response = self.attempt(request, true).await;
+                let response = self.attempt(request.into(), true).await;
                 response.map_err(|failed| failed.error)
             }
             _ => Err(failed.error),
@@ -262,7 +263,7 @@ impl Origin {
     /// must not meet another connection that is about to be closed.
     async fn attempt(
         &self,
-        request: OriginRequest,
+        request: Box<OriginRequest>,
         is_repeated: bool,
     ) -> Result<Response<ResponseBody>, FailedCall> {
         let is_upgrade = request.is_upgrade();
@@ -395,6 +396,9 @@ fn checked(
     mut response: Response<ResponseBody>,
     is_upgrade: bool,
 ) -> Result<Response<ResponseBody>, OriginError> {
+    if response.headers().len() > MAX_HEADER_FIELDS {
+        return Err(failure::head_too_long());
+    }
     let status = response.status();
     if is_upgrade && status == StatusCode::SWITCHING_PROTOCOLS {
         return Ok(response);

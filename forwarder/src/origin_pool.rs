@@ -23,7 +23,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 use tower_service::Service;
 use tracing::debug;
-use tunnel_protocol::limits::MAX_HEADER_FIELDS;
+use tunnel_protocol::limits::MAX_HYPER_FIELDS;
 
 use crate::{
     connector::{BoxError, Connector, Record},
@@ -165,7 +165,7 @@ impl OriginPool {
             stream.inner().responses.clone(),
         );
         let (sender, connection) = http1::Builder::new()
-            .max_headers(MAX_HEADER_FIELDS)
+            .max_headers(MAX_HYPER_FIELDS)
             .handshake(stream)
             .await?;
         let driving = async move {

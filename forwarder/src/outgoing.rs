@@ -66,7 +66,12 @@ impl Outgoing {
     /// Waits for room on the connection, which is what slows a fast local service down. With an exchange's last message it waits also
     /// until the socket has taken it, if it takes turns with bodies; with a short one, which goes first, it returns the receipt. When
     /// the connection has ended the exchange is about to be dropped with it.
-    pub(crate) async fn send(&self, mut message: FromAgent) -> Option<Receipt> {
+    ///
+    /// The message is encoded before that, so that whoever waits does not hold it.
+    pub(crate) fn send(
+        &self,
+        mut message: FromAgent,
+    ) -> impl Future<Output = Option<Receipt>> + use<'_> {
         let encoded = message.encode_as(self.format);
         let (part, is_last) = match &message {
             FromAgent::HttpResponse(response) => (Some(0), !response.more),
@@ -84,15 +89,17 @@ impl Outgoing {
             FromAgent::WebsocketBatch(_) => false,
             _ => encoded.is_control(),
         };
-        if goes_first {
-            let receipt = self.messages.control(encoded).await.ok()?;
-            return is_last.then_some(receipt);
+        async move {
+            if goes_first {
+                let receipt = self.messages.control(encoded).await.ok()?;
+                return is_last.then_some(receipt);
+            }
+            let receipt = self.messages.body(encoded).await.ok()?;
+            if is_last {
+                let _ = receipt.taken().await;
+            }
+            None
         }
-        let receipt = self.messages.body(encoded).await.ok()?;
-        if is_last {
-            let _ = receipt.taken().await;
-        }
-        None
     }
 
     /// Closes the visitor's WebSocket.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    hash::{BuildHasher, RandomState},
     sync::{Arc, Mutex, MutexGuard},
 };
 
@@ -19,21 +20,26 @@ pub struct SeenRequests(Arc<Mutex<Seen>>);
 
 #[derive(Debug, Default)]
 struct Seen {
-    connections: HashMap<RequestId, ConnectionId>,
-    in_order: VecDeque<RequestId>,
+    /// By hashes of 64 bits with random keys, of which two are not to be expected to be the same: as ids they would be more memory
+    /// than a processor's caches have for them.
+    connections: HashMap<u64, ConnectionId>,
+    in_order: VecDeque<u64>,
+    hasher: RandomState,
 }
 
 impl SeenRequests {
     /// The connection that a request was carried out for, if it was.
     pub fn connection(&self, id: &RequestId) -> Option<ConnectionId> {
-        self.lock().connections.get(id).cloned()
+        let seen = self.lock();
+        seen.connections.get(&seen.hasher.hash_one(id)).cloned()
     }
 
     /// Remembers that a request is being carried out for `connection`. Returns the connection that it came over before, if it
     /// did.
     pub fn insert(&self, id: &RequestId, connection: &ConnectionId) -> Option<ConnectionId> {
         let mut seen = self.lock();
-        if let Some(before) = seen.connections.get(id) {
+        let id = seen.hasher.hash_one(id);
+        if let Some(before) = seen.connections.get(&id) {
             return Some(before.clone());
         }
         if seen.in_order.len() == MAX_SEEN_REQUESTS
@@ -41,8 +47,8 @@ impl SeenRequests {
         {
             seen.connections.remove(&oldest);
         }
-        seen.connections.insert(id.clone(), connection.clone());
-        seen.in_order.push_back(id.clone());
+        seen.connections.insert(id, connection.clone());
+        seen.in_order.push_back(id);
         None
     }
 

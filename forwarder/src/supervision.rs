@@ -48,7 +48,7 @@ fn status(tunnels: &BTreeMap<String, Option<String>>) -> String {
             Some(if tunnels.len() > 1 {
                 format!("{tunnel} {state}")
             } else {
-                state
+                state.into_owned()
             })
         })
         .collect();

@@ -186,11 +186,11 @@ impl State {
                 ended: now,
                 tunnel: tunnel.to_owned(),
                 method: method.clone(),
-                uri: display::clean(uri),
+                uri: display::clean(uri).into_owned(),
                 outcome: outcome
                     .as_ref()
                     .copied()
-                    .map_err(|text| display::clean(text)),
+                    .map_err(|text| display::clean(text).into_owned()),
                 bytes: *bytes,
                 took: *took,
             }),
@@ -201,9 +201,11 @@ impl State {
                 target,
             } => self.change(tunnel, |tunnel| {
                 tunnel.urls = Some(Urls {
-                    public: display::clean(public_url),
-                    browser: browser_url.as_deref().map(display::clean),
-                    target: display::clean(target),
+                    public: display::clean(public_url).into_owned(),
+                    browser: browser_url
+                        .as_deref()
+                        .map(|url| display::clean(url).into_owned()),
+                    target: display::clean(target).into_owned(),
                 });
                 if !matches!(tunnel.status, Status::Online { .. }) {
                     tunnel.status = Status::Online { since: now };
@@ -215,7 +217,7 @@ impl State {
                 attempt,
             } => self.change(tunnel, |tunnel| {
                 tunnel.status = Status::Offline {
-                    reason: display::clean(reason),
+                    reason: display::clean(reason).into_owned(),
                     next_try: now + *pause,
                     attempt: *attempt,
                 };

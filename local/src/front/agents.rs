@@ -48,6 +48,7 @@ use crate::{
     front::{
         agent_limit::{AgentLimit, AgentPermit},
         connection_clock::ConnectionClock,
+        forwarded::Peer,
         handshake,
         listener::ConnectionPermit,
         response::text,
@@ -82,7 +83,7 @@ pub(crate) fn router(front: &Arc<AgentFront>) -> axum::Router {
         front
             .accept(
                 request,
-                SocketAddr::from(([127, 0, 0, 1], 0)),
+                &SocketAddr::from(([127, 0, 0, 1], 0)).into(),
                 ConnectionPermit::internal(),
             )
             .await
@@ -131,7 +132,7 @@ impl AgentFront {
     pub(crate) async fn accept<B: Send + 'static>(
         self: Arc<Self>,
         mut request: Request<B>,
-        peer: SocketAddr,
+        peer: &Peer,
         connection_permit: ConnectionPermit,
     ) -> Response<ResponseBody> {
         let accept_key = match handshake::check(&request) {
@@ -141,11 +142,11 @@ impl AgentFront {
                 return refusal.into_response();
             }
         };
-        let origin = self.observer.proxies.origin(peer.ip(), request.headers());
+        let origin = self.observer.proxies.origin(peer, request.headers());
         let source = Arc::new(EventSource {
             connection_id: connection_id(),
             connected_at: self.clock.open_ms(now()),
-            source_ip: peer.ip().to_string(),
+            source_ip: peer.ip.to_string(),
             stage: STAGE,
         });
         let has_long_frames = self.takes_binary() && request.headers().contains_key(LONG_FRAMES);

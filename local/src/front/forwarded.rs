@@ -14,6 +14,24 @@ use tunnel_protocol::{
 /// What stands for an address that cannot be read, as in `Forwarded` (RFC 7239, 6.2). It is in no network.
 const UNKNOWN: &str = "unknown";
 
+/// The other end of a connection.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    /// Where it is.
+    pub(crate) address: SocketAddr,
+    /// Its IP address as text, which each of its requests has.
+    pub(crate) ip: Box<str>,
+}
+
+impl From<SocketAddr> for Peer {
+    fn from(address: SocketAddr) -> Self {
+        Self {
+            address,
+            ip: address.ip().to_canonical().to_string().into(),
+        }
+    }
+}
+
 /// The proxies whose word counts.
 #[derive(Debug, Default)]
 pub(crate) struct TrustedProxies(Mutex<Arc<[Cidr]>>);
@@ -47,14 +65,14 @@ impl TrustedProxies {
 
     /// Where a request with these fields comes from that `peer` has sent. Only what a trusted proxy has written counts: in
     /// `X-Forwarded-For`, to which each adds the address that it sees, what is right of the first address that is none of theirs.
-    pub(crate) fn origin(&self, peer: IpAddr, fields: &HeaderMap) -> VisitorOrigin {
+    pub(crate) fn origin(&self, peer: &Peer, fields: &HeaderMap) -> VisitorOrigin {
         let networks = self.lock().clone();
         let trusts = |address: IpAddr| networks.iter().any(|network| network.contains(address));
         let mut origin = VisitorOrigin {
-            address: peer.to_canonical().to_string(),
+            address: peer.ip.to_string(),
             ..VisitorOrigin::default()
         };
-        if !trusts(peer) {
+        if !trusts(peer.address.ip()) {
             return origin;
         }
         for said in values(fields, FORWARDED_FOR).rev() {
@@ -120,8 +138,8 @@ mod tests {
     fn origin(peer: &str, pairs: &[(&'static str, &'static [u8])]) -> VisitorOrigin {
         let networks = ["10.0.0.0/8", "::1/128"];
         let proxies = networks.map(|network| network.parse().expect("a network"));
-        TrustedProxies::new(proxies.to_vec())
-            .origin(peer.parse().expect("an address"), &fields(pairs))
+        let peer = Peer::from(SocketAddr::new(peer.parse().expect("an address"), 1));
+        TrustedProxies::new(proxies.to_vec()).origin(&peer, &fields(pairs))
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use tunnel_forward::{error::ForwardError, request::wants_html, response::ResponseBody};
-use tunnel_protocol::limits::{MAX_BINARY_PART_BYTES, MAX_HEADER_FIELDS};
+use tunnel_protocol::limits::{MAX_BINARY_PART_BYTES, MAX_HYPER_FIELDS};
 
 use crate::{
     front::{
@@ -178,7 +178,7 @@ async fn serve(
                 }
                 Some(Ok(Some(Handshake::Validation) | None)) => return socket.finish().await,
                 Some(Err(_)) => {
-                    debug!(peer = %socket.peer, "the TLS handshake takes too long");
+                    debug!(peer = %socket.peer.address, "the TLS handshake takes too long");
                     return socket.reset();
                 }
                 None => return,
@@ -197,7 +197,7 @@ async fn handshake(
     socket: &Arc<VisitorSocket>,
     front: &VisitorFront,
 ) -> Result<Option<Handshake>, Elapsed> {
-    let peer = socket.peer;
+    let peer = socket.peer.address;
     let accept = async {
         let first = socket.first_byte().await?;
         if first.is_some_and(|byte| byte.is_ascii_uppercase()) {
@@ -246,7 +246,8 @@ async fn serve_http1(
         let (socket, permit) = (socket.clone(), permit.clone());
         service_fn(move |request| {
             let (front, socket, permit) = (front.clone(), socket.clone(), permit.clone());
-            // Boxed, because hyper moves it about.
+            // Both boxed, because they are long and are moved about.
+            let request = Box::new(request);
             Box::pin(async move { Ok::<_, Infallible>(front.serve(request, socket, permit).await) })
         })
     };
@@ -257,7 +258,7 @@ async fn serve_http1(
         // What is read at once of a long body is sent on as it is. Heads, which are shorter, grow where characters of the target
         // are escaped.
         .max_buf_size(MAX_BINARY_PART_BYTES)
-        .max_headers(MAX_HEADER_FIELDS);
+        .max_headers(MAX_HYPER_FIELDS);
     let stream = VisitorStream::new(socket.clone(), transport);
     let transport = stream.transport();
     let connection = http.serve_connection(TokioIo::new(stream), service);
@@ -265,7 +266,7 @@ async fn serve_http1(
     let mut check = departure_checks();
     let mut is_stopping = false;
     let (mut served, mut waiting_since) = (None, Instant::now());
-    let peer = socket.peer;
+    let peer = socket.peer.address;
     let outcome = loop {
         tokio::select! {
             outcome = connection.as_mut() => break outcome,
@@ -310,6 +311,7 @@ async fn serve_http2(
         service_fn(move |request| {
             let (front, socket, permit) = (front.clone(), socket.clone(), permit.clone());
             let stream = streams.open(request.method());
+            let request = Box::new(request);
             Box::pin(async move {
                 Ok::<_, Infallible>(front.serve_stream(request, socket, permit, stream).await)
             })
@@ -319,7 +321,7 @@ async fn serve_http2(
     let mut connection = Box::pin(http.serve_connection(TokioIo::new(transport), service));
     let mut check = departure_checks();
     let mut closing_since: Option<Instant> = None;
-    let peer = socket.peer;
+    let peer = socket.peer.address;
     let outcome = loop {
         tokio::select! {
             outcome = connection.as_mut() => break outcome,
@@ -362,16 +364,15 @@ async fn serve_http2(
 impl Front {
     async fn serve(
         &self,
-        request: Request<Incoming>,
+        request: Box<Request<Incoming>>,
         socket: Arc<VisitorSocket>,
         permit: ConnectionPermit,
     ) -> Response<VisitorBody> {
         let is_redirect = matches!(self.entrance, Entrance::Redirect);
         let begun = socket.begin_request(&request);
         if begun.is_ok() && !is_redirect && request.uri().path() == agents::PATH {
-            let peer = socket.peer;
             // Boxed: it is longer than all that other requests need.
-            let accepted = Box::pin(self.agents.clone().accept(request, peer, permit));
+            let accepted = Box::pin(self.agents.clone().accept(*request, &socket.peer, permit));
             let mut response = accepted.await;
             if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 socket.upgrade();
@@ -380,7 +381,7 @@ impl Front {
             }
             return VisitorBody::of(response, socket, None);
         }
-        let visit = self.observer.visit(&request, socket.peer);
+        let visit = self.observer.visit(&request, &socket.peer);
         let response = match begun {
             Ok(()) if is_redirect => self.redirect(&request),
             Err(error) => {
@@ -395,18 +396,18 @@ impl Front {
     /// Serves a request over HTTP/2.
     async fn serve_stream(
         &self,
-        mut request: Request<Incoming>,
+        mut request: Box<Request<Incoming>>,
         socket: Arc<VisitorSocket>,
         permit: ConnectionPermit,
         stream: OpenStream,
     ) -> Response<StreamBody> {
-        let checked = http2::check(&mut request);
+        let checked = http2::check(&mut *request);
         if checked.is_ok() && request.uri().path() == agents::PATH {
             let agents = self.agents.clone();
-            let response = Box::pin(agents.accept(request, socket.peer, permit)).await;
+            let response = Box::pin(agents.accept(*request, &socket.peer, permit)).await;
             return stream.answer(response, None);
         }
-        let visit = self.observer.visit(&request, socket.peer);
+        let visit = self.observer.visit(&request, &socket.peer);
         let response = match checked {
             Err(error) => ForwardError::from(error).into_response(wants_html(request.headers())),
             Ok(()) => {

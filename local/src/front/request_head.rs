@@ -111,7 +111,8 @@ pub(crate) fn is_host(value: &[u8]) -> bool {
     let Ok(authority) = Authority::try_from(value) else {
         return false;
     };
-    let Some(port) = authority.as_str().strip_prefix(authority.host()) else {
+    let host = authority.host();
+    let Some(port) = authority.as_str().strip_prefix(host) else {
         return false;
     };
     let is_port = port.is_empty()
@@ -120,11 +121,10 @@ pub(crate) fn is_host(value: &[u8]) -> bool {
                 && (port.is_empty() || port.parse::<u16>().is_ok())
         });
     // Fewer characters than RFC 3986 allows in a name: real names have no others, and a list of names is not a name.
-    let is_name = authority
-        .host()
+    let is_name = host
         .bytes()
         .all(|b| b.is_ascii_alphanumeric() || b"-._~%[]:".contains(&b));
-    !authority.host().is_empty() && is_name && is_port
+    !host.is_empty() && is_name && is_port
 }
 
 /// RFC 9112, 6.1 and 6.3: the length of the body is given once, and in a way that all recipients understand.

@@ -24,6 +24,7 @@ use tunnel_protocol::headers::says_forwarded;
 pub(crate) use self::transport::{RawStream, Transport};
 use self::transport::{SharedTransport, transfer};
 use crate::front::{
+    forwarded::Peer,
     request_head::RequestHeadError,
     request_stream::{RequestStream, Step},
 };
@@ -64,7 +65,7 @@ const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 pub(crate) struct VisitorSocket {
     stream: TcpStream,
     /// Where it comes from.
-    pub(crate) peer: SocketAddr,
+    pub(crate) peer: Peer,
     /// Its bytes are TLS.
     is_encrypted: bool,
     exchange: Mutex<Exchange>,
@@ -159,7 +160,7 @@ impl VisitorSocket {
         let _ = keep_alive(&stream);
         Self {
             stream,
-            peer,
+            peer: peer.into(),
             is_encrypted,
             exchange: Mutex::default(),
         }

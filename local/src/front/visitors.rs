@@ -59,14 +59,14 @@ impl VisitorFront {
     /// Serves a request that came over `socket`.
     pub(crate) async fn serve(
         &self,
-        mut request: Request<Incoming>,
+        mut request: Box<Request<Incoming>>,
         socket: &Arc<VisitorSocket>,
         permit: ConnectionPermit,
         noted: &Arc<Visit>,
     ) -> Response<ResponseBody> {
         let wants_html = wants_html(request.headers());
         let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
-        let upgraded = hyper::upgrade::on(&mut request);
+        let upgraded = hyper::upgrade::on(&mut *request);
         let mut visit = match self.visit(request, socket, is_read.clone(), noted) {
             Ok(visit) => visit,
             Err(error) => return last(ForwardError::from(error).into_response(wants_html)),
@@ -124,13 +124,13 @@ impl VisitorFront {
 
     fn visit(
         &self,
-        request: Request<Incoming>,
+        request: Box<Request<Incoming>>,
         socket: &VisitorSocket,
         is_read: Arc<AtomicBool>,
         noted: &Arc<Visit>,
     ) -> Result<Box<VisitorRequest>, ForeignHostError> {
         let (mut head, body) = request.into_parts();
-        let origin = self.proxies.origin(socket.peer.ip(), &head.headers);
+        let origin = self.proxies.origin(&socket.peer, &head.headers);
         let host = match origin.host {
             Some(host) => host,
             None => {

@@ -11,7 +11,6 @@ mod visit;
 
 use std::{
     collections::{HashMap, HashSet},
-    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -20,7 +19,7 @@ use http::Request;
 use tunnel_protocol::id::{ConnectionId, TunnelId};
 use tunnel_service::{auth::owner::Owner, now};
 
-use crate::front::forwarded::TrustedProxies;
+use crate::front::forwarded::{Peer, TrustedProxies};
 
 pub use access_log::{AccessLogFormat, AccessLogFormatError, AccessLogOptions, AccessLogTarget};
 
@@ -86,7 +85,7 @@ impl Observer {
     }
 
     /// A visitor's request has begun.
-    pub(crate) fn visit<B>(self: &Arc<Self>, request: &Request<B>, peer: SocketAddr) -> Arc<Visit> {
+    pub(crate) fn visit<B>(self: &Arc<Self>, request: &Request<B>, peer: &Peer) -> Arc<Visit> {
         Arc::new(Visit::new(self.clone(), request, peer))
     }
 

@@ -1,7 +1,6 @@
 //! What is noted of one request, until it has ended.
 
 use std::{
-    net::SocketAddr,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering::Relaxed},
@@ -18,6 +17,7 @@ use super::{
     access_log::{Entry, RequestLine},
     metrics::{Ended, Outcome},
 };
+use crate::front::forwarded::Peer;
 
 /// One request of a visitor. It is counted, and gets its line in the access log, when the last who holds it drops it.
 #[derive(Debug)]
@@ -39,10 +39,10 @@ pub(crate) struct Visit {
 }
 
 impl Visit {
-    pub(super) fn new<B>(observer: Arc<Observer>, request: &Request<B>, peer: SocketAddr) -> Self {
+    pub(super) fn new<B>(observer: Arc<Observer>, request: &Request<B>, peer: &Peer) -> Self {
         observer.metrics.begun();
         let line = observer.access_log.is_some().then(|| {
-            let origin = observer.proxies.origin(peer.ip(), request.headers());
+            let origin = observer.proxies.origin(peer, request.headers());
             Box::new(RequestLine::of(request, origin))
         });
         Self {

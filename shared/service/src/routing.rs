@@ -68,6 +68,10 @@ impl FromStr for Routing {
 pub struct PublicUrl {
     scheme: Scheme,
     authority: Authority,
+    /// The host as names are compared: see [`host_name`].
+    name: Box<str>,
+    /// The host is this machine's own.
+    is_loopback: bool,
     /// Empty, or starts with `/` and does not end with one.
     path: String,
 }
@@ -75,7 +79,7 @@ pub struct PublicUrl {
 impl PublicUrl {
     /// Whether only this machine can use it.
     pub fn is_loopback(&self) -> bool {
-        is_loopback(self.authority.host())
+        self.is_loopback
     }
 
     /// Whether a host, as it stands in an address or in a `Host` field, is this one.
@@ -85,11 +89,9 @@ impl PublicUrl {
 
     /// Whether a host, whatever its port, is this one or a subdomain of it.
     pub fn covers_host(&self, host: &str) -> bool {
-        let (name, base) = (host_name(host), host_name(self.authority.as_str()));
-        name == base
-            || name
-                .strip_suffix(&*base)
-                .is_some_and(|label| label.ends_with('.'))
+        let name = host_name(host);
+        let label = name.strip_suffix(&*self.name);
+        label.is_some_and(|label| label.is_empty() || label.ends_with('.'))
     }
 
     /// The path below which the tunnels are: empty, or starting with `/` and not ending with one.
@@ -104,7 +106,7 @@ impl PublicUrl {
 
     /// Whether a host is this one, on which others than this machine depend.
     fn is_public_host(&self, host: &str) -> bool {
-        !self.is_loopback() && host_name(host) == host_name(self.authority.as_str())
+        !self.is_loopback && host_name(host) == *self.name
     }
 
     /// `http` or `https`.
@@ -133,13 +135,12 @@ impl PublicUrl {
         Some(format!("{}://{id}.{parent}{port}", self.scheme))
     }
 
-    /// The host below which each tunnel has a name of its own. Browsers resolve all names below `localhost` to this machine.
+    /// The host, as names are compared, below which each tunnel has a name of its own. Browsers resolve all names below `localhost` to this machine.
     fn parent_of_subdomains(&self, routing: Routing) -> Option<&str> {
-        let host = self.authority.host();
         match routing {
-            Routing::Subdomain => Some(host),
-            Routing::Path if !self.is_loopback() => None,
-            Routing::Path if host_name(host).ends_with(".localhost") => Some(host),
+            Routing::Subdomain => Some(&self.name),
+            Routing::Path if !self.is_loopback => None,
+            Routing::Path if self.name.ends_with(".localhost") => Some(&self.name),
             Routing::Path => Some("localhost"),
         }
     }
@@ -174,6 +175,8 @@ impl FromStr for PublicUrl {
             {
                 Ok(Self {
                     scheme,
+                    name: host_name(authority.as_str()).into(),
+                    is_loopback: is_loopback(authority.host()),
                     authority,
                     path,
                 })
@@ -260,10 +263,10 @@ impl Route {
     }
 }
 
-/// The label before `.base` in `host`, whatever the case and port.
-fn subdomain(host: &str, base: &str) -> Option<String> {
+/// The label before `.parent` in `host`, whatever its case and port.
+fn subdomain(host: &str, parent: &str) -> Option<String> {
     host_name(host)
-        .strip_suffix(&*host_name(base))?
+        .strip_suffix(parent)?
         .strip_suffix('.')
         .map(str::to_owned)
 }
