@@ -231,7 +231,8 @@ impl Recording {
         let room = MAX_RECORDED_BYTES - self.head.len();
         let bytes = &bytes[..bytes.len().min(room)];
         // Most heads come at once, and with them the beginning of a body, which is not to be copied.
-        let whole = end_of_head(bytes).filter(|_| self.head.is_empty());
+        let is_first = self.head.is_empty();
+        let whole = is_first.then(|| end_of_head(bytes)).flatten();
         self.head
             .extend_from_slice(&bytes[..whole.unwrap_or(bytes.len())]);
         self.is_complete = whole.is_some()
@@ -312,5 +313,31 @@ impl<T: Write + Unpin> AsyncWrite for Recorded<T> {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.responses.end();
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_has_the_head_of_a_response_and_nothing_of_its_body() {
+        const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n";
+        let whole = format!("{HEAD}\r\nok");
+        for at in 0..=whole.len() {
+            let record = Record::default();
+            let (first, rest) = whole.split_at(at);
+            record.lock().read(first.as_bytes());
+            record.lock().read(rest.as_bytes());
+            record.lock().read(b"HTTP/1.1 404 Not Found\r\n");
+            assert!(record.head().starts_with(HEAD.as_bytes()), "{at}");
+            assert!(record.head().len() <= whole.len(), "{at}");
+        }
+        let record = Record::default();
+        record.lock().read(whole.as_bytes());
+        assert_eq!(record.head(), HEAD.as_bytes());
+        record.mark_served();
+        record.lock().write();
+        assert_eq!(record.head(), b"");
     }
 }

@@ -20,8 +20,7 @@ pub struct SeenRequests(Arc<Mutex<Seen>>);
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// By hashes of 64 bits with random keys, of which two are not to be expected to be the same: as ids they would be more memory
-    /// than a processor's caches have for them.
+    /// By keyed hashes of 64 bits. Collisions are not to be expected, and the ids themselves would not stay in a processor's caches.
     connections: HashMap<u64, ConnectionId>,
     in_order: VecDeque<u64>,
     hasher: RandomState,

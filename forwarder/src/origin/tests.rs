@@ -60,6 +60,32 @@ async fn saying(response: &'static [u8]) -> Service {
 }
 
 #[tokio::test]
+async fn a_response_with_as_many_fields_as_a_message_may_have_is_passed_on_and_none_with_more() {
+    for (count, outcome) in [
+        (MAX_HEADER_FIELDS, Ok(200)),
+        (
+            MAX_HEADER_FIELDS + 1,
+            Err("the head of its response is too long"),
+        ),
+        (
+            MAX_HEADER_FIELDS + 2,
+            Err("the head of its response is too long"),
+        ),
+    ] {
+        let service = Service::running(move |mut stream| async move {
+            read_head(&mut stream).await;
+            let fields = "x-a: 1\r\n".repeat(count - 1);
+            let response = format!("HTTP/1.1 200 OK\r\n{fields}content-length: 0\r\n\r\n");
+            let _ = stream.write_all(response.as_bytes()).await;
+        })
+        .await;
+        let origin = Origin::new(&service.settings());
+        let status = status(&origin, "GET", "").await;
+        assert_eq!(status, outcome.map_err(str::to_owned), "{count} fields");
+    }
+}
+
+#[tokio::test]
 async fn a_request_that_meets_a_closing_connection_is_made_once_more_if_it_may_be() {
     // The second request of each connection is answered with its end.
     let closing = |mut stream: TcpStream| async move {

@@ -248,7 +248,7 @@ impl Exchange {
         let mut former = Vec::new();
         let mut online = online;
         loop {
-            if !first.is_readable_with(&online.features) {
+            if !first.is_readable_with(&online.features, state.agents.format(&online.features)) {
                 // It was made for a connection that is gone.
                 return Err(ForwardError::Moved);
             }

@@ -27,6 +27,8 @@ pub(crate) struct FirstMessage {
     pub(crate) rest: Option<BodySender<VisitorBody>>,
     /// Whether there is a rest, or was until it was taken.
     pub(crate) has_rest: bool,
+    /// What it was measured for.
+    format: Format,
 }
 
 impl FirstMessage {
@@ -80,6 +82,7 @@ impl FirstMessage {
             has_rest: message.more,
             rest: message.more.then_some(body),
             message,
+            format,
         })
     }
 
@@ -93,6 +96,7 @@ impl FirstMessage {
             body_bytes: 0,
             rest: Some(sender),
             has_rest: true,
+            format,
         }
     }
 
@@ -106,9 +110,12 @@ impl FirstMessage {
                 .any(|safe| safe.as_str().as_bytes() == method)
     }
 
-    /// Whether an agent with these features can read the message.
-    pub(crate) fn is_readable_with(&self, features: &[Feature]) -> bool {
-        (!self.has_rest || features.contains(&Feature::BodyParts))
+    /// Whether an agent with these features, which gets messages in `format`, can read the message.
+    pub(crate) fn is_readable_with(&self, features: &[Feature], format: Format) -> bool {
+        let body = self.message.body.0.len();
+        let fits = || self.message.room(format).is_some_and(|room| body <= room);
+        (format == self.format || fits())
+            && (!self.has_rest || features.contains(&Feature::BodyParts))
             && (self.message.encoding.is_none() || features.contains(&Feature::Zstd))
             && (self.message.upgrade.is_none()
                 || features.contains(&upgrade_feature(self.message.websocket.is_some())))

@@ -19,7 +19,7 @@ const UNKNOWN: &str = "unknown";
 pub(crate) struct Peer {
     /// Where it is.
     pub(crate) address: SocketAddr,
-    /// Its IP address as text, which each of its requests has.
+    /// Its IP address in its canonical form (an IPv4 address is never mapped to IPv6), which each of its requests has.
     pub(crate) ip: Box<str>,
 }
 

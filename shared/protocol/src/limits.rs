@@ -52,9 +52,6 @@ pub const RELAY_ENVELOPE_BYTES: usize = 192;
 /// Bytes of JSON around the encoded body of a part: type, ids, number, flags and quotes.
 pub const PART_ENVELOPE_BYTES: usize = 512 + RELAY_ENVELOPE_BYTES;
 
-/// Room beside a head and a body for what is not measured: names, flags, numbers, and ids that are set later.
-pub(crate) const ENVELOPE_SLACK_BYTES: usize = 256;
-
 /// Most body bytes in one part, so that their base64 and the envelope fit into [`MAX_MESSAGE_BYTES`].
 pub const MAX_PART_BYTES: usize = (MAX_MESSAGE_BYTES - PART_ENVELOPE_BYTES) / 4 * 3;
 
@@ -68,9 +65,9 @@ pub const MAX_BINARY_PART_BYTES: usize =
 /// Most header fields that the tunnel accepts in one request or response.
 pub const MAX_HEADER_FIELDS: usize = 256;
 
-/// Most header fields that hyper is to take. It has two arrays for as many while it reads a head, of 32 bytes for each field. With
-/// one more than [`MAX_HEADER_FIELDS`], which is checked elsewhere, they are longer than its buffers, of 8 KiB, and so the allocator
-/// has places of their own for them: the same few for all connections, and these are always in the processor's caches.
+/// Most header fields that hyper is to take: one more than [`MAX_HEADER_FIELDS`], which is checked elsewhere. While hyper reads a head
+/// it has two arrays for as many, of 32 bytes for each field. So they are longer than its buffers, of 8 KiB, and jemalloc has them in a
+/// size class of their own: all connections use the same few, which stay in the processor's caches.
 pub const MAX_HYPER_FIELDS: usize = MAX_HEADER_FIELDS + 1;
 
 /// Most parts of one body that a receiver holds while an earlier one is missing. It bounds what a

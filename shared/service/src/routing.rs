@@ -129,6 +129,9 @@ impl PublicUrl {
 
     /// Where a tunnel has a web origin of its own: under its subdomain, or on this machine under `localhost`.
     pub fn own_origin(&self, id: &TunnelId, routing: Routing) -> Option<String> {
+        if routing == Routing::Subdomain {
+            return Some(self.by_subdomain(id));
+        }
         let parent = self.parent_of_subdomains(routing)?;
         let port = self.authority.port().map(|port| format!(":{port}"));
         let port = port.unwrap_or_default();
@@ -452,7 +455,9 @@ mod tests {
 
     #[test]
     fn a_host_is_compared_without_case_port_and_final_dot() {
-        let base = base("https://t.example.com");
+        let base = base("https://T.Example.COM:8443");
+        let subdomain = Route::of(Routing::Subdomain, &base, "abc.t.EXAMPLE.com", "/x");
+        assert_eq!(subdomain, tunnel("abc", "", "/x"));
         for host in [
             "t.example.com",
             "T.example.com.:80",

@@ -20,10 +20,12 @@ pub use self::{
 use crate::{
     body::compression::DecompressError,
     id::{ConnectionId, RequestId},
-    limits::{ENVELOPE_SLACK_BYTES, HEAD_LENGTH_BYTES, MAX_MESSAGE_BYTES, RELAY_ENVELOPE_BYTES},
+    limits::{HEAD_LENGTH_BYTES, MAX_MESSAGE_BYTES, RELAY_ENVELOPE_BYTES},
     message::{self, Body, BodyPart, Encoding, Format, Heads, HttpRequest, HttpResponse},
 };
 
+/// Room for what the measure of a head as JSON does not show: the message's type, and flags, ids and digits that are set later.
+const ENVELOPE_SLACK_BYTES: usize = 256;
 /// A head that may be longer than this is measured. Measuring is as much work as writing, and so much room can be spared.
 const MAX_UNMEASURED_BYTES: usize = 16 * 1024;
 
@@ -223,51 +225,80 @@ mod tests {
             ] {
                 // The characters that take most as JSON, and one name for all, which takes most in a compact head.
                 for (is_one_name, byte) in [(false, b'"'), (true, b'x')] {
+                    let mut headers = http::HeaderMap::new();
+                    for number in 0..fields {
+                        let name = if is_one_name {
+                            "name".repeat(50)
+                        } else {
+                            format!("field-{number}")
+                        };
+                        let name = name.parse::<http::HeaderName>().expect("a name");
+                        let value = http::HeaderValue::from_bytes(&vec![byte; length]);
+                        headers.append(name, value.expect("a value"));
+                    }
+                    let most = if heads == Heads::Json { 2 } else { 1 } * fields * length;
+                    let may_be_too_long = most > MAX_MESSAGE_BYTES;
                     fits(
+                        headers,
                         Format::Binary(Framing::Short, heads),
-                        fields,
-                        length,
-                        is_one_name,
-                        byte,
+                        may_be_too_long,
                     );
                 }
             }
         }
     }
 
-    fn fits(format: Format, fields: usize, length: usize, is_one_name: bool, byte: u8) {
-        let what = format!("{format:?}: {fields} fields of {length}, one name: {is_one_name}");
+    /// Fills the messages with these header fields, and the longest of all else, up to what they have room for.
+    fn fits(headers: http::HeaderMap, format: Format, may_be_too_long: bool) {
+        let what = format!("{format:?}: {} fields", headers.len());
+        let request_id: RequestId = "r".repeat(64).parse().expect("an id");
+        let connection: Option<ConnectionId> = "c".repeat(128).parse().ok();
         let mut response = HttpResponse {
-            request_id: "r".repeat(64).parse().expect("an id"),
+            request_id: request_id.clone(),
             status_code: u16::MAX,
-            headers: http::HeaderMap::new(),
+            headers: headers.clone(),
             body: Body::default(),
             encoding: None,
             processing_time_ms: u64::MAX,
             more: false,
-            reply_to: Some("c".repeat(128).parse().expect("an id")),
+            reply_to: connection.clone(),
         };
-        for number in 0..fields {
-            let name = if is_one_name {
-                "name".repeat(50)
-            } else {
-                format!("field-{number}")
-            };
-            let name = name.parse::<http::HeaderName>().expect("a name");
-            let value = http::HeaderValue::from_bytes(&vec![byte; length]).expect("a value");
-            response.headers.append(name, value);
-        }
-        let Some(room) = response.room(format) else {
-            assert!(fields * length * 2 > MAX_MESSAGE_BYTES, "{what}");
+        let mut request = HttpRequest {
+            request_id,
+            method: "M".repeat(20),
+            uri: "/x".repeat(50),
+            headers,
+            upgrade: Some("websocket".to_owned()),
+            websocket: connection.clone(),
+            body: Body::default(),
+            encoding: None,
+            timestamp: u64::MAX,
+            more: false,
+            deadline_ms: u64::MAX,
+            reply_to: None,
+        };
+        let rooms = (response.room(format), request.room(format));
+        let (Some(for_response), Some(for_request)) = rooms else {
+            assert!(may_be_too_long, "{what}");
             return;
         };
-        response.set_chunk(Chunk {
+        let chunk = |room| Chunk {
             bytes: vec![0; room].into(),
             encoding: Some(Encoding::Zstd),
             more: true,
-        });
-        let encoded = FromAgent::HttpResponse(response).encode_as(format);
-        assert!(encoded.length() <= MAX_MESSAGE_BYTES, "{what}");
+        };
+        response.set_chunk(chunk(for_response));
+        request.set_chunk(chunk(for_request));
+        if format == Format::Binary(Framing::Short, Heads::Compact) {
+            // It is set when the room has been given away.
+            request.reply_to = connection;
+        }
+        for encoded in [
+            FromAgent::HttpResponse(response).encode_as(format),
+            ToAgent::HttpRequest(request).encode_as(format),
+        ] {
+            assert!(encoded.length() <= MAX_MESSAGE_BYTES, "{what}");
+        }
     }
 
     #[test]

@@ -275,12 +275,12 @@ impl Encoding {
 }
 
 impl FromStr for Encoding {
-    type Err = DecodeError;
+    type Err = ();
 
-    fn from_str(name: &str) -> Result<Self, DecodeError> {
+    fn from_str(name: &str) -> Result<Self, ()> {
         match name {
             "zstd" => Ok(Self::Zstd),
-            _ => Err(DecodeError::NotCompact("an unknown encoding")),
+            _ => Err(()),
         }
     }
 }

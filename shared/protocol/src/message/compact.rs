@@ -11,13 +11,14 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{Body, DecodeError, HttpRequest, HttpResponse, Subject};
-use crate::{
-    headers::USUAL_FIELDS,
-    limits::{ENVELOPE_SLACK_BYTES, MAX_HEADER_FIELDS},
-};
+use crate::{headers::USUAL_FIELDS, limits::MAX_HEADER_FIELDS};
 
 /// Bytes before a name, and before a value: its length.
 const LENGTH_BYTES: usize = size_of::<u32>();
+
+/// Room for the fields beside the header, without the texts that are measured. They take 240 bytes with their lengths and with
+/// numbers of 20 digits, and a connection's id may come later.
+const OWN_FIELDS_BYTES: usize = 512;
 
 /// The values of `:type`, which are those of `type` in JSON.
 const REQUEST: &[u8] = b"http_request";
@@ -67,7 +68,7 @@ impl HeadRef<'_> {
             Self::Response(response) => {
                 put(head, ":type", RESPONSE);
                 put(head, ":request_id", response.request_id.as_str());
-                put_number(head, ":status_code", response.status_code.into());
+                put(head, ":status_code", response.status_code.to_string());
                 put_some(
                     head,
                     ":encoding",
@@ -94,7 +95,7 @@ pub(crate) fn longest_head(headers: &HeaderMap, text_bytes: usize) -> usize {
     let fields = headers
         .iter()
         .map(|(name, value)| name.as_str().len() + value.len() + 2 * LENGTH_BYTES);
-    fields.sum::<usize>() + text_bytes + ENVELOPE_SLACK_BYTES
+    fields.sum::<usize>() + text_bytes + OWN_FIELDS_BYTES
 }
 
 fn put(head: &mut Vec<u8>, name: &str, value: impl AsRef<[u8]>) {
@@ -230,9 +231,15 @@ fn read_headers<'h>(
     let mut headers = HeaderMap::with_capacity(USUAL_FIELDS);
     for field in fields {
         let (name, value) = field?;
-        if name.starts_with(b":") {
-            take(name, value)?;
-            continue;
+        match name {
+            b":type" | b":body" => {
+                return Err(DecodeError::NotCompact("a field that has no place here"));
+            }
+            [b':', ..] => {
+                take(name, value)?;
+                continue;
+            }
+            _ => {}
         }
         if headers.len() == MAX_HEADER_FIELDS {
             return Err(DecodeError::NotCompact("too many header fields"));

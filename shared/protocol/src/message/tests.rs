@@ -2,7 +2,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
-use crate::limits::{HEAD_LENGTH_BYTES, MAX_MESSAGE_BYTES};
+use crate::limits::{HEAD_LENGTH_BYTES, MAX_HEADER_FIELDS, MAX_MESSAGE_BYTES};
 
 #[test]
 fn each_peer_gets_the_format_that_it_reads() {
@@ -213,13 +213,17 @@ fn a_compact_head_is_refused_unless_it_is_whole_and_right() {
         (":status_code", "200"),
     ];
     let with = |field: (&'static str, &'static str)| [&whole[..], &[field]].concat();
-    let many = vec![("x-many", "1"); crate::limits::MAX_HEADER_FIELDS + 1];
+    let many = vec![("x-many", "1"); MAX_HEADER_FIELDS + 1];
+    let most = [&whole[..], &many[1..]].concat();
+    assert!(decode_binary::<FromAgent>(&compact(&most, "")).is_ok());
     assert!(decode_binary::<FromAgent>(&compact(&with(("x-a", "1")), "raw")).is_ok());
     for refused in [
         whole[1..].to_vec(),
         whole[..2].to_vec(),
         [whole[0], whole[2]].to_vec(),
         with((":status_code", "200")),
+        with((":type", "http_response")),
+        with((":body", "raw")),
         with((":encoding", "gzip")),
         with((":more", "1")),
         with((":processing_time_ms", "-1")),
@@ -263,6 +267,20 @@ fn an_unreadable_message_still_names_its_request() {
     }
     assert!(subject_of_binary(&compact(&head[..1], "raw")).is_err());
 }
+
+/// Names of fields in compact heads, and values of which some do for some.
+const NAMES: [&str; 9] = [
+    ":method",
+    ":uri",
+    ":status_code",
+    ":more",
+    ":encoding",
+    ":reply_to",
+    ":unknown",
+    "x-a",
+    "x b",
+];
+const VALUES: [&str; 7] = ["", "200", "/x", "true", "zstd", "a=", "1\r\n2"];
 
 /// Header fields of all kinds of bytes that HTTP allows, some with several values.
 fn header_fields() -> impl Strategy<Value = HeaderMap> {
@@ -384,7 +402,42 @@ proptest! {
         let message = Bytes::from(message);
         let head = bytes.get(..length as usize);
         prop_assert_eq!(is_binary(&message), head.is_some_and(|head| head.starts_with(&[0]) || std::str::from_utf8(head).is_ok()));
-        let _ = (decode_binary::<FromAgent>(&message), decode_binary::<ToAgent>(&message), subject_of_binary(&message));
+    }
+
+    #[test]
+    fn any_compact_head_is_read_or_refused(
+        is_request: bool,
+        fields in prop::collection::vec((prop::sample::select(&NAMES[..]), prop::sample::select(&VALUES[..])), 0..8),
+        fault in prop::option::of((any::<prop::sample::Index>(), any::<u8>())),
+    ) {
+        let types = if is_request { "http_request" } else { "http_response" };
+        let fields = [&[(":type", types), (":request_id", "r")], &fields[..]].concat();
+        let whole = compact(&fields, "raw");
+        let mut message = whole.to_vec();
+        if let Some((at, byte)) = fault {
+            let at = at.index(message.len());
+            message[at] = byte;
+        }
+        let message = Bytes::from(message);
+        let read = (decode_binary::<FromAgent>(&message), decode_binary::<ToAgent>(&message), subject_of_binary(&message));
+        if message == whole {
+            let subject = read.2.expect("a subject");
+            prop_assert_eq!(subject.request_id.as_str(), "r");
+            let values = |name: &str| fields.iter().filter(|field| field.0 == name).map(|field| field.1).collect::<Vec<_>>();
+            let headers = match (read.0, read.1) {
+                (Ok(FromAgent::HttpResponse(response)), _) => {
+                    prop_assert_eq!(values(":status_code"), ["200"]);
+                    response.headers
+                }
+                (_, Ok(ToAgent::HttpRequest(request))) => {
+                    prop_assert_eq!((values(":method"), values(":uri")), (vec![&*request.method], vec![&*request.uri]));
+                    request.headers
+                }
+                _ => return Ok(()),
+            };
+            let read: Vec<_> = headers.get_all("x-a").iter().map(|value| value.to_str().expect("ASCII")).collect();
+            prop_assert_eq!(read, values("x-a"));
+        }
     }
 
     #[test]
