@@ -610,21 +610,14 @@ async fn origin(executables: &Path, work: &Path) -> anyhow::Result<(Process, Str
     std::fs::create_dir(&files)?;
     std::fs::write(files.join("short"), vec![b'x'; SHORT])?;
     std::fs::write(files.join("long"), vec![b'x'; LONG])?;
-    // nginx's worker gives up root privileges.
-    #[cfg(unix)]
-    for directory in [work, &files] {
-        std::fs::set_permissions(
-            directory,
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )?;
-    }
     let configuration = work.join("nginx.conf");
     let places: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .iter()
         .map(|of| format!("{of}_temp_path {}/{of};", work.display()))
         .collect();
+    // One process, so that none is left when it is killed.
     let text = format!(
-        "daemon off; worker_processes 1; error_log stderr crit; pid {work}/nginx.pid;\nevents {{ worker_connections 1024; }}\n\
+        "daemon off; master_process off; error_log stderr crit; pid {work}/nginx.pid;\nevents {{ worker_connections 1024; }}\n\
          http {{ access_log off; sendfile on; tcp_nodelay on; keepalive_requests 100000000; {places}\n\
          server {{ listen {address}; root {files};\n\
          location = /taken {{ return 200; }}\n\
