@@ -231,13 +231,16 @@ impl Recording {
         let room = MAX_RECORDED_BYTES - self.head.len();
         let bytes = &bytes[..bytes.len().min(room)];
         // Most heads come at once, and with them the beginning of a body, which is not to be copied.
-        let is_first = self.head.is_empty();
-        let whole = is_first.then(|| end_of_head(bytes)).flatten();
-        self.head
-            .extend_from_slice(&bytes[..whole.unwrap_or(bytes.len())]);
-        self.is_complete = whole.is_some()
-            || self.head.len() == MAX_RECORDED_BYTES
-            || end_of_head(&self.head).is_some();
+        if self.head.is_empty()
+            && let Some(end) = end_of_head(bytes)
+        {
+            self.head.extend_from_slice(&bytes[..end]);
+            self.is_complete = true;
+            return;
+        }
+        self.head.extend_from_slice(bytes);
+        self.is_complete =
+            self.head.len() == MAX_RECORDED_BYTES || end_of_head(&self.head).is_some();
     }
 }
 

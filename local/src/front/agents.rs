@@ -146,7 +146,7 @@ impl AgentFront {
         let source = Arc::new(EventSource {
             connection_id: connection_id(),
             connected_at: self.clock.open_ms(now()),
-            source_ip: peer.ip.to_string(),
+            source_ip: (*peer.ip).to_owned(),
             stage: STAGE,
         });
         let has_long_frames = self.takes_binary() && request.headers().contains_key(LONG_FRAMES);

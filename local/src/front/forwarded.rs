@@ -69,7 +69,7 @@ impl TrustedProxies {
         let networks = self.lock().clone();
         let trusts = |address: IpAddr| networks.iter().any(|network| network.contains(address));
         let mut origin = VisitorOrigin {
-            address: peer.ip.to_string(),
+            address: (*peer.ip).to_owned(),
             ..VisitorOrigin::default()
         };
         if !trusts(peer.address.ip()) {
