@@ -20,7 +20,7 @@ const CONNECTIONS: [usize; 3] = [1, 32, 256];
 /// How many connections carry long bodies at once.
 const LONG_CONNECTIONS: usize = 4;
 /// How often everything is measured. One contestant follows the other within a round, so that what else the machine does meets all.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 /// How long each measurement takes, in seconds.
 const SECONDS: u32 = 4;
 /// How long each is warmed up before it, in seconds.

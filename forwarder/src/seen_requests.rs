@@ -1,11 +1,12 @@
 //! Which requests have been carried out, so that one that comes twice, over whichever connection, is not carried out twice.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     hash::{BuildHasher, RandomState},
     sync::{Arc, Mutex, MutexGuard},
 };
 
+use foldhash::HashMap;
 use tunnel_protocol::id::{ConnectionId, RequestId};
 
 use crate::lock::lock;

@@ -1,8 +1,9 @@
 //! One connection to the service, from its first request to its end.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use foldhash::HashMap;
 use futures_util::{FutureExt, StreamExt, future::Either, stream::SplitStream};
 use http::Method;
 use tokio::{
@@ -230,7 +231,7 @@ impl Session {
             stream,
             writer: writing,
             early: opened.early,
-            requests: HashMap::new(),
+            requests: HashMap::default(),
             running: JoinSet::new(),
             unwritten: JoinSet::new(),
             last_answer: None,

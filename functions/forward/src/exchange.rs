@@ -25,6 +25,7 @@ use tunnel_protocol::{
 };
 use tunnel_service::{
     agents::PostError,
+    aside::aside,
     now,
     replies::{ReplyHead, ReplyPath},
     tables::tunnels::Online,
@@ -189,7 +190,7 @@ impl Visitor {
         }
         let admitted = self.admitted(state, tunnel).await;
         if has_tried && matches!(admitted, Err(ForwardError::Unauthorized(_))) {
-            Box::pin(state.logins.count(tunnel, self.address)).await?;
+            aside(|| state.logins.count(tunnel, self.address)).await?;
         }
         admitted
     }
@@ -333,7 +334,8 @@ impl Exchange {
             agent: self.online.connection_id.clone(),
             request: request.request_id.clone(),
         };
-        Box::pin(VisitorSocketsTable::new(connections).open(visitor, &socket, now())).await?;
+        let table = VisitorSocketsTable::new(connections);
+        aside(|| table.open(visitor, &socket, now())).await?;
         Ok(())
     }
 

@@ -36,6 +36,7 @@ use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
     agent_path::AgentPath,
     agents::AgentConnections,
+    aside::aside,
     auth::{AuthSettings, Authenticator},
     aws::sdk::SdkConfig,
     replies::{Replies, ReplyPath},
@@ -441,7 +442,7 @@ impl Forward {
             Route::Own(path) if path == "/_health" => Ok(health()),
             Route::Own(path) if path.starts_with(STATUS) && is_read => {
                 let name = &path[STATUS.len()..];
-                let answer = Box::pin(self.0.status.answer(name, &request.headers)).await;
+                let answer = aside(|| self.0.status.answer(name, &request.headers)).await;
                 answer.inspect_err(ForwardError::log_cause)
             }
             Route::Own(_) | Route::None => Err(ForwardError::NoSuchTunnel),
@@ -460,7 +461,7 @@ impl Forward {
             if let Some(visitor) = stranger
                 && visitor.is_stranger(&self.0, &path.tunnel).await
             {
-                return Box::pin(self.log_in(request, &path, visitor)).await;
+                return aside(|| self.log_in(request, &path, visitor)).await;
             }
             // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
             match Box::pin(exchange::run(&self.0, request, &path, &mut log)).await {

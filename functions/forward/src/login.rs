@@ -20,6 +20,7 @@ use ring::{
 };
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
+    aside::aside,
     now,
     tables::logins::{KEY_BYTES, LoginsTable},
 };
@@ -185,7 +186,7 @@ impl Logins {
         }
         let mut fresh = [0; KEY_BYTES];
         random(&mut fresh);
-        let key = Box::pin(self.table.key(fresh)).await?;
+        let key = aside(|| self.table.key(fresh)).await?;
         let key = UnboundKey::new(&CHACHA20_POLY1305, &key).expect("32 bytes");
         Ok(self.key.get_or_init(|| LessSafeKey::new(key)))
     }

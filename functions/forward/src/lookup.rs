@@ -13,6 +13,7 @@ use tracing::warn;
 use tunnel_protocol::id::TunnelId;
 use tunnel_service::{
     agents::AgentConnections,
+    aside::aside,
     auth::{Identity, Revalidator, owner::Owner},
     now,
     stopwatch::Stopwatch,
@@ -115,7 +116,7 @@ impl Lookup {
             return answer.found.clone().map_err(ForwardError::from);
         }
         let asked = Stopwatch::start();
-        let found = Box::pin(self.ask(id)).await.map_err(NotServed::from);
+        let found = aside(|| self.ask(id)).await.map_err(NotServed::from);
         if found.is_err() {
             self.remove(id, &known);
         }
@@ -186,7 +187,7 @@ impl Lookup {
     /// If DynamoDB does not answer.
     pub(crate) async fn lost(&self, id: &TunnelId, gone: &Online) -> Result<(), ForwardError> {
         self.forget(id, gone);
-        Box::pin(self.tunnels.mark_offline(id, &gone.connection_id, now())).await?;
+        aside(|| self.tunnels.mark_offline(id, &gone.connection_id, now())).await?;
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tunnel_protocol::{body::ReceivedChunk, limits::MAX_REORDER_PARTS};
 use tunnel_service::{
+    aside::aside,
     now,
     replies::{Expected, ReplyFailure, ReplyHead, ReplyPart, ReplyPath},
     tables::{connections::ConnectionsTable, mailbox::MailboxTable},
@@ -120,7 +121,7 @@ impl PendingReply {
                 () = self.expected.changed() => {}
                 () = sleep_until(wake.unwrap_or(waiting_since)), if wake.is_some() => {
                     if next_look.is_some_and(|at| Instant::now() >= at) {
-                        Box::pin(self.look(waiting_since)).await?;
+                        aside(|| self.look(waiting_since)).await?;
                         next_look = self.next_look(waiting_since);
                     }
                 }

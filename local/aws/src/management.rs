@@ -1,7 +1,6 @@
 //! The open connections, and @connections: how functions outside this process reach them.
 
 use std::{
-    collections::HashMap,
     fmt,
     pin::pin,
     sync::{
@@ -19,6 +18,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
+use foldhash::HashMap;
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout, timeout_at},

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use tunnel_forward::{error::ForwardError, request::wants_html, response::ResponseBody};
 use tunnel_protocol::limits::{MAX_BINARY_PART_BYTES, MAX_HYPER_FIELDS};
+use tunnel_service::aside::aside;
 
 use crate::{
     front::{
@@ -169,12 +170,13 @@ async fn serve(
     let transport = match &front.entrance {
         Entrance::Plain | Entrance::Redirect => Transport::Plain(RawStream::new(socket.clone())),
         Entrance::Tls(tls) => {
-            let handshake = Box::pin(handshake(tls, &socket, &front.visitors));
+            let handshake = aside(|| handshake(tls, &socket, &front.visitors));
             match visitors.stopping().run_until_cancelled(handshake).await {
                 Some(Ok(Some(Handshake::Http1(stream)))) => Transport::Tls(Box::new(stream)),
                 Some(Ok(Some(Handshake::Http2(stream)))) => {
                     let transport = Transport::Tls(Box::new(stream));
-                    return serve_http2(socket, transport, front, permit, visitors).await;
+                    let served = aside(|| serve_http2(socket, transport, front, permit, visitors));
+                    return served.await;
                 }
                 Some(Ok(Some(Handshake::Validation) | None)) => return socket.finish().await,
                 Some(Err(_)) => {
@@ -371,8 +373,8 @@ impl Front {
         let is_redirect = matches!(self.entrance, Entrance::Redirect);
         let begun = socket.begin_request(&request);
         if begun.is_ok() && !is_redirect && request.uri().path() == agents::PATH {
-            // Boxed: it is longer than all that other requests need.
-            let accepted = Box::pin(self.agents.clone().accept(*request, &socket.peer, permit));
+            let agents = self.agents.clone();
+            let accepted = aside(|| agents.accept(*request, &socket.peer, permit));
             let mut response = accepted.await;
             if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 socket.upgrade();
@@ -404,7 +406,7 @@ impl Front {
         let checked = http2::check(&mut *request);
         if checked.is_ok() && request.uri().path() == agents::PATH {
             let agents = self.agents.clone();
-            let response = Box::pin(agents.accept(*request, &socket.peer, permit)).await;
+            let response = aside(|| agents.accept(*request, &socket.peer, permit)).await;
             return stream.answer(response, None);
         }
         let visit = self.observer.visit(&request, &socket.peer);

@@ -23,6 +23,7 @@ use tunnel_forward::{
     request::{RequestSource, VisitorRequest, wants_html},
     response::{self, ResponseBody, ResponseBodyError},
 };
+use tunnel_service::aside::aside;
 
 use crate::{
     front::{
@@ -76,7 +77,7 @@ impl VisitorFront {
         if let Some(sockets) = &self.sockets
             && visit.upgrade.as_ref().is_some_and(is_websocket)
         {
-            let response = Box::pin(sockets.accept(upgraded, visit)).await;
+            let response = aside(|| sockets.accept(upgraded, visit)).await;
             if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 socket.upgrade();
             }

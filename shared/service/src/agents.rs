@@ -15,7 +15,7 @@ use http::uri::Uri;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
-use crate::aws::sdk::SdkConfig;
+use crate::{aside::aside, aws::sdk::SdkConfig};
 use tunnel_protocol::{
     id::ConnectionId,
     limits::MAX_MESSAGE_BYTES,
@@ -235,7 +235,7 @@ impl AgentConnections {
                 connections.send(to, message, patience).await
             }
             (Reached::Management(client), Encoded::Text(text)) => {
-                Box::pin(post_to_connection(client, to, &text, patience)).await
+                aside(|| post_to_connection(client, to, &text, patience)).await
             }
             (Reached::Management(_), Encoded::Binary(..)) => Err(PostError::Failed {
                 code: "binary".to_owned(),

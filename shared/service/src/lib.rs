@@ -7,6 +7,7 @@
 
 pub mod agent_path;
 pub mod agents;
+pub mod aside;
 pub mod auth;
 pub mod aws;
 pub mod replies;

@@ -3,14 +3,12 @@
 //! [`Replies`] is where requests wait. What reaches it was sent by an agent of this process, came over a reply connection, or was
 //! found in the mailbox: [`ReplyPath`] knows which of these there are.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
 };
 
+use foldhash::HashMap;
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::Notify, time::Instant};
@@ -26,7 +24,7 @@ use tunnel_protocol::{
 };
 
 use crate::{
-    now, tables::connections::ConnectionsTable, tables::dynamodb::StoreError,
+    aside::aside, now, tables::connections::ConnectionsTable, tables::dynamodb::StoreError,
     tables::mailbox::MailboxTable,
 };
 
@@ -179,7 +177,7 @@ impl ReplyPath {
                 replies.deliver(sender, reply);
                 Ok(())
             }
-            Self::Cloud { mailbox, .. } => Box::pin(mailbox.put(sender, reply, now())).await,
+            Self::Cloud { mailbox, .. } => aside(|| mailbox.put(sender, reply, now())).await,
         }
     }
 }
@@ -285,7 +283,7 @@ impl Arrived {
     }
 }
 
-/// Inboxes by the connection that is to answer, and the request.
+/// Inboxes by the connection that is to answer, and the request. Both ids are ours, so nobody can choose such as collide.
 type Waiting = HashMap<(ConnectionId, RequestId), Arc<Inbox>>;
 
 /// The requests that wait for replies, each by the connection it was sent to: no other can answer it.
