@@ -6,7 +6,6 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use foldhash::HashMap;
 use tunnel_protocol::id::{ConnectionId, RequestId};
 
 use crate::lock::lock;
@@ -22,7 +21,7 @@ pub struct SeenRequests(Arc<Mutex<Seen>>);
 #[derive(Debug, Default)]
 struct Seen {
     /// By keyed hashes of 64 bits. Collisions are not to be expected, and the ids themselves would not stay in a processor's caches.
-    connections: HashMap<u64, ConnectionId>,
+    connections: foldhash::HashMap<u64, ConnectionId>,
     in_order: VecDeque<u64>,
     hasher: RandomState,
 }

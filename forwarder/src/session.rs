@@ -3,7 +3,6 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use foldhash::HashMap;
 use futures_util::{FutureExt, StreamExt, future::Either, stream::SplitStream};
 use http::Method;
 use tokio::{
@@ -178,7 +177,8 @@ pub struct Session {
     stream: SplitStream<Socket>,
     writer: JoinSet<Result<(), tungstenite::Error>>,
     early: Vec<String>,
-    requests: HashMap<RequestId, InFlight>,
+    /// The service chooses the ids, and they are few, so a quick hash is enough.
+    requests: foldhash::HashMap<RequestId, InFlight>,
     running: JoinSet<(RequestId, Ended)>,
     /// Wait until messages are written: refusals and, while the connection is left, short answers.
     unwritten: JoinSet<()>,
@@ -231,7 +231,7 @@ impl Session {
             stream,
             writer: writing,
             early: opened.early,
-            requests: HashMap::default(),
+            requests: foldhash::HashMap::default(),
             running: JoinSet::new(),
             unwritten: JoinSet::new(),
             last_answer: None,

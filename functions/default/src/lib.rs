@@ -26,6 +26,7 @@ use tunnel_protocol::{
 use tunnel_service::{
     agent_path::AgentPath,
     agents::{AgentConnections, PostError, WebSocketApiUrl},
+    aside::aside,
     auth::{AuthMode, Revalidator},
     aws::route_event::{RouteEventError, RouteResponse, VISITORS_STAGE, connection_of},
     aws::sdk::SdkConfig,
@@ -274,8 +275,7 @@ impl DefaultRoute {
                 self.relay.deliver(sender, reply).await?;
                 Ok(RouteResponse::ok())
             }
-            // Boxed, as replies are frequent and need none of the room that the calls of AWS take.
-            Err(message) => Box::pin(self.take_other(sender, *message)).await,
+            Err(message) => aside(|| self.take_other(sender, *message)).await,
         }
     }
 

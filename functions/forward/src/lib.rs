@@ -463,7 +463,7 @@ impl Forward {
             {
                 return aside(|| self.log_in(request, &path, visitor)).await;
             }
-            // Boxed, as are the calls of AWS below it: without them it is small, and they are rare.
+            // Boxed, because it is long and is moved about.
             match Box::pin(exchange::run(&self.0, request, &path, &mut log)).await {
                 Ok(replying) => Ok(replying.into_response(log)),
                 Err(refusal) => {

@@ -18,7 +18,6 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
-use foldhash::HashMap;
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout, timeout_at},
@@ -155,9 +154,12 @@ impl Connection for mpsc::Sender<ConnectionCommand> {
     }
 }
 
+/// Connections by their ids. Nobody else can choose these, so a quick hash is enough.
+type Connections = foldhash::HashMap<ConnectionId, Arc<dyn Connection>>;
+
 /// The open connections.
 #[derive(Clone, Debug, Default)]
-pub struct ConnectionRegistry(Arc<Mutex<HashMap<ConnectionId, Arc<dyn Connection>>>>);
+pub struct ConnectionRegistry(Arc<Mutex<Connections>>);
 
 impl ConnectionRegistry {
     /// Adds a connection whose upgrade has finished.
@@ -180,7 +182,7 @@ impl ConnectionRegistry {
     }
 
     /// Held between awaits only.
-    fn lock(&self) -> MutexGuard<'_, HashMap<ConnectionId, Arc<dyn Connection>>> {
+    fn lock(&self) -> MutexGuard<'_, Connections> {
         self.0
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)

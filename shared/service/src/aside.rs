@@ -1,12 +1,11 @@
-//! Steps that few requests take.
+//! Steps that most requests do without.
 
 use std::pin::Pin;
 
-/// A step that few requests take, in a box, and in code of its own.
+/// Boxes a step that most requests of `tunnel-local` do without. It is made and polled outside the code of its caller.
 ///
 /// A call of the AWS SDK needs 12 KB of the stack where it is made and polled. In a function that the compiler merges with others,
 /// all of that would be part of the stack of every request.
-#[cold]
 #[inline(never)]
 pub fn aside<'s, F>(
     step: impl FnOnce() -> F,

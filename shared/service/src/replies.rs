@@ -8,7 +8,6 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use foldhash::HashMap;
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::Notify, time::Instant};
@@ -283,8 +282,8 @@ impl Arrived {
     }
 }
 
-/// Inboxes by the connection that is to answer, and the request. Both ids are ours, so nobody can choose such as collide.
-type Waiting = HashMap<(ConnectionId, RequestId), Arc<Inbox>>;
+/// Inboxes by the connection that is to answer, and the request. Nobody else can choose either id, so a quick hash is enough.
+type Waiting = foldhash::HashMap<(ConnectionId, RequestId), Arc<Inbox>>;
 
 /// The requests that wait for replies, each by the connection it was sent to: no other can answer it.
 #[derive(Clone, Debug, Default)]
