@@ -381,7 +381,7 @@ async fn raw_body(head: &Parts, body: ExchangeBody) -> Reply {
     let (bytes, fault) = if query(head, "decoded").is_some() {
         decoded(body).await
     } else {
-        (body.body.kept, None)
+        (body.body.kept().into_owned(), None)
     };
     let mut reply = reply::bytes("application/octet-stream", bytes.into());
     let headers = reply.headers_mut();
@@ -407,7 +407,7 @@ async fn preview(body: ExchangeBody) -> Reply {
 
 /// Decodes a body where nothing else waits for it.
 async fn decoded(body: ExchangeBody) -> (Vec<u8>, Option<String>) {
-    let decoding = spawn_blocking(move || decode(&body.headers, &body.body.kept));
+    let decoding = spawn_blocking(move || decode(&body.headers, &body.body.kept()));
     match decoding.await {
         Ok(decoded) => (decoded.bytes, decoded.fault),
         Err(_) => (Vec::new(), Some("it cannot be decoded".to_owned())),

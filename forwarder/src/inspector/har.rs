@@ -64,7 +64,7 @@ pub(crate) fn entry(exchange: &RecordedExchange, masking: &Masking, origin: &str
         "_tunnel": &*exchange.tunnel,
         "_state": exchange.state.name(),
     });
-    if !request.body.kept.is_empty() {
+    if request.body.kept_bytes() > 0 {
         entry["request"]["postData"] = post_data(&request_headers, &request.body);
     }
     if let Some(visitor) = exchange.visitor() {
@@ -126,7 +126,7 @@ fn mime_type(headers: &HeaderMap) -> Cow<'_, str> {
 
 /// HAR has bodies without their content codings.
 fn content(headers: &HeaderMap, body: &RecordedBody) -> Value {
-    let decoded = decode(headers, &body.kept);
+    let decoded = decode(headers, &body.kept());
     let mut content = json!({ "size": decoded.bytes.len(), "mimeType": mime_type(headers) });
     if body.is_cut() {
         content["comment"] = cut(body).into();
@@ -144,10 +144,11 @@ fn content(headers: &HeaderMap, body: &RecordedBody) -> Value {
 /// HAR 1.2 has no place for bytes in a request: those that are no text are in Base64, which `_encoding` says.
 fn post_data(headers: &HeaderMap, body: &RecordedBody) -> Value {
     let mut data = json!({ "mimeType": mime_type(headers) });
-    match std::str::from_utf8(&body.kept) {
+    let kept = body.kept();
+    match std::str::from_utf8(&kept) {
         Ok(text) => data["text"] = text.into(),
         Err(_) => {
-            data["text"] = BASE64_STANDARD.encode(&body.kept).into();
+            data["text"] = BASE64_STANDARD.encode(&kept).into();
             data["_encoding"] = "base64".into();
         }
     }
@@ -160,7 +161,7 @@ fn post_data(headers: &HeaderMap, body: &RecordedBody) -> Value {
 fn cut(body: &RecordedBody) -> String {
     format!(
         "only the first {} of {} bytes were kept",
-        body.kept.len(),
+        body.kept_bytes(),
         body.bytes
     )
 }

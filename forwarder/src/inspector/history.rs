@@ -167,12 +167,13 @@ fn write_batch(
                 let exchange = slot.copy();
                 let head = Head::of(&exchange, &masking);
                 let head = serde_json::to_string(&head).unwrap_or_default();
-                let request = &exchange.request.body.kept;
+                let request = exchange.request.body.kept();
                 let response = exchange
                     .response
                     .as_ref()
-                    .map(|response| &response.body.kept);
-                let bytes = head.len() + request.len() + response.map_or(0, Vec::len);
+                    .map(|response| response.body.kept());
+                let bytes =
+                    head.len() + request.len() + response.as_ref().map_or(0, |kept| kept.len());
                 transaction.execute(
                     "INSERT OR REPLACE INTO exchanges VALUES (?1, ?2, ?3, ?4, ?5)",
                     params![
@@ -312,10 +313,7 @@ impl Head {
             Some(status) => Some(RecordedResponse {
                 status: StatusCode::from_u16(status).ok()?,
                 headers: PackedFields::of(&headers(&self.response_headers)?),
-                body: RecordedBody {
-                    kept: response_body.unwrap_or_default(),
-                    bytes: self.response_bytes,
-                },
+                body: RecordedBody::of(response_body.unwrap_or_default(), self.response_bytes),
             }),
         };
         let micros = |micros: Option<u64>| micros.map(Duration::from_micros);
@@ -327,10 +325,7 @@ impl Head {
                 method: recorded::method(&self.method),
                 uri: self.uri.into(),
                 headers: PackedFields::of(&headers(&self.request_headers)?),
-                body: RecordedBody {
-                    kept: request_body,
-                    bytes: self.request_bytes,
-                },
+                body: RecordedBody::of(request_body, self.request_bytes),
                 upgrade: self.upgrade,
             },
             response,

@@ -37,7 +37,7 @@ pub(crate) fn exchange(exchange: &RecordedExchange, masking: &Masking) -> Value 
             masking,
         ),
         "size": request.body.bytes,
-        "kept": request.body.kept.len(),
+        "kept": request.body.kept_bytes(),
         "truncated": request.body.is_cut() && exchange.conversation.is_none(),
     });
     value["response"] = match &exchange.response {
@@ -56,7 +56,7 @@ pub(crate) fn exchange(exchange: &RecordedExchange, masking: &Masking) -> Value 
                     masking,
                 ),
                 "size": response.body.bytes,
-                "kept": response.body.kept.len(),
+                "kept": response.body.kept_bytes(),
                 "truncated": response.body.is_cut() && exchange.conversation.is_none(),
             })
         }
@@ -227,7 +227,7 @@ fn raw(first_line: &str, headers: &HeaderMap, body: &RecordedBody, masking: &Mas
         raw.extend_from_slice(b"\r\n");
     }
     raw.extend_from_slice(b"\r\n");
-    raw.extend_from_slice(&body.kept);
+    raw.extend_from_slice(&body.kept());
     BASE64_STANDARD.encode(raw)
 }
 

@@ -18,6 +18,8 @@ use super::{packed_fields::PackedFields, websocket::Conversation};
 
 /// What an exchange costs beside its bodies and headers, roughly.
 const RECORD_BYTES: usize = 1024;
+/// A piece of a body that is shorter takes more.
+const MAX_PIECE_BYTES: usize = 64 * 1024;
 /// Methods of which no copy is kept.
 const METHODS: [&str; 9] = [
     "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH",
@@ -103,24 +105,63 @@ impl State {
 /// A body, of which the first bytes are kept.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RecordedBody {
-    /// What is kept of it.
-    pub kept: Vec<u8>,
+    /// What is kept of it, up to [`MAX_PIECE_BYTES`].
+    first: Vec<u8>,
+    /// What is kept behind that, in pieces: one that grew with a long body would be copied each time it outgrows its room.
+    more: Vec<Vec<u8>>,
+    /// How much is kept.
+    kept_bytes: usize,
     /// How long it is so far.
     pub bytes: u64,
 }
 
 impl RecordedBody {
+    /// A body of so many bytes, of which these are kept.
+    pub(crate) fn of(kept: Vec<u8>, bytes: u64) -> Self {
+        Self {
+            kept_bytes: kept.len(),
+            first: kept,
+            more: Vec::new(),
+            bytes,
+        }
+    }
+
     /// Counts bytes, and keeps them as far as `limit` allows. Returns how many it has kept.
     pub(crate) fn push(&mut self, bytes: &[u8], limit: usize) -> usize {
         self.bytes += bytes.len() as u64;
-        let kept = bytes.len().min(limit.saturating_sub(self.kept.len()));
-        self.kept.extend_from_slice(&bytes[..kept]);
+        let kept = bytes.len().min(limit.saturating_sub(self.kept_bytes));
+        let bytes = &bytes[..kept];
+        let last = self.more.last_mut().unwrap_or(&mut self.first);
+        if last.is_empty() || last.len() + kept <= MAX_PIECE_BYTES {
+            last.extend_from_slice(bytes);
+        } else if kept > 0 {
+            self.more.push(bytes.to_vec());
+        }
+        self.kept_bytes += kept;
         kept
+    }
+
+    /// What is kept of it.
+    pub(crate) fn kept(&self) -> Cow<'_, [u8]> {
+        if self.more.is_empty() {
+            return Cow::Borrowed(&self.first);
+        }
+        let mut kept = Vec::with_capacity(self.kept_bytes);
+        kept.extend_from_slice(&self.first);
+        for piece in &self.more {
+            kept.extend_from_slice(piece);
+        }
+        Cow::Owned(kept)
+    }
+
+    /// How much is kept of it.
+    pub(crate) fn kept_bytes(&self) -> usize {
+        self.kept_bytes
     }
 
     /// Whether the end is missing.
     pub(crate) fn is_cut(&self) -> bool {
-        (self.kept.len() as u64) < self.bytes
+        (self.kept_bytes as u64) < self.bytes
     }
 }
 
@@ -207,5 +248,37 @@ pub(crate) fn method(name: &str) -> Cow<'static, str> {
     match METHODS.into_iter().find(|known| *known == name) {
         Some(known) => known.into(),
         None => name.to_owned().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_bytes_of_a_body_are_kept_in_order_whatever_it_comes_in() {
+        const LIMIT: usize = 1_000_000;
+        let body: Vec<u8> = (0..=250).cycle().take(LIMIT + 200_000).collect();
+        for piece in [
+            1,
+            7,
+            1000,
+            MAX_PIECE_BYTES,
+            MAX_PIECE_BYTES + 1,
+            300_000,
+            body.len(),
+        ] {
+            let mut recorded = RecordedBody::default();
+            let mut kept = 0;
+            for bytes in body.chunks(piece) {
+                kept += recorded.push(bytes, LIMIT);
+                recorded.push(&[], LIMIT);
+                assert_eq!(recorded.kept_bytes(), kept);
+            }
+            assert_eq!(kept, LIMIT, "pieces of {piece}");
+            assert!(*recorded.kept() == body[..LIMIT], "pieces of {piece}");
+            assert!(recorded.is_cut());
+            assert_eq!(recorded.bytes, body.len() as u64);
+        }
     }
 }

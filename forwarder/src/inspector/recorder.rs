@@ -356,8 +356,8 @@ mod tests {
         let bodies = slots.iter().map(|slot| {
             slot.read(|exchange| {
                 let response = exchange.response.as_ref();
-                exchange.request.body.kept.len()
-                    + response.map_or(0, |response| response.body.kept.len())
+                exchange.request.body.kept_bytes()
+                    + response.map_or(0, |response| response.body.kept_bytes())
             })
         });
         bodies.sum()

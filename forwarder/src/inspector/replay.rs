@@ -202,7 +202,7 @@ fn message(
                 "only a part of the request's body was kept: edit it, or send the request anew",
             ));
         }
-        None => source.request.body.kept.clone().into(),
+        None => source.request.body.kept().into_owned().into(),
     };
     let mut headers = match &wanted.headers {
         Some(fields) => edited(fields, &source.request.headers.unpack(), tunnel)?,

@@ -164,9 +164,9 @@ impl ExchangeStore {
 
     /// Returns its place, and those that it took the room of.
     fn add(&self, ring: &mut Ring, exchange: RecordedExchange) -> (Arc<Slot>, Vec<Arc<Slot>>) {
-        let mut bytes = exchange.base_bytes() + exchange.request.body.kept.len();
+        let mut bytes = exchange.base_bytes() + exchange.request.body.kept_bytes();
         if let Some(response) = &exchange.response {
-            bytes += response.headers.bytes() + response.body.kept.len();
+            bytes += response.headers.bytes() + response.body.kept_bytes();
         }
         if let Some(conversation) = &exchange.conversation {
             bytes += conversation.kept_bytes();

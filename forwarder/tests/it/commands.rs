@@ -401,6 +401,8 @@ async fn health_is_asked_of_this_users_agents_and_of_no_other() {
     first.until_line("online: ").await;
     let mut second = open(&path(&mine), &bad, "2");
     second.until_line("inspector: http://").await;
+    // Until then it is connecting.
+    second.until_line("offline: ").await;
     let reconnecting = ttf(mine.path(), &["health"]).await;
     assert_eq!(reconnecting.code, Some(1));
     assert_eq!(reconnecting.stderr, ["error: the agent is reconnecting"]);
