@@ -18,7 +18,7 @@ use super::{packed_fields::PackedFields, websocket::Conversation};
 
 /// What an exchange costs beside its bodies and headers, roughly.
 const RECORD_BYTES: usize = 1024;
-/// A piece of a body that is shorter takes more.
+/// Bytes are added to the last piece of a body as long as it is no longer than this with them.
 const MAX_PIECE_BYTES: usize = 64 * 1024;
 /// Methods of which no copy is kept.
 const METHODS: [&str; 9] = [
@@ -105,9 +105,9 @@ impl State {
 /// A body, of which the first bytes are kept.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RecordedBody {
-    /// What is kept of it, up to [`MAX_PIECE_BYTES`].
+    /// The first piece of what is kept, which most bodies do not outgrow.
     first: Vec<u8>,
-    /// What is kept behind that, in pieces: one that grew with a long body would be copied each time it outgrows its room.
+    /// The pieces behind it: one that grew with a long body would be copied each time it outgrows its room.
     more: Vec<Vec<u8>>,
     /// How much is kept.
     kept_bytes: usize,
