@@ -24,7 +24,7 @@ use tokio::{
 use tracing::{info, warn};
 use tunnel_local_aws::{
     caller::AccessKey,
-    dynamodb::{self, DataError, DirectoryLock},
+    dynamodb::{self, DataError, Database, DirectoryLock},
     management::{self, ConnectionRegistry},
     quotas::Quotas,
 };
@@ -137,6 +137,7 @@ struct Tables {
 
 /// The embedded DynamoDB engine, at work.
 struct Engine {
+    database: Database,
     sdk: SdkConfig,
     access_key: AccessKey,
     tables: Tables,
@@ -194,7 +195,7 @@ impl Server {
         let Subsystems { visitors, agents } = subsystems;
         let admin = engine.serve_admin(&options, &front, &replies, &visitors);
         let admin_address = admin.await?;
-        agents.spawn(front.agents.clone().recheck());
+        agents.spawn(front.agents.clone().recheck(engine.database.clone()));
         front.entrance = entrance(&options, &public_url, &engine.tables, &visitors)?;
         let (first_token, first_token_file) = first_token(&options, &engine.tables.tokens).await?;
         let (address, http_address) = listeners.serve(&front, &visitors);
@@ -334,7 +335,10 @@ impl Engine {
         let api = dynamodb::router(database.clone(), access_key.clone());
         let api = api.layer(from_fn_with_state(observer.clone(), count_operation));
         serve(&subsystem, listener, api, "DynamoDB");
-        subsystem.spawn(dynamodb::sweep(database, subsystem.stopping().clone()));
+        subsystem.spawn(dynamodb::sweep(
+            database.clone(),
+            subsystem.stopping().clone(),
+        ));
         dynamodb::create_tables(&Client::new(&sdk)).await?;
         let tables = Tables {
             tokens: TokensTable::new(&sdk, dynamodb::TOKENS.to_owned()),
@@ -343,6 +347,7 @@ impl Engine {
         };
         tables.mark_all_offline().await?;
         Ok(Self {
+            database,
             sdk,
             access_key,
             tables,

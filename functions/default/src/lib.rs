@@ -48,6 +48,16 @@ use crate::{
     websockets::Websockets,
 };
 
+/// What a look at many open connections has found.
+#[derive(Clone, Debug)]
+pub struct Survey<'c> {
+    /// Those that a [check](DefaultRoute::check) would do something about.
+    pub unsettled: Vec<&'c ConnectionId>,
+    /// When the first of their agents' credentials expires, as the time since 1970. Until then nobody who is settled has to leave
+    /// unless something is written to the tables, or a record's own time is over.
+    pub next_expiry: Option<Duration>,
+}
+
 /// What the function needs to know.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -520,15 +530,15 @@ impl DefaultRoute {
         Ok(false)
     }
 
-    /// Which of these open connections a [check](Self::check) would do something about. It reads many at once, so that a process
+    /// Looks which of these open connections a [check](Self::check) would do something about. It reads many at once, so that a process
     /// that holds thousands of idle connections can ask often.
     ///
     /// # Errors
     /// If the tables do not answer.
-    pub async fn unsettled<'c>(
+    pub async fn survey<'c>(
         &self,
         connections: &'c [ConnectionId],
-    ) -> Result<Vec<&'c ConnectionId>, DefaultRouteError> {
+    ) -> Result<Survey<'c>, DefaultRouteError> {
         let recorded = self
             .ownership
             .connections
@@ -556,7 +566,11 @@ impl DefaultRoute {
                     })
             }
         };
-        Ok(connections.iter().filter(|id| !is_settled(id)).collect())
+        let expiries = agents().filter_map(|agent| agent.identity.expires_at);
+        Ok(Survey {
+            unsettled: connections.iter().filter(|id| !is_settled(id)).collect(),
+            next_expiry: expiries.min().map(Duration::from_secs),
+        })
     }
 
     async fn is_still_valid(&self, agent: &AgentConnection) -> Result<bool, StoreError> {

@@ -24,7 +24,6 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-pub use dynoxide::Database;
 use dynoxide::DynoxideError;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_yaml_ng::Value;
@@ -32,7 +31,10 @@ use tokio::{net::TcpListener, time::interval};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
-use crate::caller::AccessKey;
+use crate::{
+    caller::AccessKey,
+    revision::{Revision, Revisions},
+};
 
 /// The template that deploys the same tables to AWS.
 const TEMPLATE: &str = include_str!("../../../template.yaml");
@@ -121,6 +123,12 @@ pub enum DataError {
         /// The cause.
         source: rusqlite::Error,
     },
+    /// It cannot be seen whether the data has changed.
+    #[error("cannot read the version of the data: {0}")]
+    Revision(rusqlite::Error),
+    /// The process is ending.
+    #[error("the process is ending")]
+    Ending,
     /// The engine does not work in memory.
     #[error("the database engine cannot start: {0}")]
     Memory(DynoxideError),
@@ -274,13 +282,38 @@ pub fn first_token_file(directory: &Path) -> Result<(PathBuf, File), DataError> 
     Ok((path, file))
 }
 
+/// The engine with its data.
+#[derive(Clone)]
+pub struct Database {
+    engine: dynoxide::Database,
+    revisions: Revisions,
+}
+
+impl Database {
+    /// The revision of the data, which is another one after every write, by this process or by another one that has the directory
+    /// open. It costs the same however much data there is.
+    ///
+    /// # Errors
+    /// If the file of the data cannot be read.
+    pub async fn revision(&self) -> Result<Revision, DataError> {
+        let revisions = self.revisions.clone();
+        let revision = tokio::task::spawn_blocking(move || revisions.current()).await;
+        revision
+            .map_err(|_| DataError::Ending)?
+            .map_err(DataError::Revision)
+    }
+}
+
 /// Opens the engine's data; without a directory it forgets all at the end.
 ///
 /// # Errors
 /// If the directory cannot be used.
 pub fn open(data: Option<&Path>) -> Result<Database, DataError> {
     let Some(directory) = data else {
-        return Database::memory().map_err(DataError::Memory);
+        return Ok(Database {
+            engine: dynoxide::Database::memory().map_err(DataError::Memory)?,
+            revisions: Revisions::in_memory(),
+        });
     };
     create_private(directory)?;
     let path = directory.join(DATABASE_FILE);
@@ -292,12 +325,15 @@ pub fn open(data: Option<&Path>) -> Result<Database, DataError> {
         }
     }
     let name = path.to_str().ok_or_else(|| DataError::Path(path.clone()))?;
-    note_format(&path)?;
-    Database::new(name).map_err(|source| DataError::Open { path, source })
+    let revisions = Revisions::in_file(note_format(&path)?);
+    let engine =
+        dynoxide::Database::new(name).map_err(|source| DataError::Open { path, source })?;
+    Ok(Database { engine, revisions })
 }
 
-/// Refuses data of a newer format. Older data is read as it is, and from then on has this version's.
-fn note_format(path: &Path) -> Result<(), DataError> {
+/// Refuses data of a newer format. Older data is read as it is, and from then on has this version's. Returns its connection to the
+/// file.
+fn note_format(path: &Path) -> Result<rusqlite::Connection, DataError> {
     let fault = |source| DataError::Format {
         path: path.to_owned(),
         source,
@@ -309,7 +345,7 @@ fn note_format(path: &Path) -> Result<(), DataError> {
             .pragma_update(None, USER_VERSION, FORMAT)
             .map_err(fault)?;
     }
-    Ok(())
+    Ok(database)
 }
 
 /// The format of a database, if this version reads it.
@@ -461,21 +497,26 @@ fn carry_out(database: &Database, operation: &str, body: &[u8]) -> Result<Vec<u8
         let output = call(serde_json::from_slice(body).map_err(DynamoDbError::Malformed)?)?;
         serde_json::to_vec(&output).map_err(DynamoDbError::Malformed)
     }
+    let Database { engine, revisions } = database;
     match operation {
-        "GetItem" => call(body, |input| database.get_item(input)),
-        "BatchGetItem" => call(body, |input| database.batch_get_item(input)),
-        "PutItem" => call(body, |input| database.put_item(input)),
-        "UpdateItem" => call(body, |input| database.update_item(input)),
-        "DeleteItem" => call(body, |input| database.delete_item(input)),
-        "Query" => call(body, |input| database.query(input)),
-        "Scan" => call(body, |input| database.scan(input)),
-        "ListTables" => call(body, |input| database.list_tables(input)),
-        "CreateTable" => call(body, |input| database.create_table(input)),
-        "DescribeTable" => call(body, |input| database.describe_table(input)),
-        "UpdateTable" => call(body, |input| database.update_table(input)),
-        "TransactWriteItems" => call(body, |input| database.transact_write_items(input)),
-        "DescribeTimeToLive" => call(body, |input| database.describe_time_to_live(input)),
-        "UpdateTimeToLive" => call(body, |input| database.update_time_to_live(input)),
+        "GetItem" => call(body, |input| engine.get_item(input)),
+        "BatchGetItem" => call(body, |input| engine.batch_get_item(input)),
+        "PutItem" => call(body, |input| revisions.written(engine.put_item(input))),
+        "UpdateItem" => call(body, |input| revisions.written(engine.update_item(input))),
+        "DeleteItem" => call(body, |input| revisions.written(engine.delete_item(input))),
+        "Query" => call(body, |input| engine.query(input)),
+        "Scan" => call(body, |input| engine.scan(input)),
+        "ListTables" => call(body, |input| engine.list_tables(input)),
+        "CreateTable" => call(body, |input| revisions.written(engine.create_table(input))),
+        "DescribeTable" => call(body, |input| engine.describe_table(input)),
+        "UpdateTable" => call(body, |input| revisions.written(engine.update_table(input))),
+        "TransactWriteItems" => call(body, |input| {
+            revisions.written(engine.transact_write_items(input))
+        }),
+        "DescribeTimeToLive" => call(body, |input| engine.describe_time_to_live(input)),
+        "UpdateTimeToLive" => call(body, |input| {
+            revisions.written(engine.update_time_to_live(input))
+        }),
         _ => Err(DynamoDbError::Unknown),
     }
 }
@@ -489,7 +530,7 @@ pub async fn sweep(database: Database, stop: CancellationToken) {
             _ = due.tick() => {}
         }
         let database = database.clone();
-        match tokio::task::spawn_blocking(move || database.sweep_ttl()).await {
+        match tokio::task::spawn_blocking(move || database.engine.sweep_ttl()).await {
             Ok(Ok(removed)) => debug!(removed, "expired items removed"),
             Ok(Err(error)) => warn!(%error, "expired items could not be removed"),
             Err(error) => warn!(%error, "expired items could not be removed"),

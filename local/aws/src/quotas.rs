@@ -20,8 +20,8 @@ pub struct Quotas {
     pub handled_at_once: usize,
     /// Open connections of agents of one owner; over it the handshake is answered 429. Where agents do not authenticate, of all.
     pub agents_of_one: usize,
-    /// How often each open connection is checked: whether its token is still valid and it should serve its tunnel. API Gateway does
-    /// not; there an agent's `ping` and its tunnel's visitors cause the check.
+    /// How often each open connection is checked, unless nothing has changed: whether its token is still valid and it should serve its
+    /// tunnel. API Gateway does not; there an agent's `ping` and its tunnel's visitors cause the check.
     pub recheck: Duration,
 }
 

@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use rand::RngExt;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
-    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_tungstenite::{
     WebSocketStream,
@@ -66,8 +66,6 @@ const MAX_SILENCE: Duration = Duration::from_secs(30);
 /// How often a connection whose life is over is looked at for upgraded connections that it still carries. Agents close such
 /// connections themselves when the last has ended.
 const UPGRADED_CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// Shortest pause between two checks of all connections.
-const MIN_RECHECK_INTERVAL: Duration = Duration::from_millis(1);
 /// For how many ended connections, and for how many handshakes, the tables are asked at once. They serve one call at a time, and a call
 /// that waits for too many others fails: when all agents leave together, their tunnels would stay online, and when thousands come
 /// together, as after an upgrade, none would be let in.
@@ -373,36 +371,6 @@ impl AgentFront {
         tokio::select! {
             () = connection.closing().cancelled() => CLOSED_BY_SERVICE,
             () = self.stopping.cancelled() => GOING_AWAY,
-        }
-    }
-
-    /// Checks the open connections again and again until they are to end, so that one whose token was revoked ends though it
-    /// sends nothing and has no visitors.
-    pub(crate) async fn recheck(self: Arc<Self>) {
-        let mut due = interval(self.quotas.recheck.max(MIN_RECHECK_INTERVAL));
-        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                () = self.stopping.cancelled() => return,
-                _ = due.tick() => {}
-            }
-            let open = self.connections.ids();
-            let unsettled = match self.default.unsettled(&open).await {
-                Ok(unsettled) => unsettled,
-                Err(error) => {
-                    error!(
-                        error = &error as &dyn std::error::Error,
-                        "connections could not be checked"
-                    );
-                    continue;
-                }
-            };
-            for connection in unsettled {
-                let span = connection_span(connection);
-                if let Err(error) = self.default.check(connection, None).instrument(span).await {
-                    error!(%connection, error = &error as &dyn std::error::Error, "could not be checked");
-                }
-            }
         }
     }
 

@@ -23,6 +23,7 @@ mod ownership;
 mod pages;
 mod protocol;
 mod quotas;
+mod recheck;
 mod replies;
 mod responses;
 mod serving;

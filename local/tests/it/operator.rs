@@ -38,7 +38,7 @@ fn admin_url(stack: &Server, path: &str) -> String {
 }
 
 /// The samples of `/metrics` by name and labels.
-async fn metrics(stack: &Server) -> HashMap<String, f64> {
+pub(crate) async fn metrics(stack: &Server) -> HashMap<String, f64> {
     let got = get(&admin_url(stack, "/metrics")).await;
     let kind = got.header("content-type").expect("a type");
     assert!(kind.starts_with("text/plain; version=0.0.4"), "{kind}");

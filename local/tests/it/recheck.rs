@@ -1,0 +1,154 @@
+//! Who may stay is asked again and again, costs nothing while nothing changes, and is noticed whatever it is that changes.
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use forwarder::{
+    settings::{Secret, Settings},
+    tunnel::TunnelError,
+};
+use local::{Options, Server};
+use tokio::{net::TcpListener, time::sleep};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tunnel_local_aws::{caller::AccessKey, dynamodb, quotas::Quotas};
+use tunnel_service::{auth::AuthMode, aws::sdk, now, tables::tokens::TokensTable};
+
+use crate::{
+    harness::{Agent, Origin, settings, stack_with, within},
+    operator::metrics,
+};
+
+const RECHECK: Duration = Duration::from_millis(20);
+
+/// A server that asks for tokens, with its data in this directory, or else in memory.
+async fn server(data: Option<&Path>) -> Server {
+    stack_with(Options {
+        auth: AuthMode::Token,
+        admin: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+        data: data.map(Path::to_owned),
+        quotas: Quotas {
+            recheck: RECHECK,
+            ..Quotas::default()
+        },
+        ..Options::default()
+    })
+    .await
+}
+
+/// Returns once nobody has been looked up in the time of ten checks.
+async fn left_alone(stack: &Server) {
+    let lookups = async || {
+        let name = r#"tunnel_table_operation_seconds_count{operation="BatchGetItem"}"#;
+        metrics(stack).await[name]
+    };
+    within("connections to be left alone", async {
+        let mut before = lookups().await;
+        loop {
+            sleep(10 * RECHECK).await;
+            let after = lookups().await;
+            // Not before they were looked up at all.
+            if after > 0.0 && before.to_bits() == after.to_bits() {
+                return;
+            }
+            before = after;
+        }
+    })
+    .await;
+}
+
+/// An agent with a token of its own that `expires`, and that has been left alone by now.
+async fn idle_agent(stack: &Server, origin: &Origin, expires: Option<Duration>) -> Agent {
+    let token = stack.tokens().create("idle", expires, now()).await;
+    let token = Secret::from(token.expect("a token"));
+    let agent = Agent::online(Settings {
+        token: Some(token),
+        ..settings(stack, origin.address)
+    })
+    .await;
+    left_alone(stack).await;
+    agent
+}
+
+/// What can be written while an agent is idle, and ends its connection.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    Revoked,
+    Released,
+}
+
+#[tokio::test]
+async fn an_idle_agent_is_left_alone_until_something_is_written() {
+    for change in [Change::Revoked, Change::Released] {
+        let directory = tempfile::tempdir().expect("a directory");
+        for data in [None, Some(directory.path())] {
+            let (stack, origin) = (server(data).await, Origin::echo().await);
+            let mut agent = idle_agent(&stack, &origin, None).await;
+            match change {
+                Change::Revoked => drop(stack.tokens().revoke("idle").await.expect("revoked")),
+                Change::Released => {
+                    let id = "my-app".parse().expect("an id");
+                    assert!(stack.tunnels().release(&id).await.expect("released"));
+                }
+            }
+            let end = agent.ended().await;
+            let expected = match (change, &end) {
+                (Change::Revoked, Err(TunnelError::Unauthorized)) => true,
+                (Change::Released, Err(TunnelError::Replaced(reason))) => {
+                    reason.contains("released")
+                }
+                _ => false,
+            };
+            assert!(expected, "{change:?}, {data:?}: {end:?}");
+            stack.stop().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_another_process_writes_to_the_data_directory_is_noticed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (stack, origin) = (server(Some(directory.path())).await, Origin::echo().await);
+    let mut agent = idle_agent(&stack, &origin, None).await;
+
+    // As tunnel-admin does it.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
+    let stop = CancellationToken::new();
+    dynamodb::serve(
+        dynamodb::open(Some(directory.path())).expect("the data"),
+        listener,
+        AccessKey::only("another"),
+        &TaskTracker::new(),
+        &stop,
+    );
+    let sdk = sdk::for_loopback(&endpoint, "another");
+    let tokens = TokensTable::new(&sdk, dynamodb::TOKENS.to_owned());
+    assert_eq!(tokens.revoke("idle").await.expect("an answer"), 1);
+
+    assert_eq!(agent.ended().await, Err(TunnelError::Unauthorized));
+    stop.cancel();
+}
+
+#[tokio::test]
+async fn a_token_that_expires_is_noticed_though_nothing_is_written() {
+    let (stack, origin) = (server(None).await, Origin::echo().await);
+    let mut agent = idle_agent(&stack, &origin, Some(Duration::from_secs(4))).await;
+    assert_eq!(agent.ended().await, Err(TunnelError::Unauthorized));
+}
+
+#[tokio::test]
+async fn one_who_is_idle_may_stay_when_another_one_has_to_leave() {
+    let (stack, origin) = (server(None).await, Origin::echo().await);
+    let other = stack.create_token("other").await.expect("a token");
+    let mut leaving = idle_agent(&stack, &origin, None).await;
+    let staying = Agent::online(Settings {
+        token: Some(Secret::from(other)),
+        tunnel_id: Some("other".parse().expect("an id")),
+        ..settings(&stack, origin.address)
+    })
+    .await;
+    left_alone(&stack).await;
+    stack.tokens().revoke("idle").await.expect("revoked");
+    assert_eq!(leaving.ended().await, Err(TunnelError::Unauthorized));
+    left_alone(&stack).await;
+    staying.stop().await.expect("stopped as asked");
+}
