@@ -530,8 +530,8 @@ impl DefaultRoute {
         Ok(false)
     }
 
-    /// Looks which of these open connections a [check](Self::check) would do something about. It reads many at once, so that a process
-    /// that holds thousands of idle connections can ask often.
+    /// Finds those of these open connections that a [check](Self::check) would do something about. It reads many at once, so that a
+    /// process that holds thousands of idle connections can ask often.
     ///
     /// # Errors
     /// If the tables do not answer.
@@ -560,9 +560,12 @@ impl DefaultRoute {
             Some(Connection::Agent(agent)) => {
                 is_valid(&agent.identity)
                     && Candidate::of(id, agent.clone()).is_none_or(|candidate| {
-                        let tunnel = tunnels.get(&agent.tunnel_id);
-                        tunnel.is_some_and(|tunnel| candidate.serves(tunnel))
-                            && !self.has_old_url(&candidate)
+                        tunnels.get(&agent.tunnel_id).is_some_and(|tunnel| {
+                            candidate.serves(tunnel) && !self.has_old_url(&candidate)
+                                || candidate
+                                    .left_to(tunnel)
+                                    .is_some_and(|next| recorded.contains_key(next))
+                        })
                     })
             }
         };

@@ -92,6 +92,15 @@ impl Candidate {
             && tunnel.online.as_ref() == Some(&self.online())
     }
 
+    /// The connection that has taken over from it at its agent's own wish, of this tunnel, which is its owner's.
+    pub(crate) fn left_to<'t>(&self, tunnel: &'t Tunnel) -> Option<&'t ConnectionId> {
+        let serving = tunnel.online.as_ref()?;
+        let is_left = tunnel.identity.owner == self.agent.identity.owner
+            && serving.previous.as_ref() == Some(&self.id)
+            && self.is_outranked_by(serving);
+        is_left.then_some(&serving.connection_id)
+    }
+
     fn online(&self) -> Online {
         Online {
             connection_id: self.id.clone(),

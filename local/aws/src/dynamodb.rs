@@ -123,7 +123,7 @@ pub enum DataError {
         /// The cause.
         source: rusqlite::Error,
     },
-    /// It cannot be seen whether the data has changed.
+    /// Whether the data has changed cannot be determined.
     #[error("cannot read the version of the data: {0}")]
     Revision(rusqlite::Error),
     /// The process is ending.
@@ -291,7 +291,7 @@ pub struct Database {
 
 impl Database {
     /// The revision of the data, which is another one after every write, by this process or by another one that has the directory
-    /// open. It costs the same however much data there is.
+    /// open. Only that expired items are removed need not change it. It costs the same however much data there is.
     ///
     /// # Errors
     /// If the file of the data cannot be read.

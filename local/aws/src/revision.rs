@@ -9,7 +9,7 @@ use std::sync::{
 /// ("PRAGMA data_version", <https://www.sqlite.org/pragma.html#pragma_data_version>).
 const DATA_VERSION: &str = "data_version";
 
-/// A state of the data. Two that are equal, of one open database, have nothing written between them.
+/// A state of the data. If two revisions of one open database are equal, nothing was written between them.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Revision(u64);
 
@@ -32,8 +32,8 @@ impl Revisions {
         Self::File(Arc::new(Mutex::new(connection)))
     }
 
-    /// The outcome of a write, which is counted unless it failed. To be called where the write is made, so that a caller who goes
-    /// away meanwhile loses neither.
+    /// Counts a write unless it failed, and passes its outcome on. To be called where the write is made: a caller that has gone away
+    /// by then would not count it.
     pub(crate) fn written<O, E>(&self, outcome: Result<O, E>) -> Result<O, E> {
         if let (Self::Counted(writes), Ok(_)) = (self, &outcome) {
             writes.fetch_add(1, Ordering::AcqRel);

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{Instrument, error, warn};
 use tunnel_local_aws::{dynamodb::Database, revision::Revision};
 use tunnel_protocol::id::ConnectionId;
@@ -11,7 +11,7 @@ use tunnel_service::{now, telemetry::connection_span};
 
 use crate::front::agents::AgentFront;
 
-/// Shortest pause between two times.
+/// Shortest pause between two checks.
 const MIN_INTERVAL: Duration = Duration::from_millis(1);
 /// How long nobody is looked up while nothing changes. What ends by itself and not by a write, as a record does whose time is over, is
 /// noticed then, if no agent's `ping` has been faster.
@@ -21,20 +21,23 @@ const MAX_UNSEEN: Duration = Duration::from_secs(5 * 60);
 struct Settled {
     revision: Revision,
     open: Vec<ConnectionId>,
-    /// When it has to be looked at again, as the time since 1970.
-    until: Duration,
+    found_at: Instant,
+    /// When the first of the agents' credentials expires, as the time since 1970.
+    next_expiry: Option<Duration>,
 }
 
 impl Settled {
     /// Whether it is still so: the same connections are open, nothing was written and nothing has expired.
     fn holds(&self, revision: Revision, open: &[ConnectionId]) -> bool {
-        self.revision == revision && now() < self.until && self.open == open
+        self.revision == revision
+            && self.found_at.elapsed() < MAX_UNSEEN
+            && self.next_expiry.is_none_or(|expiry| now() < expiry)
+            && self.open == open
     }
 }
 
 impl AgentFront {
-    /// Checks the open connections until they are to end. While nothing changes nobody is looked up, so that agents who are idle cost
-    /// nothing, however many there are.
+    /// Checks the open connections until they are to end. While nothing changes nobody is looked up, however many agents there are.
     pub(crate) async fn recheck(self: Arc<Self>, tables: Database) {
         let mut due = interval(self.quotas.recheck.max(MIN_INTERVAL));
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -54,7 +57,7 @@ impl AgentFront {
         let revision = tables
             .revision()
             .await
-            .inspect_err(|error| warn!(%error, "connections are checked without need"))
+            .inspect_err(|error| warn!(%error, "cannot tell whether anything has changed: all connections are checked"))
             .ok();
         let open = self.connections.ids();
         if let Some((before, revision)) = before.zip(revision)
@@ -62,7 +65,7 @@ impl AgentFront {
         {
             return Some(before);
         }
-        let looked_at = now();
+        let found_at = Instant::now();
         let survey = match self.default.survey(&open).await {
             Ok(survey) => survey,
             Err(error) => {
@@ -82,12 +85,12 @@ impl AgentFront {
         if !survey.unsettled.is_empty() {
             return None;
         }
-        let latest = looked_at + MAX_UNSEEN;
-        let until = survey.next_expiry.map_or(latest, |next| next.min(latest));
+        let next_expiry = survey.next_expiry;
         Some(Settled {
             revision: revision?,
             open,
-            until,
+            found_at,
+            next_expiry,
         })
     }
 }

@@ -7,13 +7,14 @@ use forwarder::{
     tunnel::TunnelError,
 };
 use local::{Options, Server};
-use tokio::{net::TcpListener, time::sleep};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tunnel_local_aws::{caller::AccessKey, dynamodb, quotas::Quotas};
-use tunnel_service::{auth::AuthMode, aws::sdk, now, tables::tokens::TokensTable};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use tunnel_local_aws::quotas::Quotas;
+use tunnel_service::{auth::AuthMode, now};
 
 use crate::{
-    harness::{Agent, Origin, settings, stack_with, within},
+    executable::admin,
+    harness::{Agent, Origin, ScriptedAgent, settings, stack_with, within},
     operator::metrics,
 };
 
@@ -83,7 +84,9 @@ async fn an_idle_agent_is_left_alone_until_something_is_written() {
             let (stack, origin) = (server(data).await, Origin::echo().await);
             let mut agent = idle_agent(&stack, &origin, None).await;
             match change {
-                Change::Revoked => drop(stack.tokens().revoke("idle").await.expect("revoked")),
+                Change::Revoked => {
+                    assert_eq!(stack.tokens().revoke("idle").await.expect("revoked"), 1);
+                }
                 Change::Released => {
                     let id = "my-app".parse().expect("an id");
                     assert!(stack.tunnels().release(&id).await.expect("released"));
@@ -104,34 +107,21 @@ async fn an_idle_agent_is_left_alone_until_something_is_written() {
 }
 
 #[tokio::test]
-async fn what_another_process_writes_to_the_data_directory_is_noticed() {
+async fn what_tunnel_admin_writes_to_the_data_directory_is_noticed() {
     let directory = tempfile::tempdir().expect("a directory");
     let (stack, origin) = (server(Some(directory.path())).await, Origin::echo().await);
     let mut agent = idle_agent(&stack, &origin, None).await;
 
-    // As tunnel-admin does it.
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
-    let stop = CancellationToken::new();
-    dynamodb::serve(
-        dynamodb::open(Some(directory.path())).expect("the data"),
-        listener,
-        AccessKey::only("another"),
-        &TaskTracker::new(),
-        &stop,
-    );
-    let sdk = sdk::for_loopback(&endpoint, "another");
-    let tokens = TokensTable::new(&sdk, dynamodb::TOKENS.to_owned());
-    assert_eq!(tokens.revoke("idle").await.expect("an answer"), 1);
+    let revoked = admin(directory.path(), &["revoke-token", "idle"]).await;
+    assert!(revoked.status.success(), "{revoked:?}");
 
     assert_eq!(agent.ended().await, Err(TunnelError::Unauthorized));
-    stop.cancel();
 }
 
 #[tokio::test]
 async fn a_token_that_expires_is_noticed_though_nothing_is_written() {
     let (stack, origin) = (server(None).await, Origin::echo().await);
-    let mut agent = idle_agent(&stack, &origin, Some(Duration::from_secs(4))).await;
+    let mut agent = idle_agent(&stack, &origin, Some(Duration::from_secs(5))).await;
     assert_eq!(agent.ended().await, Err(TunnelError::Unauthorized));
 }
 
@@ -151,4 +141,24 @@ async fn one_who_is_idle_may_stay_when_another_one_has_to_leave() {
     assert_eq!(leaving.ended().await, Err(TunnelError::Unauthorized));
     left_alone(&stack).await;
     staying.stop().await.expect("stopped as asked");
+}
+
+#[tokio::test]
+async fn a_connection_that_its_agent_has_left_is_left_alone() {
+    let stack = server(None).await;
+    let token = stack.create_token("ours").await.expect("a token");
+    let connect = async |ready: Value| {
+        let agent = ScriptedAgent::try_connect(&stack, "?tunnel_id=my-app", Some(&token));
+        let mut agent = agent.await.expect("a connection");
+        let established = agent.ready(&ready).await;
+        (agent, established["connection_id"].clone())
+    };
+    let ready = json!({ "type": "ready", "features": ["notices"] });
+    let (mut left, id) = connect(ready.clone()).await;
+    let mut ready = ready;
+    ready["previous"] = id;
+    let (mut serving, _) = connect(ready).await;
+    left_alone(&stack).await;
+    left.expect_quiet("it may finish what it has").await;
+    serving.expect_quiet("it serves").await;
 }
