@@ -142,7 +142,7 @@ impl Ownership {
                     if candidate.is_outranked_by(serving)
                         && !self.is_gone(&serving.connection_id).await?
                     {
-                        return Ok(if serving.previous.as_ref() == Some(&candidate.id) {
+                        return Ok(if candidate.left_to(&tunnel).is_some() {
                             Standing::Left
                         } else {
                             Standing::Outranked

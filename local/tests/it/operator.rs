@@ -24,7 +24,8 @@ use crate::{
     websocket::{EchoServer, accept_own, ask_own, own_protocol},
 };
 
-async fn watched(options: Options) -> Server {
+/// A server that the operator can ask.
+pub(crate) async fn watched(options: Options) -> Server {
     stack_with(Options {
         admin: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
         ..options

@@ -1,6 +1,6 @@
 //! Who may stay is asked again and again, costs nothing while nothing changes, and is noticed whatever it is that changes.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 use forwarder::{
     settings::{Secret, Settings},
@@ -14,17 +14,16 @@ use tunnel_service::{auth::AuthMode, now};
 
 use crate::{
     executable::admin,
-    harness::{Agent, Origin, ScriptedAgent, settings, stack_with, within},
-    operator::metrics,
+    harness::{Agent, Origin, ScriptedAgent, settings, within},
+    operator::{metrics, watched},
 };
 
 const RECHECK: Duration = Duration::from_millis(20);
 
 /// A server that asks for tokens, with its data in this directory, or else in memory.
 async fn server(data: Option<&Path>) -> Server {
-    stack_with(Options {
+    watched(Options {
         auth: AuthMode::Token,
-        admin: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
         data: data.map(Path::to_owned),
         quotas: Quotas {
             recheck: RECHECK,
@@ -153,9 +152,8 @@ async fn a_connection_that_its_agent_has_left_is_left_alone() {
         let established = agent.ready(&ready).await;
         (agent, established["connection_id"].clone())
     };
-    let ready = json!({ "type": "ready", "features": ["notices"] });
+    let mut ready = json!({ "type": "ready", "features": ["notices"] });
     let (mut left, id) = connect(ready.clone()).await;
-    let mut ready = ready;
     ready["previous"] = id;
     let (mut serving, _) = connect(ready).await;
     left_alone(&stack).await;
